@@ -1,0 +1,1 @@
+"""beit_fast: BEiT pre-training and backbones, built for throughput."""

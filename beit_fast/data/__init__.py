@@ -1,0 +1,1 @@
+"""Folders of images to batches: masks, two views of one crop, order, prefetch and exact resume."""

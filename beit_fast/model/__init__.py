@@ -1,0 +1,1 @@
+"""The vision Transformer of BEiT: configuration, layers, encoder, heads and resizing."""

@@ -1,0 +1,67 @@
+"""What a run is made of besides its task: the optimiser with its schedule, and the run itself."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, linear warm-up, cosine decay: BEiT's pre-training recipe (spec 6)."""
+
+    lr: float = 1.5e-3  # peak, absolute: not scaled by the batch
+    min_lr: float = 1e-5
+    warmup_steps: int | None = None  # optimiser steps; None takes warmup_epochs
+    warmup_epochs: float = 10.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_grad: float | None = 3.0  # global L2 norm; None leaves gradients as they are
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_lr <= self.lr:
+            raise ValueError(
+                f"min_lr {self.min_lr} and lr {self.lr}: give 0 < min_lr <= lr (min_lr = lr is a "
+                "constant rate)"
+            )
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise ValueError(f"clip_grad is {self.clip_grad}: give a positive norm, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Length, place and habits of one run."""
+
+    output: str  # folder of checkpoints, curves and pictures
+    steps: int | None = None  # optimiser steps; exactly one of steps and epochs
+    epochs: float | None = None
+    seed: int = 0
+    accumulate: int = 1  # micro-batches per optimiser step
+    precision: Literal["fp32", "bf16"] = "bf16"  # bf16 autocasts; weights stay fp32
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    ema_decay: float | None = None  # None keeps no averaged weights
+    log_every: int = 50  # steps between lines of metrics; the only host syncs
+    save_every: int = 1000  # steps between checkpoints; one more at the end
+    keep: int = 2  # newest checkpoints that stay
+    picture_every: int | None = None  # steps between pictures; one more at the end
+    resume: Literal["auto", "must", "never"] = "auto"  # auto: from the newest checkpoint, if any
+    fallback: bool = False  # resume from an older checkpoint where the newest is damaged
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"run.steps is {self.steps} and run.epochs is {self.epochs}: give exactly one, "
+                "and null for the other"
+            )
+        for name in ("accumulate", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} is {getattr(self, name)}: give at least 1")
+        if self.picture_every is not None and self.picture_every < 1:
+            raise ValueError(f"run.picture_every is {self.picture_every}: give at least 1, or null")
+        if (self.steps if self.steps is not None else self.epochs) <= 0:
+            raise ValueError("the run has no step: give run.steps or run.epochs above 0")
+
+    def num_steps(self, batches_per_epoch: int) -> int:
+        """Optimiser steps of the whole run, given micro-batches per epoch on one rank."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, int(self.epochs * batches_per_epoch) // self.accumulate)

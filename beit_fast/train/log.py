@@ -1,0 +1,150 @@
+"""Metrics stay on the device between log lines; a line goes to the terminal, JSON and TensorBoard.
+
+`metrics.jsonl` holds one object a line. After a resume the lines past the checkpoint are cut, so
+none is doubled.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+METRICS = "metrics.jsonl"
+
+
+class Meter:
+    """Sums of metrics since the last reading, on the device.
+
+    `state` and `load_state` carry an unread window through a checkpoint, so that a resumed run
+    prints the numbers of a run that was never stopped.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, **metrics: Tensor) -> None:
+        """Add one scalar tensor a name."""
+        for name, value in metrics.items():
+            value = value.detach().to(torch.float64)
+            if name in self._sums:
+                self._sums[name] += value
+                self._counts[name] += 1
+            else:
+                self._sums[name], self._counts[name] = value.clone(), 1
+
+    def means(self) -> dict[str, Tensor]:
+        """The means on the device, without a sync; the window starts afresh."""
+        means = {name: self._sums[name] / self._counts[name] for name in sorted(self._sums)}
+        self._sums, self._counts = {}, {}
+        return means
+
+    def state(self) -> dict[str, Tensor]:
+        sums = {f"meter_sum/{name}": value for name, value in self._sums.items()}
+        return sums | {f"meter_count/{k}": torch.tensor(v) for k, v in self._counts.items()}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "meter_sum":
+                self._sums[name] = value.to(self._device)
+            elif kind == "meter_count":
+                self._counts[name] = int(value)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Log:
+    """Terminal, `metrics.jsonl` and TensorBoard of one run; silent on ranks other than 0."""
+
+    def __init__(
+        self, output: Path, *, title: str, start: int, num_steps: int, enabled: bool = True
+    ) -> None:
+        self._path, self._title, self._num_steps = output / METRICS, title, num_steps
+        self._enabled = enabled
+        self.console = Console(quiet=not enabled, highlight=False)
+        self._done, self._images, self._since = start, 0, time.perf_counter()
+        self._begun, self._start = self._since, start
+        self._progress = None
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, unused by other ranks
+
+        self._keep_lines_up_to(start)
+        self._board = SummaryWriter(output / "tensorboard", purge_step=start + 1 if start else None)
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._bar = self._progress.add_task(title, total=num_steps, completed=start, speed="")
+            self._progress.start()
+
+    def _keep_lines_up_to(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = [r for r in read_metrics(self._path) if r["step"] <= step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        temporary.replace(self._path)
+
+    def tick(self, num_images: int) -> None:
+        """One optimiser step over `num_images` images has been launched."""
+        self._done += 1
+        self._images += num_images
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=self._done)
+
+    def line(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the means of the steps since the last line; call after a device sync."""
+        now = time.perf_counter()
+        speed = self._images / max(1e-9, now - self._since)
+        self._images, self._since = 0, now
+        if not self._enabled:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics, "images_per_second": speed}) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._board.add_scalar("images_per_second", speed, step)
+        left = (now - self._begun) / (step - self._start) * (self._num_steps - step)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.console.print(
+            f"{self._title} {step}/{self._num_steps}  {text}  {speed:.0f} images/s  "
+            f"{_clock(left)} left",
+            soft_wrap=True,
+        )
+        if self._progress is not None:
+            self._progress.update(self._bar, speed=f"{speed:.0f} images/s")
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._enabled:
+            self._board.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,117 @@
+"""The optimiser and its schedule.
+
+    lr(s) = lr * s / (W - 1)                                          s < W    warm-up
+    lr(s) = min_lr + (lr - min_lr) / 2 * (1 + cos(pi (s - W) / (S - W)))       cosine
+
+S optimiser steps, the first W of them warm-up. Source: unilm beit `cosine_scheduler` (spec 6).
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from beit_fast.train.config import OptimConfig
+
+
+def lr_at(step: int, optim: OptimConfig, num_steps: int, warmup_steps: int) -> float:
+    """Learning rate of 0-based optimiser step `step`; the first warm-up step has rate 0."""
+    if step < warmup_steps:
+        return optim.lr * step / max(1, warmup_steps - 1)
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def warmup_steps(optim: OptimConfig, num_steps: int, steps_per_epoch: float) -> int:
+    """Warm-up in optimiser steps. Raises ValueError if it leaves no step to train."""
+    warmup = optim.warmup_steps
+    if warmup is None:
+        warmup = int(optim.warmup_epochs * steps_per_epoch)
+    if warmup >= num_steps:
+        raise ValueError(
+            f"the warm-up takes {warmup} of {num_steps} steps: shorten it (optim.warmup_steps or "
+            "optim.warmup_epochs) or train longer"
+        )
+    return warmup
+
+
+def build_optimizer(
+    groups: Iterable[dict], optim: OptimConfig, device: torch.device
+) -> torch.optim.AdamW:
+    """Torch's fused AdamW. The rate is a device tensor, so a captured graph sees it change.
+
+    A tensor assigned to `optimizer.found_inf` makes `step()` skip on the device where it is 1.
+    """
+    return torch.optim.AdamW(
+        [{**group, "lr": torch.tensor(optim.lr, device=device)} for group in groups],
+        lr=torch.tensor(optim.lr, device=device),
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer,
+    optim: OptimConfig,
+    *,
+    num_steps: int,
+    warmup: int,
+    start: int,
+) -> LambdaLR:
+    """LambdaLR at optimiser step `start`: it fills the rate tensors in place, as a graph needs."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = torch.full_like(group["lr"], optim.lr)
+    return LambdaLR(
+        optimizer,
+        lambda step: lr_at(step, optim, num_steps, warmup) / optim.lr,
+        last_epoch=start - 1,
+    )
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradients to a global L2 norm of at most `max_norm`; the norm before, a scalar."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state as `<kind>/<parameter name>` -> tensor, ready for safetensors."""
+    return {
+        f"{kind}/{name}": value
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """Inverse of `optimizer_tensors`. Raises ValueError naming what is unknown or missing."""
+    parameters = dict(model.named_parameters())
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if name not in parameters:
+            raise ValueError(f"optimiser state for {name!r}: the model has no such parameter")
+        state.setdefault(name, {})[kind] = value
+    trained = {
+        name
+        for name, parameter in parameters.items()
+        if any(parameter is p for group in optimizer.param_groups for p in group["params"])
+    }
+    if missing := sorted(trained - state.keys()):
+        raise ValueError(
+            f"no optimiser state for {len(missing)} parameters: {', '.join(missing[:4])}"
+        )
+    for name, values in state.items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            kind: value.to(parameter.device) for kind, value in values.items()
+        }

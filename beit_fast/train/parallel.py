@@ -1,0 +1,101 @@
+"""One process or many: torchrun's variables, the process group, DDP. The order is the file.
+
+Gradients are averaged over ranks, as in the original: each rank's loss is the mean over its own
+masked patches. Control messages (stop, digest of the settings) go over gloo on the CPU, so that
+agreeing on them never waits for the GPU.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TIMEOUT = timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` ones; `control` is the CPU group for flags (None if alone)."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: "dist.ProcessGroup | None" = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any_of(self, flag: int) -> int:
+        """The largest `flag` of all ranks: how they agree to stop after the same step."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(flag)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.control)
+        return int(value)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over ranks, in rank order of summation fixed by the backend."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values = values / self.size
+        return values
+
+    def same(self, digest: str) -> None:
+        """Raise ValueError unless every rank passes the same `digest`."""
+        if self.size == 1:
+            return
+        digests: list[str | None] = [None] * self.size
+        dist.all_gather_object(digests, digest, group=self.control)
+        if different := [rank for rank, other in enumerate(digests) if other != digests[0]]:
+            raise ValueError(f"ranks {different} run other settings or code than rank 0")
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+
+@contextlib.contextmanager
+def open_world(device: str) -> Iterator[World]:
+    """The world that torchrun describes, or this process alone. `device`: auto, cpu or cuda.
+
+    Raises ValueError where cuda is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device is cuda and torch sees no GPU: pass --run.device cpu")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(rank, size, chosen, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    finally:
+        dist.destroy_process_group()
+
+
+def data_parallel(module: nn.Module, world: World) -> nn.Module:
+    """`module`, or its DDP wrapper where there are several ranks."""
+    if world.size == 1:
+        return module
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def gradient_sync(module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
+    """Exchange gradients on the last micro-batch of a step only."""
+    if last or not isinstance(module, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return module.no_sync()

@@ -1,0 +1,243 @@
+"""Checkpoints: a folder a step, complete or not there at all.
+
+    <output>/checkpoints/step_00001000/
+        model.safetensors  optimizer.safetensors  [ema.safetensors]  run.safetensors
+        manifest.json      format, step, settings, versions, commit, SHA-256 of every file
+
+Written under a temporary name, flushed to the disk, then renamed: a crash leaves a folder that
+does not count. Nothing is pickled. Every byte that is read is checked against its digest first,
+because a flipped bit in a weight file otherwise loads as a wrong number without any error.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+logger = logging.getLogger("beit_fast.train")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, incomplete, foreign, or of another run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read: `tensors[file stem][name]`, and the manifest."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    manifest: dict[str, Any]
+
+
+def checkpoint_paths(output: Path) -> list[Path]:
+    """Complete checkpoints below `output`, oldest first. Temporary folders do not count."""
+    folder = output / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"step_\d{8}", p.name))
+
+
+def save_checkpoint(
+    output: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    settings: Mapping[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Write step `step`, then drop all but the newest `keep`. Returns the checkpoint's folder.
+
+    Raises OSError, with the path and the free space, if it cannot be written; what was there
+    before stays whole.
+    """
+    folder = output / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".step_*"):
+        shutil.rmtree(stale, ignore_errors=True)  # left by a run that died while it wrote
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".{final.name}"
+    try:
+        temporary.mkdir()
+        digests = {}
+        for stem, values in tensors.items():
+            path = temporary / f"{stem}.safetensors"
+            save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, path)
+            path.chmod(0o666 & ~_umask())  # safetensors makes files only their owner can read
+            digests[path.name] = _flush(path)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "files": digests,
+            "settings": settings,
+            "environment": environment(),
+        }
+        path = temporary / MANIFEST
+        path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush_folder(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(folder).free / 2**20
+        raise OSError(
+            f"checkpoint of step {step} not written to {folder} ({free:.0f} MiB free): {error}"
+        ) from error
+    for old in checkpoint_paths(output)[:-keep]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            logger.warning("old checkpoint %s was not deleted: %s", old, error)
+    return final
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises CheckpointError naming the file at fault."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path / MANIFEST} is missing: no complete checkpoint") from error
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {version}, this version reads {FORMAT}: load it with "
+            "the beit_fast that wrote it"
+        )
+    tensors = {}
+    for name, digest in files.items():
+        file = path / name
+        if Path(name).name != name or file.suffix != ".safetensors":
+            raise CheckpointError(f"{path / MANIFEST} lists {name!r}, which is no weight file")
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise CheckpointError(
+                f"{file} is damaged: its SHA-256 is not the one it was saved with"
+            )
+        try:
+            tensors[file.stem] = load_tensors(content)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is no safetensors file: {error}") from error
+    return Checkpoint(path, step, tensors, manifest)
+
+
+def load_newest(output: Path, *, fallback: bool = False) -> Checkpoint | None:
+    """The newest checkpoint below `output`, or None where there is none.
+
+    A damaged one raises CheckpointError, unless `fallback` allows the one before it, with a
+    warning. If all are damaged the newest one's error is raised.
+    """
+    first_error = None
+    for path in reversed(checkpoint_paths(output)):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            if not fallback:
+                raise CheckpointError(
+                    f"{error}. Pass --run.fallback true to resume from an older checkpoint"
+                ) from error
+            logger.warning("%s: trying the checkpoint before it", error)
+            first_error = first_error or error
+    if first_error is not None:
+        raise first_error
+    return None
+
+
+def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
+    """Raise CheckpointError listing every setting in which `checkpoint` is of another run."""
+    theirs, ours = _flatten(checkpoint.manifest["settings"]), _flatten(settings)
+    different = [
+        f"{key} was {theirs.get(key, 'absent')!r}, is {ours.get(key, 'absent')!r}"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to a run with other settings ({'; '.join(different)}): "
+            "restore them, or give another --run.output"
+        )
+
+
+def environment() -> dict[str, str | None]:
+    """Versions, commit (None outside a checkout) and machine that a result depends on."""
+    packages = ("beit-fast", "torch", "torchvision", "triton", "numpy", "timm", "grain")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {**versions, "python": platform.python_version(), "device": device, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _flush(path: Path) -> str:
+    """Force a file to the disk; its SHA-256."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,39 @@
+"""Loss and accuracy over the steps of a run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def draw_curves(
+    records: Sequence[Mapping[str, float]], path: Path, *, vocab_size: int | None = None
+) -> Path:
+    """Draw the lines of a run's `metrics.jsonl` as a PNG at `path`.
+
+    With `vocab_size`, lines mark chance (ln V and 1/V). Raises ValueError if nothing was logged.
+    """
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    if not records:
+        raise ValueError("no metrics were logged: train first, or lower run.log_every")
+    steps = [r["step"] for r in records]
+    panels = [name for name in ("loss", "accuracy", "lr") if name in records[-1]]
+    figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.plot(steps, [r[name] for r in records], label=name)
+        if name == "loss" and "marginal_entropy" in records[-1]:
+            axes.plot(
+                steps,
+                [r["marginal_entropy"] for r in records],
+                linestyle="--",
+                label="entropy of the token marginals",
+            )
+        if vocab_size and name in ("loss", "accuracy"):
+            chance = math.log(vocab_size) if name == "loss" else 1 / vocab_size
+            axes.axhline(chance, color="grey", linestyle=":", label="chance")
+        axes.set_xlabel("step")
+        axes.set_title(name)
+        if len(axes.get_lines()) > 1:
+            axes.legend()
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,41 @@
+"""The package: name, version, dependencies, entry point and the kernels/ mapping."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="beit-fast",
+    version="0.1.0",
+    description="BEiT pre-training and backbones, built for throughput",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=["beit_fast.kernels", *find_packages(include=["beit_fast", "beit_fast.*"])],
+    package_dir={"beit_fast.kernels": "kernels"},
+    package_data={"beit_fast.data": ["photographs/*"]},
+    install_requires=[
+        "torch>=2.11",  # tensors, SDPA, fused AdamW with tensor lr; tested: 2.11.0 to 2.13.0
+        "torchvision",  # transforms v2 on uint8, colour jitter on PIL images, image grids
+        "numpy",
+        "safetensors",  # weight files that can hold no code
+        "scipy",  # interpolating cubic spline for relative-position tables
+        "timm>=1.0.20",  # parameter groups, EMA of the weights
+        "torchcodec>=0.17",  # JPEG decode in threads; earlier versions corrupt memory on CUDA
+        "pillow",  # every other image format, and the reference transform
+        "grain>=0.2.18",  # order, shuffle, split over ranks, prefetch threads, exact resume
+        "jsonargparse[signatures]>=4.40",  # the command line, generated from the dataclasses
+        "rich",  # progress
+        "tensorboard",  # event logs
+        "matplotlib",  # curves
+    ],
+    extras_require={
+        "test": [
+            "pytest",
+            "pytest-benchmark",
+            "ruff",
+            "transformers>=5.17",  # numerical peer, as is timm
+        ],
+        "bench": ["transformers>=5.17"],  # xformers is a further peer where its wheel matches torch
+    },
+    entry_points={"console_scripts": ["beit-fast=beit_fast.cli:main"]},
+)

@@ -1,0 +1,14 @@
+"""Seeds and threads: every test starts from the same random state, on a known number of cores."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported; no GPU needed
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Grain imports jax where jax is installed
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

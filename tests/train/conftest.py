@@ -1,0 +1,85 @@
+"""A task of a few hundred parameters that draws random numbers: enough to test the loop."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from beit_fast.train.config import OptimConfig, RunConfig
+from beit_fast.train.loop import train
+from beit_fast.train.parallel import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class ToyTask:
+    """Regression with dropout on data that is a function of the batch's number."""
+
+    name = "toy"
+    batches_per_epoch = 5
+    images_per_batch = 4
+
+    def __init__(self, bad_step: int | None = None, world: World = ALONE) -> None:
+        torch.manual_seed(7)
+        self.model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 1))
+        self.counters = {"seen": torch.zeros((), dtype=torch.float64)}
+        self.bad_step, self.world = bad_step, world
+        self.fetched: list[int] = []
+        self.on_step = lambda step: None
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+
+    def batches(self, start: int):
+        number = start
+        while True:
+            generator = torch.Generator().manual_seed(number * self.world.size + self.world.rank)
+            self.fetched.append(number)
+            yield {"x": torch.randn(4, 8, generator=generator)}
+            number += 1
+
+    def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self.on_step(step)
+        self.counters["seen"] += len(batch["x"])
+        loss = (self.model(batch["x"]).squeeze(1) - batch["x"].sum(1)).square().mean()
+        if step == self.bad_step:
+            loss = loss * torch.nan
+        return loss, {"error": loss.detach().sqrt()}
+
+    def param_groups(self, weight_decay: float) -> list[dict]:
+        return [{"params": list(self.model.parameters()), "weight_decay": weight_decay}]
+
+    def report(self) -> dict[str, Tensor]:
+        return {"seen": self.counters["seen"]}
+
+    def picture(self, model: nn.Module, path: Path) -> None:
+        path.write_bytes(b"png")
+
+
+def _run_toy(output: Path, task: ToyTask | None = None, world: World = ALONE, **changes):
+    """Train the toy for 12 steps; `changes` go to RunConfig."""
+    task = task or ToyTask()
+    run = {
+        "output": str(output),
+        "steps": 12,
+        "precision": "fp32",
+        "device": "cpu",
+        "log_every": 4,
+        "save_every": 100,
+        "ema_decay": 0.9,
+        "accumulate": 2,
+    }
+    optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=3)
+    outcome = train(task, optim, RunConfig(**run | changes), settings={"toy": 1}, world=world)
+    return task, outcome
+
+
+@pytest.fixture
+def toy_task():
+    return ToyTask
+
+
+@pytest.fixture
+def run_toy():
+    return _run_toy

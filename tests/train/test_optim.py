@@ -1,0 +1,97 @@
+"""Schedule, clipping and the optimiser's state."""
+
+import pytest
+import torch
+from torch import nn
+
+from beit_fast.train.config import OptimConfig, RunConfig
+from beit_fast.train.optim import (
+    build_optimizer,
+    build_schedule,
+    clip_gradients,
+    load_optimizer_tensors,
+    lr_at,
+    optimizer_tensors,
+    warmup_steps,
+)
+
+
+def test_the_schedule_has_the_values_of_the_original():
+    optim = OptimConfig(lr=1.5e-3, min_lr=1e-5, warmup_epochs=10)
+    total = RunConfig(output="x", epochs=800).num_steps(625)
+    assert total == 500_000
+    warmup = warmup_steps(optim, total, 625)
+    assert warmup == 6250
+
+    def lr(step):
+        return lr_at(step, optim, total, warmup)
+
+    assert lr(0) == 0
+    assert lr(1) == pytest.approx(2.4004e-7, rel=1e-4)
+    assert lr(6249) == lr(6250) == pytest.approx(1.5e-3)
+    assert lr(250_000) == pytest.approx(7.6981e-4, rel=1e-4)
+    assert lr(499_999) == pytest.approx(1.0000000015e-5, rel=1e-9)
+
+
+def test_the_rate_stays_the_same_tensor(model):
+    optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
+    optimizer = build_optimizer([{"params": model.parameters()}], optim, torch.device("cpu"))
+    rate = optimizer.param_groups[0]["lr"]
+    schedule = build_schedule(optimizer, optim, num_steps=6, warmup=2, start=0)
+    for step in range(6):
+        assert float(rate) == pytest.approx(lr_at(step, optim, 6, 2), rel=1e-6)
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] is rate
+
+
+def test_a_schedule_started_late_has_the_rate_of_that_step(model):
+    optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
+    optimizer = build_optimizer([{"params": model.parameters()}], optim, torch.device("cpu"))
+    build_schedule(optimizer, optim, num_steps=9, warmup=2, start=5)
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(lr_at(5, optim, 9, 2), rel=1e-6)
+
+
+def test_gradients_are_clipped_to_the_global_norm(model):
+    model(torch.ones(2, 4)).sum().mul(100).backward()
+    norm = clip_gradients(list(model.parameters()), 1.0)
+    assert norm > 1
+    left = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert float(left) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_optimiser_state_survives_a_round_trip_by_name(model):
+    optim = OptimConfig(lr=1e-2, min_lr=1e-3)
+    optimizer = build_optimizer([{"params": model.parameters()}], optim, torch.device("cpu"))
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    tensors = optimizer_tensors(optimizer, model)
+    assert {"exp_avg/weight", "exp_avg_sq/bias", "step/weight"} <= tensors.keys()
+    other = build_optimizer([{"params": model.parameters()}], optim, torch.device("cpu"))
+    load_optimizer_tensors(other, model, tensors)
+    for name, value in optimizer_tensors(other, model).items():
+        assert torch.equal(value, tensors[name])
+    with pytest.raises(ValueError, match="no such parameter"):
+        load_optimizer_tensors(other, model, tensors | {"exp_avg/x": torch.ones(1)})
+    with pytest.raises(ValueError, match="no optimiser state for 1 parameters: bias"):
+        load_optimizer_tensors(
+            other, model, {k: v for k, v in tensors.items() if not k.endswith("bias")}
+        )
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match="the warm-up takes 10 of 10 steps"):
+        warmup_steps(OptimConfig(warmup_steps=10), 10, 5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 1, "epochs": 1}, {}, {"steps": 0}, {"steps": 1, "log_every": 0}]
+)
+def test_an_impossible_run_is_refused(wrong):
+    with pytest.raises(ValueError, match="run"):
+        RunConfig(output="x", **wrong)
+
+
+@pytest.fixture
+def model():
+    return nn.Linear(4, 3)
