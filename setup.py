@@ -23,7 +23,7 @@ setup(
         "torchcodec>=0.17",  # JPEG decode in threads; earlier versions corrupt memory on CUDA
         "pillow",  # every other image format, and the reference transform
         "grain>=0.2.18",  # order, shuffle, split over ranks, prefetch threads, exact resume
-        "jsonargparse[signatures]>=4.40",  # the command line, generated from the dataclasses
+        "jsonargparse[signatures]>=4.49",  # the command line, generated from the dataclasses
         "rich",  # progress
         "tensorboard",  # event logs
         "matplotlib",  # curves

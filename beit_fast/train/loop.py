@@ -61,7 +61,8 @@ class Task(Protocol):
     name: str
     model: nn.Module
     counters: dict[str, Tensor]
-    batches_per_epoch: int
+    num_images: int  # in the data set
+    batches_per_epoch: int  # micro-batches of one rank in one pass, rounded down
     images_per_batch: int
 
     def to(self, device: torch.device) -> None:
@@ -124,8 +125,8 @@ class _Sentinel:
             return
         kept = checkpoint_paths(output)
         raise NonFiniteLoss(
-            f"loss or gradient norm is not finite between steps {since + 1} and {done}, first at step "
-            f"{first + 1}: no weight was changed from there on. "
+            f"loss or gradient norm is not finite between steps {since + 1} and {done}, first at "
+            f"step {first + 1}: no weight was changed from there on. "
             + (f"The last good checkpoint is {kept[-1]}. " if kept else "There is no checkpoint. ")
             + "Lower optim.lr, lengthen the warm-up or clip harder, then resume"
         )
@@ -148,6 +149,7 @@ def train(
     """
     output, device = Path(run.output), world.device
     num_steps = run.num_steps(task.batches_per_epoch)
+    images_per_step = task.images_per_batch * run.accumulate * world.size
     warmup = warmup_steps(optim, num_steps, task.batches_per_epoch / run.accumulate)
     # Through JSON, so that what is compared at a resume is what a manifest can hold.
     settings = json.loads(
@@ -227,7 +229,7 @@ def train(
                 if ema:
                     ema.update(task.model)
                 done = step + 1
-                log.tick(task.images_per_batch * run.accumulate * world.size)
+                log.tick(images_per_step)
 
                 signum = world.any_of(stop.received)
                 prints = done % run.log_every == 0 or done == num_steps
@@ -240,7 +242,7 @@ def train(
                     values = world.mean(torch.stack([v.double() for v in scalars.values()]))
                     line = dict(zip(scalars, values.tolist(), strict=True))
                     line["lr"] = lr_at(step, optim, num_steps, warmup)
-                    line["epoch"] = done * run.accumulate / task.batches_per_epoch
+                    line["epoch"] = done * images_per_step / task.num_images
                     log.line(done, line)
                 if saves:
                     save(done)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 
-def hide_patches(images: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Paint the patches of `images` (B, 3, h, w) where `mask` (B, L) is True in mid-grey."""
+def hide_patches(images: Tensor, mask: Tensor, grid: tuple[int, int], fill: float = 0.5) -> Tensor:
+    """Fill the patches of `images` (B, 3, h, w) where `mask` (B, L) is True, with grey."""
     height, width = images.shape[-2:]
     hidden = mask.view(-1, 1, *grid).float()
     hidden = torch.nn.functional.interpolate(hidden, size=(height, width), mode="nearest")
-    return torch.where(hidden > 0, torch.full_like(images, 0.5), images)
+    return torch.where(hidden > 0, torch.full_like(images, fill), images)
 
 
 def draw_columns(columns: Mapping[str, Tensor], path: Path) -> Path:

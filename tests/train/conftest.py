@@ -17,12 +17,15 @@ class ToyTask:
     """Regression with dropout on data that is a function of the batch's number."""
 
     name = "toy"
+    num_images = 20
     batches_per_epoch = 5
     images_per_batch = 4
 
-    def __init__(self, bad_step: int | None = None, world: World = ALONE) -> None:
+    def __init__(
+        self, bad_step: int | None = None, world: World = ALONE, dropout: float = 0.3
+    ) -> None:
         torch.manual_seed(7)
-        self.model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 1))
+        self.model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(dropout), nn.Linear(16, 1))
         self.counters = {"seen": torch.zeros((), dtype=torch.float64)}
         self.bad_step, self.world = bad_step, world
         self.fetched: list[int] = []
@@ -57,7 +60,7 @@ class ToyTask:
         path.write_bytes(b"png")
 
 
-def _run_toy(output: Path, task: ToyTask | None = None, world: World = ALONE, **changes):
+def train_toy(output: Path, task: ToyTask | None = None, world: World = ALONE, **changes):
     """Train the toy for 12 steps; `changes` go to RunConfig."""
     task = task or ToyTask()
     run = {
@@ -82,4 +85,4 @@ def toy_task():
 
 @pytest.fixture
 def run_toy():
-    return _run_toy
+    return train_toy

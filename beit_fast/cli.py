@@ -1,0 +1,96 @@
+"""The command line: `beit-fast <verb> <recipe> [--section.field value ...]`.
+
+Flags are generated from the recipe's dataclasses, on top of the recipe's own values.
+"""
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from beit_fast import recipes
+from beit_fast.tasks.dvae import run_dvae
+from beit_fast.tasks.pipeline import run_pretraining
+from beit_fast.tokenizer.dalle import convert_dalle
+from beit_fast.train.loop import NonFiniteLoss
+from beit_fast.train.stop import Interrupted
+
+USAGE = """usage: beit-fast <verb> ...
+
+  pretrain RECIPE        train a BEiT on a folder of images
+  tokenizer RECIPE       train a dVAE on a folder of images
+  convert-dalle          OpenAI's encoder.pkl and decoder.pkl -> one safetensors file
+
+`beit-fast pretrain` lists the recipes; `beit-fast pretrain RECIPE --help` every field of one,
+and `--print_config` its values as YAML for `--config FILE`."""
+
+VERBS: dict[str, tuple[dict[str, Callable[[], Any]], Callable[[Any], None]]] = {
+    "pretrain": (recipes.PRETRAIN, run_pretraining),
+    "tokenizer": (recipes.TOKENIZER, run_dvae),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. 0 done, 1 an error of one line, 2 wrong usage, 130 or 143 a signal."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verb, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if verb in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if verb != "convert-dalle" and verb not in VERBS:
+        print(f"{USAGE}\n\nbeit-fast: there is no verb {verb!r}", file=sys.stderr)
+        return 2
+    try:
+        if verb == "convert-dalle":
+            _convert_dalle(rest)
+        else:
+            known, run = VERBS[verb]
+            if not rest or rest[0] not in known:
+                return _list_recipes(verb, known, rest)
+            run(parse(verb, rest[0], known[rest[0]], rest[1:]))
+    except Interrupted as stop:
+        print(f"beit-fast: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("beit-fast: interrupted; the last checkpoint is whole", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, NonFiniteLoss) as error:
+        print(f"beit-fast: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(verb: str, name: str, recipe: Callable[[], Any], arguments: Sequence[str]) -> Any:
+    """The recipe's configuration with the command line's changes."""
+    default = recipe()
+    parser = ArgumentParser(prog=f"beit-fast {verb} {name}", description=inspect.getdoc(recipe))
+    parser.add_argument("--config", action="config", help="YAML file of fields to change")
+    parser.add_class_arguments(type(default))
+    parser.set_defaults(asdict(default))
+    chosen = parser.instantiate(parser.parse_args(list(arguments)))
+    return type(default)(**{k: v for k, v in vars(chosen).items() if k != "config"})
+
+
+def _list_recipes(verb: str, known: dict[str, Callable[[], Any]], rest: Sequence[str]) -> int:
+    asked = bool(rest) and rest[0] not in ("-h", "--help")
+    lines = [f"beit-fast: there is no recipe {rest[0]!r}"] if asked else []
+    lines.append(f"usage: beit-fast {verb} RECIPE [--section.field value ...]\n")
+    for name, recipe in known.items():
+        lines.append(f"  {name:22} {(inspect.getdoc(recipe) or '').splitlines()[0]}")
+    print("\n".join(lines), file=sys.stderr if asked or not rest else sys.stdout)
+    return 0 if rest and not asked else 2
+
+
+def _convert_dalle(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="beit-fast convert-dalle", description=convert_dalle.__doc__)
+    parser.add_function_arguments(convert_dalle)
+    print(f"wrote {convert_dalle(**vars(parser.parse_args(list(arguments))))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Where images come from: a protocol, and folders.
+
+A source is random access to encoded files; it decodes nothing. Shards of tar files can join behind
+the same three methods.
+"""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from beit_fast.data.decode import BadImageError
+
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+)
+MAX_FILE_BYTES = 256 * 2**20  # no photograph is that large; the file would be read whole
+
+
+class ImageSource(Protocol):
+    """Encoded images by number, the same numbers in every process and run."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes:
+        """The file's bytes. Raises OSError or BadImageError if they cannot be had."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call it in a message: enough to find the file."""
+        ...
+
+
+class ImageFolder:
+    """All images under a folder, at any depth (classes or flat), in the order of their paths.
+
+    Files are found by extension, in either case; names that begin with a dot are left out. Links
+    inside the folder are left out too unless `follow_links`: then they may lead anywhere, and a
+    folder reached twice is read once.
+
+    Raises ValueError if the folder is missing, is no folder, or holds no image.
+    """
+
+    def __init__(self, path: str | Path, *, follow_links: bool = False):
+        self.root = Path(path)
+        if not self.root.exists():
+            raise ValueError(f"the image folder {self.root} does not exist: check the path")
+        if not self.root.is_dir():
+            raise ValueError(f"{self.root} is not a folder: give the folder the images are in")
+        self._paths, num_links = _scan(self.root, follow_links)
+        if not self._paths:
+            links = f" ({num_links} links left out: set follow_links)" if num_links else ""
+            raise ValueError(
+                f"no images under {self.root}{links}: expected files ending in "
+                f"{' '.join(sorted(EXTENSIONS))}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, index: int) -> bytes:
+        with open(self.name(index), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE_BYTES:
+                raise BadImageError(f"the file has {size} bytes, more than {MAX_FILE_BYTES}")
+            return file.read()
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, self._paths[index])
+
+
+def _scan(root: Path, follow_links: bool) -> tuple[list[str], int]:
+    """Sorted paths of images relative to `root`, and how many links were left out."""
+    paths, num_links = [], 0
+    entered = {os.path.realpath(root)}
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                path = os.path.join(folder, entry.name)
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_symlink() and not follow_links:
+                    num_links += 1
+                elif entry.is_dir():
+                    target = os.path.realpath(entry.path)
+                    if not follow_links or target not in entered:
+                        entered.add(target)
+                        folders.append(path)
+                elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                    paths.append(path)
+    return sorted(paths), num_links

@@ -1,0 +1,166 @@
+"""Bytes of an image file -> RGB pixels, by two decoders that agree.
+
+`decode_pillow` is the reference; `decode_fast` gives JPEGs to torchcodec (the same libjpeg-turbo,
+a tenth faster, no PIL image on the way) and everything else to Pillow.
+
+What is decided here, the same for both:
+- formats   JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, recognised by their first bytes, never by name
+- colour    as Pillow's `convert("RGB")`, which is what the official pipeline calls: grey is
+            repeated, palettes looked up, CMYK converted, alpha dropped (not composed)
+- 16 bits   a grey image keeps its high byte, as Pillow does for RGB (its own conversion of grey
+            clips at 255 and would give white); 32-bit pixels have no agreed range and are refused
+- frames    the first of an animation, the first page of a TIFF
+- EXIF      orientation is not applied, as in the official pipeline: torchcodec would rotate, so
+            the segment is cut out of JPEGs (which also spares Pillow damaged ones); a TIFF's
+            orientation is part of its format, and Pillow applies it
+- bombs     an image of more than `max_pixels` is refused from its header, before decoding
+"""
+
+import io
+
+import numpy as np
+import torch
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+MAX_PIXELS = 64_000_000
+
+_JPEG = b"\xff\xd8\xff"
+# The format's own class instead of Image.open: that one looks up every plugin Pillow has, tries
+# them on hostile bytes, and warns of large images by a process-wide limit that is not ours.
+_FORMATS = (
+    (_JPEG, JpegImagePlugin.JpegImageFile),
+    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (b"GIF8", GifImagePlugin.GifImageFile),
+    (b"BM", BmpImagePlugin.BmpImageFile),
+    (b"II*\0", TiffImagePlugin.TiffImageFile),
+    (b"MM\0*", TiffImagePlugin.TiffImageFile),
+    *((b"P%d" % digit, PpmImagePlugin.PpmImageFile) for digit in range(1, 7)),
+)
+
+
+class BadImageError(ValueError):
+    """This file cannot be used; the message says why. The loader puts another in its place."""
+
+
+def decode_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in mode RGB.
+
+    Raises BadImageError if the bytes are no complete image of a known format, or too large a one.
+    """
+    if data.startswith(_JPEG):
+        data = _without_app1(data)[0]
+    try:
+        with _open(data) as image:
+            _check_size(*image.size, max_pixels)
+            image.load()
+            return _to_rgb(image)
+    except (BadImageError, MemoryError):
+        raise
+    except Exception as error:  # damaged files make Pillow raise nearly every builtin exception
+        raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+
+def decode_fast(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The image as uint8 (height, width, 3), contiguous. Raises as `decode_pillow` does.
+
+    Equal to `decode_pillow` for everything but CMYK JPEGs, which may differ by one level.
+    """
+    if data.startswith(_JPEG):
+        data, size = _without_app1(data)
+        if size is not None:
+            _check_size(*size, max_pixels)
+            image = _torchcodec_jpeg(data)
+            if image is not None:
+                return image
+    return np.array(decode_pillow(data, max_pixels))
+
+
+def _torchcodec_jpeg(data: bytes) -> np.ndarray | None:
+    """Pixels, or None where torchcodec gives up: then Pillow says what is wrong, or copes, and
+    both decoders agree on which files are bad."""
+    from torchcodec.decoders import decode_jpeg
+
+    # A bytearray is writable: torch would warn of a read-only buffer.
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    try:
+        image = decode_jpeg(encoded, mode="RGB")
+    except RuntimeError:
+        return None
+    return image.permute(1, 2, 0).contiguous().numpy()
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise BadImageError("the file is empty")
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return WebPImagePlugin.WebPImageFile(io.BytesIO(data))
+    for signature, image_file in _FORMATS:
+        if data.startswith(signature):
+            return image_file(io.BytesIO(data))
+    raise BadImageError("not a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image")
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImageError(
+            f"{width}x{height} pixels are more than max_pixels={max_pixels}: shrink the image or "
+            "raise the limit"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image)
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImageError("its pixels have 32 bits and no agreed range: convert it to 8 or 16")
+    # Pillow warns when a palette with an alpha value per entry loses it; the colours are the same.
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def _without_app1(data: bytes) -> tuple[bytes, tuple[int, int] | None]:
+    """A JPEG without its APP1 segments (EXIF, XMP), and (width, height) from its frame header.
+
+    Size is None if the header is damaged; the bytes are then as they came.
+    """
+    size = None
+    segments = []
+    position = 2
+    try:
+        while True:
+            # Between segments decoders skip to the next marker, and over fill bytes.
+            position = data.index(b"\xff", position)
+            while data[position + 1] == 0xFF:
+                position += 1
+            marker = data[position + 1]
+            if marker in (0xD9, 0xDA):  # end of image, start of scan: no segments after it
+                break
+            if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # these stand alone
+                position += 2
+                continue
+            end = position + 2 + int.from_bytes(data[position + 2 : position + 4])
+            if marker == 0xE1:
+                segments.append((position, end))
+            elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # frame header
+                height = int.from_bytes(data[position + 5 : position + 7])
+                width = int.from_bytes(data[position + 7 : position + 9])
+                size = (width, height)
+            position = end
+    except (ValueError, IndexError):
+        return data, None
+    if segments:
+        kept = bytearray(data)
+        for start, end in reversed(segments):
+            del kept[start:end]
+        data = bytes(kept)
+    return data, size

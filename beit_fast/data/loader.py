@@ -1,0 +1,226 @@
+"""Batches in a fixed order, read ahead by threads, resumed exactly from a number.
+
+The data is one endless stream of samples: pass 0 over the data set in a shuffled order, pass 1 in
+another, and so on. Batch k of rank r holds the samples
+
+    (k * world_size + r) * batch_size  ...  + batch_size
+
+of that stream. So the state of the loader is k; nothing is dropped at the end of a pass (a batch
+may hold the last samples of one and the first of the next, and a data set may be smaller than a
+batch); ranks never share a sample; and a step over the same number of samples holds the same ones
+however they are split over ranks and accumulation.
+
+Order, shuffle, split and threads are Grain's, one element being one batch; a sample's crop and
+mask come from (seed, pass, index in the data set) alone.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from beit_fast.data.datasets import ImageSource
+from beit_fast.data.decode import BadImageError
+from beit_fast.data.samples import Sample
+from beit_fast.data.seeds import SampleSeed, counter_seed
+
+logger = logging.getLogger("beit_fast.data")
+
+# Up to here the lengths that Grain computes in floats are whole numbers; a run at 10,000 images
+# per second gets there in fourteen thousand years.
+_STREAM_LENGTH = 2**52
+_TOLERATED, _TOLERATED_SHARE = 10, 0.1  # bad files of a small data set, see Loader
+
+
+class BadDataError(RuntimeError):
+    """More files cannot be used than the run allows."""
+
+
+class Loader:
+    """Endless batches of samples from a source.
+
+    batch_size is per rank. An image that cannot be used is replaced by the next one of the data set
+    that can, with the crop and mask of the one it replaces; it is named once in the log
+    "beit_fast.data" and counted. With more bad files than `max_bad_share` of the data set the run
+    stops with BadDataError, but ten of them are borne in a data set of a hundred or more (a tenth
+    of a smaller one) so that one broken file does not stop a short run. `max_bad_share=0` is
+    strict: the first stops it. Each rank counts what it meets.
+
+    Raises ValueError for sizes or ranks that make no sense.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        sample: Sample,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_threads: int = 4,
+        max_bad_share: float = 0.001,
+    ):
+        if len(source) < 1:
+            raise ValueError("the data set is empty: there is nothing to load")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: a batch needs at least one sample")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} of world_size={world_size}: ranks count from 0")
+        if num_threads < 0:
+            raise ValueError(f"num_threads={num_threads}: take 0 (no threads) or more")
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"max_bad_share={max_bad_share} must be within 0 and 1")
+        self.source, self.sample = source, sample
+        self.batch_size, self.seed = batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.num_threads = num_threads
+        self._bad = _BadSamples(source, max_bad_share)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches per rank in one pass over the data, rounded down, at least 1: for schedules.
+
+        Passes themselves are counted in samples, see the top of this file.
+        """
+        return max(1, len(self.source) // (self.batch_size * self.world_size))
+
+    @property
+    def bad_samples(self) -> dict[str, str]:
+        """Name -> reason of the files met so far (batches read ahead included) and replaced."""
+        return self._bad.by_name()
+
+    def batches(self, start: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Batches from number `start` on, without end: the arrays of the sample's batch as CPU
+        tensors, and sample_index int64 (B,), the images really read.
+
+        A generator: close it (or drop it) to stop its threads. An error in a thread is raised when
+        its batch is due, after the batches before it.
+        """
+        if start < 0:
+            raise ValueError(f"start={start}: batches count from 0")
+        return self._generate(start)
+
+    def _generate(self, start: int) -> Iterator[dict[str, Tensor]]:
+        grain = _import_grain()
+        reader = _Reader(self)
+        num_samples = len(self.source)
+        batches = (
+            grain.MapDataset.range(num_samples)
+            .shuffle(seed=counter_seed("order", self.seed) % 2**32)
+            .repeat(_STREAM_LENGTH // num_samples)
+            .map_with_index(lambda position, index: (position // num_samples, index))
+            .batch(self.batch_size, batch_fn=list)[self.rank :: self.world_size]
+            .map(reader.read_batch)
+        )
+        options = grain.ReadOptions(
+            num_threads=self.num_threads,
+            # Each thread has a batch in the making, and one or two wait for the consumer.
+            prefetch_buffer_size=self.num_threads + 2 if self.num_threads else 0,
+        )
+        iterator = iter(batches.to_iter_dataset(options))
+        iterator.set_state({"next_index": start})
+        try:
+            for batch in iterator:
+                yield {name: torch.from_numpy(array) for name, array in batch.items()}
+        finally:
+            iterator.close()  # cancels what has not begun, but waits for nothing
+            reader.stop()
+
+
+class _Reader:
+    """Reads batches in Grain's threads, and can be stopped within one sample."""
+
+    def __init__(self, loader: Loader):
+        self._source, self._sample, self._seed = loader.source, loader.sample, loader.seed
+        self._bad, self._threaded = loader._bad, loader.num_threads > 0
+        self._stopping = threading.Event()
+        self._threads: set[threading.Thread] = set()
+
+    def read_batch(self, numbers: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """numbers: (epoch, index in the data set) of each sample."""
+        if self._threaded:
+            self._threads.add(threading.current_thread())
+        samples, used = [], []
+        for epoch, index in numbers:
+            if self._stopping.is_set():
+                raise RuntimeError("the iterator over batches was closed")
+            sample, index = self._read(epoch, index)
+            samples.append(sample)
+            used.append(index)
+        return self._sample.collate(samples) | {"sample_index": np.array(used, np.int64)}
+
+    def stop(self) -> None:
+        """Returns when no thread reads any more."""
+        self._stopping.set()
+        # A generator that is dropped may be finalised anywhere, in one of its own threads too.
+        for thread in self._threads - {threading.current_thread()}:
+            thread.join()
+
+    def _read(self, epoch: int, index: int) -> tuple[dict[str, np.ndarray], int]:
+        """The sample and the index of the image in it: this one or the next that can be used."""
+        seed = SampleSeed(self._seed, epoch, index)
+        num_samples = len(self._source)
+        for candidate in ((index + offset) % num_samples for offset in range(num_samples)):
+            if candidate in self._bad:
+                continue
+            try:
+                return self._sample(self._source.read(candidate), seed), candidate
+            except (BadImageError, OSError) as error:
+                self._bad.add(candidate, error)
+            except Exception as error:
+                error.add_note(f"in {self._source.name(candidate)} (sample {index}, pass {epoch})")
+                raise
+        raise BadDataError(f"none of the {num_samples} images can be used; see the log for each")
+
+
+class _BadSamples:
+    """The files that cannot be used, shared by the threads of a loader."""
+
+    def __init__(self, source: ImageSource, max_share: float):
+        self._source, self._max_share = source, max_share
+        small = min(_TOLERATED, int(_TOLERATED_SHARE * len(source))) if max_share else 0
+        self._allowed = max(int(max_share * len(source)), small)
+        self._reasons: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._reasons
+
+    def by_name(self) -> dict[str, str]:
+        with self._lock:
+            return {self._source.name(index): why for index, why in sorted(self._reasons.items())}
+
+    def add(self, index: int, error: Exception) -> None:
+        """Raises BadDataError once there are more than allowed."""
+        reason = " ".join(str(error).split())
+        name = self._source.name(index)
+        with self._lock:
+            if index not in self._reasons:
+                self._reasons[index] = reason
+                logger.warning("cannot use %s (%s): the next image takes its place", name, reason)
+            count = len(self._reasons)
+        if count > self._allowed:
+            raise BadDataError(
+                f"cannot use {name} ({reason}): {count} of {len(self._source)} files are bad and "
+                f"max_bad_share={self._max_share:g} allows {self._allowed}; repair or remove them "
+                'or raise max_bad_share (all are named in the log "beit_fast.data")'
+            ) from error
+
+
+def _import_grain():
+    """Grain, without what it does to logging: it warns of a missing jax through absl, which then
+    also installs a handler on the root logger."""
+    absl_logger = logging.getLogger("absl")
+    quiet, level = logging.NullHandler(), absl_logger.level
+    logging.root.addHandler(quiet)
+    absl_logger.setLevel(logging.ERROR)
+    try:
+        import grain
+    finally:
+        absl_logger.setLevel(level)
+        logging.root.removeHandler(quiet)
+    return grain

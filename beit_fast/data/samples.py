@@ -1,0 +1,84 @@
+"""From the bytes of an image and its seed to the arrays of a sample, and from samples to a batch.
+
+The loader knows order, threads and bad files; a sample knows what a task learns from. Letters as in
+the house table: B images, L = Gh x Gw patches.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from beit_fast.data.masking import MaskingConfig, draw_mask, max_masked
+from beit_fast.data.seeds import SampleSeed
+from beit_fast.data.single_view import SingleViewConfig, single_view
+from beit_fast.data.views import ViewConfig, two_views
+
+
+class Sample(Protocol):
+    """What a loader makes of each file. Called from several threads at once."""
+
+    def __call__(self, data: bytes, seed: SampleSeed) -> dict[str, np.ndarray]:
+        """Arrays of the same shapes for every file; all that is random comes from `seed`.
+
+        Raises BadImageError for a file that cannot be used.
+        """
+        ...
+
+    def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The arrays of a batch."""
+        ...
+
+
+class PretrainSample:
+    """Two views and a mask, for masked image modelling.
+
+    grid: patches (Gh, Gw) of the encoder; both views must split evenly into it. A batch holds
+        images        uint8 (B, height, width, 3)
+        token_images  uint8 (B, height, width, 3) of `view.token_size`
+        mask          bool (B, L)
+        masked_index  int32 (B * max_masked,): the hidden patches as b * L + l, then -1
+
+    Raises ValueError if a view or the masking does not fit the grid.
+    """
+
+    def __init__(self, view: ViewConfig, masking: MaskingConfig, grid: tuple[int, int]):
+        view.check_grid(grid)
+        self.view, self.masking, self.grid = view, masking, grid
+        self.max_masked = max_masked(grid, masking)
+
+    def __call__(self, data: bytes, seed: SampleSeed) -> dict[str, np.ndarray]:
+        images, token_images = two_views(data, self.view, seed.rng("view"))
+        mask = draw_mask(self.grid, self.masking, seed.rng("mask"))
+        return {"images": images, "token_images": token_images, "mask": mask.reshape(-1)}
+
+    def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        batch = _stack(samples)
+        return batch | {"masked_index": masked_index(batch["mask"], self.max_masked)}
+
+
+class TokenizerSample:
+    """One view, for training a tokenizer: images uint8 (B, size, size, 3)."""
+
+    def __init__(self, view: SingleViewConfig):
+        self.view = view
+
+    def __call__(self, data: bytes, seed: SampleSeed) -> dict[str, np.ndarray]:
+        return {"images": single_view(data, self.view, seed.rng("view"))}
+
+    def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return _stack(samples)
+
+
+def masked_index(mask: np.ndarray, max_masked: int) -> np.ndarray:
+    """The hidden patches of a batch in a buffer of fixed size, so that no step waits for a count.
+
+    mask bool (B, L) -> int32 (B * max_masked,): b * L + l in ascending order, then -1.
+    """
+    index = np.full(len(mask) * max_masked, -1, np.int32)
+    hidden = np.flatnonzero(mask)
+    index[: len(hidden)] = hidden
+    return index
+
+
+def _stack(samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

@@ -1,0 +1,129 @@
+"""BEiT's encoder (arXiv:2106.08254, figure 1): patches, mask token, [CLS], positions, blocks.
+
+Parameters have the names and shapes of timm's `Beit` and of unilm's checkpoints.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from beit_fast.model.config import BeitConfig
+from beit_fast.model.init import init_pretraining
+from beit_fast.model.layers import Block, PatchEmbed, RelativePositionBias
+
+
+class Beit(nn.Module):
+    """The encoder alone: images (B, C, height, width), normalised, to tokens (B, N, D).
+
+    >>> Beit(BeitConfig(depth=2))(torch.zeros(1, 3, 224, 224)).shape
+    torch.Size([1, 197, 768])
+    """
+
+    def __init__(self, config: BeitConfig) -> None:
+        super().__init__()
+        self.config = config
+        num_tokens = config.num_patches + 1
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
+        self.mask_token: nn.Parameter | None = None  # masked image modelling adds it
+        self.pos_embed: nn.Parameter | None = None
+        if config.use_abs_pos_emb:
+            self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, config.embed_dim))
+
+        self.rel_pos_bias: RelativePositionBias | None = None
+        if config.use_shared_rel_pos_bias:
+            self.rel_pos_bias = RelativePositionBias(config)
+        index_NN = None
+        if config.use_shared_rel_pos_bias or config.use_rel_pos_bias:
+            index_NN = torch.empty(num_tokens, num_tokens, dtype=torch.int64)
+        self.register_buffer("relative_position_index", index_NN, persistent=False)
+
+        steps = max(config.depth - 1, 1)
+        self.blocks = nn.ModuleList(
+            Block(config, config.drop_path_rate * i / steps) for i in range(config.depth)
+        )
+        self.grad_checkpointing = False
+        self.register_load_state_dict_pre_hook(_drop_index)
+        if type(self) is Beit:  # a head's class does this when the head is there too
+            self.init_weights()
+
+    def init_weights(self) -> None:
+        """Start anew, as pre-training does; fills a model that `to_empty` left without values."""
+        init_pretraining(self)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.forward_features(images, mask)
+
+    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, D) after the last block, before any norm; N = L + 1, [CLS] first.
+
+        images (B, C, height, width), normalised; mask bool (B, L), True where the patch is hidden.
+        Raises ValueError for images of another size, and for a mask that does not fit or that
+        this model has no mask token for.
+        """
+        x_BND = self._embed(images, mask)
+        shared_bias_HNN = None
+        if self.rel_pos_bias is not None:
+            shared_bias_HNN = self.rel_pos_bias(self.relative_position_index)
+        for block in self.blocks:
+            arguments = (x_BND, shared_bias_HNN, self.relative_position_index)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x_BND = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x_BND = block(*arguments)
+        return x_BND
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters never decayed though they have more than one axis, as in the original.
+
+        `mask_token` and the relative tables are decayed there, so they are here (timm spares the
+        tables).
+        """
+        return {"pos_embed", "cls_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's layer groups, for layer-wise lr decay: stem, one per block, head.
+
+        `coarse` is timm's argument; the groups are the same with it.
+        """
+        del coarse
+        return {
+            "stem": r"^cls_token|mask_token|pos_embed|patch_embed|rel_pos_bias",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """The sequence that enters the first block (paper 2.1 and 2.3), (B, N, D).
+
+        A hidden patch becomes the mask token before positions are added: it stays in its place.
+        """
+        x_BLD = self.patch_embed(images)
+        if mask is not None:
+            self._check_mask(mask, x_BLD)
+            x_BLD = torch.where(mask[:, :, None], self.mask_token, x_BLD)
+        x_BND = torch.cat((self.cls_token.expand(len(x_BLD), -1, -1), x_BLD), dim=1)
+        return x_BND if self.pos_embed is None else x_BND + self.pos_embed
+
+    def _check_mask(self, mask: Tensor, x: Tensor) -> None:
+        if self.mask_token is None:
+            raise ValueError(
+                "a mask came, and this model has no mask token: pass no mask, or use "
+                "BeitForMaskedImageModeling"
+            )
+        if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"the mask is {mask.dtype} {tuple(mask.shape)}: pass bool {tuple(x.shape[:2])}, "
+                "True where a patch is hidden"
+            )
+
+
+def _drop_index(_module: nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:
+    """unilm's files store the index matrices, which follow from the grid."""
+    for key in [key for key in state_dict if key.endswith("relative_position_index")]:
+        del state_dict[key]

@@ -1,0 +1,138 @@
+"""What is asked of the encoder: the visual tokens of hidden patches, or the class of the image."""
+
+import torch
+from torch import Tensor, nn
+
+from beit_fast.kernels.linear_cross_entropy import masked_linear_cross_entropy
+from beit_fast.model.beit import Beit
+from beit_fast.model.config import BeitConfig
+from beit_fast.model.init import init_finetuning
+from beit_fast.model.layers import patchify
+
+# Logits of 16 images are 16 * 196 * 8192 * 4 bytes = 103 MB in fp32.
+PREDICT_IMAGES = 16
+
+
+class BeitForMaskedImageModeling(Beit):
+    """The encoder with a mask token, a final norm and `lm_head` (paper 2.3 and 2.5).
+
+    `lm_head` scores the visual vocabulary, or with `config.predict` "pixels" regresses a patch.
+    """
+
+    def __init__(self, config: BeitConfig) -> None:
+        super().__init__(config)
+        out_dim = config.vocab_size if config.predict == "tokens" else config.patch_dim
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.embed_dim, out_dim)
+        self.init_weights()
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`lm_head`'s output at every patch, (B, L, V) or (B, L, values in a patch)."""
+        x_BND = self.forward_features(images, mask)
+        return self.lm_head(self.norm(x_BND[:, 1:]))
+
+    def loss(
+        self, images: Tensor, mask: Tensor, masked_index: Tensor, visual_tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy at the listed patches, and how many are predicted right (scalars).
+
+        images (B, C, height, width), normalised; mask bool (B, L), True where hidden; masked_index
+        int32 (I,), patches to predict as b L + l, -1 for padding, of any fixed length;
+        visual_tokens int64 (B, L). Only listed patches reach the norm and the head. The index
+        usually lists what the mask hides, but need not: all patches make the "all tokens" ablation.
+        Raises ValueError where shapes do not fit or this model predicts pixels.
+        """
+        self._check_predicts("tokens")
+        self._check_tokens(visual_tokens, mask)
+        x_BND = self.forward_features(images, mask)
+        return masked_linear_cross_entropy(
+            x_BND,
+            self._token_rows(masked_index),
+            visual_tokens.flatten().index_select(0, masked_index.clamp(min=0)),
+            self.lm_head.weight,
+            self.lm_head.bias,
+            self.norm.weight,
+            self.norm.bias,
+            norm_eps=self.config.norm_eps,
+        )
+
+    def pixel_loss(self, images: Tensor, mask: Tensor, masked_index: Tensor) -> Tensor:
+        """Mean squared error of the listed patches' normalised pixels: the ablation of Table 4.
+
+        Arguments as of `loss`. Raises ValueError where shapes do not fit or this model predicts
+        tokens.
+        """
+        self._check_predicts("pixels")
+        x_BND = self.forward_features(images, mask)
+        rows_ID = x_BND.flatten(0, 1).index_select(0, self._token_rows(masked_index).clamp(min=0))
+        patches_BLP = patchify(images, self.config.patch_pixels)
+        target_IP = patches_BLP.flatten(0, 1).index_select(0, masked_index.clamp(min=0))
+        real = masked_index >= 0
+        error_I = (self.lm_head(self.norm(rows_ID)).float() - target_IP).square().mean(dim=1)
+        return torch.where(real, error_I, 0).sum() / real.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The likeliest visual token of every patch, int64 (B, L); call `eval()` first.
+
+        Raises ValueError where shapes do not fit or this model predicts pixels.
+        """
+        self._check_predicts("tokens")
+        x_BLD = self.forward_features(images, mask)[:, 1:]
+        chunks = x_BLD.split(PREDICT_IMAGES)
+        return torch.cat([self.lm_head(self.norm(x_bLD)).argmax(dim=-1) for x_bLD in chunks])
+
+    def _token_rows(self, masked_index: Tensor) -> Tensor:
+        """Patch b L + l is row b N + 1 + l of the sequence, N = L + 1; -1 stays -1."""
+        return masked_index + masked_index // self.config.num_patches + 1  # floor: -1 // L is -1
+
+    def _check_predicts(self, wanted: str) -> None:
+        if self.config.predict != wanted:
+            raise ValueError(
+                f"this model predicts {self.config.predict}: build it with predict={wanted!r}"
+            )
+
+    def _check_tokens(self, visual_tokens: Tensor, mask: Tensor) -> None:
+        if visual_tokens.shape != mask.shape:
+            raise ValueError(
+                f"visual tokens {tuple(visual_tokens.shape)} for a mask {tuple(mask.shape)}: pass "
+                "one token per patch (B, L); a tokenizer of stride 8 wants images of 8 pixels for "
+                "each patch"
+            )
+
+
+class BeitForImageClassification(Beit):
+    """The encoder with pooling and a linear classifier; state dicts are those of timm's `Beit`.
+
+    Mean pooling (the default, `fc_norm` after it) or the [CLS] token (`norm` before it); with
+    `num_classes` 0 the output is the pooled features.
+    """
+
+    def __init__(self, config: BeitConfig) -> None:
+        super().__init__(config)
+        norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        averages = config.global_pool == "avg"
+        self.norm, self.fc_norm = (nn.Identity(), norm) if averages else (norm, nn.Identity())
+        self.head: nn.Module = nn.Identity()
+        if config.num_classes:
+            self.head = nn.Linear(config.embed_dim, config.num_classes)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Start anew, as fine-tuning does where the checkpoint has nothing."""
+        init_finetuning(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes); without classes, features (B, D)."""
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, D) as timm gives them: through `norm` where the [CLS] token is pooled."""
+        return self.norm(super().forward_features(images, mask))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, N, D) to logits (B, num_classes), or with `pre_logits` to features (B, D)."""
+        pooled_BD = x[:, 1:].mean(dim=1) if self.config.global_pool == "avg" else x[:, 0]
+        features_BD = self.fc_norm(pooled_BD)
+        return features_BD if pre_logits else self.head(features_BD)

@@ -1,0 +1,85 @@
+"""A pre-training run from start to end: tokenizer, BEiT, curve, picture, and what it came to."""
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from beit_fast.tasks.dvae import train_tokenizer
+from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask
+from beit_fast.tokenizer.checkpoint import load_tokenizer
+from beit_fast.tokenizer.protocol import Tokenizer
+from beit_fast.train.log import METRICS, read_metrics
+from beit_fast.train.loop import Outcome, train
+from beit_fast.train.parallel import World, open_world
+from beit_fast.viz.curves import draw_curves
+
+
+def run_pretraining(config: PretrainConfig) -> Outcome:
+    """Train as `config` says, resume where it was left, and print where the results are.
+
+    Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, Interrupted.
+    """
+    with open_world(config.run.device) as world:
+        tokenizer = _tokenizer(config, world)
+        task = PretrainTask(config, tokenizer, world)
+        outcome = train(task, config.optim, config.run, settings=_settings(config), world=world)
+        if world.is_main:
+            _summarise(task, outcome, config)
+        return outcome
+
+
+def _tokenizer(config: PretrainConfig, world: World) -> Tokenizer | None:
+    if config.model.predict == "pixels":
+        return None
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    training = config.tokenizer_training
+    output = str(Path(config.run.output) / "tokenizer")
+    training = replace(training, run=replace(training.run, output=output))
+    return load_tokenizer(train_tokenizer(training, world))
+
+
+def _settings(config: PretrainConfig) -> dict:
+    """What the weights depend on besides optimiser and run, as plain data."""
+    settings = asdict(config)
+    for own in ("optim", "run"):
+        del settings[own]
+    del settings["data"]["num_threads"]
+    return settings
+
+
+def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> None:
+    output = Path(config.run.output)
+    records = read_metrics(output / METRICS)
+    vocab_size = config.model.vocab_size if task.tokenizer is not None else None
+    curve = draw_curves(records, output / "curve.png", vocab_size=vocab_size)
+    result = task.evaluate(outcome.model)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"\n[bold]After {outcome.num_steps} steps, on crops and masks never trained on[/]"
+    )
+    if vocab_size is None:
+        console.print(f"  squared error of the pixels  {result['loss']:.4f}")
+    else:
+        entropy, loss, accuracy = result["marginal_entropy"], result["loss"], result["accuracy"]
+        console.print(
+            f"  loss      {loss:.3f} nats  chance ln V = {math.log(vocab_size):.3f}, entropy of the "
+            f"token marginals = {entropy:.3f}\n"
+            f"  accuracy  {accuracy:.1%}  chance 1/V = {1 / vocab_size:.2%}"
+        )
+        console.print(
+            f"  [green]{entropy - loss:.3f} nats below the marginals: it predicts from context[/]"
+            if loss < entropy
+            else "  [red]not below the marginals: it has learnt how frequent tokens are, no more[/]"
+        )
+    if bad := task.loader.bad_samples:
+        console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
+    for name, path in (
+        ("checkpoint", outcome.checkpoint),
+        ("metrics", output / METRICS),
+        ("curve", curve),
+        ("picture", outcome.picture),
+    ):
+        console.print(f"  {name:10} {path}")

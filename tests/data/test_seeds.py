@@ -1,0 +1,31 @@
+import random
+
+from beit_fast.data.seeds import SampleSeed, counter_seed
+
+PINNED_SEED = 1069006746458935451  # blake2b of b"view\0" and three little-endian int64
+
+
+def test_seeds_are_the_same_in_every_version_and_on_every_machine():
+    assert counter_seed("view", 0, 1, 2) == PINNED_SEED
+    assert SampleSeed(0, 1, 2).rng("view").random() == random.Random(PINNED_SEED).random()
+
+
+def test_every_counter_and_the_purpose_change_the_seed():
+    seeds = {
+        counter_seed(purpose, seed, epoch, index)
+        for purpose in ("view", "mask")
+        for seed in range(5)
+        for epoch in range(5)
+        for index in range(100)
+    }
+    assert len(seeds) == 2 * 5 * 5 * 100
+
+
+def test_purpose_and_counters_do_not_run_into_one_another():
+    # "a" with a counter whose first byte is "b" against "ab": one byte string without a separator
+    assert counter_seed("a", ord("b")) != counter_seed("ab", 0)
+    assert counter_seed("a") != counter_seed("a", 0)
+
+
+def test_negative_seeds_are_seeds_too():
+    assert counter_seed("view", -1, 0) != counter_seed("view", 1, 0)

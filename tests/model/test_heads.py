@@ -1,0 +1,281 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from beit_fast.model.config import beit_config
+from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
+from beit_fast.model.layers import patchify
+
+B, L, V = 3, 16, 24
+
+
+def masked_inputs(num_padding=5):
+    """images, mask, masked_index (padded), visual_tokens."""
+    mask = torch.rand(B, L) < 0.4
+    index = mask.flatten().nonzero().flatten().int()
+    index = F.pad(index, (0, num_padding), value=-1)
+    return torch.randn(B, 3, 32, 32), mask, index, torch.randint(V, (B, L))
+
+
+# --- parameter counts: the published models' ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "overrides", "base", "large"),
+    [
+        (BeitForMaskedImageModeling, "224_8k_vocab", {}, 91_965_776, 311_534_016),
+        (BeitForMaskedImageModeling, "224_vanilla", {}, 92_089_856, 311_674_880),
+        (BeitForImageClassification, "224", {"num_classes": 0}, 85_761_984, 303_405_568),
+        (BeitForImageClassification, "224", {}, 86_530_984, 304_430_568),
+        (BeitForImageClassification, "384", {}, 86_744_104, 304_998_888),
+        (BeitForImageClassification, "512", {}, 86_997_544, 305_674_728),
+        (BeitForImageClassification, "224", {"num_classes": 21841}, 102_557_713, 325_792_593),
+    ],
+    ids=["mim", "mim-vanilla", "features", "224", "384", "512", "21841"],
+)
+def test_parameters_are_as_many_as_published(head, name, overrides, base, large):
+    for size, expected in (("base", base), ("large", large)):
+        with torch.device("meta"):
+            model = head(beit_config(f"beit_{size}_patch16_{name}", **overrides))
+        assert sum(p.numel() for p in model.parameters()) == expected
+
+
+# --- classification -------------------------------------------------------------------------------
+
+CLASSIFIERS = {
+    "per-block": {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False},
+    "shared": {},
+    "vanilla": {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False, "init_values": None},
+    "token": {"global_pool": "token"},
+}
+classifier = pytest.mark.parametrize("fields", CLASSIFIERS.values(), ids=CLASSIFIERS)
+
+
+@classifier
+@pytest.mark.parametrize("img_size", [32, (32, 64)], ids=["4x4", "4x8"])
+def test_logits_and_all_gradients_are_those_of_timm(
+    tiny, randomize, timm_beit, gradients, assert_agree, fields, img_size
+):
+    config = tiny(img_size=img_size, **fields)
+    theirs = randomize(timm_beit(config))
+    ours = BeitForImageClassification(config)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    images, target = torch.randn(B, 3, *config.image_pixels), torch.tensor([0, 4, 2])
+    logits = []
+    for model in (ours, theirs):
+        logits.append(model(images))
+        F.cross_entropy(logits[-1], target).backward()
+    assert_agree(*logits)
+    assert_agree(gradients(ours), gradients(theirs))
+    assert_agree(ours.forward_features(images), theirs.forward_features(images))
+    x = theirs.forward_features(images)
+    assert_agree(ours.forward_head(x, pre_logits=True), theirs.forward_head(x, pre_logits=True))
+
+
+@classifier
+def test_logits_and_all_gradients_are_those_of_transformers(
+    tiny, randomize, transformers_config, to_transformers, gradients, assert_agree, fields
+):
+    from transformers import BeitForImageClassification as TheirBeit
+
+    config = tiny(**fields)
+    ours = randomize(BeitForImageClassification(config))
+    theirs = TheirBeit(transformers_config(config)).eval()
+
+    def renamed(tensors):
+        return {
+            f"beit.{name}" if name.startswith("layernorm.") else name: tensor
+            for name, tensor in to_transformers(tensors).items()
+        }
+
+    missing, unexpected = theirs.load_state_dict(renamed(ours.state_dict()), strict=False)
+    assert (missing, unexpected) == (["beit.embeddings.mask_token"], [])
+    images, target = torch.randn(B, 3, 32, 32), torch.tensor([0, 4, 2])
+    logits, their_logits = ours(images), theirs(images).logits
+    for out in (logits, their_logits):
+        F.cross_entropy(out, target).backward()
+    assert_agree(logits, their_logits)
+    assert_agree(renamed(gradients(ours)), gradients(theirs))
+
+
+@classifier
+def test_state_dicts_load_into_timm_and_back_strictly(tiny, randomize, timm_beit, fields):
+    ours, theirs = BeitForImageClassification(tiny(**fields)), timm_beit(tiny(**fields))
+    state = randomize(ours).state_dict()
+    theirs.load_state_dict(state, strict=True)
+    back = BeitForImageClassification(tiny(**fields))
+    back.load_state_dict(theirs.state_dict(), strict=True)
+    for name, tensor in back.state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
+def test_without_classes_the_pooled_features_come_out(tiny, randomize):
+    model = randomize(BeitForImageClassification(tiny(num_classes=0)))
+    images = torch.randn(B, 3, 32, 32)
+    features = model.forward_head(model.forward_features(images), pre_logits=True)
+    assert torch.equal(model(images), features)
+    assert features.shape == (B, 32)
+
+
+# --- masked image modelling -----------------------------------------------------------------------
+
+FAMILIES = {
+    "BEiT+": {},
+    "vanilla": {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False, "init_values": None},
+}
+
+
+@pytest.mark.parametrize("fields", FAMILIES.values(), ids=FAMILIES)
+def test_mim_loss_and_all_gradients_are_those_of_transformers(
+    tiny, randomize, transformers_config, to_transformers, gradients, assert_agree, fields
+):
+    from transformers import BeitForMaskedImageModeling as TheirBeit
+
+    config = tiny(**fields)
+    ours = randomize(BeitForMaskedImageModeling(config))
+    theirs = TheirBeit(transformers_config(config)).eval()
+    theirs.load_state_dict(to_transformers(ours.state_dict()), strict=True)
+    images, mask, index, tokens = masked_inputs()
+
+    out = theirs(images, bool_masked_pos=mask, labels=tokens[mask])
+    loss, num_correct = ours.loss(images, mask, index, tokens)
+    out.loss.backward()
+    loss.backward()
+    assert_agree(loss, out.loss)
+    assert_agree(to_transformers(gradients(ours)), gradients(theirs))
+    assert_agree(ours(images, mask), out.logits)
+    predicted = out.logits.argmax(dim=-1)
+    assert num_correct == (predicted == tokens)[mask].sum()
+    assert torch.equal(ours.predict(images, mask), predicted)
+
+
+def test_mim_state_dict_has_the_names_of_unilm(tiny):
+    names = set(BeitForMaskedImageModeling(tiny(depth=1)).state_dict())
+    assert names == {
+        "cls_token", "mask_token", "patch_embed.proj.weight", "patch_embed.proj.bias",
+        "rel_pos_bias.relative_position_bias_table",
+        "blocks.0.norm1.weight", "blocks.0.norm1.bias", "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.q_bias", "blocks.0.attn.v_bias", "blocks.0.attn.proj.weight",
+        "blocks.0.attn.proj.bias", "blocks.0.gamma_1", "blocks.0.gamma_2",
+        "blocks.0.norm2.weight", "blocks.0.norm2.bias", "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc1.bias", "blocks.0.mlp.fc2.weight", "blocks.0.mlp.fc2.bias",
+        "norm.weight", "norm.bias", "lm_head.weight", "lm_head.bias",
+    }  # fmt: skip
+
+
+def test_mim_loss_starts_at_ln_v(tiny):
+    vocab = 8192
+    model = BeitForMaskedImageModeling(tiny(vocab_size=vocab, embed_dim=128))
+    images, mask, index, _ = masked_inputs()
+    loss, _ = model.loss(images, mask, index, torch.randint(vocab, (B, L)))
+    assert loss.item() == pytest.approx(math.log(vocab), abs=0.05)
+
+
+def test_only_listed_patches_reach_the_norm_and_the_head(tiny, randomize):
+    model = randomize(BeitForMaskedImageModeling(tiny()))
+    images, mask, index, tokens = masked_inputs()
+    x = model.forward_features(images, mask).detach().requires_grad_()
+    model.forward_features = lambda *_: x
+    loss, _ = model.loss(images, mask, index, tokens)
+    loss.backward()
+    touched = x.grad.any(dim=-1)
+    assert torch.equal(touched[:, 1:], mask)
+    assert not touched[:, 0].any()
+
+
+def test_padding_the_index_changes_nothing(tiny, randomize):
+    model = randomize(BeitForMaskedImageModeling(tiny()))
+    images, mask, index, tokens = masked_inputs(num_padding=0)
+    padded = F.pad(index, (0, 30), value=-1)
+    loss, num_correct = model.loss(images, mask, index, tokens)
+    padded_loss, padded_correct = model.loss(images, mask, padded, tokens)
+    torch.testing.assert_close(padded_loss, loss)
+    assert padded_correct == num_correct
+
+
+@pytest.mark.parametrize("listed", [0, 4], ids=["no-index", "all-padding"])
+@pytest.mark.parametrize("predict", ["tokens", "pixels"])
+def test_an_empty_mask_costs_nothing(tiny, listed, predict):
+    model = BeitForMaskedImageModeling(tiny(predict=predict))
+    images, mask = torch.randn(B, 3, 32, 32), torch.zeros(B, L, dtype=torch.bool)
+    index = torch.full((listed,), -1, dtype=torch.int32)
+    if predict == "tokens":
+        loss, _ = model.loss(images, mask, index, torch.randint(V, (B, L)))
+    else:
+        loss = model.pixel_loss(images, mask, index)
+    loss.backward()
+    assert loss.item() == 0
+    for name, parameter in model.named_parameters():
+        assert not parameter.grad.any(), name
+
+
+def test_a_patch_listed_twice_counts_twice(tiny, randomize):
+    model = randomize(BeitForMaskedImageModeling(tiny()))
+    images, mask, _, tokens = masked_inputs()
+    one, two = (model.loss(images, mask, torch.tensor([i]), tokens)[0] for i in (3, 20))
+    both, _ = model.loss(images, mask, torch.tensor([3, 20, 20, -1]), tokens)
+    torch.testing.assert_close(both, (one + 2 * two) / 3)
+
+
+def test_listing_every_patch_predicts_all_tokens(tiny, randomize):
+    model = randomize(BeitForMaskedImageModeling(tiny()))
+    images, mask, _, tokens = masked_inputs()
+    loss, _ = model.loss(images, mask, torch.arange(B * L), tokens)
+    expected = F.cross_entropy(model(images, mask).flatten(0, 1), tokens.flatten())
+    torch.testing.assert_close(loss, expected)
+
+
+def test_losses_need_no_value_on_the_host(tiny):
+    # The meta device has shapes and no values: nonzero, boolean indexing and .item() raise there.
+    inputs = [t.to("meta") for t in masked_inputs()]
+    with torch.device("meta"):
+        loss, _ = BeitForMaskedImageModeling(tiny()).loss(*inputs)
+        pixel_loss = BeitForMaskedImageModeling(tiny(predict="pixels")).pixel_loss(*inputs[:3])
+    (loss + pixel_loss).backward()
+
+
+def test_losses_compile_in_one_graph(tiny, randomize):
+    inputs = masked_inputs()
+    tokens = randomize(BeitForMaskedImageModeling(tiny()))
+    pixels = randomize(BeitForMaskedImageModeling(tiny(predict="pixels")))
+    for function, arguments in ((tokens.loss, inputs), (pixels.pixel_loss, inputs[:3])):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*arguments), function(*arguments))
+
+
+def test_predictions_do_not_depend_on_the_chunks_they_are_made_in(tiny, randomize, monkeypatch):
+    model = randomize(BeitForMaskedImageModeling(tiny()))
+    images, mask, _, _ = masked_inputs()
+    expected = model(images, mask).argmax(dim=-1)
+    monkeypatch.setattr("beit_fast.model.heads.PREDICT_IMAGES", 2)
+    assert torch.equal(model.predict(images, mask), expected)
+
+
+@pytest.mark.parametrize("patch_size", [8, (8, 4)], ids=["8x8", "8x4"])
+def test_pixel_loss_is_the_mean_square_over_hidden_pixels(tiny, randomize, patch_size):
+    config = tiny(predict="pixels", patch_size=patch_size)
+    model = randomize(BeitForMaskedImageModeling(config))
+    images, mask = torch.randn(B, 3, 32, 32), torch.rand(B, config.num_patches) < 0.4
+    index = F.pad(mask.flatten().nonzero().flatten().int(), (0, 3), value=-1)
+    assert model.lm_head.out_features == config.patch_dim
+    expected = F.mse_loss(model(images, mask)[mask], patchify(images, config.patch_pixels)[mask])
+    torch.testing.assert_close(model.pixel_loss(images, mask, index), expected)
+
+
+def test_a_model_asked_for_what_it_does_not_predict_refuses(tiny):
+    images, mask, index, tokens = masked_inputs()
+    pixels = BeitForMaskedImageModeling(tiny(predict="pixels"))
+    with pytest.raises(ValueError, match="predicts pixels: build it with predict='tokens'"):
+        pixels.loss(images, mask, index, tokens)
+    with pytest.raises(ValueError, match="predicts pixels: build it with predict='tokens'"):
+        pixels.predict(images, mask)
+    with pytest.raises(ValueError, match="predicts tokens: build it with predict='pixels'"):
+        BeitForMaskedImageModeling(tiny()).pixel_loss(images, mask, index)
+
+
+def test_tokens_of_another_grid_are_refused_with_a_remedy(tiny):
+    images, mask, index, tokens = masked_inputs()
+    with pytest.raises(ValueError, match="one token per patch"):
+        BeitForMaskedImageModeling(tiny()).loss(images, mask, index, tokens[:, 1:])

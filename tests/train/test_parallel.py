@@ -1,0 +1,60 @@
+"""Two ranks over gloo: the same run as one, and faults of one rank are met by both."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit_fast.train.parallel import open_world
+from beit_fast.train.state import checkpoint_paths, load_checkpoint
+
+
+def two_ranks(output: Path, fault: str) -> tuple[dict, dict, list[str]]:
+    output.mkdir()
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + [str(Path(__file__).with_name("two_ranks.py")), str(output), fault],
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
+    models = [torch.load(output / f"model_{r}.pt", weights_only=True) for r in (0, 1)]
+    errors = [p.read_text() for p in sorted(output.glob("error_*.txt"))]
+    return *models, errors
+
+
+def test_two_ranks_learn_what_one_learns_from_twice_the_micro_batches(tmp_path, run_toy, toy_task):
+    first, second, errors = two_ranks(tmp_path / "two", "none")
+    assert not errors
+    alone, _ = run_toy(tmp_path / "one", toy_task(dropout=0.0), accumulate=2)
+    for name, value in alone.model.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path):
+    *_, errors = two_ranks(tmp_path / "two", "term")
+    assert len(errors) == 2
+    assert errors[0] == errors[1]
+    assert "SIGTERM after step 5" in errors[0]
+    assert load_checkpoint(checkpoint_paths(tmp_path / "two")[-1]).step == 5
+
+
+def test_a_bad_loss_on_one_rank_stops_both_and_names_the_step(tmp_path):
+    *_, errors = two_ranks(tmp_path / "two", "nan")
+    assert len(errors) == 2
+    assert all("first at step 7" in error for error in errors)
+
+
+def test_ranks_with_different_settings_do_not_start(tmp_path):
+    *_, errors = two_ranks(tmp_path / "two", "settings")
+    assert errors == ["ranks [1] run other settings or code than rank 0"] * 2
+
+
+def test_cuda_is_refused_where_there_is_none():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=r"pass --run\.device cpu"), open_world("cuda"):
+        pass
