@@ -65,8 +65,8 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
     else:
         entropy, loss, accuracy = result["marginal_entropy"], result["loss"], result["accuracy"]
         console.print(
-            f"  loss      {loss:.3f} nats  chance ln V = {math.log(vocab_size):.3f}, entropy of the "
-            f"token marginals = {entropy:.3f}\n"
+            f"  loss      {loss:.3f} nats  chance ln V = {math.log(vocab_size):.3f}, "
+            f"entropy of the token marginals = {entropy:.3f}\n"
             f"  accuracy  {accuracy:.1%}  chance 1/V = {1 / vocab_size:.2%}"
         )
         console.print(

@@ -244,7 +244,8 @@ def _check_tokenizer(tokenizer: Tokenizer, config: PretrainConfig) -> None:
     if config.views.token_size != wanted:
         raise ValueError(
             f"the tokenizer's view is {_by(config.views.token_size)} px, and one token for each "
-            f"of {_by(model.grid)} patches needs {_by(wanted)}: pass --views.token_size {_flag(wanted)}"
+            f"of {_by(model.grid)} patches needs {_by(wanted)}: pass --views.token_size "
+            f"{_flag(wanted)}"
         )
 
 

@@ -232,9 +232,9 @@ class DvaeOutput(NamedTuple):
 class Dvae(nn.Module):
     """Encoder and decoder; a `Tokenizer` as it is, a model to train through `forward`.
 
-        dvae = Dvae(dvae_config("dvae_8192"))
-        ids = dvae.encode(images_uint8)          # (B, 3, 112, 112) -> int64 (B, 14, 14)
-        images = dvae.decode(ids)                # -> float32 (B, 3, 112, 112) in [0, 1]
+    dvae = Dvae(dvae_config("dvae_8192"))
+    ids = dvae.encode(images_uint8)          # (B, 3, 112, 112) -> int64 (B, 14, 14)
+    images = dvae.decode(ids)                # -> float32 (B, 3, 112, 112) in [0, 1]
     """
 
     stride = STRIDE

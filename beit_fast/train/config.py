@@ -12,6 +12,7 @@ class OptimConfig:
     min_lr: float = 1e-5
     warmup_steps: int | None = None  # optimiser steps; None takes warmup_epochs
     warmup_epochs: float = 10.0
+    decay_steps: int | None = None  # optimiser step that reaches min_lr; None takes the last one
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -2,8 +2,10 @@
 
     lr(s) = lr * s / (W - 1)                                          s < W    warm-up
     lr(s) = min_lr + (lr - min_lr) / 2 * (1 + cos(pi (s - W) / (S - W)))       cosine
+    lr(s) = min_lr                                                    s >= S
 
-S optimiser steps, the first W of them warm-up. Source: unilm beit `cosine_scheduler` (spec 6).
+S optimiser steps (the run's, unless `decay_steps` is given), the first W of them warm-up.
+Source: unilm beit `cosine_scheduler` (spec 6).
 """
 
 import math
@@ -20,7 +22,8 @@ def lr_at(step: int, optim: OptimConfig, num_steps: int, warmup_steps: int) -> f
     """Learning rate of 0-based optimiser step `step`; the first warm-up step has rate 0."""
     if step < warmup_steps:
         return optim.lr * step / max(1, warmup_steps - 1)
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    end = num_steps if optim.decay_steps is None else optim.decay_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, end - warmup_steps))
     return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * progress))
 
 

@@ -1,0 +1,173 @@
+"""Training a tokenizer: the dVAE's relaxed evidence lower bound (DALL-E, appendix A).
+
+loss = -E[ln p(x | z)] + beta KL(q(z | x) || uniform),   z relaxed at temperature tau
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from beit_fast.data.loader import Loader
+from beit_fast.data.samples import TokenizerSample
+from beit_fast.data.single_view import SingleViewConfig
+from beit_fast.tasks.sources import DataConfig, open_source
+from beit_fast.tokenizer.checkpoint import save_tokenizer
+from beit_fast.tokenizer.dvae import Dvae, DvaeConfig, most_likely_images
+from beit_fast.tokenizer.loss import CosineSchedule, dvae_loss
+from beit_fast.tokenizer.metrics import (
+    codebook_use,
+    count_codes,
+    describe_codebook,
+    reconstruction_error,
+)
+from beit_fast.train.config import OptimConfig, RunConfig
+from beit_fast.train.log import METRICS, read_metrics
+from beit_fast.train.loop import train
+from beit_fast.train.parallel import World, open_world
+from beit_fast.viz.curves import draw_curves
+from beit_fast.viz.reconstruction import draw_columns
+
+TOKENIZER = "tokenizer.safetensors"
+UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never gets there
+NUM_PICTURES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DvaeTrainingConfig:
+    """Everything the training of a tokenizer depends on; schedules count optimiser steps."""
+
+    dvae: DvaeConfig = field(default_factory=DvaeConfig)
+    data: DataConfig
+    optim: OptimConfig
+    run: RunConfig
+    view: SingleViewConfig = field(default_factory=SingleViewConfig)
+    beta: CosineSchedule = field(  # weight of the KL term
+        default_factory=lambda: CosineSchedule(start=0.0, end=6.6, num_steps=5_000)
+    )
+    temperature: CosineSchedule = field(
+        default_factory=lambda: CosineSchedule(start=1.0, end=1 / 16, num_steps=150_000)
+    )
+
+
+class DvaeTask:
+    """The dVAE as a task of the loop."""
+
+    name = "tokenizer"
+
+    def __init__(self, config: DvaeTrainingConfig, world: World) -> None:
+        self.config = config
+        torch.manual_seed(config.run.seed)
+        # Channels-last convolutions are twice as fast on the CPU and use tensor cores on the GPU.
+        self.model = Dvae(config.dvae).to(memory_format=torch.channels_last)
+        self.counters: dict[str, Tensor] = {}
+        source = open_source(config.data.path)
+        self.loader = Loader(
+            source,
+            TokenizerSample(config.view),
+            batch_size=config.data.batch_size,
+            seed=config.run.seed,
+            rank=world.rank,
+            world_size=world.size,
+            num_threads=config.data.num_threads,
+            max_bad_share=config.data.max_bad_share,
+        )
+        self.batches_per_epoch = self.loader.batches_per_epoch
+        self.num_images = len(source)
+        self.images_per_batch = config.data.batch_size
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+
+    def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
+        return self.loader.batches(start)
+
+    def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        images = batch["images"].permute(0, 3, 1, 2)
+        output = self.model(images, self.config.temperature(step))
+        loss = dvae_loss(output, self.config.beta(step))
+        with torch.no_grad():
+            error = reconstruction_error(images.float() / 255, most_likely_images(output.mu))
+            use = codebook_use(count_codes(output.logits.argmax(dim=1), self.model.vocab_size))
+        return loss.total, {
+            "kl": loss.kl,
+            "nats_per_value": loss.reconstruction,
+            "mae": error.mae,
+            "codes_used": use.used,
+            "perplexity": use.perplexity,
+        }
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return [{"params": list(self.model.parameters()), "weight_decay": weight_decay}]
+
+    def report(self) -> dict[str, Tensor]:
+        return {}
+
+    @torch.no_grad()
+    def evaluate(self, model: Dvae, num_batches: int = 8) -> tuple[Tensor, Tensor]:
+        """On crops that training never saw: mean absolute error, and how often each code is used.
+
+        Discrete codes, as BEiT will see them, not the relaxed ones of training.
+        """
+        errors, counts = [], 0
+        for images in self._unseen(model, num_batches):
+            ids = model.encode(images)
+            errors.append(reconstruction_error(images.float() / 255, model.decode(ids)).mae)
+            counts = counts + count_codes(ids, model.vocab_size)
+        return torch.stack(errors).mean(), counts
+
+    @torch.no_grad()
+    def picture(self, model: Dvae, path: Path) -> None:
+        """Originals beside what their visual tokens decode to."""
+        (images,) = self._unseen(model, 1)
+        images = images[:NUM_PICTURES]
+        columns = {"image": images.float() / 255, "tokens": model.decode(model.encode(images))}
+        draw_columns(columns, path)
+
+    def _unseen(self, model: Dvae, num_batches: int) -> Iterator[Tensor]:
+        device = next(model.parameters()).device
+        batches = self.batches(UNSEEN_BATCH)
+        try:
+            for _ in range(num_batches):
+                yield next(batches)["images"].to(device).permute(0, 3, 1, 2)
+        finally:
+            batches.close()
+
+
+def run_dvae(config: DvaeTrainingConfig) -> Path:
+    """`train_tokenizer` on the ranks that torchrun started, or on this process alone."""
+    with open_world(config.run.device) as world:
+        return train_tokenizer(config, world)
+
+
+def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
+    """Train a tokenizer, resuming where it was left, and report what became of its codebook.
+
+    Returns the safetensors file that `load_tokenizer` reads, in the run's folder. Raises ValueError
+    (also CheckpointError), OSError, NonFiniteLoss, Interrupted.
+    """
+    task = DvaeTask(config, world)
+    settings = asdict(config)
+    for own in ("optim", "run"):
+        del settings[own]
+    del settings["data"]["num_threads"]
+    outcome = train(task, config.optim, config.run, settings=settings, world=world)
+    output = Path(config.run.output)
+    path = output / TOKENIZER
+    if world.is_main:
+        save_tokenizer(outcome.model, path)
+        curve = draw_curves(read_metrics(output / METRICS), output / "curve.png")
+        error, counts = task.evaluate(outcome.model)
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(
+            f"tokenizer: mean absolute error {float(error):.4f} on unseen crops (pixels in 0..1); "
+            f"{describe_codebook(counts)}"
+        )
+        for name, result in (("weights", path), ("curve", curve), ("picture", outcome.picture)):
+            console.print(f"  {name:10} {result}")
+    world.barrier()
+    return path
