@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit_fast.kernels.linear import linear
+
 
 def masked_linear_cross_entropy_reference(
     x: Tensor,
@@ -71,7 +73,7 @@ def masked_linear_cross_entropy(
     target_I = torch.where(real, target, -1).long()
     if norm_weight is not None:
         rows_ID = F.layer_norm(rows_ID, rows_ID.shape[1:], norm_weight, norm_bias, norm_eps)
-    logits_IV = F.linear(rows_ID, weight, bias)
+    logits_IV = linear(rows_ID, weight, bias)
     logits_IV = logits_IV.to(torch.promote_types(logits_IV.dtype, torch.float32))
     loss = F.cross_entropy(
         logits_IV, target_I, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing

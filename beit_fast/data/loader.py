@@ -165,7 +165,7 @@ class _Reader:
         seed = SampleSeed(self._seed, epoch, index)
         num_samples = len(self._source)
         for candidate in ((index + offset) % num_samples for offset in range(num_samples)):
-            if candidate in self._bad:
+            if self._bad.knows(candidate):
                 continue
             try:
                 return self._sample(self._source.read(candidate), seed), candidate
@@ -185,14 +185,22 @@ class _BadSamples:
         small = min(_TOLERATED, int(_TOLERATED_SHARE * len(source))) if max_share else 0
         self._allowed = max(int(max_share * len(source)), small)
         self._reasons: dict[int, str] = {}
+        self._verdict = ""  # what to say of the file that was one too many
         self._lock = threading.Lock()
-
-    def __contains__(self, index: int) -> bool:
-        return index in self._reasons
 
     def by_name(self) -> dict[str, str]:
         with self._lock:
             return {self._source.name(index): why for index, why in sorted(self._reasons.items())}
+
+    def knows(self, index: int) -> bool:
+        """Whether the file was met before. Raises BadDataError if it was and there are too many:
+        else a batch could pass because another thread had met its bad files first."""
+        with self._lock:
+            if index not in self._reasons:
+                return False
+            if self._verdict:
+                raise BadDataError(self._verdict)
+            return True
 
     def add(self, index: int, error: Exception) -> None:
         """Raises BadDataError once there are more than allowed."""
@@ -203,12 +211,14 @@ class _BadSamples:
                 self._reasons[index] = reason
                 logger.warning("cannot use %s (%s): the next image takes its place", name, reason)
             count = len(self._reasons)
-        if count > self._allowed:
-            raise BadDataError(
-                f"cannot use {name} ({reason}): {count} of {len(self._source)} files are bad and "
-                f"max_bad_share={self._max_share:g} allows {self._allowed}; repair or remove them "
-                'or raise max_bad_share (all are named in the log "beit_fast.data")'
-            ) from error
+            if count > self._allowed and not self._verdict:
+                self._verdict = (
+                    f"cannot use {name} ({reason}): {count} of {len(self._source)} files are bad "
+                    f"and max_bad_share={self._max_share:g} allows {self._allowed}; repair or "
+                    "remove them or raise max_bad_share (the log beit_fast.data names them all)"
+                )
+            if self._verdict:
+                raise BadDataError(self._verdict) from error
 
 
 def _import_grain():

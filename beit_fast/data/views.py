@@ -10,8 +10,10 @@ fast       about three times the images per core: decoded by torchcodec, cropped
            torch's uint8 kernels on channels-last pixels, jittered after the crop (color_jitter.py),
            and bicubic for the tokenizer too, for torch has no Lanczos: the nearest there is
 
-Distance of fast from reference on 64 photographs of 500x375 (`bench/data.py` prints it for yours),
-in levels of 255: DISTANCE_PLACEHOLDER
+Distance of fast from reference on the photographs of this package (`bench/data.py` prints it, and
+for your own), in levels of 255, jitter included: encoder view 0.56 in the mean, PSNR 49 dB in the
+median and 38 at worst; tokenizer view 1.09, 44 and 34 dB. Without jitter 0.04 and 73 dB, 0.90 and
+44 dB: rounding, and the missing Lanczos.
 
 Views travel as uint8 (height, width, 3); `normalize` turns a batch of them into the encoder's input
 on the device, `map_pixels` of the tokenizer does its part there.

@@ -7,7 +7,7 @@ from beit_fast.kernels.linear_cross_entropy import masked_linear_cross_entropy
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.init import init_finetuning
-from beit_fast.model.layers import patchify
+from beit_fast.model.layers import Linear, patchify
 
 # Logits of 16 images are 16 * 196 * 8192 * 4 bytes = 103 MB in fp32.
 PREDICT_IMAGES = 16
@@ -24,7 +24,7 @@ class BeitForMaskedImageModeling(Beit):
         out_dim = config.vocab_size if config.predict == "tokens" else config.patch_dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.embed_dim, out_dim)
+        self.lm_head = Linear(config.embed_dim, out_dim)
         self.init_weights()
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:

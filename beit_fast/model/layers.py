@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_fast.kernels.attention import attention_qkvpacked
+from beit_fast.kernels.linear import linear
 from beit_fast.kernels.rel_pos_bias import rel_pos_bias, relative_position_rows
 from beit_fast.kernels.scale_residual import scale_residual
 from beit_fast.model.config import BeitConfig
@@ -21,6 +22,13 @@ def patchify(images: Tensor, patch_pixels: tuple[int, int]) -> Tensor:
     height, width = patch_pixels
     blocks = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # B C Gh height Gw width
     return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+class Linear(nn.Linear):
+    """torch's layer, computed by `kernels.linear`; hooks, isinstance and names stay torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -48,7 +56,7 @@ class PatchEmbed(nn.Module):
                 "its positions with beit_fast.model.resize"
             )
         patches = patchify(images, self.patch_pixels)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class RelativePositionBias(nn.Module):
@@ -72,18 +80,18 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         width = config.num_heads * config.head_dim
-        self.qkv = nn.Linear(config.embed_dim, 3 * width, bias=False)
+        self.qkv = Linear(config.embed_dim, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("k_bias", torch.zeros(width), persistent=False)
         self.relative_position_bias_table = _table(config) if config.use_rel_pos_bias else None
-        self.proj = nn.Linear(width, config.embed_dim)
+        self.proj = Linear(width, config.embed_dim)
 
     def forward(self, x: Tensor, shared_bias: Tensor | None, index: Tensor | None) -> Tensor:
         """x (B, N, D); shared_bias (H, N, N); index (N, N), needed by the block's own table."""
         # 3 us of 45 ms at B2-N197-D768: a packed bias would save nothing, and cost its own names.
         qkv_bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        qkv_BND3 = F.linear(x, self.qkv.weight, qkv_bias)
+        qkv_BND3 = linear(x, self.qkv.weight, qkv_bias)
         qkv_BN3HK = qkv_BND3.unflatten(2, (3, self.num_heads, -1))
         bias_HNN = shared_bias
         if self.relative_position_bias_table is not None:
@@ -100,8 +108,8 @@ class Mlp(nn.Module):
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
         hidden_dim = int(config.embed_dim * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.embed_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, config.embed_dim)
+        self.fc1 = Linear(config.embed_dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))

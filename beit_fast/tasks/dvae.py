@@ -1,12 +1,16 @@
 """Training a tokenizer: the dVAE's relaxed evidence lower bound (DALL-E, appendix A).
 
 loss = -E[ln p(x | z)] + beta KL(q(z | x) || uniform),   z relaxed at temperature tau
+
+Short runs need two things that DALL-E's three million steps do not: codes that start as clusters of
+real features, and an encoder that learns more slowly than the decoder. With one high rate for both,
+features move faster than codes can follow, and a few codes end up with everything.
 """
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -17,7 +21,8 @@ from beit_fast.data.samples import TokenizerSample
 from beit_fast.data.single_view import SingleViewConfig
 from beit_fast.tasks.sources import DataConfig, open_source
 from beit_fast.tokenizer.checkpoint import save_tokenizer
-from beit_fast.tokenizer.dvae import Dvae, DvaeConfig, most_likely_images
+from beit_fast.tokenizer.codebook import place_codes
+from beit_fast.tokenizer.dvae import STRIDE, Dvae, DvaeConfig, most_likely_images
 from beit_fast.tokenizer.loss import CosineSchedule, dvae_loss
 from beit_fast.tokenizer.metrics import (
     codebook_use,
@@ -35,6 +40,7 @@ from beit_fast.viz.reconstruction import draw_columns
 TOKENIZER = "tokenizer.safetensors"
 UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never gets there
 NUM_PICTURES = 8
+POSITIONS_PER_CODE = 4  # that k-means sees, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,17 @@ class DvaeTrainingConfig:
     temperature: CosineSchedule = field(
         default_factory=lambda: CosineSchedule(start=1.0, end=1 / 16, num_steps=150_000)
     )
+    # random: as DALL-E. kmeans: as clusters of the untrained encoder's features, for short runs.
+    codebook_init: Literal["random", "kmeans"] = "random"
+    encoder_lr_scale: float = 1.0  # the encoder's learning rate, as a multiple of optim.lr
+
+    def __post_init__(self) -> None:
+        if self.view.size % STRIDE:
+            raise ValueError(
+                f"view.size is {self.view.size} px: the dVAE needs a multiple of {STRIDE} px"
+            )
+        if self.encoder_lr_scale <= 0:
+            raise ValueError(f"encoder_lr_scale is {self.encoder_lr_scale}: give a positive factor")
 
 
 class DvaeTask:
@@ -82,6 +99,19 @@ class DvaeTask:
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
+        if self.config.codebook_init == "kmeans":
+            self._place_codes(device)
+
+    def _place_codes(self, device: torch.device) -> None:
+        """K-means over the first batches: here, for a wide encoder would take minutes on a CPU."""
+        positions = self.images_per_batch * (self.config.view.size // STRIDE) ** 2
+        num_batches = -(-POSITIONS_PER_CODE * self.model.vocab_size // positions)
+        batches = self.batches(0)
+        try:
+            images = torch.cat([next(batches)["images"] for _ in range(num_batches)])
+        finally:
+            batches.close()
+        place_codes(self.model, images.to(device).permute(0, 3, 1, 2))
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self.loader.batches(start)
@@ -102,7 +132,14 @@ class DvaeTask:
         }
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return [{"params": list(self.model.parameters()), "weight_decay": weight_decay}]
+        return [
+            {
+                "params": list(self.model.encoder.parameters()),
+                "weight_decay": weight_decay,
+                "lr_scale": self.config.encoder_lr_scale,
+            },
+            {"params": list(self.model.decoder.parameters()), "weight_decay": weight_decay},
+        ]
 
     def report(self) -> dict[str, Tensor]:
         return {}

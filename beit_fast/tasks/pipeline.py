@@ -37,7 +37,8 @@ def _tokenizer(config: PretrainConfig, world: World) -> Tokenizer | None:
         return load_tokenizer(config.tokenizer)
     training = config.tokenizer_training
     output = str(Path(config.run.output) / "tokenizer")
-    training = replace(training, run=replace(training.run, output=output))
+    data = replace(training.data, path=training.data.path or config.data.path)
+    training = replace(training, data=data, run=replace(training.run, output=output))
     return load_tokenizer(train_tokenizer(training, world))
 
 

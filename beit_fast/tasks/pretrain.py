@@ -55,7 +55,8 @@ class PretrainConfig:
     # masked or from the whole image. model.predict "pixels" is the table's other ablation.
     objective: Literal["masked", "all", "all_unmasked"] = "masked"
     tokenizer: str | None = None  # safetensors file; `beit-fast convert-dalle` writes DALL-E's
-    tokenizer_training: DvaeTrainingConfig | None = None  # train one first, in the run's folder
+    # Train one first, in the run's folder; on the same images unless it names others.
+    tokenizer_training: DvaeTrainingConfig | None = None
     tokenizer_precision: Literal["fp32", "fp16"] = "fp32"  # fp16 autocasts; scores stay fp32
 
     def __post_init__(self) -> None:

@@ -63,7 +63,8 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Dvae
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             config = _read_config(file.metadata(), path)
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             if config != infer_config(shapes):
                 raise ValueError(
                     f"{path} says it holds {config}, but its tensors are those of "
@@ -108,8 +109,8 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> DvaeConfig:
         ) from error
     # 8 tensors a block; 4 for input and output, and 3 or 4 shortcuts: 74 + 76 for DALL-E's.
     expected_count = 2 * 8 * NUM_GROUPS * config.blocks_per_group + 2 * 4 + 2 * (3 + 4)
-    if len(shapes) != expected_count and len(shapes) > 10 * expected_count:
-        raise ValueError(f"{len(shapes)} tensors: {config} has {expected_count}")
+    if len(shapes) > 2 * expected_count or expected_count > 2 * len(shapes):
+        raise ValueError(f"{len(shapes)} tensors where {config} has {expected_count}")
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in Dvae(config).state_dict().items()}
     problems = [

@@ -256,7 +256,7 @@ class Dvae(nn.Module):
         _check_images(images)
         mapped = map_pixels(images)
         logits = self.encoder(mapped.to(self.encoder.blocks["input"].w.dtype)).float()
-        codes = F.gumbel_softmax(logits, tau=1.0 if temperature == 1 else temperature, dim=1)
+        codes = F.gumbel_softmax(logits, tau=temperature, dim=1)
         mu, log_scale = self.decoder(codes).float().chunk(2, dim=1)
         return DvaeOutput(logits, mu, log_scale, mapped)
 
@@ -267,8 +267,9 @@ class Dvae(nn.Module):
         images (B, 3, height, width), uint8 in 0 .. 255 or float in [0, 1] (values outside are the
         caller's business), any memory format; returns int64 (B, height / 8, width / 8).
         The convolutions run in the type of the parameters, or in autocast's where that is on. The
-        last projection always runs in fp32: rounded to bf16, thousands of logits tie. No more than
-        64 MiB of logits exist at a time. Raises ValueError for another shape or type.
+        last projection always runs in fp32, as in the reference: rounding 8192 normal scores to
+        bf16 changes the best of them in 2 % of positions. No more than 64 MiB of logits exist at
+        a time. Raises ValueError for another shape or type.
         """
         _check_images(images)
         mapped = map_pixels(images, self.encoder.blocks["input"].w.dtype)

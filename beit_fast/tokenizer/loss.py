@@ -1,6 +1,6 @@
 """The training loss of the dVAE and the schedules of its two coefficients.
 
-    loss = -E[ln p(x | z)] / values + beta KL(q(z | x) || uniform) / values,  values = 3 height width
+    loss = (-E[ln p(x | z)] + beta KL(q(z | x) || uniform)) / values,    values = 3 height width
 
 Both terms are divided by the number of pixel values of an image, so the loss reads as nats per
 value, and the KL of one position, which stands for 3 x 8 x 8 = 192 values, weighs beta / 192 for
@@ -55,8 +55,8 @@ class DvaeLoss(NamedTuple):
 def logit_laplace_nll(mapped: Tensor, mu: Tensor, log_scale: Tensor) -> Tensor:
     """-ln p(x) = ln 2 + ln b + ln x + ln(1 - x) + |logit(x) - mu| / b, elementwise.
 
-    mapped: x in (0, 1), away from both ends (`map_pixels` gives [0.1, 0.9]); mu and log_scale = ln b
-    of the same shape. fp32 in, fp32 out. Source: appendix A.3, equation 3.
+    mapped: x in (0, 1), away from both ends (`map_pixels` gives [0.1, 0.9]); mu and ln b =
+    log_scale of the same shape. fp32 in, fp32 out. Source: appendix A.3, equation 3.
     """
     log_jacobian = torch.log(mapped * (1 - mapped))
     error = (torch.logit(mapped) - mu).abs()

@@ -45,6 +45,7 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Torch's fused AdamW. The rate is a device tensor, so a captured graph sees it change.
 
+    A group's `lr_scale` (timm's name; 1 where absent) multiplies its rate over the whole run.
     A tensor assigned to `optimizer.found_inf` makes `step()` skip on the device where it is 1.
     """
     return torch.optim.AdamW(
@@ -67,7 +68,7 @@ def build_schedule(
 ) -> LambdaLR:
     """LambdaLR at optimiser step `start`: it fills the rate tensors in place, as a graph needs."""
     for group in optimizer.param_groups:
-        group["initial_lr"] = torch.full_like(group["lr"], optim.lr)
+        group["initial_lr"] = torch.full_like(group["lr"], optim.lr * group.get("lr_scale", 1.0))
     return LambdaLR(
         optimizer,
         lambda step: lr_at(step, optim, num_steps, warmup) / optim.lr,

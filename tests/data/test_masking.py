@@ -5,6 +5,7 @@ import runpy
 import numpy as np
 import pytest
 
+from beit_fast.data import masking
 from beit_fast.data.masking import MaskingConfig, draw_mask, max_masked
 from beit_fast.data.seeds import SampleSeed
 
@@ -40,7 +41,9 @@ def script_mask(grid, config, rng):
 
 
 def draw_many(config, grid, count):
-    return np.stack([draw_mask(grid, config, SampleSeed(7, 0, i).rng("mask")) for i in range(count)])
+    return np.stack(
+        [draw_mask(grid, config, SampleSeed(7, 0, i).rng("mask")) for i in range(count)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_a_setting_that_cannot_mask_the_grid_is_refused(options, grid, message):
 
 
 def test_the_module_draws_masks_when_run(capsys):
-    runpy.run_module("beit_fast.data.masking", run_name="__main__", alter_sys=True)
+    runpy.run_path(masking.__file__, run_name="__main__")
     output = capsys.readouterr().out
     assert "block_paper" in output
     assert output.count("\n") > 4 * 14

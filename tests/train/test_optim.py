@@ -52,6 +52,21 @@ def test_a_schedule_started_late_has_the_rate_of_that_step(model):
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(lr_at(5, optim, 9, 2), rel=1e-6)
 
 
+def test_a_group_with_a_scale_has_its_share_of_the_rate(model):
+    optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=0)
+    groups = [{"params": [model.weight], "lr_scale": 0.1}, {"params": [model.bias]}]
+    optimizer = build_optimizer(groups, optim, torch.device("cpu"))
+    build_schedule(optimizer, optim, num_steps=9, warmup=0, start=4)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.1 * lr_at(4, optim, 9, 0), lr_at(4, optim, 9, 0)], rel=1e-6)
+
+
+def test_the_decay_may_end_before_the_run():
+    optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=0, decay_steps=10)
+    assert lr_at(5, optim, 100, 0) == pytest.approx(5.5e-3)
+    assert lr_at(10, optim, 100, 0) == lr_at(99, optim, 100, 0) == pytest.approx(1e-3)
+
+
 def test_gradients_are_clipped_to_the_global_norm(model):
     model(torch.ones(2, 4)).sum().mul(100).backward()
     norm = clip_gradients(list(model.parameters()), 1.0)

@@ -13,9 +13,10 @@ from beit_fast.train.state import checkpoint_paths, load_checkpoint
 
 def two_ranks(output: Path, fault: str) -> tuple[dict, dict, list[str]]:
     output.mkdir()
+    script = Path(__file__).with_name("two_ranks.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + [str(Path(__file__).with_name("two_ranks.py")), str(output), fault],
+        [*launch, str(script), str(output), fault],
         check=True,
         timeout=120,
         capture_output=True,

@@ -1,0 +1,225 @@
+"""How fast images become batches, and how far the fast transform is from the reference.
+
+    python bench/data.py [--data FOLDER] [--rounds 5] [--threads 0 1 2 4]
+
+Prints masks per second, images per second of both transforms, their distance in pixels, and the
+loader's throughput, and writes all of it to bench/results/data.csv. Rates are per second of CPU
+time of one thread, so other work on the machine matters less; candidates take turns every few
+images, and the median over rounds is printed with its range. Without --data it takes the
+photographs of the package.
+"""
+
+import argparse
+import io
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timing import RESULTS, conditions, conditions_line, format_table, write_results
+
+import beit_fast.data
+from beit_fast.data.datasets import ImageFolder
+from beit_fast.data.decode import decode_fast, decode_pillow
+from beit_fast.data.loader import Loader
+from beit_fast.data.masking import MaskingConfig, draw_mask
+from beit_fast.data.samples import PretrainSample
+from beit_fast.data.seeds import SampleSeed
+from beit_fast.data.views import ViewConfig, normalize, two_views
+
+GRID = (14, 14)
+MAX_FILES = 256  # of a folder: enough to be even, few enough to sit in memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder of images")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 2, 4])
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    source = _Memory(args.data)
+    values = conditions(
+        torch.device("cpu"),
+        ("torchcodec", "pillow", "numpy", "grain"),
+        images=f"{len(source)} of {source.kilobytes:.0f} kB from {source.origin}",
+    )
+    print(conditions_line(values))
+    rows = []
+    for title, measured in (
+        ("masks of 14x14, seeding included, per core second", bench_masks(args.rounds)),
+        ("images to two views, per core second", bench_transforms(source, args.rounds)),
+        ("fast against reference, levels of 255 and dB", bench_distance(source)),
+        ("loader, two views and masks, batches of 64", bench_loader(source, args.threads)),
+    ):
+        print(f"\n{title}\n{format_table(measured)}", flush=True)
+        rows += [
+            {"bench": title, "case": row["case"], "figure": figure, "value": value}
+            for row in measured
+            for figure, value in row.items()
+            if figure != "case"
+        ]
+    write_results(RESULTS / "data.csv", rows, values)
+
+
+def bench_masks(rounds: int) -> list[dict]:
+    def draw(strategy: str) -> Callable[[int], object]:
+        config = MaskingConfig(strategy=strategy)
+        return lambda i: draw_mask(GRID, config, SampleSeed(0, 0, i).rng("mask"))
+
+    strategies = ("block", "block_exact", "block_paper", "random")
+    return rates({strategy: draw(strategy) for strategy in strategies}, 4000, rounds, turn=500)
+
+
+def bench_transforms(source: "_Memory", rounds: int) -> list[dict]:
+    fast, reference = ViewConfig(kind="fast"), ViewConfig(kind="reference")
+
+    def views(config: ViewConfig) -> Callable[[int], object]:
+        return lambda i: two_views(source.read(i), config, SampleSeed(0, 0, i).rng("view"))
+
+    def official(i: int) -> None:
+        """The reference and what the official pipeline adds on the CPU: floats, normalised."""
+        for view in two_views(source.read(i), reference, SampleSeed(0, 0, i).rng("view")):
+            normalize(torch.from_numpy(view)[None]).contiguous()
+
+    candidates = {
+        "reference": views(reference),
+        "reference, floats out": official,
+        "fast": views(fast),
+        "fast, no jitter": views(replace(fast, color_jitter=0.0)),
+        "decode, Pillow": lambda i: decode_pillow(source.read(i)),
+        "decode, fast": lambda i: decode_fast(source.read(i)),
+    }
+    rows = rates(candidates, max(64, len(source)), rounds, turn=4)
+    return [{**row, "x reference": row["median"] / rows[0]["median"]} for row in rows]
+
+
+def bench_distance(source: "_Memory", draws: int = 4) -> list[dict]:
+    """Over images and draws: mean and largest difference, PSNR in the median and at worst."""
+    rows = []
+    for title, color_jitter in (("", 0.4), (", no jitter", 0.0)):
+        fast = ViewConfig(kind="fast", color_jitter=color_jitter)
+        reference = replace(fast, kind="reference")
+        measured: list[list[tuple[float, float, float]]] = [[], []]
+        for i in range(len(source)):
+            for epoch in range(draws):
+                seed = SampleSeed(0, epoch, i)
+                ours = two_views(source.read(i), fast, seed.rng("view"))
+                theirs = two_views(source.read(i), reference, seed.rng("view"))
+                for results, a, b in zip(measured, ours, theirs, strict=True):
+                    results.append(distance(a, b))
+        for name, results in zip(("224", "112"), measured, strict=True):
+            mean, largest, psnr = (np.array(column) for column in zip(*results, strict=True))
+            rows.append(
+                {
+                    "case": name + title,
+                    "mean": float(mean.mean()),
+                    "max": int(largest.max()),
+                    "PSNR median": float(np.median(psnr)),
+                    "PSNR worst": float(psnr.min()),
+                }
+            )
+    return rows
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """(mean, max, PSNR in dB) of the difference of two uint8 images."""
+    difference = ours.astype(np.int32) - theirs
+    square = max((difference**2).mean(), 1e-9)
+    return np.abs(difference).mean(), np.abs(difference).max(), 10 * np.log10(255**2 / square)
+
+
+def bench_loader(source: "_Memory", threads: list[int], batch_size: int = 64) -> list[dict]:
+    rows = []
+    for num_threads in threads:
+        loader = Loader(
+            source,
+            PretrainSample(ViewConfig(), MaskingConfig(), GRID),
+            batch_size=batch_size,
+            num_threads=num_threads,
+            max_bad_share=1.0,
+        )
+        batches = loader.batches()
+        for _ in range(num_threads + 2):  # those read ahead while nobody waited
+            next(batches)
+        wall, cpu, num_batches = time.perf_counter(), time.process_time(), 4 + 4 * num_threads
+        for _ in range(num_batches):
+            next(batches)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        batches.close()
+        images = num_batches * batch_size
+        rows.append(
+            {
+                "case": f"{num_threads} threads",
+                "images per second": images / wall,
+                "images per core second": images / cpu,
+            }
+        )
+    return rows
+
+
+def rates(
+    candidates: dict[str, Callable[[int], object]], items: int, rounds: int, turn: int
+) -> list[dict]:
+    """Calls per second of each candidate on the numbers below `items`, `turn` of them at a time."""
+    for candidate in candidates.values():
+        candidate(0)
+    measured: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        seconds = dict.fromkeys(candidates, 0.0)
+        for first in range(0, items, turn):
+            for name, candidate in candidates.items():
+                start = time.thread_time()
+                for i in range(first, min(first + turn, items)):
+                    candidate(i)
+                seconds[name] += time.thread_time() - start
+        for name in candidates:
+            measured[name].append(items / seconds[name])
+    return [
+        {"case": name, "median": statistics.median(rate), "low": min(rate), "high": max(rate)}
+        for name, rate in measured.items()
+    ]
+
+
+class _Memory:
+    """The files of a folder, held in memory: what is timed is work, not the disk."""
+
+    def __init__(self, folder: Path | None):
+        photographs = Path(beit_fast.data.__file__).parent / "photographs"
+        if folder is None and not photographs.is_dir():
+            self.origin, self._files = "random gradients", [_gradient(i) for i in range(16)]
+        else:
+            files = ImageFolder(folder or photographs)
+            self.origin = folder or "the photographs of the package"
+            order = random.Random(0).sample(range(len(files)), min(MAX_FILES, len(files)))
+            self._files = [files.read(i) for i in order]
+        self.kilobytes = sum(map(len, self._files)) / len(self._files) / 1000
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, index: int) -> bytes:
+        return self._files[index % len(self._files)]
+
+    def name(self, index: int) -> str:
+        return f"file {index}"
+
+
+def _gradient(number: int) -> bytes:
+    rng = np.random.default_rng(number)
+    small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+    smooth = np.asarray(small.resize((500, 375), Image.Resampling.BICUBIC), np.int32)
+    noisy = np.clip(smooth + rng.integers(-12, 13, smooth.shape), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noisy).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    main()

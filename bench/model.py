@@ -1,0 +1,304 @@
+"""Step time and peak memory of our BEiT against timm's and transformers', in one run.
+
+    python bench/model.py --size base --batch 4
+
+Three tasks: `classifier` (1000 classes, a position table per block), `features` (the encoder alone,
+shared table) and `mim` (75 of 196 patches hidden; timm has no such model, and transformers scores
+every patch where we score the hidden ones). A step is forward, loss and backward, without the
+optimiser. The ratio is the peer's time or memory by ours: above 1, ours is better.
+"""
+
+import argparse
+import functools
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timing import (
+    RESULTS,
+    conditions,
+    conditions_line,
+    format_table,
+    time_interleaved,
+    write_results,
+)
+from torch import Tensor, nn
+
+from beit_fast.model.beit import Beit
+from beit_fast.model.config import BeitConfig, beit_config
+from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
+
+PEERS = {
+    "classifier": ("timm", "transformers"),
+    "features": ("timm", "transformers"),
+    "mim": ("transformers",),
+}
+NUM_MASKED = 75
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that a candidate is built from."""
+
+    size: str
+    img_size: int
+    batch: int
+    device: str
+    dtype: str
+    threads: int
+
+    def config(self, task: str) -> BeitConfig:
+        suffix = "" if task == "classifier" else "_8k_vocab"
+        return beit_config(f"beit_{self.size}_patch16_{self.img_size}{suffix}")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    images: Tensor
+    labels: Tensor
+    mask: Tensor
+    masked_index: Tensor
+    visual_tokens: Tensor
+
+
+def make_inputs(setting: Setting) -> Inputs:
+    """The same for every candidate; each image hides as many patches."""
+    generator = torch.Generator().manual_seed(0)
+    L = setting.config("mim").num_patches
+    hidden = torch.stack([torch.randperm(L, generator=generator) for _ in range(setting.batch)])
+    hidden = hidden[:, : NUM_MASKED * L // 196]
+    mask = torch.zeros(setting.batch, L, dtype=torch.bool).scatter_(1, hidden, True)
+    images = torch.randn(setting.batch, 3, setting.img_size, setting.img_size, generator=generator)
+    tensors = (
+        images,
+        torch.randint(1000, (setting.batch,), generator=generator),
+        mask,
+        mask.flatten().nonzero().flatten().int(),
+        torch.randint(8192, (setting.batch, L), generator=generator),
+    )
+    return Inputs(*(t.to(setting.device) for t in tensors))
+
+
+# --- the candidates: a model, and how it turns inputs into (loss, output) -------------------------
+
+
+def build_ours(task: str, config: BeitConfig) -> tuple[nn.Module, Callable[[Inputs], Tensor]]:
+    if task == "classifier":
+        model = BeitForImageClassification(config)
+        return model, lambda i: F.cross_entropy(model(i.images), i.labels)
+    if task == "features":
+        model = Beit(config)
+        return model, lambda i: model(i.images).square().mean()
+    model = BeitForMaskedImageModeling(config)
+    return model, lambda i: model.loss(i.images, i.mask, i.masked_index, i.visual_tokens)[0]
+
+
+def build_timm(task: str, config: BeitConfig) -> tuple[nn.Module, Callable[[Inputs], Tensor]]:
+    from timm.models.beit import Beit as TimmBeit
+
+    model = TimmBeit(
+        img_size=config.img_size,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        init_values=config.init_values,
+        use_abs_pos_emb=False,
+        use_rel_pos_bias=config.use_rel_pos_bias,
+        use_shared_rel_pos_bias=config.use_shared_rel_pos_bias,
+        num_classes=config.num_classes if task == "classifier" else 0,
+    )
+    if task == "classifier":
+        return model, lambda i: F.cross_entropy(model(i.images), i.labels)
+    return model, lambda i: model.forward_features(i.images).square().mean()
+
+
+def build_transformers(
+    task: str, config: BeitConfig
+) -> tuple[nn.Module, Callable[[Inputs], Tensor]]:
+    import transformers
+
+    theirs = transformers.BeitConfig(
+        image_size=config.img_size,
+        hidden_size=config.embed_dim,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        intermediate_size=int(config.embed_dim * config.mlp_ratio),
+        layer_norm_eps=config.norm_eps,
+        layer_scale_init_value=config.init_values,
+        use_relative_position_bias=config.use_rel_pos_bias,
+        use_shared_relative_position_bias=config.use_shared_rel_pos_bias,
+        use_mask_token=task == "mim",
+        num_labels=config.num_classes,
+        drop_path_rate=0.0,
+    )
+    if task == "classifier":
+        model = transformers.BeitForImageClassification(theirs)
+        return model, lambda i: F.cross_entropy(model(i.images).logits, i.labels)
+    if task == "features":
+        model = transformers.BeitModel(theirs, add_pooling_layer=False)
+        return model, lambda i: model(i.images).last_hidden_state.square().mean()
+    model = transformers.BeitForMaskedImageModeling(theirs)
+    return model, lambda i: model(i.images, i.mask, labels=i.visual_tokens[i.mask]).loss
+
+
+BUILD = {"ours": build_ours, "timm": build_timm, "transformers": build_transformers}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model's two timed calls."""
+
+    train_step: Callable[[], object]
+    forward: Callable[[], object]
+
+
+def make_candidate(name: str, task: str, setting: Setting, compiled: bool = False) -> Candidate:
+    torch.manual_seed(0)
+    with torch.device(setting.device):
+        model, loss = BUILD[name](task, setting.config(task))
+    model.train()
+    inputs = make_inputs(setting)
+    if compiled:
+        loss = torch.compile(loss)
+    autocast = nullcontext
+    if setting.dtype == "bf16":
+        autocast = functools.partial(torch.autocast, setting.device, torch.bfloat16)
+
+    def train_step() -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast():
+            value = loss(inputs)
+        value.backward()
+
+    @torch.no_grad()
+    def forward() -> None:
+        with autocast():
+            loss(inputs)
+
+    return Candidate(train_step, forward)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def peak_cpu_mib(name: str, task: str, setting: Setting) -> float:
+    """What one training step adds to the resident memory of a process that holds the model.
+
+    Runs in a process of its own, because the high-water mark of a process never falls. It is the
+    kernel's VmHWM: `ru_maxrss` starts at what the parent held when it forked.
+    """
+    torch.set_num_threads(setting.threads)
+    candidate = make_candidate(name, task, setting)
+    before = _resident_kib("VmRSS")
+    candidate.train_step()
+    candidate.train_step()
+    return (_resident_kib("VmHWM") - before) / 2**10
+
+
+def _resident_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}: CPU memory is measured on Linux only")
+
+
+def peak_cuda_mib(candidate: Candidate) -> float:
+    """What one training step adds to the allocated memory beside the model and its gradients."""
+    candidate.train_step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    candidate.train_step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def bench(task: str, setting: Setting, compiled: bool, rounds: int) -> list[dict]:
+    names = ("ours", *PEERS[task])
+    candidates = {name: make_candidate(name, task, setting, compiled) for name in names}
+    device = torch.device(setting.device)
+    memory = {}
+    for name in names:
+        if device.type == "cuda":
+            memory[name] = peak_cuda_mib(candidates[name])
+        else:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                memory[name] = pool.submit(peak_cpu_mib, name, task, setting).result()
+    rows = []
+    for kind in ("train_step", "forward"):
+        calls = {name: getattr(candidate, kind) for name, candidate in candidates.items()}
+        timings = time_interleaved(calls, device=device, rounds=rounds)
+        for name, timing in timings.items():
+            ratio, ratio_spread = timings["ours"].ratio(timing)
+            training = kind == "train_step"
+            rows.append(
+                {
+                    "task": task,
+                    "mode": "compiled" if compiled else "eager",
+                    "pass": kind,
+                    "model": name,
+                    "ms": timing.median_ms,
+                    "spread": timing.spread,
+                    "images_per_second": 1e3 * setting.batch / timing.median_ms,
+                    "ratio": ratio,
+                    "ratio_spread": ratio_spread,
+                    "peak_mib": memory[name] if training else "",
+                    "memory_ratio": memory[name] / memory["ours"] if training else "",
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--size", choices=["small", "base", "large"], default="base")
+    parser.add_argument("--img-size", type=int, choices=[224, 384, 512], default=224)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tasks", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--output", type=Path, help="CSV; default results/model-<size>-<device>.csv"
+    )
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    setting = Setting(
+        options.size,
+        options.img_size,
+        options.batch,
+        options.device,
+        options.dtype,
+        options.threads,
+    )
+    values = conditions(
+        torch.device(setting.device),
+        ("timm", "transformers"),
+        size=setting.size,
+        img_size=setting.img_size,
+        batch=setting.batch,
+        dtype=setting.dtype,
+        rounds=options.rounds,
+    )
+    print(conditions_line(values))
+    rows: list[dict] = []
+    for task in options.tasks:
+        for compiled in (False, True) if setting.device == "cuda" else (False,):
+            rows += bench(task, setting, compiled, options.rounds)
+            print(format_table(rows[-2 * (1 + len(PEERS[task])) :]), flush=True)
+    path = options.output or RESULTS / f"model-{setting.size}-{setting.device}.csv"
+    write_results(path, rows, values)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

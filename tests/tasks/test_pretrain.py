@@ -1,0 +1,156 @@
+"""Pre-training end to end on tiny images: exact resume, ablations, errors that say what to do."""
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from beit_fast.tasks.pipeline import run_pretraining
+from beit_fast.tasks.pretrain import PretrainTask
+from beit_fast.tokenizer.checkpoint import load_tokenizer
+from beit_fast.train.log import read_metrics
+from beit_fast.train.parallel import World
+from beit_fast.train.state import checkpoint_paths, load_checkpoint
+from beit_fast.train.stop import Interrupted
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def task_of(config):
+    return PretrainTask(config, load_tokenizer(config.tokenizer), ALONE)
+
+
+def records_of(output):
+    lines = read_metrics(output / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
+    pretrain_config, tmp_path, monkeypatch
+):
+    run_pretraining(pretrain_config(run={"output": str(tmp_path / "whole")}))
+    parts = pretrain_config(run={"output": str(tmp_path / "parts")})
+    loss = PretrainTask.loss
+
+    def stop_in_step_3(self, batch, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, batch, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainTask, "loss", stop_in_step_3)
+        with pytest.raises(Interrupted) as stop:
+            run_pretraining(parts)
+    assert stop.value.exit_code == 143
+    assert load_checkpoint(checkpoint_paths(tmp_path / "parts")[-1]).step == 3
+    run_pretraining(parts)
+
+    whole, resumed = (
+        load_checkpoint(checkpoint_paths(tmp_path / name)[-1]) for name in ("whole", "parts")
+    )
+    for stem, tensors in whole.tensors.items():
+        for name, value in tensors.items():
+            assert torch.equal(value, resumed.tensors[stem][name]), (stem, name)
+    assert records_of(tmp_path / "whole") == records_of(tmp_path / "parts")
+
+
+def test_a_run_leaves_checkpoint_curve_picture_and_metrics(pretrain_config, tmp_path, capsys):
+    outcome = run_pretraining(pretrain_config())
+    output = tmp_path / "run"
+    said = capsys.readouterr().out
+    for path in (outcome.checkpoint, output / "curve.png", output / "picture.png"):
+        assert path.exists()
+        assert str(path) in said
+    assert "entropy of the token marginals" in said
+    assert f"ln V = {math.log(32):.3f}" in said
+    record = records_of(output)[-1]
+    assert {"loss", "accuracy", "marginal_entropy", "lr", "grad_norm", "epoch"} <= record.keys()
+    assert record["epoch"] == pytest.approx(6 * 4 / 12)
+    manifest = load_checkpoint(outcome.checkpoint).manifest
+    assert manifest["settings"]["model"]["embed_dim"] == 32
+    assert manifest["environment"]["torch"]
+    assert any(output.joinpath("tensorboard").iterdir())
+
+
+def test_the_loss_starts_at_chance(pretrain_config):
+    task = task_of(pretrain_config())
+    assert task.evaluate(task.model)["loss"] == pytest.approx(math.log(32), rel=0.02)
+
+
+def test_evaluation_and_picture_change_nothing_of_the_run(pretrain_config, tmp_path):
+    task = task_of(pretrain_config())
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    task.model.train()
+    task.evaluate(task.model, num_batches=1)
+    task.picture(task.model, tmp_path / "picture.png")
+    assert task.model.training
+    assert task.counters["token_counts"].sum() == 0
+    for name, value in task.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_counters_hold_the_tokens_that_were_to_be_predicted(pretrain_config):
+    task = task_of(pretrain_config())
+    batches = task.batches(0)
+    batch = next(batches)
+    batches.close()
+    task.loss(batch, 0)
+    assert task.counters["token_counts"].sum() == batch["mask"].sum()
+    tokens = task.tokenizer.encode(batch["token_images"].permute(0, 3, 1, 2)).flatten(1)
+    expected = torch.bincount(tokens[batch["mask"]], minlength=32)
+    assert torch.equal(task.counters["token_counts"].long(), expected)
+
+
+@pytest.mark.parametrize("objective", ["all", "all_unmasked"])
+def test_the_ablations_predict_every_token(pretrain_config, objective):
+    task = task_of(pretrain_config(objective=objective))
+    batches = task.batches(0)
+    batch = next(batches)
+    batches.close()
+    _, mask, index = task._inputs(batch)
+    assert sorted(index.tolist()) == list(range(4 * 24))
+    assert mask.any() == (objective == "all")
+    loss, _ = task.loss(batch, 0)
+    assert loss.isfinite()
+
+
+def test_pixels_are_learnt_without_a_tokenizer(pretrain_config, tmp_path):
+    config = pretrain_config(
+        model={"predict": "pixels"}, tokenizer=None, optim={"lr": 5e-3}, run={"steps": 60}
+    )
+    before = PretrainTask(config, None, ALONE)
+    untrained = before.evaluate(before.model)["loss"]
+    outcome = run_pretraining(config)
+    assert "marginal_entropy" not in records_of(tmp_path / "run")[-1]
+    # Images of random colours: little more than their mean can be learnt.
+    assert before.evaluate(outcome.model)["loss"] < 0.95 * untrained
+
+
+def test_half_precision_tokens_are_nearly_those_of_full_precision(pretrain_config):
+    tokens = []
+    for precision in ("fp32", "fp16"):
+        task = task_of(pretrain_config(tokenizer_precision=precision))
+        batches = task.batches(0)
+        tokens.append(task._tokens(next(batches)))
+        batches.close()
+    assert (tokens[0] == tokens[1]).double().mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"vocab_size": 64}}, r"32 codes .* 64: pass --model\.vocab_size 32"),
+        ({"views": {"size": 32}}, r"views are 32x32 px .* 32x48: pass --views\.size \[32,48\]"),
+        ({"views": {"token_size": 48}}, r"needs 32x48: pass --views\.token_size \[32,48\]"),
+        ({"tokenizer": None}, "give one of tokenizer"),
+        ({"model": {"predict": "pixels"}}, "uses no tokenizer"),
+        ({"data": {"path": "no/such/folder"}}, "does not exist"),
+        ({"data": {"path": ""}}, r"pass --data\.path"),
+        ({"masking": {"num_masked": 25, "min_block": 3}}, "has 24 patches"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_remedy(pretrain_config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        task_of(pretrain_config(**changes))

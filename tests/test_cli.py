@@ -1,0 +1,105 @@
+"""The command line: generated flags, one-line errors, exit codes, a run from start to end."""
+
+import json
+
+import pytest
+import yaml
+
+from beit_fast import recipes
+from beit_fast.cli import main, parse
+
+TINY = [
+    *["--run.steps", "2", "--run.log_every", "1", "--optim.warmup_steps", "1"],
+    *["--model.embed_dim", "16", "--model.num_heads", "2", "--model.depth", "1"],
+    *["--data.batch_size", "4", "--tokenizer_training.data.batch_size", "4"],
+    *["--tokenizer_training.run.steps", "2", "--tokenizer_training.optim.warmup_steps", "1"],
+]
+
+
+def test_the_demo_runs_from_start_to_end_and_again(tmp_path, capsys):
+    arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    for name in ("checkpoint", "curve", "picture", "entropy of the token marginals"):
+        assert name in said
+    assert (tmp_path / "demo" / "tokenizer" / "tokenizer.safetensors").exists()
+    assert main(arguments) == 0  # finished: nothing is trained, the results are shown
+    assert "resumes from" in capsys.readouterr().out
+
+
+def test_flags_change_fields_and_files_change_many(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"model": {"depth": 3}, "optim": {"lr": 1e-3}}))
+    arguments = ["--config", str(file), "--optim.lr", "5e-4", "--views.scale", "[0.2,1.0]"]
+    config = parse("pretrain", "demo", recipes.demo, arguments)
+    assert (config.model.depth, config.optim.lr, config.views.scale) == (3, 5e-4, (0.2, 1.0))
+    assert config.masking == recipes.demo().masking
+
+
+@pytest.mark.parametrize("name", recipes.PRETRAIN)
+def test_every_recipe_survives_the_parser_unchanged(name):
+    assert parse("pretrain", name, recipes.PRETRAIN[name], []) == recipes.PRETRAIN[name]()
+
+
+@pytest.mark.parametrize("name", recipes.TOKENIZER)
+def test_every_tokenizer_recipe_survives_the_parser_unchanged(name):
+    assert parse("tokenizer", name, recipes.TOKENIZER[name], []) == recipes.TOKENIZER[name]()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["pretrain", "small"], 1, "pass --data.path"),
+        (["pretrain", "small", "--data.path", "no/such"], 1, "no/such does not exist"),
+        (["pretrain", "demo", "--model.img_size", "65"], 1, "do not divide into patches"),
+        (["pretrain", "beit_base_in1k", "--data.path", "photographs"], 1, "dalle.safetensors"),
+        (["pretrain", "nonsense"], 2, "no recipe 'nonsense'"),
+        (["nonsense"], 2, "no verb 'nonsense'"),
+        ([], 2, "usage"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_a_code(
+    arguments, code, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    if code == 1:
+        assert len(said.strip().splitlines()) == 1
+
+
+def test_an_unknown_flag_is_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "demo", "--model.depht", "3"])
+    assert stop.value.code == 2
+    assert "--model.depht" in capsys.readouterr().err
+
+
+def test_help_lists_verbs_recipes_and_fields(capsys):
+    assert main(["--help"]) == 0
+    assert "convert-dalle" in capsys.readouterr().out
+    assert main(["pretrain", "--help"]) == 0
+    assert "beit_plus_large_in22k" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["pretrain", "small", "--help"])
+    assert "--masking.num_masked" in capsys.readouterr().out
+
+
+def test_print_config_is_yaml_that_config_reads(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "small", "--print_config"])
+    file = tmp_path / "small.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert parse("pretrain", "small", recipes.small, ["--config", str(file)]) == recipes.small()
+
+
+def test_the_resolved_configuration_is_in_the_checkpoint(tmp_path):
+    output = tmp_path / "demo"
+    main(["pretrain", "demo", *TINY, "--run.output", str(output)])
+    (checkpoint,) = (output / "checkpoints").iterdir()
+    settings = json.loads((checkpoint / "manifest.json").read_text())["settings"]
+    assert settings["model"]["embed_dim"] == 16
+    assert settings["run"]["steps"] == 2
+    assert settings["masking"]["strategy"] == "block"
