@@ -87,7 +87,8 @@ def _list_recipes(verb: str, known: dict[str, Callable[[], Any]], rest: Sequence
 
 
 def _convert_dalle(arguments: Sequence[str]) -> None:
-    parser = ArgumentParser(prog="beit-fast convert-dalle", description=convert_dalle.__doc__)
+    description = inspect.getdoc(convert_dalle).splitlines()[0]
+    parser = ArgumentParser(prog="beit-fast convert-dalle", description=description)
     parser.add_function_arguments(convert_dalle)
     print(f"wrote {convert_dalle(**vars(parser.parse_args(list(arguments))))}")
 

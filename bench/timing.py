@@ -35,7 +35,7 @@ class Timing:
         return _spread(self.rounds_ms)
 
     def ratio(self, other: "Timing") -> tuple[float, float]:
-        """(median, spread) over rounds of the other's time by this one's; above 1: this is faster."""
+        """(median, spread) over rounds of the other's time by this one's: above 1, this wins."""
         ratios = [o / s for o, s in zip(other.rounds_ms, self.rounds_ms, strict=True)]
         return statistics.median(ratios), _spread(ratios)
 

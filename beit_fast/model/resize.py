@@ -37,7 +37,7 @@ def resize_rel_pos_table(
             f"{relative_position_rows(src_grid)} rows: pass the grid that it was trained on"
         )
     if src_grid == dst_grid:
-        return table.clone()
+        return table.detach().clone()
     axes = [_source_offsets(src, dst) for src, dst in zip(src_grid, dst_grid, strict=True)]
     offsets = [np.arange(1 - dst, dst, dtype=np.float64) for dst in dst_grid]
     image = table[:-3].detach().cpu().double().numpy().reshape(*map(len, axes), -1)
@@ -62,7 +62,7 @@ def resize_pos_embed(
             f"grid are (1, {1 + src_grid[0] * src_grid[1]}, D): pass the grid they were trained on"
         )
     if src_grid == dst_grid:
-        return pos_embed.clone()
+        return pos_embed.detach().clone()
     cls, patches = pos_embed.detach().split([1, pos_embed.shape[1] - 1], dim=1)
     image_1DGG = patches.unflatten(1, src_grid).permute(0, 3, 1, 2)
     image_1DGG = F.interpolate(image_1DGG, size=dst_grid, mode="bicubic", align_corners=False)

@@ -12,13 +12,14 @@ earlier versions, which `torch.load(weights_only=True)` refuses for modules even
 Source    torch/serialization.py, `_save` and `_legacy_save`
 """
 
+import io
 import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,8 +156,7 @@ def _open_archive(
             raise ValueError(f"its data.pkl is longer than {_MAX_PICKLE_BYTES} bytes")
         if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
-        with archive.open(pickles[0]) as stream:
-            module = _run(stream, allowed_classes)
+        module = _run(io.BytesIO(archive.read(pickles[0])), allowed_classes)
 
     def member_reader(name: str) -> Callable[[], bytes]:
         def read() -> bytes:
@@ -177,7 +177,9 @@ def _open_stream(
     path: Path, allowed_classes: frozenset[str]
 ) -> tuple[PickledModule, dict[str, _Place]]:
     num_bytes = path.stat().st_size
-    with open(path, "rb") as stream:
+    with open(path, "rb") as file:
+        # From memory: asked for 2^60 bytes, a file would try to allocate them.
+        stream = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
         if _run(stream, allowed_classes) != _MAGIC or _run(stream, allowed_classes) != _PROTOCOL:
             raise ValueError("it is neither layout of torch.save")
         system = _run(stream, allowed_classes)
@@ -186,13 +188,14 @@ def _open_stream(
         module = _run(stream, allowed_classes)
         keys = _run(stream, allowed_classes)
         places = {}
+        file.seek(stream.tell())
         for key in keys if isinstance(keys, list) else []:
-            size = int.from_bytes(stream.read(8), "little") * _ITEM_BYTES
-            start = stream.tell()
+            size = int.from_bytes(file.read(8), "little") * _ITEM_BYTES
+            start = file.tell()
             if start + size > num_bytes:
                 raise ValueError(f"storage {key!r} ends behind the end of the file: it is cut off")
             places[str(key)] = _Place(size, _slice_reader(path, start, size))
-            stream.seek(start + size)
+            file.seek(start + size)
     return _as_module(module), places
 
 
@@ -227,13 +230,11 @@ def _check_place(name: str, tensor: StoredTensor, places: Mapping[str, _Place]) 
         raise ValueError(f"{name} {tensor.shape} reaches past its storage of {tensor.size} numbers")
 
 
-def _run(stream: BinaryIO, allowed_classes: frozenset[str]) -> Any:
+def _run(stream: io.BytesIO, allowed_classes: frozenset[str]) -> Any:
     """The value that one pickle describes. Raises ValueError for what torch.save never writes."""
     machine = _Machine(allowed_classes)
     try:
-        for opcode, argument, position in pickletools.genops(stream):
-            if (position or 0) > _MAX_PICKLE_BYTES:
-                raise ValueError(f"its pickle is longer than {_MAX_PICKLE_BYTES} bytes")
+        for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name == "STOP":
                 return machine.stack.pop()
             machine.step(opcode.name, argument)
