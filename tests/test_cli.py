@@ -1,12 +1,15 @@
 """The command line: generated flags, one-line errors, exit codes, a run from start to end."""
 
 import json
+import os
+import signal
 
 import pytest
 import yaml
 
 from beit_fast import recipes
 from beit_fast.cli import main, parse
+from beit_fast.tasks.pretrain import PretrainTask
 
 TINY = [
     *["--run.steps", "2", "--run.log_every", "1", "--optim.warmup_steps", "1"],
@@ -68,6 +71,35 @@ def test_a_mistake_gets_one_line_and_a_code(
     assert "Traceback" not in said
     if code == 1:
         assert len(said.strip().splitlines()) == 1
+
+
+def test_a_signal_gives_its_exit_code_and_the_run_goes_on_later(tmp_path, capsys, monkeypatch):
+    arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
+    loss = PretrainTask.loss
+
+    def stop(self, batch, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, batch, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainTask, "loss", stop)
+        assert main(arguments) == 143
+    assert "stopped by SIGTERM after step 1" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert "resumes from" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_gives_one_line(tmp_path, capsys, monkeypatch):
+    loss = PretrainTask.loss
+
+    def spoil(self, batch, step):
+        value, metrics = loss(self, batch, step)
+        return value * float("nan"), metrics
+
+    monkeypatch.setattr(PretrainTask, "loss", spoil)
+    arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
+    assert main(arguments) == 1
+    assert "not finite between steps 1 and 1, first at step 1" in capsys.readouterr().err
 
 
 def test_an_unknown_flag_is_named(capsys):

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit_fast.tasks.pipeline import run_pretraining
 from beit_fast.tasks.pretrain import PretrainTask
@@ -101,6 +102,28 @@ def test_counters_hold_the_tokens_that_were_to_be_predicted(pretrain_config):
     tokens = task.tokenizer.encode(batch["token_images"].permute(0, 3, 1, 2)).flatten(1)
     expected = torch.bincount(tokens[batch["mask"]], minlength=32)
     assert torch.equal(task.counters["token_counts"].long(), expected)
+
+
+class RefuseSyncs(TorchDispatchMode):
+    """Fails on whatever makes the host wait for a value of the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        assert func not in waits, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", ["masked", "all", "all_unmasked"])
+def test_a_training_step_never_waits_for_the_device(pretrain_config, objective):
+    task = task_of(pretrain_config(objective=objective))
+    batches = task.batches(0)
+    batch = next(batches)
+    batches.close()
+    task.model.train()
+    with RefuseSyncs():
+        loss, _ = task.loss(batch, 0)
+        loss.backward()
+        task.report()
 
 
 @pytest.mark.parametrize("objective", ["all", "all_unmasked"])

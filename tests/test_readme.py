@@ -1,0 +1,82 @@
+"""What the README says is true: commands parse, code runs, files exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit_fast import recipes
+from beit_fast.cli import VERBS, parse
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, block in BLOCKS
+    if not language
+    for line in block.splitlines()
+]
+
+
+def test_the_two_commands_are_the_ones_ci_runs():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (demo,) = [c for c in COMMANDS if c.startswith("pip install -c constraints.txt -e . &&")]
+    (test,) = [c for c in COMMANDS if c.startswith('pip install -c constraints.txt -e ".[test]"')]
+    assert demo.endswith("&& beit-fast pretrain demo")
+    assert test.endswith("&& pytest")
+    assert "README.md" in script
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "beit-fast " in c])
+def test_a_command_parses(command):
+    verb, *arguments = shlex.split(command[command.index("beit-fast ") + len("beit-fast ") :])
+    if verb == "convert-dalle":
+        assert arguments[::2] == ["--encoder", "--decoder", "--output"]
+        return
+    known, _ = VERBS[verb]
+    parse(verb, arguments[0], known[arguments[0]], arguments[1:])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python bench/")])
+def test_a_bench_knows_its_flags(command):
+    _, script, *flags = shlex.split(command)
+    usage = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(flag in usage for flag in flags if flag.startswith("--"))
+
+
+def test_the_first_python_block_runs_and_its_shapes_are_true():
+    code = next(block for language, block in BLOCKS if language == "python")
+    torch.manual_seed(0)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)  # the page's own code
+    assert names["logits"].shape == (2, 1000)
+    assert names["tokens"].shape == (2, 197, 768)
+    assert 8.9 < float(names["loss"]) < 9.3
+
+
+def test_every_recipe_is_in_the_table():
+    for name in recipes.PRETRAIN:
+        assert f"| `{name}` |" in README
+
+
+def test_every_file_of_the_tree_exists():
+    tree = next(block for language, block in BLOCKS if block.startswith("kernels/"))
+    folder = ROOT
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = ROOT / name
+            assert folder.is_dir(), name
+        else:
+            assert (folder / name).exists(), name
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"\b[A-Z]+_(?:OUTPUT|NEWEST|NUMBERS|TABLE|MINUTES)\b", README)
