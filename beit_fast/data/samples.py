@@ -37,6 +37,8 @@ class PretrainSample:
         token_images  uint8 (B, height, width, 3) of `view.token_size`
         mask          bool (B, L)
         masked_index  int32 (B * max_masked,): the hidden patches as b * L + l, then -1
+        jitter        float32 (B, steps, 3), unless the views are jittered already or not at all:
+                      what `color_jitter.jitter_views` has yet to do to both, on the device
 
     Raises ValueError if a view or the masking does not fit the grid.
     """
@@ -47,9 +49,9 @@ class PretrainSample:
         self.max_masked = max_masked(grid, masking)
 
     def __call__(self, data: bytes, seed: SampleSeed) -> dict[str, np.ndarray]:
-        images, token_images = two_views(data, self.view, seed.rng("view"))
+        views = two_views(data, self.view, seed.rng("view"))
         mask = draw_mask(self.grid, self.masking, seed.rng("mask"))
-        return {"images": images, "token_images": token_images, "mask": mask.reshape(-1)}
+        return views | {"mask": mask.reshape(-1)}
 
     def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         batch = _stack(samples)

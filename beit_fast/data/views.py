@@ -32,7 +32,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from beit_fast.data.color_jitter import jitter
+from beit_fast.data.color_jitter import jitter_coefficients
 from beit_fast.data.decode import MAX_PIXELS, decode_fast, decode_pillow
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -145,8 +145,8 @@ def draw_box(
 
 def reference_views(
     image: Image.Image, draw: ViewDraw, config: ViewConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """Both views by Pillow, in the official order: uint8 (height, width, 3) each."""
+) -> dict[str, np.ndarray]:
+    """Both views by Pillow, in the official order, jittered: what `two_views` returns."""
     for name, factor in draw.jitter:
         image = _ENHANCE[name](image).enhance(factor)
     if draw.flip:
@@ -155,27 +155,34 @@ def reference_views(
     crop = image.crop((left, top, left + width, top + height))
     view = crop.resize(config.size[::-1], Image.Resampling.BICUBIC)
     token_view = crop.resize(config.token_size[::-1], Image.Resampling.LANCZOS)
-    return np.array(view), np.array(token_view)
+    return {"images": np.array(view), "token_images": np.array(token_view)}
 
 
-def fast_views(
-    image: np.ndarray, draw: ViewDraw, config: ViewConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """Both views of a uint8 (height, width, 3) image by torch and NumPy, the same shapes."""
+def fast_views(image: np.ndarray, draw: ViewDraw, config: ViewConfig) -> dict[str, np.ndarray]:
+    """Both views of a uint8 (height, width, 3) image by torch, and the jitter they have yet to get:
+    what `two_views` returns."""
     top, left, height, width = draw.box
     if draw.flip:  # the box counts from the left of the flipped image, these pixels are not flipped
         left = image.shape[1] - left - width
     # Made contiguous by NumPy: torch would start a pool of threads per loader thread to do it.
     crop = np.ascontiguousarray(image[top : top + height, left : left + width])
-    view, token_view = _resize(crop, config.size), _resize(crop, config.token_size)
-    jitter((view, token_view), draw.jitter, image)
-    return (_flip(view), _flip(token_view)) if draw.flip else (view, token_view)
+    views = {
+        "images": _resize(crop, config.size),
+        "token_images": _resize(crop, config.token_size),
+    }
+    if draw.flip:
+        views = {name: _flip(view) for name, view in views.items()}
+    if draw.jitter:
+        views["jitter"] = jitter_coefficients(draw.jitter, image)
+    return views
 
 
-def two_views(data: bytes, config: ViewConfig, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+def two_views(data: bytes, config: ViewConfig, rng: random.Random) -> dict[str, np.ndarray]:
     """Decodes an image file and makes both views, as `config.kind` says.
 
-    Returns uint8 (height, width, 3) of `config.size` and of `config.token_size`.
+    Returns `images` and `token_images`, uint8 (height, width, 3) of `config.size` and of
+    `config.token_size`; the fast transform, if it is to jitter at all, leaves that to
+    `color_jitter.jitter_views` and adds its numbers as `jitter`, float32 (steps, 3).
     Raises BadImageError if the file cannot be decoded. Smaller images are enlarged, as officially.
     """
     if config.kind == "reference":

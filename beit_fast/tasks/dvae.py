@@ -25,6 +25,7 @@ from beit_fast.tokenizer.codebook import place_codes
 from beit_fast.tokenizer.dvae import STRIDE, Dvae, DvaeConfig, most_likely_images
 from beit_fast.tokenizer.loss import CosineSchedule, dvae_loss
 from beit_fast.tokenizer.metrics import (
+    ReconstructionError,
     codebook_use,
     count_codes,
     describe_codebook,
@@ -127,6 +128,7 @@ class DvaeTask:
             "kl": loss.kl,
             "nats_per_value": loss.reconstruction,
             "mae": error.mae,
+            "mse": error.mse,
             "codes_used": use.used,
             "perplexity": use.perplexity,
         }
@@ -145,17 +147,18 @@ class DvaeTask:
         return {}
 
     @torch.no_grad()
-    def evaluate(self, model: Dvae, num_batches: int = 8) -> tuple[Tensor, Tensor]:
-        """On crops that training never saw: mean absolute error, and how often each code is used.
+    def evaluate(self, model: Dvae, num_batches: int = 8) -> tuple[ReconstructionError, Tensor]:
+        """Errors on crops that training never saw, and how often each code occurs there: (V,).
 
         Discrete codes, as BEiT will see them, not the relaxed ones of training.
         """
         errors, counts = [], 0
         for images in self._unseen(model, num_batches):
             ids = model.encode(images)
-            errors.append(reconstruction_error(images.float() / 255, model.decode(ids)).mae)
+            errors.append(reconstruction_error(images.float() / 255, model.decode(ids)))
             counts = counts + count_codes(ids, model.vocab_size)
-        return torch.stack(errors).mean(), counts
+        mae, mse = (torch.stack(values).mean() for values in zip(*errors, strict=True))
+        return ReconstructionError(mae, mse), counts
 
     @torch.no_grad()
     def picture(self, model: Dvae, path: Path) -> None:
@@ -177,7 +180,7 @@ class DvaeTask:
 
 def run_dvae(config: DvaeTrainingConfig) -> Path:
     """`train_tokenizer` on the ranks that torchrun started, or on this process alone."""
-    with open_world(config.run.device) as world:
+    with open_world(config.run.device, config.run.cpu_threads) as world:
         return train_tokenizer(config, world)
 
 
@@ -201,8 +204,8 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
         error, counts = task.evaluate(outcome.model)
         console = Console(highlight=False, soft_wrap=True)
         console.print(
-            f"tokenizer: mean absolute error {float(error):.4f} on unseen crops (pixels in 0..1); "
-            f"{describe_codebook(counts)}"
+            f"tokenizer: absolute error {float(error.mae):.4f}, squared {float(error.mse):.5f} on "
+            f"unseen crops (pixels in 0..1); {describe_codebook(counts)}"
         )
         for name, result in (("weights", path), ("curve", curve), ("picture", outcome.picture)):
             console.print(f"  {name:10} {result}")

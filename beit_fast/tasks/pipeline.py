@@ -21,7 +21,7 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
 
     Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, Interrupted.
     """
-    with open_world(config.run.device) as world:
+    with open_world(config.run.device, config.run.cpu_threads) as world:
         tokenizer = _tokenizer(config, world)
         task = PretrainTask(config, tokenizer, world)
         outcome = train(task, config.optim, config.run, settings=_settings(config), world=world)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
+from beit_fast.data.color_jitter import jitter_views
 from beit_fast.data.loader import Loader
 from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.samples import PretrainSample

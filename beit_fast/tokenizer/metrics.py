@@ -75,6 +75,6 @@ def describe_codebook(counts: Tensor) -> str:
     most_frequent = counts.max().item() / max(total, 1)
     return (
         f"COLLAPSED: {line}; the most frequent code takes {most_frequent:.0%}. Tokens this poor "
-        "teach BEiT nothing: train longer, lower the learning rate, or lower the temperature more "
-        "slowly"
+        "teach BEiT little: start from k-means (codebook_init), lower the encoder's learning rate "
+        "(encoder_lr_scale), or train longer"
     )

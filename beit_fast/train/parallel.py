@@ -61,10 +61,11 @@ class World:
 
 
 @contextlib.contextmanager
-def open_world(device: str) -> Iterator[World]:
+def open_world(device: str, cpu_threads: int | None = None) -> Iterator[World]:
     """The world that torchrun describes, or this process alone. `device`: auto, cpu or cuda.
 
-    Raises ValueError where cuda is asked for and there is none.
+    On a CPU, torch has `cpu_threads` threads inside (None: as many as before). Raises ValueError
+    where cuda is asked for and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device is cuda and torch sees no GPU: pass --run.device cpu")
@@ -72,16 +73,20 @@ def open_world(device: str) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     chosen = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    threads_before = torch.get_num_threads()
     if kind == "cuda":
         torch.cuda.set_device(chosen)
-    if size == 1:
-        yield World(0, 1, chosen)
-        return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+    elif cpu_threads is not None:
+        torch.set_num_threads(cpu_threads)
+    if size > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield World(rank, size, chosen, dist.new_group(backend="gloo", timeout=TIMEOUT))
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None
+        yield World(rank, size, chosen, control)
     finally:
-        dist.destroy_process_group()
+        if size > 1:
+            dist.destroy_process_group()
+        torch.set_num_threads(threads_before)
 
 
 def data_parallel(module: nn.Module, world: World) -> nn.Module:

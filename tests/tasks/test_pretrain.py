@@ -104,6 +104,32 @@ def test_counters_hold_the_tokens_that_were_to_be_predicted(pretrain_config):
     assert torch.equal(task.counters["token_counts"].long(), expected)
 
 
+def test_two_micro_batches_learn_what_one_of_twice_the_size_does(pretrain_config, tmp_path):
+    weights = []
+    for batch_size, accumulate in ((4, 1), (2, 2)):
+        config = pretrain_config(
+            model={"drop_path_rate": 0.0},
+            masking={"strategy": "block_exact"},  # each micro-batch predicts as many patches
+            data={"batch_size": batch_size},
+            run={"accumulate": accumulate, "output": str(tmp_path / str(accumulate))},
+        )
+        weights.append(run_pretraining(config).model.state_dict())
+    # Not to the last bit: AdamW divides rounding differences by small second moments.
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_bf16_and_averaged_weights_train_and_draw_on_the_way(pretrain_config, tmp_path):
+    run = {"precision": "bf16", "ema_decay": 0.5, "picture_every": 3}
+    outcome = run_pretraining(pretrain_config(run=run))
+    assert (tmp_path / "run" / "picture_00000003.png").exists()
+    saved = load_checkpoint(outcome.checkpoint).tensors
+    assert torch.equal(saved["ema"]["lm_head.weight"], outcome.model.lm_head.weight)
+    assert not torch.equal(saved["ema"]["lm_head.weight"], saved["model"]["lm_head.weight"])
+    assert all(v.dtype == torch.float32 for v in saved["model"].values())
+    assert all(math.isfinite(record["loss"]) for record in records_of(tmp_path / "run"))
+
+
 class RefuseSyncs(TorchDispatchMode):
     """Fails on whatever makes the host wait for a value of the device."""
 
