@@ -68,7 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(verb: str, name: str, recipe: Callable[[], Any], arguments: Sequence[str]) -> Any:
     """The recipe's configuration with the command line's changes."""
     default = recipe()
-    parser = ArgumentParser(prog=f"beit-fast {verb} {name}", description=inspect.getdoc(recipe))
+    command = f"beit-fast {verb} {name}"
+    parser = ArgumentParser(
+        prog=command,
+        usage=f"{command} [--config FILE] [--section.field value ...]",
+        description=inspect.getdoc(recipe),
+    )
     parser.add_argument("--config", action="config", help="YAML file of fields to change")
     parser.add_class_arguments(type(default))
     parser.set_defaults(asdict(default))

@@ -121,6 +121,7 @@ class PretrainTask:
 
     def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         del step  # nothing here changes over the run
+        batch = jitter_views(batch)
         images, mask, index = self._inputs(batch)
         if self.tokenizer is None:
             return self.model.pixel_loss(images, mask, index), {}
@@ -205,14 +206,15 @@ class PretrainTask:
     def _unseen(
         self, model: BeitForMaskedImageModeling, num_batches: int
     ) -> Iterator[dict[str, Tensor]]:
-        """Batches of no training step, on the model's device, while the model is in eval mode."""
+        """Batches of no training step, on the model's device and jittered, while the model is in
+        eval mode."""
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
         batches = self.batches(UNSEEN_BATCH)
         try:
             for _ in range(num_batches):
-                yield {name: value.to(device) for name, value in next(batches).items()}
+                yield jitter_views({name: v.to(device) for name, v in next(batches).items()})
         finally:
             batches.close()
             model.train(was_training)

@@ -99,7 +99,8 @@ def test_counters_hold_the_tokens_that_were_to_be_predicted(pretrain_config):
     batches.close()
     task.loss(batch, 0)
     assert task.counters["token_counts"].sum() == batch["mask"].sum()
-    tokens = task.tokenizer.encode(batch["token_images"].permute(0, 3, 1, 2)).flatten(1)
+    token_images = jitter_views(batch)["token_images"]
+    tokens = task.tokenizer.encode(token_images.permute(0, 3, 1, 2)).flatten(1)
     expected = torch.bincount(tokens[batch["mask"]], minlength=32)
     assert torch.equal(task.counters["token_counts"].long(), expected)
 
