@@ -117,5 +117,15 @@ def load_optimizer_tensors(
     for name, values in state.items():
         parameter = parameters[name]
         optimizer.state[parameter] = {
-            kind: value.to(parameter.device) for kind, value in values.items()
+            kind: _laid_out_as(parameter, value) for kind, value in values.items()
         }
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` on the parameter's device; with its strides too where the shapes agree.
+
+    The fused optimiser walks through memory, so a channels-last weight needs channels-last moments.
+    """
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -94,6 +94,19 @@ def test_optimiser_state_survives_a_round_trip_by_name(model):
         )
 
 
+def test_loaded_moments_lie_in_memory_as_their_weights_do():
+    model = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(
+        [{"params": model.parameters()}], OptimConfig(lr=1e-2, min_lr=1e-3), torch.device("cpu")
+    )
+    model(torch.ones(2, 4, 5, 5)).sum().backward()
+    optimizer.step()
+    saved = {name: v.contiguous() for name, v in optimizer_tensors(optimizer, model).items()}
+    load_optimizer_tensors(optimizer, model, saved)
+    assert optimizer.state[model.weight]["exp_avg"].stride() == model.weight.stride()
+    assert torch.equal(optimizer.state[model.weight]["exp_avg"], saved["exp_avg/weight"])
+
+
 def test_a_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match="the warm-up takes 10 of 10 steps"):
         warmup_steps(OptimConfig(warmup_steps=10), 10, 5)
