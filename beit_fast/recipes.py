@@ -134,18 +134,18 @@ def demo() -> PretrainConfig:
 
     beit-fast pretrain demo
 
-    A dVAE of 256 codes on crops of 19 photographs, then a BEiT of 64 patches on its tokens.
+    A dVAE of 512 codes on crops of 19 photographs, then a BEiT of 64 patches on its tokens.
     """
     side = 64
     return PretrainConfig(
         model=BeitConfig(
-            img_size=side, patch_size=8, embed_dim=128, depth=4, num_heads=4, vocab_size=256
+            img_size=side, patch_size=8, embed_dim=128, depth=4, num_heads=4, vocab_size=512
         ),
         data=DataConfig(path=PHOTOGRAPHS, batch_size=32, num_threads=2),
         masking=MaskingConfig(num_masked=25, min_block=4),
         views=ViewConfig(size=side, token_size=side, scale=(0.05, 0.5)),
         optim=OptimConfig(lr=2e-3, min_lr=1e-5, warmup_steps=20, clip_grad=3.0),
-        run=RunConfig(output="runs/demo", steps=400, precision="fp32", cpu_threads=1, log_every=40),
+        run=RunConfig(output="runs/demo", steps=300, precision="fp32", cpu_threads=1, log_every=30),
         tokenizer_training=demo_tokenizer(),
     )
 
@@ -194,29 +194,29 @@ def small_tokenizer() -> DvaeTrainingConfig:
 
 
 def demo_tokenizer() -> DvaeTrainingConfig:
-    """The demo's dVAE: 256 codes on crops of 19 photographs, under a minute on two CPU cores.
+    """The demo's dVAE: 512 codes on crops of 19 photographs, about a minute on two CPU cores.
 
     In so few steps DALL-E's random start leaves a dozen codes in use. Codes that start as clusters
     of the encoder's features, and an encoder that moves slowly, keep nearly all of them.
     """
     return DvaeTrainingConfig(
         dvae=DvaeConfig(
-            vocab_size=256,
+            vocab_size=512,
             encoder_width=24,
             decoder_width=24,
             decoder_input_width=64,
             blocks_per_group=1,
         ),
-        data=DataConfig(path=PHOTOGRAPHS, batch_size=48, num_threads=2),
-        view=SingleViewConfig(size=32, scale=(0.1, 1.0)),
-        optim=OptimConfig(lr=3e-3, min_lr=3e-5, warmup_steps=20, weight_decay=1e-4, clip_grad=1.0),
+        data=DataConfig(path=PHOTOGRAPHS, batch_size=8, num_threads=2),
+        view=SingleViewConfig(size=64, scale=(0.1, 1.0)),
+        optim=OptimConfig(lr=6e-3, min_lr=6e-5, warmup_steps=20, weight_decay=1e-4, clip_grad=1.0),
         run=RunConfig(
-            output="runs/demo_tokenizer", steps=200, precision="fp32", cpu_threads=1, log_every=50
+            output="runs/demo_tokenizer", steps=400, precision="fp32", cpu_threads=1, log_every=50
         ),
-        beta=CosineSchedule(start=0.0, end=1.0, num_steps=100),
-        temperature=CosineSchedule(start=1.0, end=1 / 16, num_steps=140),
+        beta=CosineSchedule(start=0.0, end=6.6, num_steps=100),
+        temperature=CosineSchedule(start=1.0, end=1 / 16, num_steps=280),
         codebook_init="kmeans",
-        encoder_lr_scale=0.03,
+        encoder_lr_scale=0.02,
     )
 
 

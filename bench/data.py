@@ -2,11 +2,14 @@
 
     python bench/data.py [--data FOLDER] [--rounds 5] [--threads 0 1 2 4]
 
-Prints masks per second, images per second of both transforms, their distance in pixels, and the
-loader's throughput, and writes all of it to bench/results/data.csv. Rates are per second of CPU
-time of one thread, so other work on the machine matters less; candidates take turns every few
-images, and the median over rounds is printed with its range. Without --data it takes the
-photographs of the package.
+Prints masks per second, images per second of both transforms, what the fast one leaves to the
+device, their distance in pixels, and the loader's throughput, and writes all of it to
+bench/results/data.csv. Rates are per second of CPU time of one thread, so other work on the machine
+matters less; candidates take turns every few images, and the median over rounds is printed with its
+range. Without --data it takes the photographs of the package.
+
+The rate of `fast` is that of a loader thread: its jitter happens later, on the device
+that trains. Where that is a CPU too, the row with the jitter is the whole of it.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +28,7 @@ from PIL import Image
 from timing import RESULTS, conditions, conditions_line, format_table, write_results
 
 import beit_fast.data
+from beit_fast.data.color_jitter import apply_jitter, jitter_views
 from beit_fast.data.datasets import ImageFolder
 from beit_fast.data.decode import decode_fast, decode_pillow
 from beit_fast.data.loader import Loader
@@ -55,6 +60,7 @@ def main() -> None:
     for title, measured in (
         ("masks of 14x14, seeding included, per core second", bench_masks(args.rounds)),
         ("images to two views, per core second", bench_transforms(source, args.rounds)),
+        ("jitter of fast on the device, here a CPU, batches of 64", bench_jitter(args.rounds)),
         ("fast against reference, levels of 255 and dB", bench_distance(source)),
         ("loader, two views and masks, batches of 64", bench_loader(source, args.threads)),
     ):
@@ -85,19 +91,39 @@ def bench_transforms(source: "_Memory", rounds: int) -> list[dict]:
 
     def official(i: int) -> None:
         """The reference and what the official pipeline adds on the CPU: floats, normalised."""
-        for view in two_views(source.read(i), reference, SampleSeed(0, 0, i).rng("view")):
+        made = two_views(source.read(i), reference, SampleSeed(0, 0, i).rng("view"))
+        for view in made.values():
             normalize(torch.from_numpy(view)[None]).contiguous()
 
     candidates = {
         "reference": views(reference),
         "reference, floats out": official,
         "fast": views(fast),
+        "fast, jittered on the CPU": lambda i: finished(source.read(i), fast, SampleSeed(0, 0, i)),
         "fast, no jitter": views(replace(fast, color_jitter=0.0)),
         "decode, Pillow": lambda i: decode_pillow(source.read(i)),
         "decode, fast": lambda i: decode_fast(source.read(i)),
     }
     rows = rates(candidates, max(64, len(source)), rounds, turn=4)
     return [{**row, "x reference": row["median"] / rows[0]["median"]} for row in rows]
+
+
+def bench_jitter(rounds: int, batch_size: int = 64) -> list[dict]:
+    """Milliseconds of one thread per image, which the training thread spends on a CPU."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for size in ViewConfig().size, ViewConfig().token_size:
+        images = torch.from_numpy(rng.integers(0, 256, (batch_size, *size, 3), np.uint8))
+        coefficients = torch.from_numpy(rng.random((batch_size, 3, 3), np.float32))
+        (row,) = rates({str(size[0]): partial(_jitter, images, coefficients)}, 8, rounds, turn=8)
+        median, low, high = (1000 / batch_size / row[name] for name in ("median", "high", "low"))
+        rows.append({"case": row["case"], "ms per image": median, "low": low, "high": high})
+    return rows
+
+
+def _jitter(images: torch.Tensor, coefficients: torch.Tensor, number: int) -> None:
+    del number  # every call is the same work
+    apply_jitter(images, coefficients)
 
 
 def bench_distance(source: "_Memory", draws: int = 4) -> list[dict]:
@@ -110,8 +136,8 @@ def bench_distance(source: "_Memory", draws: int = 4) -> list[dict]:
         for i in range(len(source)):
             for epoch in range(draws):
                 seed = SampleSeed(0, epoch, i)
-                ours = two_views(source.read(i), fast, seed.rng("view"))
-                theirs = two_views(source.read(i), reference, seed.rng("view"))
+                ours = finished(source.read(i), fast, seed)
+                theirs = finished(source.read(i), reference, seed)
                 for results, a, b in zip(measured, ours, theirs, strict=True):
                     results.append(distance(a, b))
         for name, results in zip(("224", "112"), measured, strict=True):
@@ -126,6 +152,13 @@ def bench_distance(source: "_Memory", draws: int = 4) -> list[dict]:
                 }
             )
     return rows
+
+
+def finished(data: bytes, config: ViewConfig, seed: SampleSeed) -> tuple[np.ndarray, np.ndarray]:
+    """Both views as the model and the tokenizer get them."""
+    made = two_views(data, config, seed.rng("view"))
+    views = jitter_views({name: torch.from_numpy(array)[None] for name, array in made.items()})
+    return views["images"][0].numpy(), views["token_images"][0].numpy()
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:

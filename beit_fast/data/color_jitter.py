@@ -9,14 +9,16 @@ Brightness, contrast and saturation, in the order each image drew, are one blend
     contrast    a = 0, c = grey mean of the whole image as it is by then
     saturation  a = 1, c = 0                    grey = round(0.299 r + 0.587 g + 0.114 b)
 
-The loader's threads find the numbers (`jitter_coefficients`) and the device blends (`apply_jitter`),
-because arithmetic on pixels was a third of what an image cost a loader thread. Pixels come out as
-Pillow's to the bit. What differs from the official order is that BEiT jitters the whole image and
-crops it then: here the resize interpolates before clipping, and the grey mean is estimated from a
-grid of about 2,000 pixels of the whole image.
+The loader's threads find the numbers (`jitter_coefficients`) and the device blends
+(`apply_jitter`), because arithmetic on pixels was a third of what an image cost a loader thread.
+Levels come out as Pillow's to the bit. What differs from the official order is that BEiT jitters
+the whole image and crops it then: here the resize interpolates before clipping, and the grey mean
+is estimated from a grid of about 2,000 pixels of the whole image.
 
 Source: Pillow `ImageEnhance` and `Blend.c`, torchvision `ColorJitter`.
 """
+
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -49,16 +51,12 @@ def apply_jitter(images: Tensor, coefficients: Tensor) -> Tensor:
     """
     out = torch.empty_like(images)
     size = _CPU_IMAGES if images.device.type == "cpu" else max(1, len(images))
-    # Colours apart, so that every operation runs along contiguous memory and grey is a sum of
-    # planes; all of them after this copy work in place.
-    buffer_shape = (3, min(size, len(images)), *images.shape[1:3])
-    buffer = torch.empty(buffer_shape, dtype=torch.float32, device=images.device)
     for made, part, numbers in zip(
         out.split(size), images.split(size), coefficients.split(size), strict=True
     ):
-        planes = buffer[:, : len(part)]
-        planes.copy_(part.permute(3, 0, 1, 2))
-        _blend(planes.flatten(2), numbers)
+        # Colours apart: operations run along contiguous memory, in place, and grey sums planes.
+        planes = part.permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        _blend(planes, numbers.permute(1, 2, 0)[..., None, None], torch)
         made.copy_(planes.permute(1, 2, 3, 0))
     return out
 
@@ -75,25 +73,38 @@ def jitter_views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _grey_mean(image: np.ndarray, before: np.ndarray) -> int:
-    """Rounded grey mean of the image after the steps `before`, from a grid of its pixels."""
+    """Rounded grey mean of the image after the steps `before`, from a grid of its pixels.
+
+    By NumPy: torch would start a pool of threads in every loader thread for so few pixels.
+    """
     # Odd, so that the grid does not always hit the same place of the 8 x 8 blocks of a JPEG.
     stride = int((image.shape[0] * image.shape[1] / _MEAN_PIXELS) ** 0.5) | 1
-    pixels = image[::stride, ::stride].reshape(-1, 3).T.astype(np.float32, order="C")
-    planes = torch.from_numpy(pixels).unsqueeze(1)
-    _blend(planes, torch.from_numpy(before).unsqueeze(0))
-    return int(_grey(planes).mean() + 0.5)
+    planes = image[::stride, ::stride].reshape(-1, 3).T.astype(np.float32, order="C")
+    _blend(planes, before, np)
+    return int(_grey(planes, np).mean(dtype=np.float64) + 0.5)
 
 
-def _blend(planes: Tensor, coefficients: Tensor) -> None:
-    """The steps of the formula, in place: planes float32 (3, B, pixels) of whole levels."""
-    for step in coefficients.unbind(1):
-        f, a, c = step.unsqueeze(2).unbind(1)
-        d = _grey(planes).mul_(a).add_(c)
-        # Not `lerp`, a third faster but rounded otherwise: a level off where Pillow is exact.
-        planes.sub_(d).mul_(f).add_(d).clamp_(0, 255).floor_()
+def _blend(planes: Tensor | np.ndarray, steps: Tensor | np.ndarray, xp: ModuleType) -> None:
+    """The formula, in place, for torch and NumPy alike: `xp` is the module.
+
+    planes float32 (3, ...) of whole levels; steps (steps, 3, ...): f, a, c of planes[0].
+    """
+    for f, a, c in steps:
+        d = _grey(planes, xp)
+        d *= a
+        d += c
+        # Not torch's `lerp`, which rounds otherwise: a level off where Pillow is exact.
+        planes -= d
+        planes *= f
+        planes += d
+        xp.clip(planes, 0, 255, out=planes)
+        xp.floor(planes, out=planes)
 
 
-def _grey(planes: Tensor) -> Tensor:
-    red, green, blue = planes.unbind(0)
+def _grey(planes: Tensor | np.ndarray, xp: ModuleType) -> Tensor | np.ndarray:
+    red, green, blue = planes
     grey = red * _GREY[0]
-    return grey.add_(green, alpha=_GREY[1]).add_(blue, alpha=_GREY[2]).add_(0.5).floor_()
+    grey += green * _GREY[1]
+    grey += blue * _GREY[2]
+    grey += 0.5
+    return xp.floor(grey, out=grey)

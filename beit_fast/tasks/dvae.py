@@ -8,7 +8,7 @@ features move faster than codes can follow, and a few codes end up with everythi
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from beit_fast.data.loader import Loader
 from beit_fast.data.samples import TokenizerSample
 from beit_fast.data.single_view import SingleViewConfig
-from beit_fast.tasks.sources import DataConfig, open_source
+from beit_fast.tasks.sources import (
+    DataConfig,
+    lasting_settings,
+    open_loader,
+    unseen_batches,
+)
 from beit_fast.tokenizer.checkpoint import save_tokenizer
 from beit_fast.tokenizer.codebook import place_codes
 from beit_fast.tokenizer.dvae import STRIDE, Dvae, DvaeConfig, most_likely_images
@@ -39,7 +43,6 @@ from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.reconstruction import draw_columns
 
 TOKENIZER = "tokenizer.safetensors"
-UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never gets there
 NUM_PICTURES = 8
 POSITIONS_PER_CODE = 4  # that k-means sees, at least
 
@@ -83,19 +86,11 @@ class DvaeTask:
         # Channels-last convolutions are twice as fast on the CPU and use tensor cores on the GPU.
         self.model = Dvae(config.dvae).to(memory_format=torch.channels_last)
         self.counters: dict[str, Tensor] = {}
-        source = open_source(config.data.path)
-        self.loader = Loader(
-            source,
-            TokenizerSample(config.view),
-            batch_size=config.data.batch_size,
-            seed=config.run.seed,
-            rank=world.rank,
-            world_size=world.size,
-            num_threads=config.data.num_threads,
-            max_bad_share=config.data.max_bad_share,
+        self.loader = open_loader(
+            config.data, TokenizerSample(config.view), seed=config.run.seed, world=world
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
-        self.num_images = len(source)
+        self.num_images = len(self.loader.source)
         self.images_per_batch = config.data.batch_size
 
     def to(self, device: torch.device) -> None:
@@ -170,12 +165,8 @@ class DvaeTask:
 
     def _unseen(self, model: Dvae, num_batches: int) -> Iterator[Tensor]:
         device = next(model.parameters()).device
-        batches = self.batches(UNSEEN_BATCH)
-        try:
-            for _ in range(num_batches):
-                yield next(batches)["images"].to(device).permute(0, 3, 1, 2)
-        finally:
-            batches.close()
+        for batch in unseen_batches(self.loader, num_batches, device):
+            yield batch["images"].permute(0, 3, 1, 2)
 
 
 def run_dvae(config: DvaeTrainingConfig) -> Path:
@@ -191,10 +182,7 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
     (also CheckpointError), OSError, NonFiniteLoss, Interrupted.
     """
     task = DvaeTask(config, world)
-    settings = asdict(config)
-    for own in ("optim", "run"):
-        del settings[own]
-    del settings["data"]["num_threads"]
+    settings = lasting_settings(config)
     outcome = train(task, config.optim, config.run, settings=settings, world=world)
     output = Path(config.run.output)
     path = output / TOKENIZER

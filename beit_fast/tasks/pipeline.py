@@ -1,13 +1,14 @@
 """A pre-training run from start to end: tokenizer, BEiT, curve, picture, and what it came to."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from beit_fast.tasks.dvae import train_tokenizer
 from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask
+from beit_fast.tasks.sources import lasting_settings
 from beit_fast.tokenizer.checkpoint import load_tokenizer
 from beit_fast.tokenizer.protocol import Tokenizer
 from beit_fast.train.log import METRICS, read_metrics
@@ -24,7 +25,9 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
     with open_world(config.run.device, config.run.cpu_threads) as world:
         tokenizer = _tokenizer(config, world)
         task = PretrainTask(config, tokenizer, world)
-        outcome = train(task, config.optim, config.run, settings=_settings(config), world=world)
+        outcome = train(
+            task, config.optim, config.run, settings=lasting_settings(config), world=world
+        )
         if world.is_main:
             _summarise(task, outcome, config)
         return outcome
@@ -40,15 +43,6 @@ def _tokenizer(config: PretrainConfig, world: World) -> Tokenizer | None:
     data = replace(training.data, path=training.data.path or config.data.path)
     training = replace(training, data=data, run=replace(training.run, output=output))
     return load_tokenizer(train_tokenizer(training, world))
-
-
-def _settings(config: PretrainConfig) -> dict:
-    """What the weights depend on besides optimiser and run, as plain data."""
-    settings = asdict(config)
-    for own in ("optim", "run"):
-        del settings[own]
-    del settings["data"]["num_threads"]
-    return settings
 
 
 def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> None:

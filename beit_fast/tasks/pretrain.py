@@ -15,7 +15,6 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from beit_fast.data.color_jitter import jitter_views
-from beit_fast.data.loader import Loader
 from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.samples import PretrainSample
 from beit_fast.data.views import (
@@ -29,7 +28,7 @@ from beit_fast.data.views import (
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForMaskedImageModeling
 from beit_fast.tasks.dvae import DvaeTrainingConfig
-from beit_fast.tasks.sources import DataConfig, open_source
+from beit_fast.tasks.sources import DataConfig, open_loader, unseen_batches
 from beit_fast.tokenizer.metrics import code_entropy, count_codes
 from beit_fast.tokenizer.protocol import Tokenizer
 from beit_fast.train.config import OptimConfig, RunConfig
@@ -37,7 +36,6 @@ from beit_fast.train.parallel import World
 from beit_fast.viz.reconstruction import draw_columns, hide_patches
 
 STATISTICS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": (HALF_MEAN, HALF_STD)}
-UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never gets there
 NUM_PICTURES = 8
 
 
@@ -95,19 +93,14 @@ class PretrainTask:
         self.counters = {}
         if tokenizer is not None:
             self.counters["token_counts"] = torch.zeros(model.vocab_size, dtype=torch.float64)
-        source = open_source(config.data.path)
-        self.loader = Loader(
-            source,
+        self.loader = open_loader(
+            config.data,
             PretrainSample(views, config.masking, model.grid),
-            batch_size=config.data.batch_size,
             seed=config.run.seed,
-            rank=world.rank,
-            world_size=world.size,
-            num_threads=config.data.num_threads,
-            max_bad_share=config.data.max_bad_share,
+            world=world,
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
-        self.num_images = len(source)
+        self.num_images = len(self.loader.source)
         self.images_per_batch = config.data.batch_size
 
     def to(self, device: torch.device) -> None:
@@ -211,12 +204,10 @@ class PretrainTask:
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        batches = self.batches(UNSEEN_BATCH)
         try:
-            for _ in range(num_batches):
-                yield jitter_views({name: v.to(device) for name, v in next(batches).items()})
+            for batch in unseen_batches(self.loader, num_batches, device):
+                yield jitter_views(batch)
         finally:
-            batches.close()
             model.train(was_training)
 
     def _predicted_pixels(

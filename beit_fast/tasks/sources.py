@@ -1,12 +1,21 @@
 """Where the images of a task come from, and in what portions."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 import beit_fast.data
 from beit_fast.data.datasets import ImageFolder
+from beit_fast.data.loader import Loader
+from beit_fast.data.samples import Sample
+from beit_fast.train.parallel import World
 
 PHOTOGRAPHS = "photographs"  # the name of the images that ship with the package
+UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never gets there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +39,36 @@ def open_source(path: str) -> ImageFolder:
     if path == PHOTOGRAPHS:
         return ImageFolder(Path(beit_fast.data.__file__).parent / PHOTOGRAPHS)
     return ImageFolder(Path(path))
+
+
+def open_loader(data: DataConfig, sample: Sample, *, seed: int, world: World) -> Loader:
+    """Batches of this rank. Raises ValueError as `open_source` and `Loader` do."""
+    return Loader(
+        open_source(data.path),
+        sample,
+        batch_size=data.batch_size,
+        seed=seed,
+        rank=world.rank,
+        world_size=world.size,
+        num_threads=data.num_threads,
+        max_bad_share=data.max_bad_share,
+    )
+
+
+def unseen_batches(
+    loader: Loader, num_batches: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """The same few batches every time, on the device, of crops and masks no training step sees."""
+    batches = loader.batches(UNSEEN_BATCH)
+    try:
+        for _ in range(num_batches):
+            yield {name: value.to(device) for name, value in next(batches).items()}
+    finally:
+        batches.close()
+
+
+def lasting_settings(config: Any) -> dict[str, Any]:
+    """What the weights depend on besides optimiser and run, which the loop adds: plain data."""
+    settings = asdict(config)
+    del settings["optim"], settings["run"], settings["data"]["num_threads"]
+    return settings

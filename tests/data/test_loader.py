@@ -85,6 +85,7 @@ def test_batches_hold_the_arrays_of_the_sample_as_tensors(image_folder):
         "token_images": ((8, 16, 16, 3), torch.uint8),
         "mask": ((8, 16), torch.bool),
         "masked_index": ((8 * 6,), torch.int32),
+        "jitter": ((8, 3, 3), torch.float32),
         "sample_index": ((8,), torch.int64),
     }
     real = batch["masked_index"][batch["masked_index"] >= 0]
@@ -152,7 +153,7 @@ def test_a_global_batch_is_the_same_however_many_ranks_share_it(image_folder, wo
         for rank in range(world_size)
     ]
     for k, batch in enumerate(whole):
-        for name in ("images", "token_images", "mask", "sample_index"):
+        for name in ("images", "token_images", "mask", "jitter", "sample_index"):
             assert torch.equal(torch.cat([rank[k][name] for rank in ranks]), batch[name])
 
 

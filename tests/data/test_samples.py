@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -24,16 +26,25 @@ def test_a_pretraining_batch_has_the_documented_shapes_and_types(data):
         "token_images": ((5, 32, 48, 3), "uint8"),
         "mask": ((5, 24), "bool"),
         "masked_index": ((5 * 9,), "int32"),
+        "jitter": ((5, 3, 3), "float32"),
     }
     assert sample.max_masked == 9
+
+
+@pytest.mark.parametrize("changes", [{"kind": "reference"}, {"color_jitter": 0.0}], ids=str)
+def test_a_batch_with_nothing_left_to_jitter_carries_no_jitter(data, changes):
+    sample = PretrainSample(replace(VIEW, **changes), MASKING, (4, 6))
+    batch = sample.collate([sample(data, SampleSeed(0, 0, 0))])
+    assert batch.keys() == {"images", "token_images", "mask", "masked_index"}
 
 
 def test_view_and_mask_are_those_of_the_sample_seed(data):
     seed = SampleSeed(3, 1, 4)
     made = PretrainSample(VIEW, MASKING, (4, 6))(data, seed)
-    images, token_images = two_views(data, VIEW, seed.rng("view"))
-    assert np.array_equal(made["images"], images)
-    assert np.array_equal(made["token_images"], token_images)
+    views = two_views(data, VIEW, seed.rng("view"))
+    assert views.keys() == {"images", "token_images", "jitter"}
+    for name, array in views.items():
+        assert np.array_equal(made[name], array)
     mask = draw_mask((4, 6), MASKING, seed.rng("mask"))
     assert np.array_equal(made["mask"], mask.reshape(-1))
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as tv
 
+from beit_fast.data.color_jitter import jitter_views
 from beit_fast.data.decode import BadImageError
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.views import (
@@ -54,9 +55,16 @@ def psnr(ours, theirs):
     return 10 * np.log10(255**2 / max(((ours.astype(np.int32) - theirs) ** 2).mean(), 1e-9))
 
 
+def finished_views(data, config, rng):
+    """Both views of an image as the model and the tokenizer get them."""
+    views = {name: torch.from_numpy(x)[None] for name, x in two_views(data, config, rng).items()}
+    views = jitter_views(views)
+    return views["images"][0].numpy(), views["token_images"][0].numpy()
+
+
 def views_of(photographs, config, draws=2):
     return [
-        two_views(data, config, SampleSeed(0, epoch, i).rng("view"))
+        finished_views(data, config, SampleSeed(0, epoch, i).rng("view"))
         for i, data in enumerate(photographs)
         for epoch in range(draws)
     ]
@@ -69,7 +77,7 @@ def test_reference_views_are_pixel_for_pixel_the_official_ones(photographs):
             seed = SampleSeed(0, epoch, i)
             width, height = Image.open(io.BytesIO(data)).size
             draw = draw_view(height, width, REFERENCE, seed.rng("view"))
-            ours = two_views(data, REFERENCE, seed.rng("view"))
+            ours = finished_views(data, REFERENCE, seed.rng("view"))
             for view, expected in zip(ours, official_views(data, draw, REFERENCE), strict=True):
                 assert np.array_equal(view, expected)
             orders.add(tuple(name for name, _ in draw.jitter))
@@ -119,7 +127,7 @@ def test_views_are_a_function_of_the_seed(kind, photographs):
     config = ViewConfig(kind=kind)
 
     def views(seed):
-        return two_views(photographs[0], config, seed.rng("view"))
+        return finished_views(photographs[0], config, seed.rng("view"))
 
     first = views(SampleSeed(0, 0, 0))
     for a, b in zip(first, views(SampleSeed(0, 0, 0)), strict=True):
@@ -136,8 +144,8 @@ def test_an_exif_rotation_changes_neither_view(kind, photographs, make_file):
     plain, rotated = make_file(image, "JPEG"), make_file(image, "JPEG", exif=tags.tobytes())
     config = ViewConfig(kind=kind)
     for a, b in zip(
-        two_views(plain, config, random.Random(0)),
-        two_views(rotated, config, random.Random(0)),
+        finished_views(plain, config, random.Random(0)),
+        finished_views(rotated, config, random.Random(0)),
         strict=True,
     ):
         assert np.array_equal(a, b)
@@ -149,7 +157,7 @@ def test_tiny_images_and_strips_give_views_of_full_size(kind, shape, make_image,
     data = make_file(make_image(*shape), "PNG")
     config = ViewConfig(kind=kind, size=(96, 64), token_size=(48, 32))
     for i in range(20):
-        view, token_view = two_views(data, config, random.Random(i))
+        view, token_view = finished_views(data, config, random.Random(i))
         assert view.shape == (96, 64, 3)
         assert token_view.shape == (48, 32, 3)
         assert view.dtype == token_view.dtype == np.uint8
@@ -170,8 +178,8 @@ def test_a_flip_mirrors_the_crop_of_the_mirrored_image(photographs):
         mirrored = Image.open(io.BytesIO(photographs[0])).transpose(Image.FLIP_LEFT_RIGHT)
         file = io.BytesIO()
         mirrored.save(file, "PNG")
-        ours = two_views(photographs[0], flipped, random.Random(1))
-        theirs = two_views(file.getvalue(), replace(config, hflip=0.0), random.Random(1))
+        ours = finished_views(photographs[0], flipped, random.Random(1))
+        theirs = finished_views(file.getvalue(), replace(config, hflip=0.0), random.Random(1))
         for a, b in zip(ours, theirs, strict=True):
             assert np.abs(a.astype(np.int32) - b).max() <= 1
 

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from beit_fast.data.color_jitter import jitter_views
+from beit_fast.tasks import pretrain
 from beit_fast.tasks.pipeline import run_pretraining
 from beit_fast.tasks.pretrain import PretrainTask
+from beit_fast.tasks.sources import UNSEEN_BATCH
 from beit_fast.tokenizer.checkpoint import load_tokenizer
 from beit_fast.train.log import read_metrics
 from beit_fast.train.parallel import World
@@ -103,6 +106,31 @@ def test_counters_hold_the_tokens_that_were_to_be_predicted(pretrain_config):
     tokens = task.tokenizer.encode(token_images.permute(0, 3, 1, 2)).flatten(1)
     expected = torch.bincount(tokens[batch["mask"]], minlength=32)
     assert torch.equal(task.counters["token_counts"].long(), expected)
+
+
+def test_model_tokenizer_and_pictures_get_jittered_views(pretrain_config, tmp_path, monkeypatch):
+    task = task_of(pretrain_config())
+    task.model.eval()
+    batches = task.batches(UNSEEN_BATCH)
+    batch = next(batches)
+    batches.close()
+    jittered = jitter_views(batch)
+    plain = {name: value for name, value in batch.items() if name != "jitter"}
+    seen, drawn = [], []
+    encode = task.tokenizer.encode
+    monkeypatch.setattr(task.tokenizer, "encode", lambda x: seen.append(x) or encode(x))
+    monkeypatch.setattr(pretrain, "draw_columns", lambda columns, path: drawn.append(columns))
+    loss = task.loss(batch, 0)[0]
+    assert torch.equal(loss, task.loss(jittered, 0)[0])
+    assert not torch.equal(loss, task.loss(plain, 0)[0])
+    task.evaluate(task.model, num_batches=1)
+    task.picture(task.model, tmp_path / "picture.png")
+    for number, views in enumerate(seen):
+        expected = (batch if number == 2 else jittered)["token_images"].permute(0, 3, 1, 2)
+        assert torch.equal(views, expected)
+    assert len(seen) == 5
+    expected = jittered["images"].permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(drawn[0]["image"], expected, rtol=0, atol=0)
 
 
 def test_two_micro_batches_learn_what_one_of_twice_the_size_does(pretrain_config, tmp_path):
