@@ -1,12 +1,14 @@
 """The package: name, version, dependencies, entry point and the kernels/ mapping."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="beit-fast",
     version="0.1.0",
     description="BEiT pre-training and backbones, built for throughput",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
