@@ -6,14 +6,17 @@ tokenizer. All that is random is drawn first (`draw_view`), and two transforms d
 
 reference  Pillow, in the official order: pixel for pixel what the official pipeline gives for the
            same draws
-fast       about three times the images per core: decoded by torchcodec, cropped and resized by
-           torch's uint8 kernels on channels-last pixels, jittered after the crop (color_jitter.py),
-           and bicubic for the tokenizer too, for torch has no Lanczos: the nearest there is
+fast       about four times the images per core of the loader: decoded by torchcodec, cropped and
+           resized by torch's uint8 kernels on channels-last pixels, bicubic for the tokenizer too,
+           for torch has no Lanczos: the nearest there is. Its jitter comes last, on the device that
+           trains (color_jitter.py); the sample carries three numbers per step for it
 
-Distance of fast from reference on the photographs of this package (`bench/data.py` prints it, and
-for your own), in levels of 255, jitter included: encoder view 0.56 in the mean, PSNR 49 dB in the
-median and 38 at worst; tokenizer view 1.09, 44 and 34 dB. Without jitter 0.04 and 73 dB, 0.90 and
-44 dB: rounding, and the missing Lanczos.
+`bench/data.py` prints the figures, for your own images too. On the photographs of this package fast
+makes 4.2 to 4.5 times the views per core of reference, and 3.7 to 3.9 times with masks and batches
+made as well. Its jitter takes a CPU half as long again, which is the training thread's to pay where
+training is on a CPU. Its distance from reference, jitter included, in levels of 255: encoder view
+0.51 in the mean, PSNR 49 dB in the median and 38 at worst; tokenizer view 1.07, 44 and 34 dB.
+Without jitter 0.04 and 73 dB, 0.90 and 44 dB: rounding, and the missing Lanczos.
 
 Views travel as uint8 (height, width, 3); `normalize` turns a batch of them into the encoder's input
 on the device, `map_pixels` of the tokenizer does its part there.

@@ -49,6 +49,9 @@ def convert_dalle(encoder: str, decoder: str, output: str) -> Path:
     config = infer_config(shapes)
     state = {f"encoder.{name}": tensor for name, tensor in read_encoder().items()}
     state |= {f"decoder.{name}": tensor for name, tensor in read_decoder().items()}
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite: download the files again")
     dvae = dvae_from_state(config, state)
     for path, module, ours in (
         (encoder, encoder_module, dvae.encoder),

@@ -83,6 +83,15 @@ def test_a_foreign_class_is_refused(files, dalle, tiny):
     refuse(arguments, "decoder.pkl is refused.*normalization.GroupNorm")
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(files, dalle, tiny):
+    arguments, write = files
+    encoder = dalle.half("Encoder", tiny.encoder)
+    with torch.no_grad():
+        encoder.blocks.input.b[1] = torch.nan
+    write("encoder", encoder)
+    refuse(arguments, r"encoder\.blocks\.input\.b holds values that are not finite")
+
+
 def test_swapped_files_are_told_apart(files):
     (encoder, decoder, output), _ = files
     refuse([decoder, encoder, output], "decoder.pkl holds a dall_e.decoder.Decoder where")
