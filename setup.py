@@ -33,11 +33,10 @@ setup(
     extras_require={
         "test": [
             "pytest",
-            "pytest-benchmark",
+            "pytest-benchmark",  # bench/test_kernels.py
             "ruff",
             "transformers>=5.17",  # numerical peer, as is timm
         ],
-        "bench": ["transformers>=5.17"],  # xformers is a further peer where its wheel matches torch
     },
     entry_points={"console_scripts": ["beit-fast=beit_fast.cli:main"]},
 )

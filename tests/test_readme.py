@@ -1,5 +1,6 @@
 """What the README says is true: commands parse, code runs, files exist."""
 
+import csv
 import re
 import shlex
 import subprocess
@@ -76,6 +77,22 @@ def test_every_file_of_the_tree_exists():
             assert folder.is_dir(), name
         else:
             assert (folder / name).exists(), name
+
+
+def test_the_table_of_speed_is_the_measured_one():
+    with (ROOT / "bench" / "results" / "model-base-cpu.csv").open(newline="") as file:
+        measured = {(r["task"], r["pass"], r["model"]): r for r in csv.DictReader(file)}
+    tasks = {"classifier": "classifier", "features": "features", "masked image modelling": "mim"}
+    passes = {"training step": "train_step", "forward": "forward"}
+    rows = re.findall(r"^\| ([a-z ]+), ([a-z ]+) \| (\d+) \| (.*?) \| (.*?) \|", README, re.M)
+    assert len(rows) == 6
+    for task, kind, ours, timm, transformers in rows:
+        key = (tasks[task], passes[kind])
+        assert ours == f"{float(measured[*key, 'ours']['ms']):.0f}"
+        for name, ratio in (("timm", timm), ("transformers", transformers)):
+            if ratio != "has none":
+                assert ratio == f"{float(measured[*key, name]['ratio']):.2f}", (key, name)
+                assert float(ratio) >= 1
 
 
 def test_no_placeholder_is_left():

@@ -1,0 +1,87 @@
+"""Each operator against its reference at BEiT-B's shapes, by pytest-benchmark.
+
+    pytest bench/test_kernels.py --benchmark-group-by=group
+
+Forward and backward, on the GPU where there is one (bf16), else on the CPU (fp32).
+"""
+
+import pytest
+import torch
+
+from beit_fast.kernels.attention import attention_qkvpacked, attention_reference
+from beit_fast.kernels.linear import linear, linear_reference
+from beit_fast.kernels.linear_cross_entropy import (
+    masked_linear_cross_entropy,
+    masked_linear_cross_entropy_reference,
+)
+from beit_fast.kernels.rel_pos_bias import (
+    rel_pos_bias,
+    rel_pos_bias_reference,
+    relative_position_index,
+)
+from beit_fast.kernels.scale_residual import scale_residual, scale_residual_reference
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE, B = ("cuda", torch.bfloat16, 128) if CUDA else ("cpu", torch.float32, 4)
+N, H, K, V, MASKED = 197, 12, 64, 8192, 75
+D = H * K
+
+
+def tensor(*shape, dtype=DTYPE):
+    return torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_()
+
+
+def attention_reference_qkvpacked(qkv, bias):
+    return attention_reference(*qkv.unbind(2), bias)
+
+
+CASES = {
+    "attention": (
+        {"ours": attention_qkvpacked, "reference": attention_reference_qkvpacked},
+        lambda: (tensor(B, N, 3, H, K), tensor(H, N, N)),
+    ),
+    "linear": (
+        {"ours": linear, "reference": linear_reference},
+        lambda: (tensor(B, N, D), tensor(4 * D, D), tensor(4 * D)),
+    ),
+    "scale_residual": (
+        {"ours": scale_residual, "reference": scale_residual_reference},
+        lambda: (tensor(B, N, D), tensor(B, N, D), tensor(D), torch.ones(B, device=DEVICE)),
+    ),
+    "rel_pos_bias": (
+        {"ours": rel_pos_bias, "reference": rel_pos_bias_reference},
+        lambda: (
+            tensor(732, H, dtype=torch.float32),
+            relative_position_index((14, 14)).to(DEVICE),
+        ),
+    ),
+    "masked_linear_cross_entropy": (
+        {"ours": masked_linear_cross_entropy, "reference": masked_linear_cross_entropy_reference},
+        lambda: (
+            tensor(B, N, D),
+            torch.randperm(B * N, device=DEVICE)[: B * MASKED].int(),
+            torch.randint(V, (B * MASKED,), device=DEVICE),
+            tensor(V, D),
+            tensor(V),
+            tensor(D),
+            tensor(D),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("who", ["ours", "reference"])
+@pytest.mark.parametrize("kernel", CASES)
+def test_forward_and_backward(benchmark, kernel, who):
+    candidates, make_inputs = CASES[kernel]
+    inputs = make_inputs()
+    benchmark.group = kernel
+
+    def step():
+        out = candidates[who](*inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        out.backward(torch.ones_like(out))
+        if CUDA:
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(step, rounds=7, warmup_rounds=2)
