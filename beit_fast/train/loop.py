@@ -201,7 +201,7 @@ def train(
 
         task.model.train()
         batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
-        checked = start
+        checked, in_bf16 = start, run.precision == "bf16"
         try:
             for step in range(start, num_steps):
                 step_loss = torch.zeros((), device=device)
@@ -209,13 +209,9 @@ def train(
                     batch = _to_device(next(batches), device)
                     torch.manual_seed(step_seed(run.seed, step, micro, world.rank))
                     last = micro == run.accumulate - 1
-                    with (
-                        gradient_sync(module, last=last),
-                        torch.autocast(
-                            device.type, torch.bfloat16, enabled=run.precision == "bf16"
-                        ),
-                    ):
-                        loss, metrics = module(batch, step)
+                    with gradient_sync(module, last=last):
+                        with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
+                            loss, metrics = module(batch, step)
                         loss = loss / run.accumulate
                         loss.backward()
                     step_loss += loss.detach()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from timm.optim import param_groups_layer_decay
 
 from beit_fast.kernels.rel_pos_bias import relative_position_index
 from beit_fast.model import layers
@@ -211,6 +212,30 @@ def test_layers_are_grouped_as_timm_groups_them(timm_beit, name):
     assert groups == expected
     assert groups["patch_embed.proj.weight"] == groups["cls_token"] == 0
     assert groups["blocks.3.mlp.fc1.weight"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "decay", "embeddings"),
+    [
+        ("beit_base_patch16_224", 0.65, 0.00370),
+        ("beit_large_patch16_224", 0.75, 0.000753),
+        ("beit_base_patch16_224", 0.85, 0.1209),
+        ("beit_large_patch16_224", 0.9, 0.0718),
+    ],
+)
+def test_layer_wise_decay_has_the_published_scales(name, decay, embeddings):
+    with torch.device("meta"):
+        model = BeitForImageClassification(beit_config(name))
+    groups = param_groups_layer_decay(
+        model, no_weight_decay_list=model.no_weight_decay(), layer_decay=decay
+    )
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    depth = model.config.depth
+    assert scales[id(model.cls_token)] == pytest.approx(embeddings, rel=2e-3)
+    assert scales[id(model.patch_embed.proj.weight)] == scales[id(model.cls_token)]
+    assert scales[id(model.blocks[0].attn.qkv.weight)] == pytest.approx(decay**depth)
+    assert scales[id(model.blocks[-1].mlp.fc2.weight)] == pytest.approx(decay)
+    assert scales[id(model.head.weight)] == 1
 
 
 def test_the_mask_token_is_grouped_with_the_stem(tiny):
