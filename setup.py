@@ -16,7 +16,7 @@ setup(
     package_dir={"beit_fast.kernels": "kernels"},
     package_data={"beit_fast.data": ["photographs/*"]},
     install_requires=[
-        "torch>=2.11",  # tensors, SDPA, fused AdamW with tensor lr; tested: 2.11.0 to 2.13.0
+        "torch>=2.11",  # tensors, SDPA, fused AdamW with tensor lr; tested: 2.11.0 and 2.15.0
         "torchvision",  # transforms v2 on uint8, colour jitter on PIL images, image grids
         "numpy",
         "safetensors",  # weight files that can hold no code

@@ -16,6 +16,8 @@ from beit_fast.train.loop import Outcome, train
 from beit_fast.train.parallel import World, open_world
 from beit_fast.viz.curves import draw_curves
 
+CLEAR_GAIN = 0.05  # share of the marginals' entropy; less could be positions, not content
+
 
 def run_pretraining(config: PretrainConfig) -> Outcome:
     """Train as `config` says, resume where it was left, and print where the results are.
@@ -64,11 +66,13 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
             f"entropy of the token marginals = {entropy:.3f}\n"
             f"  accuracy  {accuracy:.1%}  chance 1/V = {1 / vocab_size:.2%}"
         )
-        console.print(
-            f"  [green]{entropy - loss:.3f} nats below the marginals: it predicts from context[/]"
-            if loss < entropy
-            else "  [red]not below the marginals: it has learnt how frequent tokens are, no more[/]"
-        )
+        gain = entropy - loss
+        if gain > CLEAR_GAIN * entropy:
+            verdict = f"[green]{gain:.3f} nats below the marginals: it predicts from context[/]"
+        else:
+            verdict = f"[red]{gain:.3f} nats below the marginals: it knows how frequent tokens are"
+            verdict += " and little more; train longer[/]"
+        console.print(f"  {verdict}")
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
     for name, path in (
