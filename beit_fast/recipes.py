@@ -176,7 +176,8 @@ def small_tokenizer() -> DvaeTrainingConfig:
 
     beit-fast tokenizer small --data.path IMAGES
 
-    DALL-E's schedules in a twentieth of the steps. Not trained to the end by us yet.
+    DALL-E's schedules in a fiftieth of the steps, and the demo's start, which keeps codes in use.
+    Not trained to the end by us yet.
     """
     return DvaeTrainingConfig(
         dvae=DvaeConfig(
@@ -190,6 +191,8 @@ def small_tokenizer() -> DvaeTrainingConfig:
         run=RunConfig(output="runs/small_tokenizer", steps=60_000, ema_decay=0.999),
         beta=CosineSchedule(start=0.0, end=6.6, num_steps=5_000),
         temperature=CosineSchedule(start=1.0, end=1 / 16, num_steps=40_000),
+        codebook_init="kmeans",
+        encoder_lr_scale=0.3,
     )
 
 

@@ -1,5 +1,6 @@
 """A pre-training run from start to end: tokenizer, BEiT, curve, picture, and what it came to."""
 
+import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from beit_fast.tasks.dvae import train_tokenizer
 from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask
 from beit_fast.tasks.sources import lasting_settings
 from beit_fast.tokenizer.checkpoint import load_tokenizer
-from beit_fast.tokenizer.protocol import Tokenizer
+from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.log import METRICS, read_metrics
 from beit_fast.train.loop import Outcome, train
 from beit_fast.train.parallel import World, open_world
@@ -27,15 +28,17 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
     with open_world(config.run.device, config.run.cpu_threads) as world:
         tokenizer = _tokenizer(config, world)
         task = PretrainTask(config, tokenizer, world)
-        outcome = train(
-            task, config.optim, config.run, settings=lasting_settings(config), world=world
-        )
+        # The tokenizer by its weights: its file may move, and another may come in its place.
+        settings = lasting_settings(config)
+        del settings["tokenizer_training"]
+        settings["tokenizer"] = _digest(tokenizer) if tokenizer is not None else None
+        outcome = train(task, config.optim, config.run, settings=settings, world=world)
         if world.is_main:
             _summarise(task, outcome, config)
         return outcome
 
 
-def _tokenizer(config: PretrainConfig, world: World) -> Tokenizer | None:
+def _tokenizer(config: PretrainConfig, world: World) -> Dvae | None:
     if config.model.predict == "pixels":
         return None
     if config.tokenizer is not None:
@@ -45,6 +48,15 @@ def _tokenizer(config: PretrainConfig, world: World) -> Tokenizer | None:
     data = replace(training.data, path=training.data.path or config.data.path)
     training = replace(training, data=data, run=replace(training.run, output=output))
     return load_tokenizer(train_tokenizer(training, world))
+
+
+def _digest(tokenizer: Dvae) -> str:
+    """SHA-256 of a tokenizer's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> None:
@@ -70,8 +82,11 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
         if gain > CLEAR_GAIN * entropy:
             verdict = f"[green]{gain:.3f} nats below the marginals: it predicts from context[/]"
         else:
-            verdict = f"[red]{gain:.3f} nats below the marginals: it knows how frequent tokens are"
-            verdict += " and little more; train longer[/]"
+            side = "below" if gain > 0 else "above"
+            verdict = (
+                f"[red]{abs(gain):.3f} nats {side} the marginals: it knows how frequent tokens"
+            )
+            verdict += " are, and little more; train longer[/]"
         console.print(f"  {verdict}")
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")

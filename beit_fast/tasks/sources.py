@@ -68,7 +68,12 @@ def unseen_batches(
 
 
 def lasting_settings(config: Any) -> dict[str, Any]:
-    """What the weights depend on besides optimiser and run, which the loop adds: plain data."""
+    """What the weights depend on, as plain data.
+
+    Without optimiser and run, which the loop adds, without threads, and without the folder, which
+    may move: the loop compares the number of images.
+    """
     settings = asdict(config)
-    del settings["optim"], settings["run"], settings["data"]["num_threads"]
+    del settings["optim"], settings["run"]
+    del settings["data"]["num_threads"], settings["data"]["path"]
     return settings

@@ -43,7 +43,7 @@ from beit_fast.train.stop import Interrupted, sole_user, stop_signals
 NEVER = 2**62  # a step number that no run reaches
 # Fields of RunConfig that may change over a resume: none of them touches weights or data.
 HABITS = frozenset(
-    {"output", "device", "save_every", "keep", "picture_every", "resume", "fallback"}
+    {"output", "device", "log_every", "save_every", "keep", "picture_every", "resume", "fallback"}
 )
 
 
@@ -262,7 +262,11 @@ def train(
 def _decisive(run: RunConfig, task: Task, world: World) -> dict[str, Any]:
     """The settings of a run that its weights and metrics depend on."""
     decisive = {key: value for key, value in asdict(run).items() if key not in HABITS}
-    return decisive | {"world_size": world.size, "images_per_batch": task.images_per_batch}
+    return decisive | {
+        "world_size": world.size,
+        "images_per_batch": task.images_per_batch,
+        "num_images": task.num_images,  # of whatever folder: data may move
+    }
 
 
 def _claim(output: Path, world: World) -> contextlib.AbstractContextManager:

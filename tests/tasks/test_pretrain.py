@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -13,10 +14,10 @@ from beit_fast.tasks import pretrain
 from beit_fast.tasks.pipeline import run_pretraining
 from beit_fast.tasks.pretrain import PretrainTask
 from beit_fast.tasks.sources import UNSEEN_BATCH
-from beit_fast.tokenizer.checkpoint import load_tokenizer
+from beit_fast.tokenizer.checkpoint import load_tokenizer, save_tokenizer
 from beit_fast.train.log import read_metrics
 from beit_fast.train.parallel import World
-from beit_fast.train.state import checkpoint_paths, load_checkpoint
+from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint
 from beit_fast.train.stop import Interrupted
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -76,6 +77,26 @@ def test_a_run_leaves_checkpoint_curve_picture_and_metrics(pretrain_config, tmp_
     assert manifest["settings"]["model"]["embed_dim"] == 32
     assert manifest["environment"]["torch"]
     assert any(output.joinpath("tensorboard").iterdir())
+
+
+def test_a_resume_follows_files_that_moved_and_refuses_another_tokenizer(
+    pretrain_config, image_folder, tokenizer_file, tmp_path
+):
+    run_pretraining(pretrain_config())
+    shutil.copytree(image_folder, tmp_path / "moved")
+    shutil.copy(tokenizer_file, tmp_path / "moved.safetensors")
+    moved = {"data": {"path": str(tmp_path / "moved")}, "run": {"log_every": 3}}
+    run_pretraining(pretrain_config(tokenizer=str(tmp_path / "moved.safetensors"), **moved))
+
+    other = load_tokenizer(tokenizer_file)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    save_tokenizer(other, tmp_path / "moved.safetensors")
+    with pytest.raises(CheckpointError, match="tokenizer was"):
+        run_pretraining(pretrain_config(tokenizer=str(tmp_path / "moved.safetensors")))
+    (tmp_path / "moved" / "class_0" / "0.jpg").unlink()
+    with pytest.raises(CheckpointError, match=r"run\.num_images was 12, is 11"):
+        run_pretraining(pretrain_config(**moved))
 
 
 def test_the_loss_starts_at_chance(pretrain_config):
