@@ -81,12 +81,14 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
         gain = entropy - loss
         if gain > CLEAR_GAIN * entropy:
             verdict = f"[green]{gain:.3f} nats below the marginals: it predicts from context[/]"
+        elif gain > 0:
+            verdict = f"[red]{gain:.3f} nats below the marginals: it knows how frequent tokens are,"
+            verdict += " and little more; train longer[/]"
         else:
-            side = "below" if gain > 0 else "above"
             verdict = (
-                f"[red]{abs(gain):.3f} nats {side} the marginals: it knows how frequent tokens"
+                f"[red]{-gain:.3f} nats above the marginals: it does not know yet how frequent"
             )
-            verdict += " are, and little more; train longer[/]"
+            verdict += " tokens are; train longer[/]"
         console.print(f"  {verdict}")
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
