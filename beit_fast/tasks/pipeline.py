@@ -78,18 +78,7 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
             f"entropy of the token marginals = {entropy:.3f}\n"
             f"  accuracy  {accuracy:.1%}  chance 1/V = {1 / vocab_size:.2%}"
         )
-        gain = entropy - loss
-        if gain > CLEAR_GAIN * entropy:
-            verdict = f"[green]{gain:.3f} nats below the marginals: it predicts from context[/]"
-        elif gain > 0:
-            verdict = f"[red]{gain:.3f} nats below the marginals: it knows how frequent tokens are,"
-            verdict += " and little more; train longer[/]"
-        else:
-            verdict = (
-                f"[red]{-gain:.3f} nats above the marginals: it does not know yet how frequent"
-            )
-            verdict += " tokens are; train longer[/]"
-        console.print(f"  {verdict}")
+        console.print(f"  {_verdict(entropy - loss, entropy)}")
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
     for name, path in (
@@ -99,3 +88,12 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
         ("picture", outcome.picture),
     ):
         console.print(f"  {name:10} {path}")
+
+
+def _verdict(gain: float, entropy: float) -> str:
+    """What a loss `gain` nats below the marginals' entropy says of the model, in rich's markup."""
+    if gain > CLEAR_GAIN * entropy:
+        return f"[green]{gain:.3f} nats below the marginals: it predicts from context[/]"
+    if gain > 0:
+        return f"[red]{gain:.3f} nats below the marginals: it knows little more than them[/]"
+    return f"[red]{-gain:.3f} nats above the marginals: it has not learnt even those[/]"
