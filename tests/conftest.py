@@ -2,7 +2,6 @@
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported; no GPU needed
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Grain imports jax where jax is installed
 
 import pytest

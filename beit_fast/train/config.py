@@ -40,8 +40,8 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16 autocasts; weights stay fp32
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # torch's threads on a CPU; None: its own choice. Where images are decoded on the same few
-    # cores, fewer are faster: threads that wait for each other spin. The demo's tokenizer, on two
-    # busy cores: 290 images/s with one thread, 30 with two. A resume must use the same number.
+    # cores, fewer are faster: threads that wait for each other spin. A dVAE on 32 px crops, on two
+    # busy cores: 290 images/s with one thread, 20 to 35 with two. A resume must use as many.
     cpu_threads: int | None = None
     ema_decay: float | None = None  # None keeps no averaged weights
     log_every: int = 50  # steps between lines of metrics; the only host syncs
