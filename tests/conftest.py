@@ -1,13 +1,61 @@
-"""Seeds and threads: every test starts from the same random state, on a known number of cores."""
+"""Seeds, threads and the interpreter: every test starts from the same state, on any machine."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Grain imports jax where jax is installed
 
+import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
+
 torch.set_num_threads(1)  # sums of two threads differ from sums of one in the last bits
+
+
+def _mend_interpreter() -> None:
+    """Give Triton's interpreter bfloat16 as GPUs have it.
+
+    It keeps bf16 as raw 16-bit integers, multiplies those integers in `tl.dot`, and truncates
+    where it converts. Arithmetic on bf16 outside `tl.dot` stays wrong: kernels convert first.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def from_bf16(bits: np.ndarray) -> np.ndarray:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    def to_bf16(values: np.ndarray) -> np.ndarray:
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        return torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    def values_of(handle: interpreter.TensorHandle) -> np.ndarray:
+        return from_bf16(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data
+
+    def convert(self, src, dst_type, rounding_mode=None):
+        dst = dst_type.scalar
+        eight_bits = 8 in (src.dtype.scalar.primitive_bitwidth, dst.primitive_bitwidth)
+        if eight_bits and src.dtype.scalar.is_floating() and dst.is_floating():
+            return fp_to_fp(self, src, dst_type, rounding_mode)
+        values = values_of(src)
+        if dst == tl.bfloat16:
+            return interpreter.TensorHandle(to_bf16(values), dst)
+        with np.errstate(over="ignore"):  # fp32 beyond fp16's range is inf there as well
+            return interpreter.TensorHandle(values.astype(interpreter._get_np_dtype(dst)), dst)
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        a_values, b_values = (values_of(t).astype(d.data.dtype) for t in (a, b))
+        return interpreter.TensorHandle(np.matmul(a_values, b_values) + d.data, d.dtype.scalar)
+
+    builder = interpreter.InterpreterBuilder
+    fp_to_fp = builder.create_fp_to_fp
+    builder.create_fp_to_fp = builder.cast_impl = convert
+    builder.create_dot = dot
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _mend_interpreter()
 
 
 @pytest.fixture(autouse=True)

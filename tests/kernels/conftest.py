@@ -41,3 +41,9 @@ def assert_as_exact_as_reference():
             assert error <= allowed, f"result {number}: error {error:.2e}, allowed {allowed:.2e}"
 
     return check
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: a GPU where there is one, else a CPU under Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,131 @@
+"""What all launchers share: is Triton there, which GPU is it for, and one door for every launch.
+
+`launch` is that door: it skips empty grids, launches on the tensors' device, and inside `record`
+keeps the launch instead of running it. `bench/machine_code.py` records launches made with meta
+tensors for a GPU that is not there (`pretend`), so what it compiles is what production launches.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+
+    class _NoTriton:
+        """Takes Triton's place where it has no wheel: kernels are defined and never launched."""
+
+        constexpr = object
+
+        def jit(self, function):
+            return function
+
+    triton = tl = _NoTriton()
+
+HAS_TRITON = hasattr(triton, "compile")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a launcher needs to know of a GPU: architecture, multiprocessors, L2 cache in bytes."""
+
+    capability: tuple[int, int]
+    num_sms: int
+    l2_bytes: int
+
+
+A100 = Gpu((8, 0), 108, 40 << 20)
+H100 = Gpu((9, 0), 132, 50 << 20)  # an H200 is the same with more memory
+B200 = Gpu((10, 0), 148, 126 << 20)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel, its grid, its arguments by name, and Triton's options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+_pretended: list[Gpu] = []
+_recorded: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def pretend(gpu: Gpu) -> Iterator[None]:
+    """Choose and launch kernels as on `gpu`, for the interpreter and for `record`."""
+    _pretended.append(gpu)
+    try:
+        yield
+    finally:
+        _pretended.pop()
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Keep launches instead of running them; outputs stay unwritten. For meta tensors."""
+    _recorded.append([])
+    try:
+        yield _recorded[-1]
+    finally:
+        _recorded.pop()
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def can_launch(tensor: Tensor) -> bool:
+    """Whether a kernel can run on this tensor: on CUDA, interpreted, or recorded."""
+    if not HAS_TRITON:
+        return False
+    return tensor.device.type == "cuda" or interpreting() or bool(_recorded)
+
+
+def gpu_of(tensor: Tensor) -> Gpu:
+    """The GPU that a launch on this tensor is for; a Hopper GPU where there is none."""
+    if _pretended:
+        return _pretended[-1]
+    return _gpu(tensor.device.index) if tensor.device.type == "cuda" else H100
+
+
+@functools.cache
+def _gpu(index: int) -> Gpu:
+    found = torch.cuda.get_device_properties(index)
+    return Gpu((found.major, found.minor), found.multi_processor_count, found.L2_cache_size)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *,
+    on: Tensor,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **arguments: Any,
+) -> None:
+    """kernel[grid](**arguments) on the device of `on`; an empty grid launches nothing."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if 0 in grid:
+        return
+    if _recorded:
+        _recorded[-1].append(Launch(kernel, grid, arguments, options))
+        return
+    guard = torch.cuda.device(on.device) if on.device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](**arguments, **options)
+
+
+def cdiv(number: int, by: int) -> int:
+    return -(-number // by)
