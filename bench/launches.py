@@ -5,4 +5,172 @@ A case calls a launcher with meta tensors, which have shapes and no memory.
 
 from collections.abc import Callable
 
+import torch
+
+from beit_fast.kernels.attention_backward import attention_backward
+from beit_fast.kernels.attention_bias import pad_bias, padded_dtype, padded_length, sum_partials
+from beit_fast.kernels.attention_forward import attention_forward
+from beit_fast.kernels.rel_pos_bias import reduce_to_table
+
+import torch
+
+from beit_fast.kernels.gather_norm import gather_norm, scatter_norm_backward
+from beit_fast.kernels.scale_residual_backward import scale_residual_backward
+from beit_fast.kernels.scale_residual_forward import scale_residual_forward
+from beit_fast.kernels.softmax_cross_entropy import cross_entropy_
+
 CASES: dict[str, Callable[[], object]] = {}
+
+
+def scale_residual(
+    D: int,
+    stream: torch.dtype,
+    *,
+    drops: bool = False,
+    compact: bool = False,
+    folded: bool = False,
+    norm: bool = True,
+) -> None:
+    """Forward and backward at batch 256 and 197 tokens, with all gradients; bf16 branches.
+
+    `drops`: element dropout and drop path by Philox; `compact`: branch and norm of 243 samples;
+    `folded`: gamma and the norm's affine are in the weights.
+    """
+    B, N = 256, 197
+    C = 243 if compact else B
+    x, out = (torch.empty(B, N, D, dtype=stream, device="meta") for _ in range(2))
+    branch, ln = (torch.empty(C, N, D, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    mean = torch.empty(C, N, device="meta")
+    vector = torch.empty(D, device="meta")
+    gamma = affine = None if folded else vector
+    slots = torch.empty(B, dtype=torch.int32, device="meta") if compact else None
+    keep = None if compact or drops else torch.empty(B, device="meta")
+    rng = torch.empty(2, dtype=torch.int64, device="meta")
+    options = {"scale": 1.0, "dropout_p": 0.1 * drops, "drop_path_p": 0.1 * drops, "rng": rng}
+    statistics = (mean, mean) if norm else (None, None)
+    scale_residual_forward(
+        x, branch, vector, gamma, keep, slots, affine, affine, slots,
+        eps=1e-6, out=out, ln=ln if norm else None, mean=statistics[0], rstd=statistics[1],
+        **options,
+    )  # fmt: skip
+    scale_residual_backward(
+        x, ln if norm else None, out if norm else None, *statistics, affine, slots,
+        None if folded else branch, vector, gamma, keep, slots,
+        shape=(B, N, D), dx=out if norm else None, dbranch=branch, dbias=vector, dgamma=gamma,
+        dnorm_weight=affine if norm else None, dnorm_bias=affine if norm else None, **options,
+    )  # fmt: skip
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES |= {
+    "residual-D768-bf16": lambda: scale_residual(768, BF16),
+    "residual-D768-fp32": lambda: scale_residual(768, FP32),
+    "residual-D1024-bf16": lambda: scale_residual(1024, BF16),
+    "residual-D1024-fp32": lambda: scale_residual(1024, FP32),
+    "residual-D768-bf16-drops": lambda: scale_residual(768, BF16, drops=True),
+    "residual-D768-bf16-compact": lambda: scale_residual(768, BF16, compact=True),
+    "residual-D768-fp32-folded": lambda: scale_residual(768, FP32, folded=True),
+    "residual-D768-bf16-no-norm": lambda: scale_residual(768, BF16, norm=False),
+    "residual-D192-bf16": lambda: scale_residual(192, BF16),
+    "residual-D384-bf16": lambda: scale_residual(384, BF16),
+    "residual-D1280-bf16": lambda: scale_residual(1280, BF16),
+    "residual-D1408-bf16": lambda: scale_residual(1408, BF16),
+    "residual-D8192-bf16": lambda: scale_residual(8192, BF16),
+}
+
+DEVICE = "meta"
+
+
+def _attention(
+    B: int,
+    N: int,
+    H: int = 12,
+    K: int = 64,
+    M: int | None = None,
+    G: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    dropout_p: float = 0.0,
+    trains_bias: bool = True,
+) -> None:
+    """Forward and backward of attention, packed where queries and keys are the same tokens."""
+    options = {"scale": K**-0.5, "dropout_p": dropout_p, "tf32": False}
+    options["rng"] = torch.empty(2, dtype=torch.int64, device=DEVICE) if dropout_p else None
+    if M is None:
+        qkv, dqkv = (torch.empty(B, N, 3, H, K, dtype=dtype, device=DEVICE) for _ in range(2))
+        (q, k, v), (dq, dk, dv) = qkv.unbind(2), dqkv.unbind(2)
+        M = N
+    else:
+        q, dq = (torch.empty(B, N, H, K, dtype=dtype, device=DEVICE) for _ in range(2))
+        k, v, dk, dv = (torch.empty(B, M, H, K, dtype=dtype, device=DEVICE) for _ in range(4))
+    out, dout = (torch.empty(B, N, H, K, dtype=dtype, device=DEVICE) for _ in range(2))
+    lse = torch.empty(B, H, N, device=DEVICE)
+    shape = (G, H, padded_length(N), padded_length(M))
+    bias = torch.empty(shape, dtype=padded_dtype(dtype, options["scale"]), device=DEVICE)
+    attention_forward(q, k, v, bias, out=out, lse=lse, **options)
+    gradients = {"dq": dq, "dk": dk, "dv": dv, "trains_bias": trains_bias}
+    attention_backward(dout, q, k, v, bias, out, lse, **gradients, **options)
+
+
+def _attention_bias() -> None:
+    """Around the kernels: padding, the table there and back, the sum of partials."""
+    q = torch.empty(256, 197, 12, 64, dtype=torch.bfloat16, device=DEVICE)
+    table = torch.empty(732, 12, device=DEVICE)
+    pad_bias(table, [14, 14], q, 197, 0.125)
+    pad_bias(torch.empty(12, 197, 197, device=DEVICE), [], q, 197, 0.125)
+    partials = torch.empty(11, 1, 12, 256, 256, device=DEVICE)
+    sum_partials(partials, 197, 197, torch.float32)
+    reduce_to_table(partials[:, 0], (14, 14), torch.float32)
+
+
+CASES |= {
+    "attention N197": lambda: _attention(256, 197),
+    "attention N197 frozen bias": lambda: _attention(256, 197, trains_bias=False),
+    "attention N197 fp16": lambda: _attention(256, 197, dtype=torch.float16),
+    "attention N197 fp32": lambda: _attention(64, 197, dtype=torch.float32),
+    "attention N197 dropout": lambda: _attention(256, 197, dropout_p=0.1),
+    "attention N49 K32": lambda: _attention(8192, 49, H=3, K=32),
+    "attention N49 K32 masks": lambda: _attention(8192, 49, H=3, K=32, G=64),
+    "attention N64": lambda: _attention(4096, 64),
+    "attention N144": lambda: _attention(1024, 144),
+    "attention N256": lambda: _attention(256, 256),
+    "attention N577": lambda: _attention(64, 577),
+    "attention N1025": lambda: _attention(64, 1025, H=16),
+    "attention N257 K80": lambda: _attention(64, 257, H=16, K=80),
+    "attention N257 K96": lambda: _attention(64, 257, H=16, K=96),
+    "attention N257 K128": lambda: _attention(64, 257, H=16, K=128),
+    "attention N50 M300": lambda: _attention(64, 50, M=300),
+    "attention bias": _attention_bias,
+}
+
+
+def cross_entropy(
+    D: int, V: int, stream: torch.dtype, *, smoothing: float = 0.0, z_loss: float = 0.0
+) -> None:
+    """The head at batch 256, forward and backward with all gradients; products in bf16."""
+    rows, N = 256 * 75, 197
+    x = torch.empty(256, N, D, dtype=stream, device="meta")
+    index = torch.empty(rows, dtype=torch.int32, device="meta")
+    target = torch.empty(rows, dtype=torch.int64, device="meta")
+    norm = torch.empty(D, device="meta")
+    factor = torch.empty(1, device="meta")
+    rows_ID, stats = gather_norm(x, index, norm, norm, 1e-6, BF16)
+    logits = torch.empty(1024, -(-V // 8) * 8, dtype=BF16, device="meta")[:, :V]
+    vector = torch.empty(1024, device="meta")
+    cross_entropy_(
+        logits, index[:1024], target[:1024], smoothing, z_loss,
+        loss=vector, correct=vector.int(), with_gradient=True,
+        dbias=torch.empty(8, V, device="meta"), accumulates=True,
+    )  # fmt: skip
+    scatter_norm_backward(
+        rows_ID, index, factor, x, stats, norm, needs_x=True, needs_weight=True, needs_bias=True
+    )
+
+
+CASES |= {
+    "cross_entropy-D768-bf16": lambda: cross_entropy(768, 8192, BF16),
+    "cross_entropy-D768-fp32": lambda: cross_entropy(768, 8192, FP32),
+    "cross_entropy-D1024-V21841-smoothing": lambda: cross_entropy(
+        1024, 21841, BF16, smoothing=0.1, z_loss=1e-4
+    ),
+    "cross_entropy-D8192-V1024": lambda: cross_entropy(8192, 1024, BF16),
+}

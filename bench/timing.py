@@ -51,23 +51,55 @@ def time_interleaved(
     """Time each candidate `rounds` times, taking turns, after `warmup` calls of each.
 
     A sample is the mean of `calls` calls (more than one for what is near the clock's resolution).
+    On a GPU it is the time between two events of the stream, and the calls are queued behind a
+    sleep: what Python takes to launch them does not count, as in a CUDA graph it would not.
     The order within a round alternates, so that no candidate always follows the same one.
     """
-    for run in candidates.values():
+    queue_ms = {}
+    for name, run in candidates.items():
         for _ in range(warmup):
-            run()
+            _synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            queue_ms[name] = 1e3 * (time.perf_counter() - start)
     rounds_ms: dict[str, list[float]] = {name: [] for name in candidates}
     order = list(candidates)
     for _ in range(rounds):
         for name in order:
-            _synchronize(device)
-            start = time.perf_counter()
-            for _ in range(calls):
-                candidates[name]()
-            _synchronize(device)
-            rounds_ms[name].append(1e3 * (time.perf_counter() - start) / calls)
+            sample = _sample_cuda if device.type == "cuda" else _sample_cpu
+            rounds_ms[name].append(sample(candidates[name], calls, queue_ms[name]) / calls)
         order.reverse()
     return {name: Timing(tuple(values)) for name, values in rounds_ms.items()}
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What the machine reaches: bytes copied (read and written) and operations, a second."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def floor_ms(self, num_bytes: float, num_flops: float) -> float:
+        """The least time for so much traffic and arithmetic, if they overlap wholly."""
+        return 1e3 * max(num_bytes / self.bytes_per_second, num_flops / self.flops_per_second)
+
+
+def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
+    """Copy and matrix product, measured now, on random data, large enough to fill the machine."""
+    is_cuda = device.type == "cuda"
+    size, side = (2**29, 8192) if is_cuda else (2**26, 1024)
+    source = torch.randn(size, device=device).to(dtype)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    timings = time_interleaved(
+        {"copy": lambda: target.copy_(source), "product": lambda: a @ b}, device=device, rounds=9
+    )
+    copied = 2 * source.numel() * source.element_size()
+    return Roof(
+        bytes_per_second=copied / timings["copy"].median_ms * 1e3,
+        flops_per_second=2 * side**3 / timings["product"].median_ms * 1e3,
+    )
 
 
 def conditions(device: torch.device, packages: Iterable[str] = (), **settings: object) -> dict:
@@ -112,6 +144,25 @@ def _spread(values: Iterable[float]) -> float:
         return float("nan")
     low, middle, high = statistics.quantiles(values, n=4)
     return (high - low) / 2 / middle
+
+
+def _sample_cpu(run: Callable[[], object], calls: int, _queue_ms: float) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _sample_cuda(run: Callable[[], object], calls: int, queue_ms: float) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(2e6 * (1.5 * queue_ms + 0.5)))  # cycles at about 2 GHz
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
 
 
 def _synchronize(device: torch.device) -> None:

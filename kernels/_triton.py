@@ -113,10 +113,16 @@ def launch(
     on: Tensor,
     num_warps: int = 4,
     num_stages: int = 2,
+    maxnreg: int | None = None,
     **arguments: Any,
 ) -> None:
-    """kernel[grid](**arguments) on the device of `on`; an empty grid launches nothing."""
+    """kernel[grid](**arguments) on the device of `on`; an empty grid launches nothing.
+
+    `maxnreg` caps the registers of a thread, for more CTAs on a multiprocessor.
+    """
     options = {"num_warps": num_warps, "num_stages": num_stages}
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
     if 0 in grid:
         return
     if _recorded:

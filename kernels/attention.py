@@ -1,20 +1,48 @@
 """Attention with an additive, trainable bias that all images of the batch share.
 
-    out[b,n,h] = sum_m softmax_m(scale q[b,n,h] . k[b,m,h] + bias[h,n,m]) v[b,m,h]
+    out[b,n,h] = sum_m Z[b,h,n,m] softmax_m(scale q[b,n,h] . k[b,m,h] + bias[g,h,n,m]) v[b,m,h]
 
-Shapes    q, out (B, N, H, K); k, v (B, M, H, K); bias (H, N, M), (1, H, N, M) or None
-Types     out has q's dtype; logits and softmax in fp32
-Backward  P the weights, dP = dout v^T, dS = P (dP - rowsum(dP P)):
-          dq = scale dS k;  dk = scale dS^T q;  dv = P^T dout;  dbias = sum_b dS
-Cost      4 B H N M K multiply-adds forward, 2.5 times that backward
-Source    BEiT arXiv:2106.08254, appendix A; logits and bias as unilm `modeling_finetune.py`
-Legend    M counts keys here (N in self-attention)
+with g = b mod G, and Z = 1 without dropout, else 0 or 1 / (1 - p).
+
+Shapes    q, out (B, N, H, K); k, v (B, M, H, K); packed qkv (B, N, 3, H, K); bias (H, N, M) or
+          (G, H, N, M), G a divisor of B: one bias for each of G windows, images outermost
+Types     bf16, fp16, fp32, on a CPU fp64; out has q's dtype; scores, softmax and all sums in fp32
+Masks     a bias of -inf hides a pair; a query that sees no key gets zeros
+Backward  P the weights, dP = Z (dout v^T), dS = P (dP - rowsum(dout out)):
+          dq = scale dS k;  dk = scale dS^T q;  dv = (Z P)^T dout;  dbias = sum_b dS, in fp32
+          Deterministic: no atomics, the sum over images in a fixed order. Once differentiable
+Dropout   Z[b,h,n,m] from `philox`: stream b H + h, quad n ceil(M / 4) + m / 4, word m mod 4
+Cost      4 B H N M K operations forward, 10 backward; at N = 197 bound by memory: q, k, v, out
+          and their gradients are moved once or twice, nothing of B H N M is ever stored
+Source    BEiT arXiv:2106.08254, appendix A; logits and bias as unilm `modeling_finetune.py`;
+          tiles and log-sum-exp as FlashAttention arXiv:2205.14135
+Legend    M counts keys here (N in self-attention); G counts groups of images
 """
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from beit_fast.kernels.attention_backends import (
+    Choice,
+    attention_sdpa,
+    attention_xformers,
+    choose_backend,
+    warn_of_fallback,
+)
+from beit_fast.kernels.attention_backward import attention_backward
+from beit_fast.kernels.attention_bias import pad_bias, sum_partials
+from beit_fast.kernels.attention_cpu import attention_cpu, attention_cpu_backward
+from beit_fast.kernels.attention_forward import attention_forward
+from beit_fast.kernels.philox import draw_rng, keep_mask_reference
+from beit_fast.kernels.rel_pos_bias import (
+    check_table,
+    reduce_to_table,
+    reduce_to_table_cpu,
+    rel_pos_bias,
+)
 
 
 def attention_reference(
@@ -25,62 +53,237 @@ def attention_reference(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    rng: Tensor | None = None,
 ) -> Tensor:
     """The formula above, transcribed; `scale` defaults to K^-0.5."""
+    B, N, H, K = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_BHNK, k_BHMK, v_BHMK = (t.transpose(1, 2).to(dtype) for t in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = K**-0.5 if scale is None else scale
     logits_BHNM = (q_BHNK * scale) @ k_BHMK.transpose(-2, -1)
     if bias is not None:
-        logits_BHNM = logits_BHNM + bias
-    weights_BHNM = F.dropout(logits_BHNM.softmax(dim=-1), dropout_p)
+        bias_GHNM = bias if bias.ndim == 4 else bias[None]
+        logits_BHNM = logits_BHNM + bias_GHNM.repeat(B // len(bias_GHNM), 1, 1, 1)
+    # A softmax of nothing but -inf is NaN, and so is its gradient: such rows are put aside first.
+    sees_none = (logits_BHNM == -torch.inf).all(dim=-1, keepdim=True)
+    weights_BHNM = logits_BHNM.masked_fill(sees_none, 0).softmax(dim=-1)
+    weights_BHNM = weights_BHNM.masked_fill(sees_none, 0)
+    if dropout_p:
+        rng = draw_rng(q.device) if rng is None else rng
+        streams = torch.arange(B * H, device=q.device)
+        keep = keep_mask_reference(rng, dropout_p, N, k.shape[1], streams)
+        weights_BHNM = weights_BHNM * (keep.view(B, H, N, -1) / (1 - dropout_p))
     return (weights_BHNM @ v_BHMK).transpose(1, 2).to(q.dtype)
 
 
-class _PackedAttentionCpu(torch.autograd.Function):
-    """Training with a trainable bias on the CPU, one image at a time.
+# The operators. `bias` is dense, or a table (R, H) where `grid` is [Gh, Gw] and not []; `backend`
+# is "triton" or "cpu", where lse is empty; `needs` says which gradients are wanted: of q, k, v or
+# the packed qkv, and of the bias. The others come back empty.
+_OPTIONS = "Tensor? rng, SymInt[] grid, float scale, float dropout_p, str backend"
+torch.library.define(
+    "beit_fast::attention",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "beit_fast::attention_backward",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, "
+    f"{_OPTIONS}, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+)
+torch.library.define(
+    "beit_fast::attention_qkvpacked",
+    f"(Tensor qkv, Tensor? bias, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "beit_fast::attention_qkvpacked_backward",
+    "(Tensor dout, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, "
+    f"{_OPTIONS}, bool[] needs) -> (Tensor dqkv, Tensor dbias)",
+)
+_DEVICES = ("CPU", "CUDA")
 
-    The scores of one image (H N^2: 1.8 MB for Base at 224) stay in the cache between the products
-    and the softmax, nothing but the weights P is kept for backward, and dbias is summed without a
-    (B, H, N, N) gradient of the scores. Where its mask wants a gradient, torch's CPU attention
-    runs unfused. Forward and backward at B4-N197-H12-K64 in fp32, one core: 25 ms, against 34 for
-    SDPA and 30 for the reference.
-    """
 
-    @staticmethod
-    def forward(ctx, qkv_BN3HK: Tensor, bias_HNN: Tensor, scale: float) -> Tensor:
-        B, N, _, H, K = qkv_BN3HK.shape
-        weights_BHNN = qkv_BN3HK.new_empty(B, H, N, N)
-        out_BNHK = qkv_BN3HK.new_empty(B, N, H, K)
-        for qkv_N3HK, weights_HNN, out_NHK in zip(qkv_BN3HK, weights_BHNN, out_BNHK, strict=True):
-            q_HNK, k_HNK, v_HNK = qkv_N3HK.permute(1, 2, 0, 3)
-            torch.baddbmm(bias_HNN, q_HNK, k_HNK.transpose(1, 2), alpha=scale, out=weights_HNN)
-            torch.softmax(weights_HNN, dim=-1, out=weights_HNN)
-            out_NHK.copy_((weights_HNN @ v_HNK).transpose(0, 1))
-        ctx.save_for_backward(qkv_BN3HK, weights_BHNN)
-        ctx.scale = scale
-        return out_BNHK
+def _attention(q, k, v, bias, rng, grid, scale, dropout_p, backend):
+    B, N, H, K = q.shape
+    lse_BHN = _empty_lse(q, backend)
+    if 0 in q.shape or k.shape[1] == 0:
+        return q.new_zeros(B, N, H, K), lse_BHN.fill_(torch.inf)
+    if backend == "cpu":
+        with torch.autocast(q.device.type, enabled=False):
+            out_BNHK = attention_cpu(q, k, v, _dense(bias, grid), rng, scale, dropout_p)
+        return out_BNHK, lse_BHN
+    out_BNHK = q.new_empty(B, N, H, K)
+    q, k, v = (_last_contiguous(t) for t in (q, k, v))
+    attention_forward(
+        q,
+        k,
+        v,
+        pad_bias(bias, grid, q, k.shape[1], scale),
+        scale=scale,
+        dropout_p=dropout_p,
+        rng=rng,
+        tf32=_takes_tf32(),
+        out=out_BNHK,
+        lse=lse_BHN,
+    )
+    return out_BNHK, lse_BHN
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout_BNHK: Tensor) -> tuple[Tensor, Tensor, None]:
-        qkv_BN3HK, weights_BHNN = ctx.saved_tensors
-        dqkv_BN3HK = torch.empty_like(qkv_BN3HK)
-        dbias_HNN = weights_BHNN.new_zeros(weights_BHNN.shape[1:])
-        for qkv_N3HK, dqkv_N3HK, weights_HNN, dout_NHK in zip(
-            qkv_BN3HK, dqkv_BN3HK, weights_BHNN, dout_BNHK, strict=True
-        ):
-            q_HNK, k_HNK, v_HNK = qkv_N3HK.permute(1, 2, 0, 3)
-            dq_HNK, dk_HNK, dv_HNK = dqkv_N3HK.permute(1, 2, 0, 3)
-            dout_HNK = dout_NHK.transpose(0, 1)
-            dv_HNK.copy_(weights_HNN.transpose(1, 2) @ dout_HNK)
-            dlogits_HNN = torch.ops.aten._softmax_backward_data(
-                dout_HNK @ v_HNK.transpose(1, 2), weights_HNN, -1, weights_HNN.dtype
-            )
-            dbias_HNN += dlogits_HNN
-            torch.mul(dlogits_HNN @ k_HNK, ctx.scale, out=dq_HNK)
-            torch.mul(dlogits_HNN.transpose(1, 2) @ q_HNK, ctx.scale, out=dk_HNK)
-        return dqkv_BN3HK, dbias_HNN, None
+
+def _attention_qkvpacked(qkv, bias, rng, grid, scale, dropout_p, backend):
+    return _attention(*qkv.unbind(2), bias, rng, grid, scale, dropout_p, backend)
+
+
+def _attention_backward(dout, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, needs):
+    dq, dk, dv = (
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
+        for t, needed in zip((q, k, v), needs, strict=False)
+    )
+    options = (rng, grid, scale, dropout_p, backend)
+    dbias = _differentiate(dout, q, k, v, bias, out, lse, *options, dq, dk, dv, needs[3])
+    return tuple(q.new_empty(0) if t is None else t for t in (dq, dk, dv, dbias))
+
+
+def _attention_qkvpacked_backward(
+    dout, qkv, bias, out, lse, rng, grid, scale, dropout_p, backend, needs
+):
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if needs[0] else None
+    dq, dk, dv = (None,) * 3 if dqkv is None else dqkv.unbind(2)
+    options = (rng, grid, scale, dropout_p, backend)
+    gradients = (dq, dk, dv, needs[1])
+    dbias = _differentiate(dout, *qkv.unbind(2), bias, out, lse, *options, *gradients)
+    return tuple(qkv.new_empty(0) if t is None else t for t in (dqkv, dbias))
+
+
+def _differentiate(
+    dout, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, dq, dk, dv, trained
+):
+    """Write dq, dk, dv where they are tensors; return dbias in the bias's shape if it is wanted."""
+    N, M = q.shape[1], k.shape[1]
+    if 0 in q.shape or M == 0:
+        for gradient in (dq, dk, dv):
+            if gradient is not None:
+                gradient.zero_()
+        return torch.zeros_like(bias, memory_format=torch.contiguous_format) if trained else None
+    if backend == "cpu":
+        with torch.autocast(q.device.type, enabled=False):
+            dense = _dense(bias, grid)
+            arguments = (dout, q, k, v, dense, rng, scale, dropout_p)
+            dbias = attention_cpu_backward(*arguments, dq, dk, dv, trained)
+            if dbias is None:
+                return None
+            if grid:
+                return reduce_to_table_cpu(dbias[0], grid, bias.dtype)
+            return dbias.to(bias.dtype).view(bias.shape)
+    q, k, v, dout = (_last_contiguous(t) for t in (q, k, v, dout))
+    partials = attention_backward(
+        dout,
+        q,
+        k,
+        v,
+        pad_bias(bias, grid, q, M, scale),
+        out,
+        lse,
+        scale=scale,
+        dropout_p=dropout_p,
+        rng=rng,
+        tf32=_takes_tf32(),
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        trains_bias=trained,
+    )
+    if partials is None:
+        return None
+    if grid:
+        return reduce_to_table(partials[:, 0], tuple(grid), bias.dtype)
+    return sum_partials(partials, N, M, bias.dtype).view(bias.shape)
+
+
+# As a decorator `impl` would leave None behind in place of the function.
+torch.library.impl("beit_fast::attention", _DEVICES, _attention)
+torch.library.impl("beit_fast::attention_qkvpacked", _DEVICES, _attention_qkvpacked)
+torch.library.impl("beit_fast::attention_backward", _DEVICES, _attention_backward)
+torch.library.impl(
+    "beit_fast::attention_qkvpacked_backward", _DEVICES, _attention_qkvpacked_backward
+)
+
+
+@torch.library.register_fake("beit_fast::attention")
+def _(q, k, v, bias, rng, grid, scale, dropout_p, backend):
+    return q.new_empty(q.shape), _empty_lse(q, backend)
+
+
+@torch.library.register_fake("beit_fast::attention_qkvpacked")
+def _(qkv, bias, rng, grid, scale, dropout_p, backend):
+    q = qkv.select(2, 0)
+    return q.new_empty(q.shape), _empty_lse(q, backend)
+
+
+@torch.library.register_fake("beit_fast::attention_backward")
+def _(dout, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, needs):
+    wanted = zip((q, k, v, bias), needs, strict=True)
+    return tuple(_fake_gradient(q, t, needed) for t, needed in wanted)
+
+
+@torch.library.register_fake("beit_fast::attention_qkvpacked_backward")
+def _(dout, qkv, bias, out, lse, rng, grid, scale, dropout_p, backend, needs):
+    wanted = zip((qkv, bias), needs, strict=True)
+    return tuple(_fake_gradient(qkv, t, needed) for t, needed in wanted)
+
+
+def _fake_gradient(like: Tensor, tensor: Tensor | None, needed: bool) -> Tensor:
+    return tensor.new_empty(tensor.shape) if needed else like.new_empty(0)
+
+
+def _save(ctx, inputs, output) -> None:
+    # q, k, v or the packed qkv; bias, rng, and the options.
+    *tensors, rng, ctx.grid, ctx.scale, ctx.dropout_p, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output, rng)
+    ctx.num_inputs = len(tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of(name: str):
+    def backward(ctx, dout: Tensor | None, _dlse: None):
+        num_inputs = ctx.num_inputs
+        needs = list(ctx.needs_input_grad[:num_inputs])
+        no_options = (None,) * 5
+        if dout is None or not any(needs):
+            return (None,) * num_inputs + no_options
+        *saved, rng = ctx.saved_tensors
+        options = (rng, ctx.grid, ctx.scale, ctx.dropout_p, ctx.backend)
+        gradients = getattr(torch.ops.beit_fast, name)(dout, *saved, *options, needs)
+        wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        return (*wanted, *no_options)
+
+    return backward
+
+
+for _name in ("attention", "attention_qkvpacked"):
+    torch.library.register_autograd(
+        f"beit_fast::{_name}", _backward_of(f"{_name}_backward"), setup_context=_save
+    )
+
+
+@register_flop_formula(torch.ops.beit_fast.attention)
+def _flops(q_shape, k_shape, *_args, out_shape=None, **_kwargs) -> int:
+    B, N, H, K = q_shape
+    return 4 * B * H * N * k_shape[1] * K
+
+
+@register_flop_formula(torch.ops.beit_fast.attention_qkvpacked)
+def _flops_qkvpacked(qkv_shape, *_args, out_shape=None, **_kwargs) -> int:
+    B, N, _, H, K = qkv_shape
+    return 4 * B * H * N * N * K
+
+
+@register_flop_formula(torch.ops.beit_fast.attention_backward)
+def _flops_backward(_dout_shape, q_shape, k_shape, *_args, out_shape=None, **_kwargs) -> int:
+    return 5 * _flops(q_shape, k_shape) // 2
+
+
+@register_flop_formula(torch.ops.beit_fast.attention_qkvpacked_backward)
+def _flops_qkvpacked_backward(_dout_shape, qkv_shape, *_args, out_shape=None, **_kwargs) -> int:
+    return 5 * _flops_qkvpacked(qkv_shape) // 2
 
 
 def attention(
@@ -91,23 +294,26 @@ def attention(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T + bias) v, (B, N, H, K), by torch's scaled_dot_product_attention.
+    """softmax(scale q k^T + bias) v, (B, N, H, K), with a gradient for the bias.
 
-    q (B, N, H, K); k, v (B, M, H, K); bias (H, N, M) or (1, H, N, M), cast to q's dtype, with its
-    gradient. `scale` defaults to K^-0.5; `dropout_p` drops weights, in eval the caller passes 0.
-    Raises ValueError where shapes do not fit.
+    q (B, N, H, K); k, v (B, M, H, K), of q's dtype, any strides; under autocast they are cast to
+    its dtype. bias (H, N, M) or (G, H, N, M), of any floating dtype, which its gradient has too;
+    image b takes bias b mod G; -inf hides a pair. `scale` is positive and defaults to K^-0.5.
+    `dropout_p` drops weights (in eval the caller passes 0), by `rng`, the int64 (2,) seed and
+    offset on q's device, or where it is None by fresh ones from torch's default generator.
+    `backend` names one of `attention_backends.BACKENDS`; None chooses, see `attention_backend`.
+    Raises ValueError where shapes, dtypes or devices do not fit.
     """
-    _check(q, k, v, bias, dropout_p)
-    if len(q) == 0:  # no images: torch 2.15 gives the mask no gradient at all, where zeros belong
-        return attention_reference(q, k, v, bias, scale=scale, dropout_p=dropout_p)
-    out_BHNK = F.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in (q, k, v)),
-        attn_mask=None if bias is None else bias.to(q.dtype).view(1, *bias.shape[-3:]),
-        dropout_p=dropout_p,
-        scale=scale,
-    )
-    return out_BHNK.transpose(1, 2)
+    q, k, v = _autocast(q, k, v)
+    _check_qkv(q, k, v)
+    _check_bias(q, k, bias)
+    options = _Options(q, k, v, bias, (), scale, dropout_p, rng, backend)
+    if options.runs_operator:
+        return torch.ops.beit_fast.attention(q, k, v, bias, *options.of_operator)[0]
+    return options.run_elsewhere(q, k, v, bias)
 
 
 def attention_qkvpacked(
@@ -116,37 +322,159 @@ def attention_qkvpacked(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """`attention` on queries, keys and values from one product: (B, N, 3, H, K) -> (B, N, H, K).
 
-    The one attention the model calls. On the CPU in full precision, a bias that wants a gradient
-    takes the path written for it here; all else, and everything under torch.compile, is SDPA.
-    Raises ValueError where shapes do not fit.
+    Without copies on the way in, and with one packed gradient on the way back.
     """
+    (qkv,) = _autocast(qkv)
+    q, k, v = _unpack(qkv)
+    _check_bias(q, k, bias)
+    options = _Options(q, k, v, bias, (), scale, dropout_p, rng, backend)
+    if options.runs_operator:
+        return torch.ops.beit_fast.attention_qkvpacked(qkv, bias, *options.of_operator)[0]
+    return options.run_elsewhere(q, k, v, bias)
+
+
+def rel_pos_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    grid: tuple[int, int],
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`attention` with the relative-position table of a (Gh, Gw) grid, and a gradient for it.
+
+    table ((2 Gh - 1)(2 Gw - 1) + 3, H), as `rel_pos_bias` reads it; N = M = Gh Gw + 1. For a table
+    that one layer has: one that layers share goes through `rel_pos_bias` once.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_qkv(q, k, v)
+    _check_table(q, k, table, grid)
+    options = _Options(q, k, v, table, grid, scale, dropout_p, rng, backend)
+    if options.runs_operator:
+        return torch.ops.beit_fast.attention(q, k, v, table, *options.of_operator)[0]
+    return options.run_elsewhere(q, k, v, rel_pos_bias(table, grid))
+
+
+def rel_pos_attention_qkvpacked(
+    qkv: Tensor,
+    table: Tensor,
+    grid: tuple[int, int],
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`rel_pos_attention` on a packed qkv: (B, N, 3, H, K) -> (B, N, H, K)."""
+    (qkv,) = _autocast(qkv)
+    q, k, v = _unpack(qkv)
+    _check_table(q, k, table, grid)
+    options = _Options(q, k, v, table, grid, scale, dropout_p, rng, backend)
+    if options.runs_operator:
+        return torch.ops.beit_fast.attention_qkvpacked(qkv, table, *options.of_operator)[0]
+    return options.run_elsewhere(q, k, v, rel_pos_bias(table, grid))
+
+
+def attention_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Choice:
+    """What `attention` would run on with these arguments, and why if it is not the default.
+
+    >>> attention_backend(*torch.zeros(3, 1, 5, 2, 8).unbind()).backend
+    'sdpa'
+    """
+    return choose_backend(*_autocast(q, k, v), bias, dropout_p, backend)
+
+
+class _Options:
+    """The checked options of one call, and where it runs."""
+
+    def __init__(self, q, k, v, bias, grid, scale, dropout_p, rng, backend) -> None:
+        self.scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale is {scale}: pass a positive number, or None for K^-0.5")
+        if not 0 <= dropout_p < 1:
+            raise ValueError(f"dropout_p is {dropout_p}: pass a probability in [0, 1)")
+        choice = choose_backend(q, k, v, bias, dropout_p, backend)
+        warn_of_fallback(choice)
+        self.backend = choice.backend
+        self.dropout_p = float(dropout_p)
+        self.grid = list(grid)
+        self.runs_operator = self.backend in ("triton", "cpu")
+        if rng is not None:
+            _check_rng(rng, q, self.backend)
+        elif dropout_p and self.backend not in ("sdpa", "xformers"):
+            rng = draw_rng(q.device)
+        self.rng = rng if dropout_p else None
+
+    @property
+    def of_operator(self) -> tuple:
+        return self.rng, self.grid, self.scale, self.dropout_p, self.backend
+
+    def run_elsewhere(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        if self.backend == "reference":
+            options = {"scale": self.scale, "dropout_p": self.dropout_p, "rng": self.rng}
+            return attention_reference(q, k, v, bias, **options)
+        run = attention_sdpa if self.backend == "sdpa" else attention_xformers
+        bias_GHNM = bias if bias is None or bias.ndim == 4 else bias[None]
+        return run(q, k, v, bias_GHNM, self.scale, self.dropout_p)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
+
+
+def _dense(bias: Tensor | None, grid: list[int]) -> Tensor | None:
+    """A dense bias (G, H, N, M) from what an operator takes."""
+    if bias is None:
+        return None
+    if grid:
+        return torch.ops.beit_fast.rel_pos_bias(bias, grid)[None]
+    return bias if bias.ndim == 4 else bias[None]
+
+
+def _last_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _takes_tf32() -> bool:
+    """Whether fp32 products may round to TF32: torch's own switch, off unless the user sets it."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _empty_lse(q: Tensor, backend: str) -> Tensor:
+    """Room for the base-2 log-sum-exp (B, H, N), which the Triton backward wants, the CPU's not."""
+    B, N, H, _ = q.shape
+    shape = (B, H, N) if backend == "triton" else (0,)
+    return q.new_empty(shape, dtype=torch.float32)
+
+
+def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv is {tuple(qkv.shape)}: pass (B, N, 3, H, K)")
-    q, k, v = qkv.unbind(2)
-    if dropout_p == 0 and _trains_bias_on_cpu(qkv, bias):
-        _check(q, k, v, bias, dropout_p)
-        scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-        return _PackedAttentionCpu.apply(qkv, bias.view(bias.shape[-3:]), scale)
-    return attention(q, k, v, bias, scale=scale, dropout_p=dropout_p)
+    return qkv.unbind(2)
 
 
-def _trains_bias_on_cpu(qkv: Tensor, bias: Tensor | None) -> bool:
-    return (
-        bias is not None
-        and bias.requires_grad
-        and torch.is_grad_enabled()
-        and qkv.device.type == "cpu"
-        and qkv.dtype == bias.dtype
-        and qkv.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float) -> None:
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[::2] != k.shape[::2]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: "
@@ -154,11 +482,50 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: floa
         )
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q has heads of {q.shape[3]} channels, k and v of {k.shape[3]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}: cast them to one dtype")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q is on {q.device}, k on {k.device} and v on {v.device}: move them")
+
+
+def _check_bias(q: Tensor, k: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        return
     wanted = (q.shape[2], q.shape[1], k.shape[1])
-    if bias is not None and tuple(bias.shape) not in (wanted, (1, *wanted)):
+    if bias.ndim not in (3, 4) or tuple(bias.shape[-3:]) != wanted:
         raise ValueError(
             f"the bias is {tuple(bias.shape)}, the attention {wanted} (heads, queries, keys): "
             "resize the position table to the grid of the images, or pass one bias for all images"
         )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}: pass a probability in [0, 1)")
+    if bias.ndim == 4 and (len(bias) == 0 or len(q) % len(bias)):
+        raise ValueError(
+            f"{len(bias)} biases for {len(q)} images: their number must divide that of the images "
+            "(image b takes bias b mod G); pass (H, N, M), or (G, H, N, M) with B = G x images"
+        )
+    if bias.device != q.device:
+        raise ValueError(f"the bias is on {bias.device}, q on {q.device}: move one of them")
+
+
+def _check_table(q: Tensor, k: Tensor, table: Tensor, grid: tuple[int, int]) -> None:
+    check_table(table, grid)
+    N = grid[0] * grid[1] + 1
+    if q.shape[1] != N or k.shape[1] != N:
+        raise ValueError(
+            f"{q.shape[1]} queries and {k.shape[1]} keys, a grid of {grid[0]} x {grid[1]} patches "
+            f"and [CLS] has {N}: pass the grid of the images"
+        )
+    if table.shape[1] != q.shape[2] or table.device != q.device:
+        raise ValueError(
+            f"a table of {table.shape[1]} heads on {table.device} for {q.shape[2]} heads on "
+            f"{q.device}: pass (R, H) on q's device"
+        )
+
+
+def _check_rng(rng: Tensor, q: Tensor, backend: str) -> None:
+    if backend in ("sdpa", "xformers"):
+        raise ValueError(f"backend={backend!r} draws its dropout itself: pass no rng with it")
+    if rng.shape != (2,) or rng.dtype != torch.int64 or rng.device != q.device:
+        raise ValueError(
+            f"rng is {rng.dtype} {tuple(rng.shape)} on {rng.device}: pass int64 (2,) on "
+            f"{q.device}, such as philox.draw_rng gives"
+        )

@@ -45,6 +45,19 @@ def random_words_reference(rng: Tensor, quad: Tensor, stream: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1) >> 1
 
 
+def keep_mask_reference(
+    rng: Tensor, dropout_p: float, rows: int, cols: int, streams: Tensor
+) -> Tensor:
+    """Which elements of a (S, rows, cols) tensor are kept, bool; one stream for each of S slices.
+
+    Element (row, col) is word col mod 4 of quad row ceil(cols / 4) + col / 4.
+    """
+    quads = -(-cols // 4)
+    quad = torch.arange(rows * quads, device=streams.device).view(rows, quads)
+    words = random_words_reference(rng, quad, streams[:, None, None])
+    return words.flatten(2)[:, :, :cols] >= threshold_of(dropout_p)
+
+
 @triton.jit
 def random_words(
     rng_ptr,  # (2,) int64: seed, offset

@@ -15,10 +15,11 @@ torch.set_num_threads(1)  # sums of two threads differ from sums of one in the l
 
 
 def _mend_interpreter() -> None:
-    """Give Triton's interpreter bfloat16 as GPUs have it.
+    """Give Triton's interpreter bfloat16 as GPUs have it, and loops over run-time numbers.
 
     It keeps bf16 as raw 16-bit integers, multiplies those integers in `tl.dot`, and truncates
     where it converts. Arithmetic on bf16 outside `tl.dot` stays wrong: kernels convert first.
+    Its scalars are arrays of one element, which NumPy deprecates as a bound of `range`.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -48,6 +49,12 @@ def _mend_interpreter() -> None:
         a_values, b_values = (values_of(t).astype(d.data.dtype) for t in (a, b))
         return interpreter.TensorHandle(np.matmul(a_values, b_values) + d.data, d.dtype.scalar)
 
+    def patch_lang_tensor(tensor, scope) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    patch_tensor = interpreter._patch_lang_tensor
+    interpreter._patch_lang_tensor = patch_lang_tensor
     builder = interpreter.InterpreterBuilder
     fp_to_fp = builder.create_fp_to_fp
     builder.create_fp_to_fp = builder.cast_impl = convert

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from beit_fast.kernels.rel_pos_bias import (
+    expand_table,
+    reduce_to_table,
     rel_pos_bias,
     rel_pos_bias_reference,
     relative_position_index,
@@ -48,39 +50,98 @@ def test_index_of_any_grid_counts_offsets_row_by_row(grid):
     assert index.max() == relative_position_rows(grid) - 1
 
 
-@pytest.mark.parametrize("grid", [(14, 14), (2, 5), (1, 1)], ids=["14x14", "2x5", "1x1"])
-def test_bias_equals_the_reference_bit_for_bit(grid):
-    table = torch.randn(relative_position_rows(grid), 3, requires_grad=True)
-    index = relative_position_index(grid)
-    bias, expected = rel_pos_bias(table, index), rel_pos_bias_reference(table, index)
+GRIDS = pytest.mark.parametrize("grid", [(6, 4), (2, 5), (1, 1)], ids=["6x4", "2x5", "1x1"])
+
+
+@GRIDS
+def test_bias_equals_the_reference_bit_for_bit(grid, device):
+    table = torch.randn(relative_position_rows(grid), 3, device=device, requires_grad=True)
+    bias = rel_pos_bias(table, grid)
     assert bias.is_contiguous()
-    assert torch.equal(bias, expected)
+    assert torch.equal(bias, rel_pos_bias_reference(table, grid))
 
 
 def test_gradient_is_as_exact_as_the_reference(assert_as_exact_as_reference):
-    index = relative_position_index((14, 14))
-    table = torch.randn(732, 3)
     assert_as_exact_as_reference(
-        lambda t: rel_pos_bias(t, index),
-        lambda t: rel_pos_bias_reference(t, index),
-        [table],
+        lambda t: rel_pos_bias(t, (14, 14)),
+        lambda t: rel_pos_bias_reference(t, (14, 14)),
+        [torch.randn(732, 3)],
         torch.float32,
     )
 
 
+@GRIDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_kernel_expands_bit_for_bit(grid, dtype, device):
+    table = torch.randn(2, relative_position_rows(grid), device=device, dtype=dtype).t()
+    assert torch.equal(expand_table(table, grid), rel_pos_bias_reference(table, grid))
+
+
+@GRIDS
+def test_the_kernel_pads_with_masked_keys_and_harmless_queries(grid, device):
+    N = grid[0] * grid[1] + 1
+    table = torch.randn(relative_position_rows(grid), 2, device=device)
+    padded = expand_table(table, grid, padded=64, dtype=torch.float16, factor=8.0)
+    want = (8 * rel_pos_bias_reference(table, grid)).half()
+    assert torch.equal(padded[:, :N, :N], want)
+    assert (padded[:, :, N:] == -torch.inf).all()
+    assert (padded[:, N:, :N] == 0).all()
+
+
+def test_the_kernel_clamps_what_is_finite_and_shows_what_is_not(device):
+    table = torch.zeros(12, 1, device=device)
+    table[11], table[10], table[9] = 1e9, torch.inf, torch.nan
+    padded = expand_table(table, (2, 2), dtype=torch.float16)
+    assert padded[0, 0, 0] == torch.finfo(torch.float16).max
+    assert (padded[0, 1:, 0] == torch.inf).all()
+    assert padded[0, 0, 1:].isnan().all()
+
+
+@GRIDS
+@pytest.mark.parametrize("summands", [1, 3])
+def test_the_kernel_sums_each_entry_as_exactly_as_the_reference(grid, summands, device):
+    N = grid[0] * grid[1] + 1
+    dbias = torch.full((summands, 2, N + 3, N + 5), torch.nan, device=device)
+    dbias[:, :, :N, :N] = torch.randn(summands, 2, N, N, device=device)
+    dtable = reduce_to_table(dbias, grid, torch.float32)
+    dense = dbias[:, :, :N, :N].double()
+    index = relative_position_index(grid).flatten().to(device)
+    want = dense.new_zeros(2, relative_position_rows(grid))
+    want.index_add_(1, index, dense.sum(dim=0).flatten(1))
+    theirs = want.new_zeros(want.shape, dtype=torch.float32)
+    theirs.index_add_(1, index, dense.float().sum(dim=0).flatten(1))
+    allowed = 2 * (theirs - want).abs().max() + torch.finfo(torch.float32).eps * want.abs().max()
+    assert (dtable.t() - want).abs().max() <= allowed
+    assert torch.equal(dtable, reduce_to_table(dbias, grid, torch.float32))
+
+
 def test_each_table_row_receives_the_sum_over_the_pairs_that_read_it():
-    index = relative_position_index((3, 2))
     table = torch.zeros(relative_position_rows((3, 2)), 2, requires_grad=True)
-    rel_pos_bias(table, index).sum().backward()
-    assert torch.equal(table.grad[:, 0], index.flatten().bincount().float())
+    rel_pos_bias(table, (3, 2)).sum().backward()
+    counts = relative_position_index((3, 2)).flatten().bincount()
+    assert torch.equal(table.grad[:, 0], counts.float())
 
 
-def test_other_shapes_are_refused_by_name():
-    index = relative_position_index((2, 2))
-    for table, wrong in (
-        (torch.zeros(12), index),
-        (torch.zeros(12, 2), index[0]),
-        (torch.zeros(12, 2), index.float()),
-    ):
-        with pytest.raises(ValueError, match="pass a table \\(R, H\\)"):
-            rel_pos_bias(table, wrong)
+def test_the_operators_keep_what_they_promise_the_compiler():
+    table = torch.randn(relative_position_rows((2, 3)), 2, requires_grad=True)
+    torch.library.opcheck(torch.ops.beit_fast.rel_pos_bias.default, (table, [2, 3]))
+    torch.library.opcheck(
+        torch.ops.beit_fast.rel_pos_bias_backward.default,
+        (torch.randn(2, 7, 7), [2, 3], torch.float32),
+    )
+
+
+def test_compiles_in_one_graph_with_the_same_gradient():
+    table = torch.randn(relative_position_rows((2, 3)), 2, requires_grad=True)
+    compiled = torch.compile(
+        lambda t: rel_pos_bias(t, (2, 3)).square(), fullgraph=True, backend="aot_eager"
+    )
+    (theirs,) = torch.autograd.grad(rel_pos_bias_reference(table, (2, 3)).square().sum(), table)
+    (ours,) = torch.autograd.grad(compiled(table).sum(), table)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(12,), (11, 2), (4, 12, 2)], ids=str)
+def test_a_table_of_another_grid_is_refused_with_the_remedies(shape):
+    with pytest.raises(ValueError, match=r"a grid of 2 x 2 patches is \(12, H\): resize it"):
+        rel_pos_bias(torch.zeros(shape), (2, 2))

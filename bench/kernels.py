@@ -1,0 +1,148 @@
+"""Every kernel against its peers: time, spread, share of the machine's roof, peak memory.
+
+    python bench/kernels.py attention|residual|cross_entropy [--only NAME] [--rounds 15]
+
+All candidates of a case run interleaved in one process, behind the tests: no number is printed
+while a candidate disagrees with the reference. A ratio is the peer's time by ours: above 1, ours is
+faster. The floor is the larger of bytes / copy bandwidth and operations / matrix rate, both
+measured in the same run; `floor` is the share of it that a candidate reaches. Peak memory is what
+a call allocates beyond its inputs. On a CPU the shapes are small.
+"""
+
+import argparse
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from timing import (
+    RESULTS,
+    Roof,
+    conditions,
+    conditions_line,
+    format_table,
+    measure_roof,
+    time_interleaved,
+    write_results,
+)
+from torch import Tensor
+
+AREAS = ("attention", "residual", "cross_entropy")
+
+
+@dataclass
+class Case:
+    """One shape and one pass (forward, backward, both ...) of an area.
+
+    A candidate is a function without arguments. `ours` names the one that ratios are about.
+    `failed` says why a peer is not there.
+    """
+
+    name: str
+    candidates: dict[str, Callable[[], object]]
+    num_bytes: float
+    num_flops: float
+    ours: str = "ours"
+    failed: dict[str, str] = field(default_factory=dict)
+    check: Callable[[], None] | None = None  # raises where candidates disagree
+
+
+def measure(case: Case, device: torch.device, roof: Roof, rounds: int) -> list[dict]:
+    """One row for each candidate."""
+    if case.check is not None:
+        case.check()
+    peaks_mb = {name: _peak_mb(run, device) for name, run in case.candidates.items()}
+    timings = time_interleaved(
+        case.candidates, device=device, rounds=rounds, calls=10 if device.type == "cuda" else 1
+    )
+    floor_ms = roof.floor_ms(case.num_bytes, case.num_flops)
+    rows = []
+    for name, timing in timings.items():
+        ratio, ratio_spread = timings[case.ours].ratio(timing)
+        seconds = timing.median_ms / 1e3
+        rows.append(
+            {
+                "case": case.name,
+                "candidate": name,
+                "ms": timing.median_ms,
+                "spread": timing.spread,
+                "ratio": ratio,
+                "ratio_spread": ratio_spread,
+                "floor_ms": floor_ms,
+                "floor": floor_ms / timing.median_ms,
+                "GB/s": case.num_bytes / seconds / 1e9,
+                "TFLOP/s": case.num_flops / seconds / 1e12,
+                "peak_MB": peaks_mb[name],
+            }
+        )
+    for name, reason in case.failed.items():
+        print(f"{case.name}: no {name}: {reason}")
+    return rows
+
+
+def gradients_of(out: Tensor, inputs: list[Tensor], dout: Tensor) -> Callable[[], object]:
+    """The backward alone, again and again over one forward."""
+    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+
+def try_all(makers: dict[str, Callable[[], Callable]]) -> tuple[dict, dict[str, str]]:
+    """Run each maker; candidates that exist, and the reasons of those that do not."""
+    made, failed = {}, {}
+    for name, make in makers.items():
+        try:
+            candidate = make()
+            candidate()
+            made[name] = candidate
+        except Exception as error:  # a peer that cannot run must not stop the others
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    return made, failed
+
+
+def _peak_mb(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        return float("nan")
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("area", choices=AREAS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    roof = measure_roof(device, dtype)
+    values = conditions(
+        device,
+        ["triton", "numpy"],
+        dtype=str(dtype).removeprefix("torch."),
+        copy_GB_per_s=round(roof.bytes_per_second / 1e9),
+        product_TFLOP_per_s=round(roof.flops_per_second / 1e12, 2),
+    )
+    print(conditions_line(values))
+    # A peer's file makes cases one at a time, so that one case's tensors are gone before the next.
+    peers = importlib.import_module(f"peers_{arguments.area}")
+    cases: Iterator[Case] = peers.cases(device, dtype, arguments.only)
+    rows = []
+    for case in cases:
+        new = measure(case, device, roof, arguments.rounds)
+        print(format_table(new), flush=True)
+        rows += new
+    if not rows:
+        parser.error(f"no case contains {arguments.only!r}")
+    path = RESULTS / f"kernels-{arguments.area}-{device.type}.csv"
+    if not arguments.only:
+        write_results(path, rows, values)
+        print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Which implementation attention runs on, and the two that belong to other libraries.
+
+triton      the kernels of this package, deterministic; the default on CUDA
+cpu         `attention_cpu`, deterministic; the default on a CPU for a bias that is trained
+sdpa        torch's scaled_dot_product_attention; the default on a CPU for all else
+xformers    xformers' memory_efficient_attention, if it is installed
+reference   the formula, in fp32
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit_fast.kernels._triton import can_launch, gpu_of
+
+BACKENDS = ("triton", "cpu", "sdpa", "xformers", "reference")
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDEST_HEAD = 128
+
+_warned: set[str] = set()
+_preferred: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The back end that runs, and why it is not the default, if it is not."""
+
+    backend: str
+    fallback: str | None = None
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run whole models on a back end: for comparison, and as a way out.
+
+    >>> with use_backend("sdpa"):
+    ...     model(images)  # doctest: +SKIP
+
+    What a call names itself comes first. Not for threads that want different ones.
+    """
+    global _preferred
+    _check_name(backend)
+    before, _preferred = _preferred, backend
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def choose_backend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float, backend: str | None
+) -> Choice:
+    """The one place that decides. `backend` is the caller's wish, or None.
+
+    Raises ValueError where the wish cannot be granted, ImportError where xformers is not there.
+    """
+    backend = _preferred if backend is None else backend
+    if backend is not None:
+        _check_name(backend)
+    if backend == "triton":
+        obstacle = triton_obstacle(q)
+        if obstacle is not None:
+            raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
+    if backend == "xformers":
+        _import_xformers()
+    if backend is not None:
+        return Choice(backend)
+    if q.device.type in ("cpu", "meta"):
+        trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        # SDPA has no dropout that the reference can repeat, and of an empty batch torch 2.15 gives
+        # the mask no gradient at all, where zeros belong.
+        empty = 0 in q.shape or 0 in k.shape
+        return Choice("cpu" if trained or dropout_p or empty else "sdpa")
+    obstacle = triton_obstacle(q)
+    if obstacle is None:
+        return Choice("triton")
+    return Choice("sdpa", fallback=obstacle)
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
+
+
+def triton_obstacle(q: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these queries, or None."""
+    if not can_launch(q):
+        return f"Triton has no kernels for {q.device.type} tensors"
+    if q.dtype not in TRITON_DTYPES:
+        return f"the kernels take bfloat16, float16 and float32, not {q.dtype}"
+    if q.shape[3] > WIDEST_HEAD:
+        return f"the kernels take heads of up to {WIDEST_HEAD} channels, not {q.shape[3]}"
+    capability = gpu_of(q).capability
+    if capability < (8, 0):
+        return f"the kernels need compute capability 8.0, this GPU has {capability}"
+    return None
+
+
+def warn_of_fallback(choice: Choice) -> None:
+    """Say once for each reason that something slower runs."""
+    if choice.fallback is None or choice.fallback in _warned:
+        return
+    _warned.add(choice.fallback)
+    warnings.warn(
+        f"attention runs on {choice.backend}, slower and not deterministic: {choice.fallback}",
+        stacklevel=4,
+    )
+
+
+def attention_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout_p: float
+) -> Tensor:
+    """softmax(scale q k^T + bias) v by torch, (B, N, H, K); bias (G, H, N, M) or None."""
+    B, N, H, K = q.shape
+    if bias is None or len(bias) == 1:
+        mask = None if bias is None else bias.to(q.dtype)
+        q_BHNK, k_BHMK, v_BHMK = (t.transpose(1, 2) for t in (q, k, v))
+        out_BHNK = F.scaled_dot_product_attention(
+            q_BHNK, k_BHMK, v_BHMK, attn_mask=mask, dropout_p=dropout_p, scale=scale
+        )
+        return out_BHNK.transpose(1, 2)
+    # The groups become heads: image b has the bias of group b mod G.
+    G = len(bias)
+    q_IXNK, k_IXMK, v_IXMK = (
+        t.unflatten(0, (-1, G)).transpose(2, 3).flatten(1, 2) for t in (q, k, v)
+    )
+    out_IXNK = F.scaled_dot_product_attention(
+        q_IXNK,
+        k_IXMK,
+        v_IXMK,
+        attn_mask=bias.to(q.dtype).flatten(0, 1)[None],
+        dropout_p=dropout_p,
+        scale=scale,
+    )
+    return out_IXNK.unflatten(1, (G, H)).transpose(2, 3).reshape(B, N, H, K)
+
+
+def attention_xformers(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout_p: float
+) -> Tensor:
+    """As `attention_sdpa`, by xformers. It wants the bias of every image, (B, H, N, M), aligned."""
+    mask = None
+    if bias is not None:
+        M = k.shape[1]
+        # Its rows must begin at multiples of 16 bytes: allocate to 8, use M.
+        padded = F.pad(bias.to(q.dtype), (0, -M % 8))
+        mask = padded.repeat(len(q) // len(bias), 1, 1, 1)[..., :M]
+    return _import_xformers().memory_efficient_attention(q, k, v, mask, dropout_p, scale)
+
+
+def _import_xformers():
+    try:
+        import xformers.ops
+    except ImportError as error:
+        raise ImportError(
+            "backend='xformers' needs xformers: pip install xformers, or leave the choice to us "
+            "with backend=None"
+        ) from error
+    return xformers.ops

@@ -1,0 +1,175 @@
+"""The bias as the attention kernels read it, and the sum of the gradients as they write them.
+
+    padded[g,h,n,m] = bias[g,h,n,m] / scale     n < N, m < M;    -inf for m >= M, else 0
+    dbias[g,h,n,m]  = sum_c partials[c,g,h,n,m]
+
+Divided by the scale of the logits it is the first value of the accumulator of q k^T; its -inf
+columns are the only mask a kernel needs. Rows and columns are padded to whole tiles.
+
+Shapes    bias (G, H, N, M); padded (G, H, padded_length(N), padded_length(M)), some strides 0
+          where there is no bias; partials (C, G, H, >= N, >= M) fp32
+Types     padded is fp16 for 16-bit queries: it costs what bf16 costs and rounds 8 times less.
+          fp32 for fp32 queries, and where the scale is so small that fp16 would overflow.
+          Finite values beyond fp16's range (a mask of -1e9) become its largest: exp2 gives 0
+Cost      bound by memory; 2 to 3 MB a layer for Base at 224
+"""
+
+import torch
+from torch import Tensor
+
+from beit_fast.kernels._triton import cdiv, launch, tl, triton
+from beit_fast.kernels.rel_pos_bias import expand_table
+
+# Below this scale a bias of 2000 would leave fp16's range when divided by it.
+SMALLEST_FP16_SCALE = 1 / 32
+
+
+def padded_length(length: int) -> int:
+    """64, or the next multiple of 128."""
+    return 64 if length <= 64 else cdiv(length, 128) * 128
+
+
+def padded_dtype(dtype: torch.dtype, scale: float) -> torch.dtype:
+    """What the padded bias of queries of `dtype` is stored in."""
+    return torch.float32 if dtype == torch.float32 or scale < SMALLEST_FP16_SCALE else torch.float16
+
+
+def pad_bias_reference(bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """The first formula above, transcribed, for a bias (G, H, N, M)."""
+    G, H, N, M = bias.shape
+    raw = bias.float() / scale
+    limit = torch.finfo(dtype).max
+    raw = torch.where(raw.isfinite(), raw.clamp(-limit, limit), raw)
+    padded = bias.new_zeros((G, H, padded_length(N), padded_length(M)), dtype=dtype)
+    padded[:, :, :N, :M] = raw
+    padded[..., M:] = -torch.inf
+    return padded
+
+
+@triton.jit
+def _pad_bias_kernel(
+    bias_ptr,  # (G, H, N, M)
+    out_ptr,  # (G, H, padded_rows, padded_cols), contiguous
+    stride_g,  # of bias
+    stride_h,  # of bias
+    stride_n,  # of bias
+    stride_m,  # of bias
+    factor,  # fp32: 1 / scale
+    limit,  # fp32: finite entries are clamped to [-limit, limit]
+    H,  # heads
+    N,  # queries
+    M,  # keys
+    padded_rows,  # whole tiles of queries
+    padded_cols,  # whole tiles of keys
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    row_tiles = tl.cdiv(padded_rows, ROWS)
+    gh = tl.cast(tl.program_id(0) // row_tiles, tl.int64)
+    n = (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)[:, None]
+    m = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    at = bias_ptr + (gh // H) * stride_g + (gh % H) * stride_h
+    at += tl.cast(n, tl.int64) * stride_n + tl.cast(m, tl.int64) * stride_m
+    value = tl.load(at, mask=(n < N) & (m < M), other=0.0).to(tl.float32) * factor
+    clamped = tl.minimum(tl.maximum(value, -limit), limit)
+    value = tl.where(tl.abs(value) < float("inf"), clamped, value)  # inf and NaN stay visible
+    value = tl.where(m < M, value, float("-inf")).to(out_ptr.dtype.element_ty)
+    stored = (n < padded_rows) & (m < padded_cols)
+    tl.store(out_ptr + gh * padded_rows * padded_cols + n * padded_cols + m, value, mask=stored)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partials_ptr,  # (C, G, H, >= N, >= M) fp32
+    out_ptr,  # (G, H, N, M), contiguous
+    stride_c,  # of partials
+    stride_g,  # of partials
+    stride_h,  # of partials
+    stride_n,  # of partials; the last is 1
+    C,  # partials
+    H,  # heads
+    N,  # queries
+    M,  # keys
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    row_tiles = tl.cdiv(N, ROWS)
+    gh = tl.cast(tl.program_id(0) // row_tiles, tl.int64)
+    n = (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)[:, None]
+    m = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    inside = (n < N) & (m < M)
+    at = partials_ptr + (gh // H) * stride_g + (gh % H) * stride_h + n * stride_n + m
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for c in range(C):
+        acc += tl.load(at + tl.cast(c, tl.int64) * stride_c, mask=inside, other=0.0)
+    tl.store(out_ptr + gh * N * M + n * M + m, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def pad_bias(
+    bias: Tensor | None, grid: list[int], q: Tensor, num_keys: int, scale: float
+) -> Tensor:
+    """The padded bias for queries q (B, N, H, K) from a dense bias, a table of `grid`, or nothing.
+
+    bias (H, N, M) or (G, H, N, M), or, where `grid` is not empty, a table (R, H).
+    """
+    _, N, H, _ = q.shape
+    dtype = padded_dtype(q.dtype, scale)
+    padded_rows, padded_cols = padded_length(N), padded_length(num_keys)
+    if bias is None:
+        row = q.new_zeros(padded_cols, dtype=dtype)
+        row[num_keys:] = -torch.inf
+        return row.expand(1, H, padded_rows, padded_cols)
+    if grid:
+        table = expand_table(bias, tuple(grid), padded=padded_rows, dtype=dtype, factor=1 / scale)
+        return table[None]
+    bias_GHNM = bias if bias.ndim == 4 else bias[None]
+    G = len(bias_GHNM)
+    out = q.new_empty((G, H, padded_rows, padded_cols), dtype=dtype)
+    rows, cols = 16, 64
+    launch(
+        _pad_bias_kernel,
+        (G * H * cdiv(padded_rows, rows), cdiv(padded_cols, cols)),
+        on=q,
+        bias_ptr=bias_GHNM,
+        out_ptr=out,
+        stride_g=bias_GHNM.stride(0),
+        stride_h=bias_GHNM.stride(1),
+        stride_n=bias_GHNM.stride(2),
+        stride_m=bias_GHNM.stride(3),
+        factor=1 / scale,
+        limit=torch.finfo(dtype).max,
+        H=H,
+        N=N,
+        M=num_keys,
+        padded_rows=padded_rows,
+        padded_cols=padded_cols,
+        ROWS=rows,
+        COLS=cols,
+    )
+    return out
+
+
+def sum_partials(partials: Tensor, num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """dbias (G, H, N, M) from partials (C, G, H, >= N, >= M), added in the order of C in fp32."""
+    assert partials.stride(-1) == 1
+    C, G, H = partials.shape[:3]
+    out = partials.new_empty((G, H, num_queries, num_keys), dtype=dtype)
+    rows, cols = 8, 64
+    launch(
+        _sum_partials_kernel,
+        (G * H * cdiv(num_queries, rows), cdiv(num_keys, cols)),
+        on=partials,
+        partials_ptr=partials,
+        out_ptr=out,
+        stride_c=partials.stride(0),
+        stride_g=partials.stride(1),
+        stride_h=partials.stride(2),
+        stride_n=partials.stride(3),
+        C=C,
+        H=H,
+        N=num_queries,
+        M=num_keys,
+        ROWS=rows,
+        COLS=cols,
+    )
+    return out

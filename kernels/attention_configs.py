@@ -1,0 +1,150 @@
+"""Which attention kernel runs for which shape, and with what tiles: short tables, no search.
+
+The choices come from machine code (`bench/machine_code.py`): nothing spilled, and as many CTAs
+on a multiprocessor as shared memory admits. None has been timed.
+
+Legend    N queries, M keys, K width of a head
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from beit_fast.kernels._triton import Gpu, cdiv
+
+
+@dataclass(frozen=True)
+class WholeForward:
+    """All keys at once, in two groups of static tiles; queries in tiles of block_n."""
+
+    first: tuple[int, ...]  # widths of the key tiles of the first group
+    second: tuple[int, ...] = ()  # and of the second
+    maxnreg: int | None = None
+    part: int = 64  # K is cut into parts of this width and a narrower rest
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class FlashForward:
+    """Queries in tiles of block_n, keys in tiles of block_m and a narrower rest."""
+
+    block_n: int
+    block_m: int
+    num_warps: int
+    num_stages: int
+    part: int = 64  # K is cut into parts of this width and a narrower rest
+
+
+# Most keys: the groups that pad them least, and, for as many queries on Hopper, registers of a
+# thread for 5, 4 or 3 CTAs on a multiprocessor where the compiler alone would take more.
+_KEY_GROUPS = {
+    64: ((64,), (), 96),
+    80: ((64, 16), (), 128),
+    128: ((64,), (64,), None),
+    144: ((128,), (16,), 168),
+    192: ((128,), (64,), None),
+    208: ((128,), (64, 16), 168),
+    256: ((128,), (128,), None),
+}
+
+# Widest head: most keys that "whole" holds where products read shared memory, and elsewhere.
+_WHOLE_KEYS_FROM_SHARED = {64: 256, 80: 256, 96: 208, 128: 144}
+_WHOLE_KEYS = {64: 208, 128: 80}
+
+
+def forward_config(
+    gpu: Gpu, dtype: torch.dtype, N: int, M: int, K: int, dropout: bool, tf32: bool = False
+) -> WholeForward | FlashForward:
+    """The forward kernel and its tiles. `tf32` matters to fp32 alone."""
+    # wgmma and tcgen05 read operands from shared memory; elsewhere they take registers.
+    from_shared = gpu.capability[0] in (9, 10)
+    if dtype == torch.float32:
+        return _fp32_config(K, tf32)
+    if dropout:
+        return FlashForward(64, 32, num_warps=4, num_stages=2)
+    limits = _WHOLE_KEYS_FROM_SHARED if from_shared else _WHOLE_KEYS
+    if N <= 256 and _row_of(limits, K) >= M:
+        first, second, maxnreg = _row_of(_KEY_GROUPS, M)
+        capped = gpu.capability[0] == 9 and K <= 64 and sum(first + second) >= N
+        return WholeForward(first, second, maxnreg if capped else None)
+    if not from_shared:
+        return FlashForward(64, 64 if K <= 64 else 32, num_warps=4, num_stages=2)
+    # 128 rows halve the reading of keys, unless they pad the queries by another eighth.
+    if K <= 80 and 8 * cdiv(N, 128) * 128 <= 9 * cdiv(N, 64) * 64:
+        return FlashForward(128, 64, num_warps=8, num_stages=2)
+    return FlashForward(64, 64, num_warps=4, num_stages=2)
+
+
+def _fp32_config(K: int, tf32: bool) -> FlashForward:
+    if not tf32:
+        # Fewer than 64 rows: from 64 on, Triton 3.6 multiplies "ieee" in TF32 on sm_100.
+        return FlashForward(32, 32, num_warps=4, num_stages=1, part=32)
+    return FlashForward(64, 32 if K <= 64 else 16, num_warps=4, num_stages=2, part=32)
+
+
+def head_parts(K: int, part: int) -> tuple[tuple[int, int], ...]:
+    """(begin, width) of the tiles a head is cut into: powers of two, 16 at least.
+
+    >>> head_parts(88, 64)
+    ((0, 64), (64, 32))
+    """
+    padded, begin, parts = cdiv(K, 16) * 16, 0, []
+    while begin < padded:
+        width = min(part, 1 << (padded - begin).bit_length() - 1)
+        parts.append((begin, width))
+        begin += width
+    return tuple(parts)
+
+
+def tail_width(M: int, block_m: int) -> int:
+    """Width of the tile that holds what is left of M keys after whole tiles of block_m."""
+    return next(width for width in (0, 16, 32, 64) if M % block_m <= width)
+
+
+def _row_of(table: dict, size: int):
+    """The first row of a table that holds `size`."""
+    return next(row for limit, row in table.items() if size <= limit)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a tile of scores, and what works on it."""
+
+    block_n: int
+    block_m: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {
+            "BLOCK_N": self.block_n,
+            "BLOCK_M": self.block_m,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+@dataclass(frozen=True)
+class GeneralBackward:
+    """The tiles of the three kernels of `attention_backward_general`."""
+
+    dq: Tile
+    dk_dv: Tile
+    dbias: Tile
+
+
+def general_config(gpu: Gpu, dtype: torch.dtype, K: int, dropout: bool) -> GeneralBackward:
+    """The largest tiles that leave no value spilled, see `bench/machine_code.py`."""
+    if dtype == torch.float32:
+        # Multiplied by FMA: operands in registers. Below 64 rows also on sm_100, as forward.
+        tile = Tile(32, 32, 8, 2) if K <= 64 else Tile(32, 16, 8, 1)
+        return GeneralBackward(dq=tile, dk_dv=tile, dbias=tile)
+    from_shared = gpu.capability >= (9, 0)
+    if not from_shared:
+        tile = Tile(64, 32, 4, 2) if K <= 64 else Tile(64, 64, 8, 2)
+        return GeneralBackward(dq=tile, dk_dv=tile, dbias=Tile(64, 32, 4, 2))
+    tile = Tile(64, 64, 4, 2) if K <= 64 and not dropout else Tile(64, 64, 8, 2)
+    return GeneralBackward(dq=tile, dk_dv=tile, dbias=tile)
