@@ -94,7 +94,7 @@ def try_all(makers: dict[str, Callable[[], Callable]]) -> tuple[dict, dict[str, 
             candidate()
             made[name] = candidate
         except Exception as error:  # a peer that cannot run must not stop the others
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            failed[name] = f"{type(error).__name__}: {str(error)[:100]!r}"
     return made, failed
 
 

@@ -7,6 +7,7 @@ general   all else: any length, width, dtype and architecture, and dropout
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import gpu_of
@@ -43,7 +44,10 @@ def attention_backward(
     (G, H, Rn, Rm); lse (B, H, N) of the forward; partial sums (C, G, H, >= N, >= M) fp32.
     `config` is for tests and tuning: the general kernels, with these tiles.
     """
-    chosen = "general" if config is not None else choose_kernels(dout, q, k, v, out, dropout_p)
+    chosen = "general"
+    # The special kernels know the padded bias in fp16 alone.
+    if config is None and bias.dtype == torch.float16:
+        chosen = choose_kernels(dout, q, k, v, out, dropout_p)
     tensors = (dout, q, k, v, bias, out, lse)
     wanted = {"scale": scale, "dq": dq, "dk": dk, "dv": dv, "trains_bias": trains_bias}
     if chosen == "window":
@@ -51,7 +55,8 @@ def attention_backward(
     if chosen == "hopper":
         return hopper_backward(*tensors, **wanted)
     if config is None:
-        config = general_config(gpu_of(q), q.dtype, q.shape[3], dropout_p > 0)
+        _, N, _, K = q.shape
+        config = general_config(gpu_of(q), q.dtype, N, K, dropout_p > 0, tf32)
     options = {"dropout_p": dropout_p, "rng": rng, "tf32": tf32, "config": config}
     return general_backward(*tensors, **wanted, **options)
 

@@ -1,19 +1,24 @@
 """Backward kernels of attention for any length, head width, dtype and architecture; with dropout.
 
-    p[n,m]  = 2^(c s[n,m] - lse[n])                    s, c, lse as in `attention_forward`
+    p[n,m]   = 2^(c s[n,m] - lse[n])                   s, c, lse as in `attention_forward`
     delta[n] = rowsum(dout[n] out[n])
-    ds[n,m] = p[n,m] (Z[n,m] dout[n] . v[m] - delta[n])
+    ds[n,m]  = p[n,m] (Z[n,m] dout[n] . v[m] - delta[n])
     dq = scale ds k;  dk = scale ds^T q;  dv = (Z p)^T dout;  dbias = sum over images of ds
 
 in three kernels, nine products of tiles where the least is five, and nothing added by two programs:
-dq      one program has a tile of queries and walks over keys; writes delta for the others
-dk, dv  one program has a tile of keys and walks over queries, on transposed scores
-dbias   one program has a tile of the bias and walks over a chunk of the images of its group
 
-Shapes    q, out, dout, dq (B, N, H, K); k, v, dk, dv (B, M, H, K); lse, delta (B, H, N); bias
-          (G, H, Rn, Rm) padded as in `attention_bias`; partials (chunks, G, H, Rn, Rm)
-Types     p and ds are rounded to q's dtype as operands; dbias adds ds in fp32, unrounded
+dq      a program has a tile of queries and walks over the keys; writes delta for the others
+dk, dv  a program has a tile of keys and walks over the queries, on transposed scores
+dbias   a program has a tile of the bias and walks over a chunk of the images of its group
+
+Shapes    q, out, dout, dq (B, N, H, K); k, v, dk, dv (B, M, H, K); lse (B, H, N); bias
+          (G, H, Rn, Rm), padded as in `attention_bias`; image b has bias b mod G
+          stats (B, H, 2, S): lse and delta, S whole tiles of queries, lse = inf beyond N
+          partials (C, G, H, N, Rm): dbias is their sum over C
+Types     statistics, p, ds and sums in fp32; p and ds are rounded to q's type as operands, and
+          dbias adds ds unrounded
 Padding   keys m >= M have a bias of -inf, queries n >= N a log-sum-exp of inf: p is 0 there
+Legend    C chunks of the images of a group
 """
 
 import math
@@ -22,70 +27,125 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
-from beit_fast.kernels.attention_configs import GeneralBackward
+from beit_fast.kernels.attention_chunks import num_chunks
+from beit_fast.kernels.attention_configs import GeneralBackward, head_parts
 from beit_fast.kernels.philox import random_tile, threshold_of
 
 
 @triton.jit
-def _rows(
+def _load_rows(
     ptr,  # first row of the matrix (num_rows, K)
     stride,  # elements from row to row
     begin,  # first row of the tile
     num_rows,  # rows that exist
     ROWS: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """A tile (ROWS, BLOCK_K) from row `begin` on; zero where there is nothing."""
+    """For each part of K the tile (ROWS, part) from row `begin` on; zero where there is nothing."""
     row = tl.arange(0, ROWS)[:, None]
-    col = tl.arange(0, BLOCK_K)[None, :]
-    inside = row < num_rows - begin
-    if K < BLOCK_K:
-        inside = inside & (col < K)
     at = ptr + tl.cast(begin, tl.int64) * stride
-    return tl.load(at + row.to(OFFSET) * stride + col, mask=inside, other=0.0)
+    tiles = ()
+    for j in tl.static_range(len(PARTS)):
+        col = PARTS[j][0] + tl.arange(0, PARTS[j][1])[None, :]
+        inside = row < num_rows - begin
+        if PARTS[j][0] + PARTS[j][1] > K:
+            inside = inside & (col < K)
+        tiles += (tl.load(at + (row.to(OFFSET) * stride + col), mask=inside, other=0.0),)
+    return tiles
 
 
 @triton.jit
-def _store(
-    tile,  # (ROWS, BLOCK_K) fp32
+def _store_rows(
+    tiles,  # for each part of K (ROWS, part), fp32
     ptr,  # first row of the matrix (num_rows, K)
     stride,  # elements from row to row
     begin,  # first row of the tile
     num_rows,  # rows that exist
     K: tl.constexpr,
+    PARTS: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    row = tl.arange(0, tile.shape[0])[:, None]
-    col = tl.arange(0, tile.shape[1])[None, :]
-    inside = row < num_rows - begin
-    if tile.shape[1] > K:
-        inside = inside & (col < K)
+    row = tl.arange(0, tiles[0].shape[0])[:, None]
     at = ptr + tl.cast(begin, tl.int64) * stride
-    tl.store(at + row.to(OFFSET) * stride + col, tile.to(ptr.dtype.element_ty), mask=inside)
+    for j in tl.static_range(len(PARTS)):
+        col = PARTS[j][0] + tl.arange(0, PARTS[j][1])[None, :]
+        inside = row < num_rows - begin
+        if PARTS[j][0] + PARTS[j][1] > K:
+            inside = inside & (col < K)
+        tile = tiles[j].to(ptr.dtype.element_ty)
+        tl.store(at + (row.to(OFFSET) * stride + col), tile, mask=inside)
 
 
 @triton.jit
-def _bias_tile(
+def _load_bias(
     ptr,  # (Rn, Rm): bias of a head
     stride,  # elements from row to row; 0 where all rows are one
     n,  # first query
     m,  # first key
-    num_queries,
+    N,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """(ROWS, COLS) fp32; rows of no query cost no traffic, and their p is 0 whatever they hold."""
+    """(ROWS, COLS); rows of no query cost no traffic, and their p is 0 whatever they hold."""
     row = tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, COLS)[None, :]
     at = ptr + tl.cast(n, tl.int64) * stride + m
-    return tl.load(at + row * stride + col, mask=row < num_queries - n, other=0.0).to(tl.float32)
+    return tl.load(at + (row * stride + col), mask=row < N - n, other=0.0)
 
 
 @triton.jit
-def _drop(
-    tile,  # (ROWS, COLS) fp32
+def _zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """For each part of K (ROWS, part) fp32."""
+    tiles = ()
+    for j in tl.static_range(len(PARTS)):
+        tiles += (tl.full((ROWS, PARTS[j][1]), 0.0, tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _scaled(
+    tiles,  # for each part of K a tile
+    factor,
+):
+    """Each tile times factor."""
+    out = ()
+    for j in tl.static_range(len(tiles)):
+        out += (tiles[j] * factor,)
+    return out
+
+
+@triton.jit
+def _products(
+    a,  # for each part of K (ROWS, part)
+    b,  # for each part of K (COLS, part)
+    acc,  # fp32 (ROWS, COLS)
+    PRECISION: tl.constexpr,
+):
+    """acc + a b^T, summed over the parts."""
+    for j in tl.static_range(len(a)):
+        acc = tl.dot(a[j], tl.trans(b[j]), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _add_products(
+    weights,  # fp32 (ROWS, COLS)
+    b,  # for each part of K (COLS, part)
+    acc,  # for each part of K (ROWS, part)
+    PRECISION: tl.constexpr,
+):
+    """acc + weights b, part by part; weights are rounded to b's type."""
+    weights = weights.to(b[0].dtype)
+    out = ()
+    for j in tl.static_range(len(b)):
+        out += (tl.dot(weights, b[j], acc[j], input_precision=PRECISION),)
+    return out
+
+
+@triton.jit
+def _dropout_factor(
     rng_ptr,  # (2,) int64: seed and offset
     stream,  # int32: image and head
     n,  # first query of the tile
@@ -93,14 +153,14 @@ def _drop(
     M,  # keys
     drop_below,  # int32: a weight with a smaller random word is dropped
     gain,  # fp32: what kept weights are multiplied by, 1 / (1 - p)
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    """Z tile."""
-    ROWS: tl.constexpr = tile.shape[0]
-    COLS: tl.constexpr = tile.shape[1]
+    """Z, (ROWS, COLS) fp32."""
     row = n + tl.arange(0, ROWS)[:, None]
     quad = row * tl.cdiv(M, 4) + m // 4 + tl.arange(0, COLS // 4)[None, :]
     words = random_tile(rng_ptr, quad, stream, ROWS, COLS)
-    return tl.where(words >= drop_below, tile * gain, 0.0)
+    return tl.where(words >= drop_below, gain, 0.0)
 
 
 @triton.jit
@@ -108,13 +168,13 @@ def _dq_kernel(
     q_ptr,  # (B, N, H, K)
     k_ptr,  # (B, M, H, K)
     v_ptr,  # (B, M, H, K)
-    bias_ptr,  # (G, H, Rn, Rm), raw scores, -inf for keys m >= M
+    bias_ptr,  # (G, H, Rn, Rm)
     out_ptr,  # (B, N, H, K)
     dout_ptr,  # (B, N, H, K)
     lse_ptr,  # (B, H, N) fp32
     rng_ptr,  # (2,) int64: seed and offset; None without dropout
-    delta_ptr,  # (B, H, N) fp32, written
-    dq_ptr,  # (B, N, H, K), written; None: only delta is
+    stats_ptr,  # (B, H, 2, S) fp32: lse and delta, written
+    dq_ptr,  # (B, N, H, K), written; None: only stats are
     q_stride_b,  # this and the next strides of activations in units of UNIT elements
     q_stride_n,
     q_stride_h,
@@ -140,12 +200,13 @@ def _dq_kernel(
     H,  # heads
     N,  # queries
     M,  # keys
+    S,  # queries in whole tiles
     scale,  # fp32
     exponent_factor,  # fp32: c
-    drop_below,  # int32: see _drop
-    gain,  # fp32: see _drop
+    drop_below,  # int32: see _dropout_factor
+    gain,  # fp32: see _dropout_factor
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,  # (begin, width) of the tiles that K is cut into
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     UNIT: tl.constexpr,  # see _strides
@@ -153,41 +214,44 @@ def _dq_kernel(
     PRECISION: tl.constexpr,
 ):
     """A tile of queries of one head of one image; tiles are neighbours, then heads."""
-    tiles = tl.cdiv(N, BLOCK_N)
+    tiles = S // BLOCK_N
     n = (tl.program_id(0) % tiles) * BLOCK_N
-    b = tl.cast(tl.program_id(0) // tiles // H, tl.int64)
-    h = tl.cast(tl.program_id(0) // tiles % H, tl.int64)
+    bh = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    b, h = bh // H, bh % H
     q_ptr += (b * q_stride_b + h * q_stride_h) * UNIT
     k_ptr += (b * k_stride_b + h * k_stride_h) * UNIT
     v_ptr += (b * v_stride_b + h * v_stride_h) * UNIT
     out_ptr += (b * out_stride_b + h * out_stride_h) * UNIT
     dout_ptr += (b * dout_stride_b + h * dout_stride_h) * UNIT
     bias_ptr += (b % G) * bias_stride_g + h * bias_stride_h
-    first = (b * H + h) * N
     row = n + tl.arange(0, BLOCK_N)
 
-    out = _rows(out_ptr, out_stride_n * UNIT, n, N, BLOCK_N, K, BLOCK_K, OFFSET)
-    dout = _rows(dout_ptr, dout_stride_n * UNIT, n, N, BLOCK_N, K, BLOCK_K, OFFSET)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    tl.store(delta_ptr + first + row, delta, mask=row < N)
+    out = _load_rows(out_ptr, out_stride_n * UNIT, n, N, BLOCK_N, K, PARTS, OFFSET)
+    dout = _load_rows(dout_ptr, dout_stride_n * UNIT, n, N, BLOCK_N, K, PARTS, OFFSET)
+    delta = tl.full((BLOCK_N,), 0.0, tl.float32)
+    for j in tl.static_range(len(PARTS)):
+        delta += tl.sum(out[j].to(tl.float32) * dout[j].to(tl.float32), 1)
+    lse = tl.load(lse_ptr + bh * N + row, mask=row < N, other=float("inf"))
+    tl.store(stats_ptr + bh * 2 * S + row, lse)
+    tl.store(stats_ptr + bh * 2 * S + S + row, delta)
     if dq_ptr is not None:
-        q = _rows(q_ptr, q_stride_n * UNIT, n, N, BLOCK_N, K, BLOCK_K, OFFSET)
-        lse = tl.load(lse_ptr + first + row, mask=row < N, other=float("inf"))
-        dq = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        q = _load_rows(q_ptr, q_stride_n * UNIT, n, N, BLOCK_N, K, PARTS, OFFSET)
+        dq = _zeros(BLOCK_N, PARTS)
         for m in tl.range(0, M, BLOCK_M, disable_licm=True):
-            k = _rows(k_ptr, k_stride_n * UNIT, m, M, BLOCK_M, K, BLOCK_K, OFFSET)
-            v = _rows(v_ptr, v_stride_n * UNIT, m, M, BLOCK_M, K, BLOCK_K, OFFSET)
-            bias = _bias_tile(bias_ptr, bias_stride_n, n, m, N, BLOCK_N, BLOCK_M)
-            s = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION)
+            k = _load_rows(k_ptr, k_stride_n * UNIT, m, M, BLOCK_M, K, PARTS, OFFSET)
+            v = _load_rows(v_ptr, v_stride_n * UNIT, m, M, BLOCK_M, K, PARTS, OFFSET)
+            bias = _load_bias(bias_ptr, bias_stride_n, n, m, N, BLOCK_N, BLOCK_M)
+            s = _products(q, k, bias.to(tl.float32), PRECISION)
             p = tl.exp2(s * exponent_factor - lse[:, None])
-            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            dp = _products(dout, v, tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32), PRECISION)
             if rng_ptr is not None:
-                stream = (b * H + h).to(tl.int32)
-                dp = _drop(dp, rng_ptr, stream, n, m, M, drop_below, gain)
+                dp *= _dropout_factor(
+                    rng_ptr, bh.to(tl.int32), n, m, M, drop_below, gain, BLOCK_N, BLOCK_M
+                )
             ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = _add_products(ds, k, dq, PRECISION)
         dq_ptr += (b * dq_stride_b + h * dq_stride_h) * UNIT
-        _store(dq * scale, dq_ptr, dq_stride_n * UNIT, n, N, K, OFFSET)
+        _store_rows(_scaled(dq, scale), dq_ptr, dq_stride_n * UNIT, n, N, K, PARTS, OFFSET)
 
 
 @triton.jit
@@ -195,10 +259,9 @@ def _dk_dv_kernel(
     q_ptr,  # (B, N, H, K)
     k_ptr,  # (B, M, H, K)
     v_ptr,  # (B, M, H, K)
-    bias_ptr,  # (G, H, Rn, Rm), raw scores, -inf for keys m >= M
+    bias_ptr,  # (G, H, Rn, Rm)
     dout_ptr,  # (B, N, H, K)
-    lse_ptr,  # (B, H, N) fp32
-    delta_ptr,  # (B, H, N) fp32
+    stats_ptr,  # (B, H, 2, S) fp32: lse and delta
     rng_ptr,  # (2,) int64: seed and offset; None without dropout
     dk_ptr,  # (B, M, H, K), written; None: it is not wanted
     dv_ptr,  # (B, M, H, K), written; None: it is not wanted
@@ -227,12 +290,13 @@ def _dk_dv_kernel(
     H,  # heads
     N,  # queries
     M,  # keys
+    S,  # queries in whole tiles
     scale,  # fp32
     exponent_factor,  # fp32: c
-    drop_below,  # int32: see _drop
-    gain,  # fp32: see _drop
+    drop_below,  # int32: see _dropout_factor
+    gain,  # fp32: see _dropout_factor
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,  # (begin, width) of the tiles that K is cut into
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     UNIT: tl.constexpr,  # see _strides
@@ -242,48 +306,49 @@ def _dk_dv_kernel(
     """A tile of keys of one head of one image; tiles are neighbours, then heads."""
     tiles = tl.cdiv(M, BLOCK_M)
     m = (tl.program_id(0) % tiles) * BLOCK_M
-    b = tl.cast(tl.program_id(0) // tiles // H, tl.int64)
-    h = tl.cast(tl.program_id(0) // tiles % H, tl.int64)
+    bh = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    b, h = bh // H, bh % H
     q_ptr += (b * q_stride_b + h * q_stride_h) * UNIT
     k_ptr += (b * k_stride_b + h * k_stride_h) * UNIT
     v_ptr += (b * v_stride_b + h * v_stride_h) * UNIT
     dout_ptr += (b * dout_stride_b + h * dout_stride_h) * UNIT
     bias_ptr += (b % G) * bias_stride_g + h * bias_stride_h
-    first = (b * H + h) * N
+    lse_ptr = stats_ptr + bh * 2 * S
+    delta_ptr = lse_ptr + S
 
-    k = _rows(k_ptr, k_stride_n * UNIT, m, M, BLOCK_M, K, BLOCK_K, OFFSET)
-    v = _rows(v_ptr, v_stride_n * UNIT, m, M, BLOCK_M, K, BLOCK_K, OFFSET)
-    dk = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    dv = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    # Left alone, the compiler keeps the transposed operands of all turns in registers.
+    k = _load_rows(k_ptr, k_stride_n * UNIT, m, M, BLOCK_M, K, PARTS, OFFSET)
+    v = _load_rows(v_ptr, v_stride_n * UNIT, m, M, BLOCK_M, K, PARTS, OFFSET)
+    dk = _zeros(BLOCK_M, PARTS)
+    dv = _zeros(BLOCK_M, PARTS)
     for n in tl.range(0, N, BLOCK_N, disable_licm=True):
         row = n + tl.arange(0, BLOCK_N)
-        q = _rows(q_ptr, q_stride_n * UNIT, n, N, BLOCK_N, K, BLOCK_K, OFFSET)
-        dout = _rows(dout_ptr, dout_stride_n * UNIT, n, N, BLOCK_N, K, BLOCK_K, OFFSET)
-        lse = tl.load(lse_ptr + first + row, mask=row < N, other=float("inf"))
-        bias = _bias_tile(bias_ptr, bias_stride_n, n, m, N, BLOCK_N, BLOCK_M)
-        s = tl.dot(k, tl.trans(q), tl.trans(bias), input_precision=PRECISION)
-        p = tl.exp2(s * exponent_factor - lse[None, :])
+        q = _load_rows(q_ptr, q_stride_n * UNIT, n, N, BLOCK_N, K, PARTS, OFFSET)
+        dout = _load_rows(dout_ptr, dout_stride_n * UNIT, n, N, BLOCK_N, K, PARTS, OFFSET)
+        bias = _load_bias(bias_ptr, bias_stride_n, n, m, N, BLOCK_N, BLOCK_M)
+        s = _products(k, q, tl.trans(bias).to(tl.float32), PRECISION)
+        p = tl.exp2(s * exponent_factor - tl.load(lse_ptr + row)[None, :])
+        zp = p
+        if rng_ptr is not None:
+            z = tl.trans(
+                _dropout_factor(
+                    rng_ptr, bh.to(tl.int32), n, m, M, drop_below, gain, BLOCK_N, BLOCK_M
+                )
+            )
+            zp = p * z
         if dv_ptr is not None:
-            zp = p
-            if rng_ptr is not None:
-                stream = (b * H + h).to(tl.int32)
-                zp = tl.trans(_drop(tl.trans(p), rng_ptr, stream, n, m, M, drop_below, gain))
-            dv = tl.dot(zp.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dv = _add_products(zp, dout, dv, PRECISION)
         if dk_ptr is not None:
-            delta = tl.load(delta_ptr + first + row, mask=row < N, other=0.0)
-            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            dp = _products(v, dout, tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32), PRECISION)
             if rng_ptr is not None:
-                stream = (b * H + h).to(tl.int32)
-                dp = tl.trans(_drop(tl.trans(dp), rng_ptr, stream, n, m, M, drop_below, gain))
-            ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                dp *= z
+            ds = p * (dp - tl.load(delta_ptr + row)[None, :])
+            dk = _add_products(ds, q, dk, PRECISION)
     if dk_ptr is not None:
         dk_ptr += (b * dk_stride_b + h * dk_stride_h) * UNIT
-        _store(dk * scale, dk_ptr, dk_stride_n * UNIT, m, M, K, OFFSET)
+        _store_rows(_scaled(dk, scale), dk_ptr, dk_stride_n * UNIT, m, M, K, PARTS, OFFSET)
     if dv_ptr is not None:
         dv_ptr += (b * dv_stride_b + h * dv_stride_h) * UNIT
-        _store(dv, dv_ptr, dv_stride_n * UNIT, m, M, K, OFFSET)
+        _store_rows(dv, dv_ptr, dv_stride_n * UNIT, m, M, K, PARTS, OFFSET)
 
 
 @triton.jit
@@ -291,12 +356,11 @@ def _dbias_kernel(
     q_ptr,  # (B, N, H, K)
     k_ptr,  # (B, M, H, K)
     v_ptr,  # (B, M, H, K)
-    bias_ptr,  # (G, H, Rn, Rm), raw scores, -inf for keys m >= M
+    bias_ptr,  # (G, H, Rn, Rm)
     dout_ptr,  # (B, N, H, K)
-    lse_ptr,  # (B, H, N) fp32
-    delta_ptr,  # (B, H, N) fp32
+    stats_ptr,  # (B, H, 2, S) fp32: lse and delta
     rng_ptr,  # (2,) int64: seed and offset; None without dropout
-    partials_ptr,  # (chunks, G, H, Rn, Rm) fp32, contiguous, written
+    partials_ptr,  # (C, G, H, N, Rm) fp32, contiguous, written
     q_stride_b,  # this and the next strides of activations in units of UNIT elements
     q_stride_n,
     q_stride_h,
@@ -316,15 +380,15 @@ def _dbias_kernel(
     H,  # heads
     N,  # queries
     M,  # keys
+    S,  # queries in whole tiles
+    Rm,
     images,  # of each group
-    chunks,
-    padded_rows,  # Rn
-    padded_cols,  # Rm
+    C,
     exponent_factor,  # fp32: c
-    drop_below,  # int32: see _drop
-    gain,  # fp32: see _drop
+    drop_below,  # int32: see _dropout_factor
+    gain,  # fp32: see _dropout_factor
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,  # (begin, width) of the tiles that K is cut into
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     UNIT: tl.constexpr,  # see _strides
@@ -336,39 +400,43 @@ def _dbias_kernel(
     tiles = tl.cdiv(N, BLOCK_N) * tiles_m
     n = (tl.program_id(0) % tiles) // tiles_m * BLOCK_N
     m = tl.program_id(0) % tiles_m * BLOCK_M
-    h = tl.cast(tl.program_id(0) // tiles % H, tl.int64)
-    g = tl.cast(tl.program_id(0) // tiles // H % G, tl.int64)
-    chunk = tl.cast(tl.program_id(0) // tiles // H // G, tl.int64)
+    cgh = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    h = cgh % H
+    g = cgh // H % G
+    c = cgh // H // G
     row = n + tl.arange(0, BLOCK_N)
     bias_ptr += g * bias_stride_g + h * bias_stride_h
-    begin = (chunk * images // chunks).to(tl.int32)
-    end = ((chunk + 1) * images // chunks).to(tl.int32)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for image in tl.range(begin, end):
-        b = tl.cast(image, tl.int64) * G + g
+    begin = (c * images // C).to(tl.int32)
+    end = ((c + 1) * images // C).to(tl.int32)
+    acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
+    for i in tl.range(begin, end, disable_licm=True):
+        b = tl.cast(i, tl.int64) * G + g
         q_at = q_ptr + (b * q_stride_b + h * q_stride_h) * UNIT
         k_at = k_ptr + (b * k_stride_b + h * k_stride_h) * UNIT
         v_at = v_ptr + (b * v_stride_b + h * v_stride_h) * UNIT
         dout_at = dout_ptr + (b * dout_stride_b + h * dout_stride_h) * UNIT
-        first = (b * H + h) * N
-        q = _rows(q_at, q_stride_n * UNIT, n, N, BLOCK_N, K, BLOCK_K, OFFSET)
-        k = _rows(k_at, k_stride_n * UNIT, m, M, BLOCK_M, K, BLOCK_K, OFFSET)
-        bias = _bias_tile(bias_ptr, bias_stride_n, n, m, N, BLOCK_N, BLOCK_M)
-        s = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION)
-        lse = tl.load(lse_ptr + first + row, mask=row < N, other=float("inf"))
+        q = _load_rows(q_at, q_stride_n * UNIT, n, N, BLOCK_N, K, PARTS, OFFSET)
+        k = _load_rows(k_at, k_stride_n * UNIT, m, M, BLOCK_M, K, PARTS, OFFSET)
+        dout = _load_rows(dout_at, dout_stride_n * UNIT, n, N, BLOCK_N, K, PARTS, OFFSET)
+        v = _load_rows(v_at, v_stride_n * UNIT, m, M, BLOCK_M, K, PARTS, OFFSET)
+        # `i < end` is always true: it keeps the bias, the same for all images, out of the loads
+        # that are pipelined through shared memory, and out of registers held through the loop.
+        bias = tl.full((BLOCK_N, BLOCK_M), 0.0, bias_ptr.dtype.element_ty)
+        if i < end:
+            bias = _load_bias(bias_ptr, bias_stride_n, n, m, N, BLOCK_N, BLOCK_M)
+        lse_ptr = stats_ptr + (b * H + h) * 2 * S
+        lse = tl.load(lse_ptr + row, mask=row < S, other=float("inf"))
+        delta = tl.load(lse_ptr + S + row, mask=row < S, other=0.0)
+        s = _products(q, k, bias.to(tl.float32), PRECISION)
         p = tl.exp2(s * exponent_factor - lse[:, None])
-        dout = _rows(dout_at, dout_stride_n * UNIT, n, N, BLOCK_N, K, BLOCK_K, OFFSET)
-        v = _rows(v_at, v_stride_n * UNIT, m, M, BLOCK_M, K, BLOCK_K, OFFSET)
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        dp = _products(dout, v, tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32), PRECISION)
         if rng_ptr is not None:
             stream = (b * H + h).to(tl.int32)
-            dp = _drop(dp, rng_ptr, stream, n, m, M, drop_below, gain)
-        delta = tl.load(delta_ptr + first + row, mask=row < N, other=0.0)
+            dp *= _dropout_factor(rng_ptr, stream, n, m, M, drop_below, gain, BLOCK_N, BLOCK_M)
         acc += p * (dp - delta[:, None])
-    partials_ptr += ((chunk * G + g) * H + h) * padded_rows * padded_cols
-    col = m + tl.arange(0, BLOCK_M)[None, :]
-    inside = (row[:, None] < padded_rows) & (col < padded_cols)
-    tl.store(partials_ptr + row[:, None] * padded_cols + col, acc, mask=inside)
+    partials_ptr += cgh * N * Rm
+    at = partials_ptr + tl.cast(row[:, None], tl.int64) * Rm + m
+    tl.store(at + tl.arange(0, BLOCK_M)[None, :], acc, mask=row[:, None] < N)
 
 
 def general_backward(
@@ -390,86 +458,92 @@ def general_backward(
     trains_bias: bool,
     config: GeneralBackward,
 ) -> Tensor | None:
-    """Write dq, dk, dv where they are tensors; return partials (chunks, G, H, Rn, Rm) of dbias."""
+    """Write dq, dk, dv where they are tensors; return partials (C, G, H, N, Rm) of dbias.
+
+    Shapes as on top of this file. None is returned where the bias is frozen.
+    """
+    if dq is None and dk is None and dv is None and not trains_bias:
+        return None
     B, N, H, K = q.shape
-    M, G = k.shape[1], bias.shape[0]
-    given = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
-    written = {"dq": dq, "dk": dk, "dv": dv}
-    strides, unit, offset = _strides({**given, **written})
-    common = {
-        "on": q,
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "bias_ptr": bias,
-        "dout_ptr": dout,
-        "lse_ptr": lse,
-        "rng_ptr": rng if dropout_p > 0 else None,
-        **_strides_of(("q", "k", "v", "dout"), strides),
-        "bias_stride_g": bias.stride(0),
-        "bias_stride_h": bias.stride(1),
-        "bias_stride_n": bias.stride(2),
-        "G": G,
-        "H": H,
-        "N": N,
-        "M": M,
-        "exponent_factor": scale * math.log2(math.e),
-        "drop_below": threshold_of(dropout_p),
-        "gain": 1 / (1 - dropout_p),
-        "K": K,
-        "BLOCK_K": max(16, triton.next_power_of_2(K)),
-        "UNIT": unit,
-        "OFFSET": offset,
-        "PRECISION": "tf32" if tf32 else "ieee",
-    }
-    delta = torch.empty((B, H, N), dtype=torch.float32, device=q.device)
-    if dq is not None or dk is not None or trains_bias:
-        launch(
-            _dq_kernel,
-            (cdiv(N, config.dq.block_n) * B * H,),
-            out_ptr=out,
-            delta_ptr=delta,
-            dq_ptr=dq,
-            scale=scale,
-            **_strides_of(("out", "dq"), strides),
-            **config.dq.options,
-            **common,
-        )
+    M, G, padded_cols = k.shape[1], len(bias), bias.shape[3]
+    # Of whole tiles of dq, which writes the statistics, dk and dv read whole ones.
+    assert config.dq.block_n % config.dk_dv.block_n == 0
+    padded_rows = cdiv(N, config.dq.block_n) * config.dq.block_n
+    stats = torch.empty((B, H, 2, padded_rows), dtype=torch.float32, device=q.device)
+    strides, unit, offset = _strides(q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv)
+
+    def shared(tile, *names: str) -> dict:
+        assert padded_cols % tile.block_m == 0
+        return {
+            "on": q,
+            "q_ptr": q,
+            "k_ptr": k,
+            "v_ptr": v,
+            "bias_ptr": bias,
+            "dout_ptr": dout,
+            "stats_ptr": stats,
+            "rng_ptr": rng if dropout_p > 0 else None,
+            **{name: value for name, value in strides.items() if name.split("_")[0] in names},
+            "bias_stride_g": bias.stride(0),
+            "bias_stride_h": bias.stride(1),
+            "bias_stride_n": bias.stride(2),
+            "G": G,
+            "H": H,
+            "N": N,
+            "M": M,
+            "S": padded_rows,
+            "exponent_factor": scale * math.log2(math.e),
+            "drop_below": threshold_of(dropout_p),
+            "gain": 1 / (1 - dropout_p),
+            "K": K,
+            "PARTS": head_parts(K, tile.part),
+            "BLOCK_N": tile.block_n,
+            "BLOCK_M": tile.block_m,
+            "UNIT": unit,
+            "OFFSET": offset,
+            "PRECISION": "tf32" if tf32 else "ieee",
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
+
+    launch(
+        _dq_kernel,
+        (padded_rows // config.dq.block_n * B * H,),
+        out_ptr=out,
+        lse_ptr=lse,
+        dq_ptr=dq,
+        scale=scale,
+        **shared(config.dq, "q", "k", "v", "out", "dout", "dq"),
+    )
     if dk is not None or dv is not None:
         launch(
             _dk_dv_kernel,
             (cdiv(M, config.dk_dv.block_m) * B * H,),
-            delta_ptr=delta,
             dk_ptr=dk,
             dv_ptr=dv,
             scale=scale,
-            **_strides_of(("dk", "dv"), strides),
-            **config.dk_dv.options,
-            **common,
+            **shared(config.dk_dv, "q", "k", "v", "dout", "dk", "dv"),
         )
     if not trains_bias:
         return None
-    images = B // G
-    tiles = cdiv(N, config.dbias.block_n) * cdiv(M, config.dbias.block_m) * H * G
-    # Enough chunks to fill the GPU twice; more cost memory, and a sum over more partials.
-    chunks = min(images, max(1, cdiv(2 * gpu_of(q).num_sms, tiles)))
-    partials = torch.empty((chunks, G, *bias.shape[1:]), dtype=torch.float32, device=q.device)
+    tile = config.dbias
+    programs = cdiv(N, tile.block_n) * cdiv(M, tile.block_m) * H * G
+    chunk_bytes = 4 * G * H * N * padded_cols
+    C = num_chunks(programs, B // G, chunk_bytes, 2 * gpu_of(q).num_sms)
+    partials = torch.empty((C, G, H, N, padded_cols), dtype=torch.float32, device=q.device)
     launch(
         _dbias_kernel,
-        (chunks * tiles,),
-        delta_ptr=delta,
+        (C * programs,),
         partials_ptr=partials,
-        images=images,
-        chunks=chunks,
-        padded_rows=bias.shape[2],
-        padded_cols=bias.shape[3],
-        **config.dbias.options,
-        **common,
+        Rm=padded_cols,
+        images=B // G,
+        C=C,
+        **shared(tile, "q", "k", "v", "dout"),
     )
     return partials
 
 
-def _strides(tensors: dict[str, Tensor | None]) -> tuple[dict[str, int], int, tl.dtype]:
+def _strides(**tensors: Tensor | None) -> tuple[dict[str, int], int, tl.dtype]:
     """Strides by kernel argument in units, the unit in elements, and the type of tile offsets.
 
     The unit is known to the compiler, so that it sees how rows are aligned: at most 8 elements,
@@ -486,7 +560,3 @@ def _strides(tensors: dict[str, Tensor | None]) -> tuple[dict[str, int], int, tl
     farthest = 128 * max(stride for name, stride in strides.items() if name.endswith("_n"))
     offset = tl.int32 if farthest < 2**31 else tl.int64
     return {name: stride // unit for name, stride in strides.items()}, unit, offset
-
-
-def _strides_of(names: tuple[str, ...], strides: dict[str, int]) -> dict[str, int]:
-    return {name: stride for name, stride in strides.items() if name.split("_")[0] in names}

@@ -4,10 +4,12 @@
     ds = p (dout v^T - delta)           dbias = sum of ds over the images of a group
     dq = scale ds k                     dk = scale ds^T q         dv = p^T dout
 
-Two launches. The first owns 128 queries of one head and walks over a chunk of the images: dbias
-never leaves the registers before the chunk ends, q, k, v, out and dout arrive through tensor
-descriptors while the previous image is computed, and the bias tile stays in the L1 cache. The
-second computes dk and dv, one program per image and head. A frozen bias replaces the first.
+Two launches. A program of the first owns 64 queries of one head and walks over a chunk of the
+images: dbias never leaves the registers before the chunk ends, the bias tile stays in the L1
+cache, and q, k, v, out and dout arrive through tensor descriptors. They are asked for when the
+image before is done; meanwhile the other program of the multiprocessor computes. The second
+launch computes dk and dv, a program for each image and head. With a frozen bias the first one is
+of that kind too.
 
 Shapes    q, out, dout, dq (B, N, H, K); k, v, dk, dv (B, M, H, K): views, last stride 1;
           bias (G, H, padded N, padded M) fp16, in units of the raw scores, -inf in keys beyond M;
@@ -29,7 +31,7 @@ from beit_fast.kernels.attention_chunks import num_chunks, strides_of
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-LONGEST = 208  # dbias of 128 queries takes 104 of 255 registers a thread at this many keys
+LONGEST = 208  # dbias of 64 queries takes 104 of 255 registers a thread at this many keys
 
 
 @triton.jit

@@ -114,17 +114,9 @@ class Tile:
 
     block_n: int
     block_m: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {
-            "BLOCK_N": self.block_n,
-            "BLOCK_M": self.block_m,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+    num_warps: int = 4
+    num_stages: int = 2
+    part: int = 64  # K is cut into parts of this width and a narrower rest
 
 
 @dataclass(frozen=True)
@@ -136,15 +128,25 @@ class GeneralBackward:
     dbias: Tile
 
 
-def general_config(gpu: Gpu, dtype: torch.dtype, K: int, dropout: bool) -> GeneralBackward:
-    """The largest tiles that leave no value spilled, see `bench/machine_code.py`."""
+def general_config(
+    gpu: Gpu, dtype: torch.dtype, N: int, K: int, dropout: bool, tf32: bool = False
+) -> GeneralBackward:
+    """The tiles of the general backward: the largest that spill nothing. `tf32` as in forward."""
     if dtype == torch.float32:
-        # Multiplied by FMA: operands in registers. Below 64 rows also on sm_100, as forward.
-        tile = Tile(32, 32, 8, 2) if K <= 64 else Tile(32, 16, 8, 1)
+        # Fewer than 64 rows, as in forward, and keys too: dk and dv transpose the scores.
+        tile = Tile(32, 32, part=32) if tf32 else Tile(32, 32, num_stages=1, part=32)
         return GeneralBackward(dq=tile, dk_dv=tile, dbias=tile)
-    from_shared = gpu.capability >= (9, 0)
-    if not from_shared:
-        tile = Tile(64, 32, 4, 2) if K <= 64 else Tile(64, 64, 8, 2)
-        return GeneralBackward(dq=tile, dk_dv=tile, dbias=Tile(64, 32, 4, 2))
-    tile = Tile(64, 64, 4, 2) if K <= 64 and not dropout else Tile(64, 64, 8, 2)
-    return GeneralBackward(dq=tile, dk_dv=tile, dbias=tile)
+    # 128 rows halve the reading of keys, unless they pad the queries by another eighth.
+    rows = 128 if 8 * cdiv(N, 128) * 128 <= 9 * cdiv(N, 64) * 64 else 64
+    tall = Tile(rows, 64, num_warps=rows // 16)
+    if gpu.capability[0] in (9, 10):
+        return GeneralBackward(
+            dq=Tile(64, 32) if dropout else tall if K <= 64 else Tile(64, 64),
+            dk_dv=Tile(64, 64) if K <= (96 if gpu.capability[0] == 9 else 64) else Tile(32, 64),
+            dbias=tall,
+        )
+    return GeneralBackward(
+        dq=Tile(64, 32) if K <= (64 if dropout else 80) else Tile(64, 16),
+        dk_dv=Tile(32, 64) if K <= 64 else Tile(32,64,num_stages=1) if K <= 96 else Tile(64, 32),
+        dbias=Tile(64, 32) if dropout else tall,
+    )

@@ -1,5 +1,6 @@
 """The yardstick for kernels: no worse than what the reference itself loses in the same dtype."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -15,9 +16,9 @@ def _run(function: Callable, tensors: list[Tensor | None], dtype: torch.dtype) -
     ]
     out = function(*inputs)
     out = out[0] if isinstance(out, tuple) else out
-    generator = torch.Generator().manual_seed(1)
-    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
-    out.backward(dout.to(out.dtype))
+    generator = torch.Generator(out.device).manual_seed(1)
+    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64, device=out.device)
+    out.backward(dout.to(dtype).to(out.dtype))
     return [out, *(t.grad for t in inputs if t is not None and t.is_floating_point())]
 
 
@@ -47,3 +48,10 @@ def assert_as_exact_as_reference():
 def device() -> torch.device:
     """Where kernels run: a GPU where there is one, else a CPU under Triton's interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _tensors_are_made_where_kernels_run(device):
+    """A test that is about a CPU says so where it makes its tensors."""
+    with device if device.type == "cuda" else contextlib.nullcontext():
+        yield

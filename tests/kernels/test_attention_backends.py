@@ -19,11 +19,11 @@ from beit_fast.kernels.attention_backends import (
 
 
 def qkv(dtype=torch.float32, K=16):
-    return torch.randn(2, 5, 3, 2, K).to(dtype).unbind(2)
+    return torch.randn(2, 5, 3, 2, K, device="cpu").to(dtype).unbind(2)
 
 
 def test_a_cpu_takes_its_own_path_for_what_sdpa_does_worse():
-    trained = torch.zeros(2, 5, 5, requires_grad=True)
+    trained = torch.zeros(2, 5, 5, requires_grad=True, device="cpu")
     assert choose_backend(*qkv(), trained, 0.0, None) == Choice("cpu")
     assert choose_backend(*qkv(), None, 0.1, None) == Choice("cpu")
     assert choose_backend(*qkv(), trained.detach(), 0.0, None) == Choice("sdpa")

@@ -60,7 +60,7 @@ def run(dout, q, k, v, bias, *, scale=None, padded=None, wanted="qkvb", config=T
         for name, t in zip("qkv", (q, k, v), strict=True)
     }
     if config is True:
-        config = general_config(H100, q.dtype, q.shape[3], dropout_p > 0)
+        config = general_config(H100, q.dtype, q.shape[1], q.shape[3], dropout_p > 0)
     partials = attention_backward(
         dout, q, k, v, padded, out, lse,
         scale=scale, dropout_p=dropout_p, rng=rng, tf32=False,
@@ -113,7 +113,8 @@ def test_small_and_large_biases(std):
 
 def test_a_bias_too_large_for_fp16_at_a_tiny_scale():
     tensors = inputs(2, 20, 20, dtype=torch.bfloat16)
-    assert_exact(tensors, run(*tensors, scale=1e-3), scale=1e-3)
+    for config in (True, None):  # the general kernels, and what is chosen without a wish
+        assert_exact(tensors, run(*tensors, scale=1e-3, config=config), scale=1e-3)
 
 
 def test_groups_take_and_give_their_own_bias():
@@ -191,7 +192,7 @@ def test_two_runs_give_the_same_bits():
 def test_every_tile_of_the_table_is_exact(gpu, dropout_p, K):
     tensors = inputs(1, 70, 70, H=1, K=K, dtype=torch.float16)
     options = {"dropout_p": dropout_p, "rng": torch.tensor([1, 2])} if dropout_p else {}
-    config = general_config(gpu, torch.float16, K, dropout_p > 0)
+    config = general_config(gpu, torch.float16, 70, K, dropout_p > 0)
     results = run(*tensors, config=config, **options)
     exact = autograd(*tensors, torch.float64, **options)
     for ours, want in zip(results, exact, strict=True):
