@@ -6,8 +6,8 @@ tensors for a GPU that is not there (`pretend`), so what it compiles is what pro
 """
 
 import contextlib
-import functools
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +57,9 @@ class Launch:
     options: dict[str, int]
 
 
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_warned: set[str] = set()
 _pretended: list[Gpu] = []
 _recorded: list[list[Launch]] = []
 
@@ -97,13 +100,38 @@ def gpu_of(tensor: Tensor) -> Gpu:
     """The GPU that a launch on this tensor is for; a Hopper GPU where there is none."""
     if _pretended:
         return _pretended[-1]
-    return _gpu(tensor.device.index) if tensor.device.type == "cuda" else H100
-
-
-@functools.cache
-def _gpu(index: int) -> Gpu:
-    found = torch.cuda.get_device_properties(index)
+    if tensor.device.type != "cuda":
+        return H100
+    found = torch.cuda.get_device_properties(tensor.device)
     return Gpu((found.major, found.minor), found.multi_processor_count, found.L2_cache_size)
+
+
+def launch_obstacle(tensor: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Why no kernel can take tensors like this one, of these dtypes, or None."""
+    if not can_launch(tensor):
+        return f"Triton has no kernels for {tensor.device.type} tensors"
+    for dtype in dtypes:
+        if dtype not in TRITON_DTYPES:
+            return f"the kernels take bfloat16, float16 and float32, not {dtype}"
+    capability = _capability_of(tensor)
+    if capability < (8, 0):
+        return f"the kernels need compute capability 8.0, this GPU has {capability}"
+    return None
+
+
+def warn_once(message: str) -> None:
+    """A fallback is never silent, and not told at every step either."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def _capability_of(tensor: Tensor) -> tuple[int, int]:
+    # Not by `gpu_of`: torch.compile traces this.
+    if _pretended or tensor.device.type != "cuda":
+        return gpu_of(tensor).capability
+    found = torch.cuda.get_device_properties(tensor.device)
+    return found.major, found.minor
 
 
 def launch(

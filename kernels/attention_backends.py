@@ -8,7 +8,6 @@ reference   the formula, in fp32
 """
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import can_launch, gpu_of
+from beit_fast.kernels._triton import launch_obstacle, warn_once
 
 BACKENDS = ("triton", "cpu", "sdpa", "xformers", "reference")
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST_HEAD = 128
 
-_warned: set[str] = set()
 _preferred: str | None = None
 
 
@@ -89,27 +86,17 @@ def _check_name(backend: str) -> None:
 
 def triton_obstacle(q: Tensor) -> str | None:
     """Why the Triton kernels cannot take these queries, or None."""
-    if not can_launch(q):
-        return f"Triton has no kernels for {q.device.type} tensors"
-    if q.dtype not in TRITON_DTYPES:
-        return f"the kernels take bfloat16, float16 and float32, not {q.dtype}"
     if q.shape[3] > WIDEST_HEAD:
         return f"the kernels take heads of up to {WIDEST_HEAD} channels, not {q.shape[3]}"
-    capability = gpu_of(q).capability
-    if capability < (8, 0):
-        return f"the kernels need compute capability 8.0, this GPU has {capability}"
-    return None
+    return launch_obstacle(q, q.dtype)
 
 
 def warn_of_fallback(choice: Choice) -> None:
     """Say once for each reason that something slower runs."""
-    if choice.fallback is None or choice.fallback in _warned:
-        return
-    _warned.add(choice.fallback)
-    warnings.warn(
-        f"attention runs on {choice.backend}, slower and not deterministic: {choice.fallback}",
-        stacklevel=4,
-    )
+    if choice.fallback is not None:
+        warn_once(
+            f"attention runs on {choice.backend}, slower and not deterministic: {choice.fallback}"
+        )
 
 
 def attention_sdpa(

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.init import init_pretraining
-from beit_fast.model.layers import Block, PatchEmbed, RelativePositionBias
+from beit_fast.model.layers import Block, PatchEmbed, RelativePositionBias, run_blocks
 
 
 class Beit(nn.Module):
@@ -35,10 +35,6 @@ class Beit(nn.Module):
         self.rel_pos_bias: RelativePositionBias | None = None
         if config.use_shared_rel_pos_bias:
             self.rel_pos_bias = RelativePositionBias(config)
-        index_NN = None
-        if config.use_shared_rel_pos_bias or config.use_rel_pos_bias:
-            index_NN = torch.empty(num_tokens, num_tokens, dtype=torch.int64)
-        self.register_buffer("relative_position_index", index_NN, persistent=False)
 
         steps = max(config.depth - 1, 1)
         self.blocks = nn.ModuleList(
@@ -66,13 +62,11 @@ class Beit(nn.Module):
         x_BND = self._embed(images, mask)
         shared_bias_HNN = None
         if self.rel_pos_bias is not None:
-            shared_bias_HNN = self.rel_pos_bias(self.relative_position_index)
+            shared_bias_HNN = self.rel_pos_bias()
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return run_blocks(self.blocks, x_BND, shared_bias_HNN)
         for block in self.blocks:
-            arguments = (x_BND, shared_bias_HNN, self.relative_position_index)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x_BND = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x_BND = block(*arguments)
+            x_BND = checkpoint(block, x_BND, shared_bias_HNN, use_reentrant=False)
         return x_BND
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -31,6 +31,11 @@ class BeitConfig:
     use_rel_pos_bias: bool = False  # a table per block
     use_shared_rel_pos_bias: bool = True  # one table for all blocks; with both on, they add
     drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 at the first
+    # Keep round(B (1 - rate)) samples per branch, drawn without replacement, and compute no others.
+    drop_path_compact: bool = False
+    # Same function and parameters with less memory: vectors go into the weights at each step.
+    fold_layer_scale: bool = False
+    fold_norm_affine: bool = False
     norm_eps: float = 1e-6
     num_classes: int = 1000  # of the classifier; 0: no head, pooled features
     global_pool: Literal["avg", "token"] = "avg"  # patches' mean then norm, or norm then [CLS]

@@ -11,8 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from beit_fast.kernels.rel_pos_bias import relative_position_index
-
 STD = 0.02
 
 
@@ -50,8 +48,6 @@ def _init(model: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
             tensor.fill_(model.config.init_values)
         elif kind in ("q_bias", "k_bias", "v_bias", "relative_position_bias_table"):
             tensor.zero_()
-        elif kind == "relative_position_index":
-            tensor.copy_(relative_position_index(model.config.grid))
     for module in model.modules():
         if isinstance(module, nn.Linear):
             draw(module.weight)

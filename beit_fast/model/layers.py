@@ -3,14 +3,20 @@
 x = x + keep_1 gamma_1 Attention(LN(x));  x = x + keep_2 gamma_2 Mlp(LN(x))
 """
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from beit_fast.kernels.attention import attention_qkvpacked
+from beit_fast.kernels.attention import attention_qkvpacked, rel_pos_attention_qkvpacked
+from beit_fast.kernels.drop_path import KeptSamples, draw_kept_samples, num_kept
+from beit_fast.kernels.fold import fold_layer_scale, fold_norm_affine
 from beit_fast.kernels.linear import linear
 from beit_fast.kernels.rel_pos_bias import rel_pos_bias, relative_position_rows
-from beit_fast.kernels.scale_residual import scale_residual
+from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
 from beit_fast.model.config import BeitConfig
 
 
@@ -60,14 +66,15 @@ class PatchEmbed(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """The table that all blocks share: index (N, N) -> bias (H, N, N)."""
+    """The table that all blocks share, as a dense bias (H, N, N): their gradients of it add up."""
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
+        self.grid = config.grid
         self.relative_position_bias_table = _table(config)
 
-    def forward(self, index: Tensor) -> Tensor:
-        return rel_pos_bias(self.relative_position_bias_table, index)
+    def forward(self) -> Tensor:
+        return rel_pos_bias(self.relative_position_bias_table, self.grid)
 
 
 class Attention(nn.Module):
@@ -79,6 +86,7 @@ class Attention(nn.Module):
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.grid = config.grid
         width = config.num_heads * config.head_dim
         self.qkv = Linear(config.embed_dim, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
@@ -87,18 +95,19 @@ class Attention(nn.Module):
         self.relative_position_bias_table = _table(config) if config.use_rel_pos_bias else None
         self.proj = Linear(width, config.embed_dim)
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None, index: Tensor | None) -> Tensor:
-        """x (B, N, D); shared_bias (H, N, N); index (N, N), needed by the block's own table."""
+    def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
+        """x (B, N, D); shared_bias (H, N, N) or None."""
         # 3 us of 45 ms at B2-N197-D768: a packed bias would save nothing, and cost its own names.
         qkv_bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
         qkv_BND3 = linear(x, self.qkv.weight, qkv_bias)
         qkv_BN3HK = qkv_BND3.unflatten(2, (3, self.num_heads, -1))
-        bias_HNN = shared_bias
-        if self.relative_position_bias_table is not None:
-            bias_HNN = rel_pos_bias(self.relative_position_bias_table, index)
-            if shared_bias is not None:
-                bias_HNN = bias_HNN + shared_bias
-        out_BNHK = attention_qkvpacked(qkv_BN3HK, bias_HNN)
+        table = self.relative_position_bias_table
+        if table is None:
+            out_BNHK = attention_qkvpacked(qkv_BN3HK, shared_bias)
+        elif shared_bias is None:
+            out_BNHK = rel_pos_attention_qkvpacked(qkv_BN3HK, table, self.grid)
+        else:
+            out_BNHK = attention_qkvpacked(qkv_BN3HK, rel_pos_bias(table, self.grid) + shared_bias)
         return self.proj(out_BNHK.flatten(2))
 
 
@@ -115,11 +124,23 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class DropPath(NamedTuple):
+    """Which samples skip a branch: neither field set, none does."""
+
+    keep: Tensor | None = None  # (B,): 0 or 1 / (1 - p)
+    kept: KeptSamples | None = None  # a fixed number; the branch does not see the others
+
+
 class Block(nn.Module):
-    """Attention and MLP, each a residual branch with LayerScale and its own draw of drop path."""
+    """Attention and MLP, each a residual branch with LayerScale and its own draw of drop path.
+
+    A residual and the norm after it are one pass over memory. `forward` ends with a residual;
+    `step` goes on to the norm of the block that follows.
+    """
 
     def __init__(self, config: BeitConfig, drop_path_rate: float) -> None:
         super().__init__()
+        self.config = config
         self.drop_path_rate = drop_path_rate
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.attn = Attention(config)
@@ -130,20 +151,151 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
             self.gamma_2 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None, index: Tensor | None) -> Tensor:
-        """x (B, N, D) -> (B, N, D); shared_bias and index as `Attention.forward` takes them."""
-        branch = self.attn(self.norm1(x), shared_bias, index)
-        x = scale_residual(x, branch, self.gamma_1, self._draw_keep(x))
-        branch = self.mlp(self.norm2(x))
-        return scale_residual(x, branch, self.gamma_2, self._draw_keep(x))
+    def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
+        """x (B, N, D) -> (B, N, D); shared_bias (H, N, N) or None."""
+        return self.step(x, self.enter(x), shared_bias)[0]
 
-    def _draw_keep(self, x: Tensor) -> Tensor | None:
-        """Per sample 0 or 1 / (1 - p), from torch's default generator; None: all are kept."""
+    def enter(self, x: Tensor) -> tuple[Tensor, DropPath]:
+        """What attention sees of x, and which samples skip it."""
+        path = self._draw_path(x)
+        return self._normalize(x, self.norm1, path), path
+
+    def step(
+        self,
+        x: Tensor,
+        entered: tuple[Tensor, DropPath],
+        shared_bias: Tensor | None,
+        following: "Block | None" = None,
+    ) -> tuple[Tensor, tuple[Tensor, DropPath] | None]:
+        """`forward`, with what `enter` gave; also what enters the block that follows."""
+        ln, path = entered
+        branch = self._attend(ln, shared_bias)
+        mlp_path = self._draw_path(x)
+        x, ln = self._add(x, branch, self.gamma_1, path, self.norm2, mlp_path)
+        branch = self._feed_forward(ln)
+        if following is None:
+            return self._add(x, branch, self.gamma_2, mlp_path)[0], None
+        path = following._draw_path(x)
+        x, ln = self._add(x, branch, self.gamma_2, mlp_path, following.norm1, path)
+        return x, (ln, path)
+
+    def _add(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        gamma: Tensor | None,
+        path: DropPath,
+        norm: nn.Module | None = None,
+        norm_path: DropPath | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x with the branch added, and the norm of it for the branch of `norm_path`."""
+        gamma = None if self.config.fold_layer_scale else gamma
+        if norm is None or not is_plain(norm, nn.LayerNorm):
+            x = scale_residual(x, branch, gamma, path.keep, kept=path.kept)
+            return x, None if norm is None else self._normalize(x, norm, norm_path)
+        return scale_residual_norm(
+            x,
+            branch,
+            *self._affine(norm),
+            gamma,
+            path.keep,
+            kept=path.kept,
+            eps=norm.eps,
+            norm_kept=norm_path.kept,
+        )
+
+    def _normalize(self, x: Tensor, norm: nn.Module, path: DropPath) -> Tensor:
+        if is_plain(norm, nn.LayerNorm):
+            return layer_norm(x, *self._affine(norm), eps=norm.eps, kept=path.kept)
+        return norm(x if path.kept is None else x.index_select(0, path.kept.samples))
+
+    def _affine(self, norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.config.fold_norm_affine else (norm.weight, norm.bias)
+
+    def _attend(self, ln: Tensor, shared_bias: Tensor | None) -> Tensor:
+        attn, folded = self.attn, {}
+        if self._folds(self.norm1):
+            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+            weight, bias = fold_norm_affine(attn.qkv.weight, bias, *_parameters(self.norm1))
+            folded = dict(zip(("q_bias", "k_bias", "v_bias"), bias.chunk(3), strict=True))
+            folded["qkv.weight"] = weight
+        if self.config.fold_layer_scale and self.gamma_1 is not None:
+            folded |= _scaled("proj", attn.proj, self.gamma_1)
+        return _call(attn, folded, ln, shared_bias)
+
+    def _feed_forward(self, ln: Tensor) -> Tensor:
+        mlp, folded = self.mlp, {}
+        if self._folds(self.norm2):
+            folded["fc1.weight"], folded["fc1.bias"] = fold_norm_affine(
+                mlp.fc1.weight, mlp.fc1.bias, *_parameters(self.norm2)
+            )
+        if self.config.fold_layer_scale and self.gamma_2 is not None:
+            folded |= _scaled("fc2", mlp.fc2, self.gamma_2)
+        return _call(mlp, folded, ln)
+
+    def _folds(self, norm: nn.Module) -> bool:
+        return self.config.fold_norm_affine and is_plain(norm, nn.LayerNorm)
+
+    def _draw_path(self, x: Tensor) -> DropPath:
         if not self.training or self.drop_path_rate == 0:
-            return None
+            return DropPath()
+        if not self.config.drop_path_compact:
+            return DropPath(keep=self._draw_keep(x))
+        if num_kept(len(x), self.drop_path_rate) == len(x):
+            return DropPath()
+        return DropPath(kept=draw_kept_samples(len(x), self.drop_path_rate, x.device))
+
+    def _draw_keep(self, x: Tensor) -> Tensor:
+        """Per sample 0 or 1 / (1 - p), from torch's default generator, as timm draws."""
         keep_rate = 1 - self.drop_path_rate
         keep_B = torch.empty(len(x), device=x.device)
         return keep_B.bernoulli_(keep_rate).div_(keep_rate)
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, shared_bias: Tensor | None) -> Tensor:
+    """Blocks one after another, each one's last residual in one pass with the next one's norm.
+
+    A block that is hooked, compiled or replaced is called as the module it is.
+    """
+    blocks = list(blocks)
+    entered = None
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        if not is_plain(block, Block):
+            x = block(x, shared_bias)
+            continue
+        if following is not None and not is_plain(following, Block):
+            following = None
+        entered = block.enter(x) if entered is None else entered
+        x, entered = block.step(x, entered, shared_bias, following)
+    return x
+
+
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether calling this module is its class's `forward` and no more: no hook, no wrapper."""
+    return (
+        type(module) is kind
+        and module._compiled_call_impl is None
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+def _parameters(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
+    return norm.weight, norm.bias
+
+
+def _scaled(name: str, layer: nn.Linear, gamma: Tensor) -> dict[str, Tensor]:
+    weight, bias = fold_layer_scale(layer.weight, layer.bias, gamma)
+    return {f"{name}.weight": weight, f"{name}.bias": bias}
+
+
+def _call(module: nn.Module, folded: dict[str, Tensor], *arguments: Tensor | None) -> Tensor:
+    """The module with folded tensors in place of its own, for this call."""
+    if not folded:
+        return module(*arguments)
+    return functional_call(module, folded, arguments, tie_weights=False)
 
 
 def _table(config: BeitConfig) -> nn.Parameter:

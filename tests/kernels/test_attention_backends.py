@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from beit_fast.kernels import attention_backends
+from beit_fast.kernels import _triton
 from beit_fast.kernels._triton import Gpu, pretend
 from beit_fast.kernels.attention import attention, attention_reference
 from beit_fast.kernels.attention_backends import (
@@ -52,7 +52,7 @@ def test_an_old_gpu_is_refused_with_the_reason():
 
 
 def test_a_fallback_is_told_once_for_each_reason(monkeypatch):
-    monkeypatch.setattr(attention_backends, "_warned", set())
+    monkeypatch.setattr(_triton, "_warned", set())
     choice = Choice("sdpa", fallback="the kernels take heads of up to 128 channels, not 136")
     with pytest.warns(UserWarning, match="runs on sdpa, slower and not deterministic: the"):
         warn_of_fallback(choice)

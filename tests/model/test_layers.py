@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from beit_fast.kernels.attention import attention_reference
+from beit_fast.kernels.rel_pos_bias import rel_pos_bias_reference
 from beit_fast.model.layers import Attention, Block, Mlp, PatchEmbed, patchify
 
 
@@ -35,14 +36,13 @@ def test_attention_adds_the_own_and_the_shared_bias_and_no_key_bias(tiny, random
     config = tiny(use_rel_pos_bias=True, attn_head_dim=head_dim)
     attn = randomize(Attention(config))
     x, shared = torch.randn(2, 17, 32), torch.randn(4, 17, 17)
-    index = torch.randint(len(attn.relative_position_bias_table), (17, 17))
 
     q, k, v = (x @ attn.qkv.weight.t()).chunk(3, dim=-1)
     q, v = q + attn.q_bias, v + attn.v_bias
     q, k, v = (t.unflatten(2, (4, config.head_dim)) for t in (q, k, v))
-    bias = shared + attn.relative_position_bias_table[index].permute(2, 0, 1)
+    bias = shared + rel_pos_bias_reference(attn.relative_position_bias_table, (4, 4))
     expected = attn.proj(attention_reference(q, k, v, bias).flatten(2))
-    torch.testing.assert_close(attn(x, shared, index), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(attn(x, shared), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_mlp_uses_the_exact_gelu(tiny, randomize):
@@ -55,9 +55,9 @@ def test_mlp_uses_the_exact_gelu(tiny, randomize):
 
 def test_a_block_scales_both_branches(tiny, randomize):
     block, x = randomize(Block(tiny(), 0.0)), torch.randn(2, 17, 32)
-    middle = x + block.gamma_1 * block.attn(block.norm1(x), None, None)
+    middle = x + block.gamma_1 * block.attn(block.norm1(x), None)
     expected = middle + block.gamma_2 * block.mlp(block.norm2(middle))
-    torch.testing.assert_close(block(x, None, None), expected)
+    torch.testing.assert_close(block(x, None), expected)
 
 
 @pytest.mark.parametrize("init_values", [None, 0.0])
@@ -80,8 +80,8 @@ def test_drop_path_draws_nothing_in_eval_or_at_rate_zero(tiny):
     block = Block(tiny(), 0.5).eval()
     untouched = Block(tiny(), 0.0)
     torch.set_rng_state(state)
-    block(x, None, None)
-    untouched(x, None, None)
+    block(x, None)
+    untouched(x, None)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -90,6 +90,6 @@ def test_the_branches_of_a_block_are_dropped_independently(tiny):
     draws = []
     draw = block._draw_keep
     block._draw_keep = lambda x: draws.append(draw(x)) or draws[-1]
-    block(torch.randn(64, 17, 32), None, None)
+    block(torch.randn(64, 17, 32), None)
     assert len(draws) == 2
     assert not torch.equal(*draws)

@@ -1,0 +1,129 @@
+"""Budgets of the machine code, for GPUs that are not here: a regression of the compiler's shows.
+
+Everything in `bench/launches.py` is compiled for sm_80, sm_90 and sm_100, in a process without the
+interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="machine code needs Triton")
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+# What may spill, loads and stores: values that a loop does not change, and eight that it does in
+# the kernel that holds a tile of dbias (64 x 208 fp32) in registers beside its scores.
+SPILLS = {
+    ("dq_dbias", 90): (34, 36),
+    ("window_backward", 80): (8, 8),
+    ("window_backward", 90): (20, 20),
+    ("window_backward", 100): (4, 4),
+}
+
+# sm_90: most registers, most KiB, fewest CTAs on a multiprocessor, matrix instructions.
+BUDGETS = {
+    ("attention N197", "attention_whole"): (168, 74, 3, 25),
+    ("attention N197", "dq_dbias"): (255, 100, 2, 45),
+    ("attention N197", "dk_dv"): (168, 74, 3, 58),
+    ("attention N197 frozen bias", "dq"): (168, 76, 2, 45),
+    ("attention N144", "attention_whole"): (168, 74, 3, 17),
+    ("attention N256", "attention_whole"): (207, 80, 2, 24),
+    ("attention N64", "attention_whole"): (96, 32, 5, 8),
+    ("attention N64", "window_backward"): (255, 40, 2, 20),
+    ("attention N49 K32", "attention_whole"): (96, 32, 5, 6),
+    ("attention N49 K32", "window_backward"): (168, 40, 3, 16),
+    ("attention N577", "attention_flash"): (128, 64, 2, 13),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    path = tmp_path_factory.mktemp("machine_code") / "all.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(BENCH / "machine_code.py"), "--json", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(path.read_text())
+
+
+def name_of(code):
+    return code["kernel"].strip("_").removesuffix("_kernel")
+
+
+def complaints(compiled, is_wrong):
+    return [
+        f"{code['case']}, {name_of(code)}, sm_{code['arch']}" for code in compiled if is_wrong(code)
+    ]
+
+
+def test_all_architectures_are_compiled(compiled):
+    assert {code["arch"] for code in compiled} == {80, 90, 100}
+    cases = {arch: {c["case"] for c in compiled if c["arch"] == arch} for arch in (80, 90, 100)}
+    assert cases[80] == cases[90] == cases[100]
+
+
+def test_no_kernel_adds_atomically(compiled):
+    assert not complaints(compiled, lambda code: code["atomics"] > 0)
+
+
+def test_every_kernel_is_code_and_not_a_trap(compiled):
+    # Too many live accumulators compile to a trap on sm_100, without an error.
+    assert not complaints(compiled, lambda code: code["instructions"] < 150)
+
+
+def test_nothing_spills_but_what_is_known(compiled):
+    def spills(code):
+        loads, stores = SPILLS.get((name_of(code), code["arch"]), (0, 0))
+        return code["spill_loads"] > loads or code["spill_stores"] > stores
+
+    assert not complaints(compiled, spills)
+
+
+def test_products_run_on_the_tensor_cores_of_their_architecture(compiled):
+    def is_wrong(code):
+        if not multiplies(code) or "fp32" in code["case"]:
+            return False
+        return TENSOR_CORE[code["arch"]] not in code["tensor_core"]
+
+    assert not complaints(compiled, is_wrong)
+
+
+def test_fp32_products_are_exact(compiled):
+    # Triton 3.6 takes TF32 for some "ieee" products of 64 rows and more on sm_100.
+    def is_wrong(code):
+        return "fp32" in code["case"] and multiplies(code) and bool(code["tensor_core"])
+
+    assert complaints(compiled, lambda code: "fp32" in code["case"] and multiplies(code))
+    assert not complaints(compiled, is_wrong)
+
+
+def test_the_main_kernels_read_and_write_sixteen_bytes_at_a_time(compiled):
+    def is_wrong(code):
+        return multiplies(code) and not ("128" in code["loads"] and "128" in code["stores"])
+
+    assert not complaints(compiled, is_wrong)
+
+
+@pytest.mark.parametrize(("case", "kernel"), BUDGETS, ids=lambda value: value.replace(" ", "-"))
+def test_a_kernel_keeps_its_budget_on_hopper(compiled, case, kernel):
+    registers, kib, ctas, products = BUDGETS[case, kernel]
+    (code,) = [c for c in compiled if (c["case"], name_of(c), c["arch"]) == (case, kernel, 90)]
+    assert code["registers"] <= registers
+    assert code["shared_bytes"] <= kib * 1024
+    assert code["ctas_per_sm"] >= ctas
+    assert code["tensor_core"] == {"HGMMA": products}
+
+
+def test_the_hopper_backward_reads_through_the_copy_engine(compiled):
+    (code,) = [c for c in compiled if (c["case"], name_of(c)) == ("attention N197", "dq_dbias")]
+    assert code["loads"]["tma"] >= 20
+
+
+def multiplies(code) -> bool:
+    return code["case"].startswith("attention N")

@@ -1,0 +1,276 @@
+"""Fused norms, folded vectors and compact drop path: the same model, other work."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from beit_fast.kernels.drop_path import KeptSamples
+from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
+from beit_fast.model import layers
+from beit_fast.model.beit import Beit
+from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
+from beit_fast.model.layers import Block
+
+FOLDS = {
+    "layer-scale": {"fold_layer_scale": True},
+    "norm-affine": {"fold_norm_affine": True},
+    "both": {"fold_layer_scale": True, "fold_norm_affine": True},
+}
+folds = pytest.mark.parametrize("fold", FOLDS.values(), ids=FOLDS)
+IMAGES = (3, 3, 32, 32)
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """Residuals and norms of whole models by the Triton kernels, on a CPU in the interpreter."""
+
+    def switch(on=True):
+        for function in (scale_residual, scale_residual_norm, layer_norm):
+            called = functools.partial(function, backend="triton") if on else function
+            monkeypatch.setattr(layers, function.__name__, called)
+
+    return switch
+
+
+def outputs_and_gradients(model, images, gradients, function=None, seed=1):
+    model.zero_grad()
+    torch.manual_seed(seed)
+    out = (function or model)(images)
+    out.square().mean().backward()
+    return {"out": out, **gradients(model)}
+
+
+def refitted(model, **fields):
+    """The same weights in a model of another configuration."""
+    config = copy.deepcopy(model.config)
+    for name, value in fields.items():
+        object.__setattr__(config, name, value)
+    other = type(model)(config)
+    other.load_state_dict(model.state_dict(), strict=True)
+    return other.train(model.training)
+
+
+@folds
+@pytest.mark.parametrize("init_values", [0.1, None], ids=["LayerScale", "no-LayerScale"])
+def test_folding_changes_no_output_and_no_gradient(tiny, randomize, gradients, fold, init_values):
+    model = randomize(Beit(tiny(init_values=init_values, drop_path_rate=0.5))).double()
+    images = torch.randn(IMAGES, dtype=torch.float64)
+    expected = outputs_and_gradients(model, images, gradients)
+    results = outputs_and_gradients(refitted(model, **fold).double(), images, gradients)
+    assert results.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(results[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@folds
+def test_a_folded_model_trains_under_autocast_compile_and_checkpointing(
+    tiny, randomize, gradients, assert_agree, fold
+):
+    model = randomize(Beit(tiny(**fold)))
+    images = torch.randn(IMAGES)
+    expected = outputs_and_gradients(model, images, gradients)
+    compiled = torch.compile(model.forward_features, fullgraph=True, backend="aot_eager")
+    assert_agree(outputs_and_gradients(model, images, gradients, compiled), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images)
+    assert out.dtype == torch.float32
+    assert (out - expected["out"]).norm() / expected["out"].norm() < 0.03
+    model.set_grad_checkpointing()
+    assert_agree(outputs_and_gradients(model, images, gradients), expected)
+
+
+def saved_bytes(model, images):
+    """Bytes of activations kept for the backward pass; parameters are there anyway."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: addresses stay apart
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = model(images)
+    del out
+    return sum(nbytes for nbytes, _ in saved.values())
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
+def test_folding_layer_scale_saves_both_branches_of_every_block(tiny, with_kernels, kernels):
+    with_kernels(kernels)
+    model = Beit(tiny(depth=3))
+    images = torch.randn(8, 3, 32, 32)
+    saving = saved_bytes(model, images) - saved_bytes(
+        refitted(model, fold_layer_scale=True), images
+    )
+    branch = 8 * 17 * 32 * 4  # B N D values of fp32
+    folded = sum(  # W' and b' stay until the backward pass
+        layer.weight.nbytes for block in model.blocks for layer in (block.attn.proj, block.mlp.fc2)
+    )
+    assert saving == 3 * 2 * branch - folded
+    assert saving > 0
+
+
+def test_the_norms_are_fused_into_the_residuals_before_them(tiny, monkeypatch):
+    calls = []
+    for function in (scale_residual, scale_residual_norm, layer_norm):
+        name = function.__name__
+        monkeypatch.setattr(
+            layers,
+            name,
+            lambda *a, _call=function, _name=name, **k: calls.append(_name) or _call(*a, **k),
+        )
+    Beit(tiny(depth=3))(torch.randn(IMAGES))
+    assert calls == ["layer_norm", *["scale_residual_norm"] * 5, "scale_residual"]
+
+
+@pytest.mark.parametrize("name", ["blocks.0", "blocks.1", "blocks.0.norm1", "blocks.1.norm1",
+                                  "blocks.0.norm2", "blocks.2.norm2"])  # fmt: skip
+@pytest.mark.parametrize("config", [{}, {"fold_norm_affine": True}, {"drop_path_compact": True}],
+                         ids=["plain", "folded", "compact"])  # fmt: skip
+def test_hooks_on_blocks_and_norms_see_what_they_would_see_unfused(
+    tiny, randomize, gradients, assert_agree, name, config
+):
+    model = randomize(Beit(tiny(depth=3, drop_path_rate=0.5, **config)))
+    images = torch.randn(IMAGES)
+    expected = outputs_and_gradients(model, images, gradients)
+    seen = []
+    module = model.get_submodule(name)
+    module.register_forward_hook(lambda module, arguments, out: seen.append((arguments[0], out)))
+    assert_agree(outputs_and_gradients(model, images, gradients), expected)
+    ((x, out),) = seen
+    if isinstance(module, nn.LayerNorm):
+        affine = (module.normalized_shape, module.weight, module.bias, module.eps)
+        torch.testing.assert_close(out, nn.functional.layer_norm(x, *affine))
+    handle = module.register_forward_hook(lambda module, arguments, out: torch.zeros_like(out))
+    assert not torch.allclose(model(images), expected["out"])
+    handle.remove()
+
+
+def test_a_block_that_is_replaced_is_called_as_it_is(tiny, randomize):
+    class Doubled(nn.Module):
+        def forward(self, x, shared_bias):
+            return 2 * x
+
+    model = randomize(Beit(tiny(depth=3))).eval()
+    images = torch.randn(IMAGES)
+    blocks = list(model.blocks)
+    model.blocks[1] = Doubled()
+    bias = model.rel_pos_bias()
+    expected = blocks[2](2 * blocks[0](model._embed(images, None), bias), bias)
+    torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize("fold", [{}, FOLDS["both"]], ids=["plain", "folded"])
+def test_compact_drop_path_is_drop_path_with_a_fixed_number(tiny, randomize, fold, monkeypatch):
+    B, rate = 6, 0.4
+    block = randomize(Block(tiny(drop_path_compact=True, **fold), rate)).double()
+    plain = randomize(Block(tiny(), rate)).double()
+    plain.load_state_dict(block.state_dict())
+    draws, sizes = [], []
+    draw = layers.draw_kept_samples
+    monkeypatch.setattr(layers, "draw_kept_samples", lambda *a: draws.append(draw(*a)) or draws[-1])
+    for module in (block.attn.proj, block.mlp.fc1):
+        module.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
+    x = torch.randn(B, 17, 32, dtype=torch.float64)
+    out = block(x, None)
+    assert sizes == [4, 4]  # round(6 * 0.6): the others are not computed
+    keeps = iter([(d.slots >= 0) * (B / 4) for d in draws])
+    monkeypatch.setattr(plain, "_draw_keep", lambda x: next(keeps))
+    torch.testing.assert_close(out, plain(x, None))
+
+
+def test_compact_drop_path_draws_in_training_alone_and_only_where_it_drops(tiny, monkeypatch):
+    draws = []
+    draw = layers.draw_kept_samples
+    monkeypatch.setattr(layers, "draw_kept_samples", lambda *a: draws.append(draw(*a)) or draws[-1])
+    config = tiny(depth=3, drop_path_rate=0.5, drop_path_compact=True)
+    model = Beit(config)
+    images = torch.randn(4, 3, 32, 32)
+    model(images)
+    assert [len(d.samples) for d in draws] == [3, 3, 2, 2]  # rates 0, 0.25, 0.5
+    assert all(isinstance(d, KeptSamples) for d in draws)
+    assert not all(torch.equal(draws[0].samples, d.samples[:3]) for d in draws[1:])
+    draws.clear()
+    model.eval()(images)
+    assert not draws
+
+
+def test_compact_drop_path_trains_the_same_compiled_and_checkpointed(
+    tiny, randomize, gradients, assert_agree
+):
+    model = randomize(Beit(tiny(depth=3, drop_path_rate=0.5, drop_path_compact=True)))
+    images = torch.randn(4, 3, 32, 32)
+    expected = outputs_and_gradients(model, images, gradients)
+    compiled = torch.compile(model.forward_features, fullgraph=True, backend="aot_eager")
+    assert_agree(outputs_and_gradients(model, images, gradients, compiled), expected)
+    model.set_grad_checkpointing()
+    assert_agree(outputs_and_gradients(model, images, gradients), expected)
+
+
+def test_no_mode_needs_a_value_on_the_host(tiny):
+    # The meta device has shapes and no values.
+    fields = {"drop_path_rate": 0.5, "drop_path_compact": True, **FOLDS["both"]}
+    with torch.device("meta"):
+        assert Beit(tiny(**fields))(torch.randn(IMAGES)).shape == (3, 17, 32)
+
+
+def test_an_empty_batch_and_a_single_image_go_through_every_mode(tiny):
+    fields = {"drop_path_rate": 0.5, "drop_path_compact": True, **FOLDS["both"]}
+    model = Beit(tiny(**fields))
+    for B in (0, 1):
+        out = model(torch.randn(B, 3, 32, 32))
+        out.sum().backward()
+        assert out.shape == (B, 17, 32)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"drop_path_rate": 0.4},
+        {"drop_path_rate": 0.4, "drop_path_compact": True, **FOLDS["both"]},
+    ],
+    ids=["BEiT+", "drop-path", "compact-and-folded"],
+)
+def test_the_kernels_give_the_models_gradients(
+    tiny, randomize, gradients, assert_agree, with_kernels, fields
+):
+    model = randomize(BeitForImageClassification(tiny(**fields)))
+    images = torch.randn(4, 3, 32, 32)
+    expected = outputs_and_gradients(model, images, gradients)
+    with_kernels()
+    assert_agree(outputs_and_gradients(model, images, gradients), expected)
+
+
+def losses_of_twenty_steps(model):
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        images = torch.randn(2, 3, 16, 16, generator=generator)
+        mask = torch.rand(2, 4, generator=generator) < 0.5
+        tokens = (images.unfold(2, 8, 8).unfold(3, 8, 8).mean((1, 4, 5)) > 0).long().flatten(1)
+        loss, _ = model.loss(images, mask, torch.arange(8, dtype=torch.int32), tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def test_a_tiny_beit_trained_twenty_steps_with_kernels_and_with_torch_agrees(tiny, with_kernels):
+    config = tiny(img_size=16, depth=2, vocab_size=8, drop_path_rate=0.3)
+    model = BeitForMaskedImageModeling(config)
+    expected = losses_of_twenty_steps(copy.deepcopy(model))
+    assert expected[-1] < 0.6 * expected[0]
+    with_kernels()
+    losses = losses_of_twenty_steps(copy.deepcopy(model))
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+    folded = losses_of_twenty_steps(refitted(model, **FOLDS["both"]))
+    torch.testing.assert_close(folded, expected, rtol=1e-3, atol=1e-4)
