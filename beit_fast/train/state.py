@@ -168,8 +168,12 @@ def load_newest(output: Path, *, fallback: bool = False) -> Checkpoint | None:
 
 
 def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
-    """Raise CheckpointError listing every setting in which `checkpoint` is of another run."""
+    """Raise CheckpointError listing every setting in which `checkpoint` is of another run.
+
+    A switch that is off and that the checkpoint's version did not have yet is no difference.
+    """
     theirs, ours = _flatten(checkpoint.manifest["settings"]), _flatten(settings)
+    theirs |= {key: False for key, value in ours.items() if value is False and key not in theirs}
     different = [
         f"{key} was {theirs.get(key, 'absent')!r}, is {ours.get(key, 'absent')!r}"
         for key in sorted(theirs.keys() | ours.keys())

@@ -3,12 +3,14 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from beit_fast.train.state import (
     CheckpointError,
+    check_settings,
     checkpoint_paths,
     load_checkpoint,
     load_newest,
@@ -108,3 +110,10 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_says_why(tmp_path, monkeyp
 
 def test_no_checkpoint_is_no_error(tmp_path):
     assert load_newest(tmp_path) is None
+
+
+def test_settings_of_another_run_are_listed_and_a_new_switch_that_is_off_is_none():
+    stored = SimpleNamespace(path="run", manifest={"settings": {"model": {"depth": 2}}})
+    check_settings(stored, {"model": {"depth": 2, "fold_layer_scale": False}})
+    with pytest.raises(CheckpointError, match=r"depth was 2, is 3; .*fold\w* was 'absent', is True"):
+        check_settings(stored, {"model": {"depth": 3, "fold_layer_scale": True}})
