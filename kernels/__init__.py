@@ -1,8 +1,12 @@
 """Fused operators, each with its pure-PyTorch reference (imported as `beit_fast.kernels`).
 
 attention               softmax(q k^T scale + bias) v with a trainable bias shared over the batch
+rel_pos_bias            position table (R, H) -> bias (H, N, N)
+scale_residual          x + keep * gamma * branch, and the LayerNorm that follows, in one pass
+drop_path               which samples skip a branch: by factor, or left out of the computation
+fold                    LayerScale and the norm's affine as part of the neighbouring weights
+linear_cross_entropy    the MIM head's loss over masked rows only, without its logits
+linear_argmax           arg-max over a linear layer's outputs, without the outputs
 linear                  x weight^T + bias, by the faster matrix library
-scale_residual          x + keep * gamma * branch
-linear_cross_entropy    the MIM head's loss over masked rows only
-rel_pos_bias            table (R, H) -> bias (H, N, N)
+philox                  random numbers that are a function of where they are used
 """

@@ -53,13 +53,26 @@ def test_a_bench_knows_its_flags(command):
 
 
 def test_the_first_python_block_runs_and_its_shapes_are_true():
-    code = next(block for language, block in BLOCKS if language == "python")
-    torch.manual_seed(0)
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)  # the page's own code
+    names = run_python_block("BeitForImageClassification")
     assert names["logits"].shape == (2, 1000)
     assert names["tokens"].shape == (2, 197, 768)
     assert 8.9 < float(names["loss"].detach()) < 9.3
+
+
+def test_the_kernels_are_called_as_the_page_calls_them():
+    names = run_python_block("attention_qkvpacked")
+    assert names["out"].shape == (8, 197, 12, 64)
+    assert names["qkv"].grad.shape == (8, 197, 3, 12, 64)
+    assert names["bias"].grad.shape == (12, 197, 197)
+
+
+def run_python_block(about: str) -> dict:
+    """The names that the first block with this word leaves behind."""
+    code = next(b for language, b in BLOCKS if language == "python" and about in b)
+    torch.manual_seed(0)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)  # the page's own code
+    return names
 
 
 def test_every_recipe_is_in_the_table():
