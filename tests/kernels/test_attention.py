@@ -65,6 +65,25 @@ def test_packed_attention_is_as_exact_as_the_reference(
     assert_as_exact_as_reference(function, packed_reference, tensors, dtype)
 
 
+@pytest.mark.parametrize(
+    ("N", "std"),
+    [(N, std) for N in (49, 64, 144, 197, 256) for std in (0.02, 1.0, 4.0)]
+    + [(N, 1.0) for N in (257, 577, 1025)],  # the interpreter is slow
+)
+def test_the_lengths_of_published_models_are_as_exact_as_the_reference(
+    assert_as_exact_as_reference, N, std
+):
+    tensors = [torch.randn(1, N, 3, 1, 64), std * torch.randn(1, N, N)]
+    function = functools.partial(attention_qkvpacked, backend="triton")
+    assert_as_exact_as_reference(function, packed_reference, tensors, torch.bfloat16)
+
+
+def test_a_sum_over_many_images_is_as_exact_as_the_reference(assert_as_exact_as_reference):
+    tensors = [torch.randn(256, 5, 3, 1, 32), torch.randn(1, 5, 5)]
+    function = functools.partial(attention_qkvpacked, backend="triton")
+    assert_as_exact_as_reference(function, packed_reference, tensors, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_lonely_token_is_as_exact_as_the_reference(assert_as_exact_as_reference, dtype):
     tensors = [torch.randn(1, 1, 3, 2, 64), torch.randn(2, 1, 1)]
