@@ -10,14 +10,15 @@ import torch
 from beit_fast.kernels.attention_backward import attention_backward
 from beit_fast.kernels.attention_bias import pad_bias, padded_dtype, padded_length, sum_partials
 from beit_fast.kernels.attention_forward import attention_forward
-from beit_fast.kernels.rel_pos_bias import reduce_to_table
-
-import torch
-
 from beit_fast.kernels.gather_norm import gather_norm, scatter_norm_backward
+from beit_fast.kernels.linear_argmax import linear_argmax_triton
+from beit_fast.kernels.rel_pos_bias import reduce_to_table
 from beit_fast.kernels.scale_residual_backward import scale_residual_backward
 from beit_fast.kernels.scale_residual_forward import scale_residual_forward
 from beit_fast.kernels.softmax_cross_entropy import cross_entropy_
+
+DEVICE = "meta"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 CASES: dict[str, Callable[[], object]] = {}
 
@@ -38,14 +39,14 @@ def scale_residual(
     """
     B, N = 256, 197
     C = 243 if compact else B
-    x, out = (torch.empty(B, N, D, dtype=stream, device="meta") for _ in range(2))
-    branch, ln = (torch.empty(C, N, D, dtype=torch.bfloat16, device="meta") for _ in range(2))
-    mean = torch.empty(C, N, device="meta")
-    vector = torch.empty(D, device="meta")
+    x, out = (torch.empty(B, N, D, dtype=stream, device=DEVICE) for _ in range(2))
+    branch, ln = (torch.empty(C, N, D, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    mean = torch.empty(C, N, device=DEVICE)
+    vector = torch.empty(D, device=DEVICE)
     gamma = affine = None if folded else vector
-    slots = torch.empty(B, dtype=torch.int32, device="meta") if compact else None
-    keep = None if compact or drops else torch.empty(B, device="meta")
-    rng = torch.empty(2, dtype=torch.int64, device="meta")
+    slots = torch.empty(B, dtype=torch.int32, device=DEVICE) if compact else None
+    keep = None if compact or drops else torch.empty(B, device=DEVICE)
+    rng = torch.empty(2, dtype=torch.int64, device=DEVICE)
     options = {"scale": 1.0, "dropout_p": 0.1 * drops, "drop_path_p": 0.1 * drops, "rng": rng}
     statistics = (mean, mean) if norm else (None, None)
     scale_residual_forward(
@@ -61,7 +62,6 @@ def scale_residual(
     )  # fmt: skip
 
 
-BF16, FP32 = torch.bfloat16, torch.float32
 CASES |= {
     "residual-D768-bf16": lambda: scale_residual(768, BF16),
     "residual-D768-fp32": lambda: scale_residual(768, FP32),
@@ -78,17 +78,15 @@ CASES |= {
     "residual-D8192-bf16": lambda: scale_residual(8192, BF16),
 }
 
-DEVICE = "meta"
 
-
-def _attention(
+def attention(
     B: int,
     N: int,
     H: int = 12,
     K: int = 64,
     M: int | None = None,
     G: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = BF16,
     dropout_p: float = 0.0,
     trains_bias: bool = True,
 ) -> None:
@@ -111,7 +109,7 @@ def _attention(
     attention_backward(dout, q, k, v, bias, out, lse, **gradients, **options)
 
 
-def _attention_bias() -> None:
+def attention_bias() -> None:
     """Around the kernels: padding, the table there and back, the sum of partials."""
     q = torch.empty(256, 197, 12, 64, dtype=torch.bfloat16, device=DEVICE)
     table = torch.empty(732, 12, device=DEVICE)
@@ -123,23 +121,26 @@ def _attention_bias() -> None:
 
 
 CASES |= {
-    "attention N197": lambda: _attention(256, 197),
-    "attention N197 frozen bias": lambda: _attention(256, 197, trains_bias=False),
-    "attention N197 fp16": lambda: _attention(256, 197, dtype=torch.float16),
-    "attention N197 fp32": lambda: _attention(64, 197, dtype=torch.float32),
-    "attention N197 dropout": lambda: _attention(256, 197, dropout_p=0.1),
-    "attention N49 K32": lambda: _attention(8192, 49, H=3, K=32),
-    "attention N49 K32 masks": lambda: _attention(8192, 49, H=3, K=32, G=64),
-    "attention N64": lambda: _attention(4096, 64),
-    "attention N144": lambda: _attention(1024, 144),
-    "attention N256": lambda: _attention(256, 256),
-    "attention N577": lambda: _attention(64, 577),
-    "attention N1025": lambda: _attention(64, 1025, H=16),
-    "attention N257 K80": lambda: _attention(64, 257, H=16, K=80),
-    "attention N257 K96": lambda: _attention(64, 257, H=16, K=96),
-    "attention N257 K128": lambda: _attention(64, 257, H=16, K=128),
-    "attention N50 M300": lambda: _attention(64, 50, M=300),
-    "attention bias": _attention_bias,
+    "attention-N197": lambda: attention(256, 197),
+    "attention-N197-frozen": lambda: attention(256, 197, trains_bias=False),
+    "attention-N197-fp16": lambda: attention(256, 197, dtype=FP16),
+    "attention-N197-fp32": lambda: attention(64, 197, dtype=FP32),
+    "attention-N197-dropout": lambda: attention(256, 197, dropout_p=0.1),
+    "attention-N49-K32": lambda: attention(8192, 49, H=3, K=32),
+    "attention-N49-K32-masks": lambda: attention(8192, 49, H=3, K=32, G=64),
+    "attention-N64": lambda: attention(4096, 64),
+    "attention-N64-frozen": lambda: attention(4096, 64, trains_bias=False),
+    "attention-N128": lambda: attention(1024, 128),
+    "attention-N144": lambda: attention(1024, 144),
+    "attention-N256": lambda: attention(256, 256),
+    "attention-N577": lambda: attention(64, 577),
+    "attention-N1025": lambda: attention(64, 1025, H=16),
+    "attention-N257-K80": lambda: attention(64, 257, H=16, K=80),
+    "attention-N257-K96": lambda: attention(64, 257, H=16, K=96),
+    "attention-N257-K128": lambda: attention(64, 257, H=16, K=128),
+    "attention-N50-M300": lambda: attention(64, 50, M=300),
+    "attention-N200-M64": lambda: attention(64, 200, M=64),
+    "attention-bias": attention_bias,
 }
 
 
@@ -148,18 +149,18 @@ def cross_entropy(
 ) -> None:
     """The head at batch 256, forward and backward with all gradients; products in bf16."""
     rows, N = 256 * 75, 197
-    x = torch.empty(256, N, D, dtype=stream, device="meta")
-    index = torch.empty(rows, dtype=torch.int32, device="meta")
-    target = torch.empty(rows, dtype=torch.int64, device="meta")
-    norm = torch.empty(D, device="meta")
-    factor = torch.empty(1, device="meta")
+    x = torch.empty(256, N, D, dtype=stream, device=DEVICE)
+    index = torch.empty(rows, dtype=torch.int32, device=DEVICE)
+    target = torch.empty(rows, dtype=torch.int64, device=DEVICE)
+    norm = torch.empty(D, device=DEVICE)
+    factor = torch.empty(1, device=DEVICE)
     rows_ID, stats = gather_norm(x, index, norm, norm, 1e-6, BF16)
-    logits = torch.empty(1024, -(-V // 8) * 8, dtype=BF16, device="meta")[:, :V]
-    vector = torch.empty(1024, device="meta")
+    logits = torch.empty(1024, -(-V // 16) * 16, dtype=BF16, device=DEVICE)[:, :V]
+    vector = torch.empty(1024, device=DEVICE)
     cross_entropy_(
         logits, index[:1024], target[:1024], smoothing, z_loss,
         loss=vector, correct=vector.int(), with_gradient=True,
-        dbias=torch.empty(8, V, device="meta"), accumulates=True,
+        dbias=torch.empty(8, V, device=DEVICE), accumulates=True,
     )  # fmt: skip
     scatter_norm_backward(
         rows_ID, index, factor, x, stats, norm, needs_x=True, needs_weight=True, needs_bias=True
@@ -173,4 +174,21 @@ CASES |= {
         1024, 21841, BF16, smoothing=0.1, z_loss=1e-4
     ),
     "cross_entropy-D8192-V1024": lambda: cross_entropy(8192, 1024, BF16),
+}
+
+
+def argmax(dtype: torch.dtype, precision: str) -> None:
+    """The tokenizer's scores at the masked patches of batch 256."""
+    features = torch.empty(256 * 196, 2048, dtype=dtype, device=DEVICE)
+    weight, bias = torch.empty(8192, 2048, device=DEVICE), torch.empty(8192, device=DEVICE)
+    index = torch.empty(256 * 75, dtype=torch.int32, device=DEVICE)
+    linear_argmax_triton(features, weight, bias, index, precision)
+
+
+CASES |= {
+    "argmax-fp16": lambda: argmax(torch.float16, "fp16"),
+    "argmax-fp16-tf32x3": lambda: argmax(torch.float16, "tf32x3"),
+    "argmax-fp32-tf32": lambda: argmax(FP32, "tf32"),
+    "argmax-fp32-tf32x3": lambda: argmax(FP32, "tf32x3"),
+    "argmax-fp32-fp32": lambda: argmax(FP32, "fp32"),
 }

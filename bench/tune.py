@@ -125,7 +125,7 @@ def candidates_of(part: str, inputs: Inputs, N: int, K: int) -> dict[str, Callab
                     inputs.backward()
 
             runs[f"hopper, {count} chunks"] = run
-    default = general_config(gpu, torch.bfloat16, N, K, False)
+    default = general_config(gpu, torch.bfloat16, N, N, K, False)
     for config in dict.fromkeys(general_candidates(default)):
         runs[repr(config)] = lambda config=config: inputs.backward(config)
     return runs

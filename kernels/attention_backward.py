@@ -56,7 +56,7 @@ def attention_backward(
         return hopper_backward(*tensors, **wanted)
     if config is None:
         _, N, _, K = q.shape
-        config = general_config(gpu_of(q), q.dtype, N, K, dropout_p > 0, tf32)
+        config = general_config(gpu_of(q), q.dtype, N, k.shape[1], K, dropout_p > 0, tf32)
     options = {"dropout_p": dropout_p, "rng": rng, "tf32": tf32, "config": config}
     return general_backward(*tensors, **wanted, **options)
 

@@ -6,7 +6,7 @@ on a multiprocessor as shared memory admits. None has been timed.
 Legend    N queries, M keys, K width of a head
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,7 +72,7 @@ def forward_config(
     if not from_shared:
         return FlashForward(64, 64 if K <= 64 else 32, num_warps=4, num_stages=2)
     # 128 rows halve the reading of keys, unless they pad the queries by another eighth.
-    if K <= 80 and 8 * cdiv(N, 128) * 128 <= 9 * cdiv(N, 64) * 64:
+    if K <= 80 and _fills_128(N):
         return FlashForward(128, 64, num_warps=8, num_stages=2)
     return FlashForward(64, 64, num_warps=4, num_stages=2)
 
@@ -129,24 +129,52 @@ class GeneralBackward:
 
 
 def general_config(
-    gpu: Gpu, dtype: torch.dtype, N: int, K: int, dropout: bool, tf32: bool = False
+    gpu: Gpu, dtype: torch.dtype, N: int, M: int, K: int, dropout: bool, tf32: bool = False
 ) -> GeneralBackward:
     """The tiles of the general backward: the largest that spill nothing. `tf32` as in forward."""
     if dtype == torch.float32:
-        # Fewer than 64 rows, as in forward, and keys too: dk and dv transpose the scores.
-        tile = Tile(32, 32, part=32) if tf32 else Tile(32, 32, num_stages=1, part=32)
-        return GeneralBackward(dq=tile, dk_dv=tile, dbias=tile)
-    # 128 rows halve the reading of keys, unless they pad the queries by another eighth.
-    rows = 128 if 8 * cdiv(N, 128) * 128 <= 9 * cdiv(N, 64) * 64 else 64
+        return _fp32_backward_config(K, tf32)
+    rows = 128 if _fills_128(N) else 64
     tall = Tile(rows, 64, num_warps=rows // 16)
-    if gpu.capability[0] in (9, 10):
+    small = Tile(64, 32)
+    if gpu.capability[0] == 9:
+        if dropout:
+            return GeneralBackward(small, Tile(32, 64 if K <= 96 else 32), small)
+        wide = K <= 64 and rows == 128 and M > 64 and _fills_128(M)
         return GeneralBackward(
-            dq=Tile(64, 32) if dropout else tall if K <= 64 else Tile(64, 64),
-            dk_dv=Tile(64, 64) if K <= (96 if gpu.capability[0] == 9 else 64) else Tile(32, 64),
-            dbias=tall,
+            dq=tall if K <= 64 else Tile(64, 64),
+            dk_dv=Tile(64 if K <= 96 else 32, 64),
+            dbias=replace(tall, block_m=128) if wide else tall,
         )
+    if gpu.capability[0] == 10:
+        if dropout:
+            return GeneralBackward(small, Tile(32, 64), small)
+        return GeneralBackward(
+            dq=tall if K <= 64 else Tile(64, 64),
+            dk_dv=Tile(64 if K <= 64 else 32, 64),
+            dbias=tall if K <= 64 or rows == 128 else small,
+        )
+    tiles = {64: Tile(32, 64), 80: Tile(32, 64, num_stages=1), 112: Tile(16, 64, num_stages=1)}
     return GeneralBackward(
-        dq=Tile(64, 32) if K <= (64 if dropout else 80) else Tile(64, 16),
-        dk_dv=Tile(32, 64) if K <= 64 else Tile(32,64,num_stages=1) if K <= 96 else Tile(64, 32),
-        dbias=Tile(64, 32) if dropout else tall,
+        dq=small if (64 if dropout else 80) >= K else Tile(64, 16),
+        dk_dv=_row_of({**tiles, 128: small}, K),
+        dbias=small if dropout or (K > 80 and rows == 64) else tall,
     )
+
+
+def _fp32_backward_config(K: int, tf32: bool) -> GeneralBackward:
+    # Fewer than 64 rows, as in forward, and keys too: dk and dv transpose the scores.
+    if tf32:
+        tile = Tile(32, 32, part=32)
+        if K <= 64:
+            return GeneralBackward(tile, tile, tile)
+        return GeneralBackward(Tile(32, 16, part=32), Tile(16, 16, part=32), tile)
+    tile = Tile(32, 32, num_stages=1, part=16)
+    if K <= 64:
+        return GeneralBackward(tile, Tile(16, 32, num_stages=1, part=32), tile)
+    return GeneralBackward(tile, replace(tile, block_m=16), tile)
+
+
+def _fills_128(length: int) -> bool:
+    """Whether tiles of 128 pad a length by no eighth more than tiles of 64."""
+    return 8 * cdiv(length, 128) * 128 <= 9 * cdiv(length, 64) * 64

@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from beit_fast.kernels.linear_argmax import linear_argmax
 from beit_fast.kernels.linear_cross_entropy import masked_linear_cross_entropy
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.init import init_finetuning
 from beit_fast.model.layers import Linear, patchify
-
-# Logits of 16 images are 16 * 196 * 8192 * 4 bytes = 103 MB in fp32.
-PREDICT_IMAGES = 16
 
 
 class BeitForMaskedImageModeling(Beit):
@@ -39,17 +37,21 @@ class BeitForMaskedImageModeling(Beit):
 
         images (B, C, height, width), normalised; mask bool (B, L), True where hidden; masked_index
         int32 (I,), patches to predict as b L + l, -1 for padding, of any fixed length;
-        visual_tokens int64 (B, L). Only listed patches reach the norm and the head. The index
-        usually lists what the mask hides, but need not: all patches make the "all tokens" ablation.
+        visual_tokens int64 (B, L), or (I,) for the listed patches alone. Only listed patches reach
+        the norm and the head. The index usually lists what the mask hides, but need not: all
+        patches make the "all tokens" ablation.
         Raises ValueError where shapes do not fit or this model predicts pixels.
         """
         self._check_predicts("tokens")
-        self._check_tokens(visual_tokens, mask)
+        target_I = visual_tokens
+        if visual_tokens.shape != masked_index.shape:
+            self._check_tokens(visual_tokens, mask)
+            target_I = visual_tokens.flatten().index_select(0, masked_index.clamp(min=0))
         x_BND = self.forward_features(images, mask)
         return masked_linear_cross_entropy(
             x_BND,
             self._token_rows(masked_index),
-            visual_tokens.flatten().index_select(0, masked_index.clamp(min=0)),
+            target_I,
             self.lm_head.weight,
             self.lm_head.bias,
             self.norm.weight,
@@ -76,12 +78,12 @@ class BeitForMaskedImageModeling(Beit):
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """The likeliest visual token of every patch, int64 (B, L); call `eval()` first.
 
+        Scores are those of fp32, under autocast too, and are not stored.
         Raises ValueError where shapes do not fit or this model predicts pixels.
         """
         self._check_predicts("tokens")
-        x_BLD = self.forward_features(images, mask)[:, 1:]
-        chunks = x_BLD.split(PREDICT_IMAGES)
-        return torch.cat([self.lm_head(self.norm(x_bLD)).argmax(dim=-1) for x_bLD in chunks])
+        x_BLD = self.norm(self.forward_features(images, mask)[:, 1:])
+        return linear_argmax(x_BLD, self.lm_head.weight, self.lm_head.bias, precision="tf32x3")
 
     def _token_rows(self, masked_index: Tensor) -> Tensor:
         """Patch b L + l is row b N + 1 + l of the sequence, N = L + 1; -1 stays -1."""

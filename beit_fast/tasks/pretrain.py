@@ -118,13 +118,11 @@ class PretrainTask:
         images, mask, index = self._inputs(batch)
         if self.tokenizer is None:
             return self.model.pixel_loss(images, mask, index), {}
-        tokens = self._tokens(batch)
+        tokens = self._tokens(batch, index)
         loss, num_correct = self.model.loss(images, mask, index, tokens)
         predicted = index >= 0
         # Counts are whole numbers in fp64: exact, so their order of summation does not matter.
-        self.counters["token_counts"].index_add_(
-            0, tokens.flatten()[index.clamp(min=0)], predicted.double()
-        )
+        self.counters["token_counts"].index_add_(0, tokens.clamp(min=0), predicted.double())
         return loss, {"accuracy": num_correct / predicted.sum().clamp(min=1)}
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
@@ -146,12 +144,15 @@ class PretrainTask:
         return images, mask, index
 
     @torch.no_grad()
-    def _tokens(self, batch: dict[str, Tensor]) -> Tensor:
-        """Visual tokens (B, L) of the second view, outside the autocast of the training step."""
+    def _tokens(self, batch: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
+        """Visual tokens of the second view, (B, Gh, Gw), or with an index (I,) those listed alone.
+
+        Outside the autocast of the training step.
+        """
         views = batch["token_images"].permute(0, 3, 1, 2)
         half = self.config.tokenizer_precision == "fp16"
         with torch.autocast(views.device.type, torch.float16, enabled=half):
-            return self.tokenizer.encode(views).flatten(1)
+            return self.tokenizer.encode(views, index)
 
     @torch.no_grad()
     def evaluate(self, model: BeitForMaskedImageModeling, num_batches: int = 8) -> dict[str, float]:
@@ -166,9 +167,9 @@ class PretrainTask:
             if self.tokenizer is None:
                 losses.append(model.pixel_loss(images, mask, index))
                 continue
-            tokens = self._tokens(batch)
+            tokens = self._tokens(batch, index)
             loss, correct = model.loss(images, mask, index, tokens)
-            predicted = tokens.flatten()[index[index >= 0]]
+            predicted = tokens[index >= 0]
             losses.append(loss)
             num_correct, num_predicted = num_correct + correct, num_predicted + len(predicted)
             counts = counts + count_codes(predicted, self.config.model.vocab_size)
@@ -190,7 +191,7 @@ class PretrainTask:
         if self.tokenizer is None:
             columns["predicted pixels"] = self._predicted_pixels(model, images, mask, original)
         else:
-            tokens = self._tokens(batch)
+            tokens = self._tokens(batch).flatten(1)
             predicted = torch.where(mask, model.predict(images, mask), tokens)
             columns["its visual tokens"] = self.tokenizer.decode(tokens.view(-1, *grid))
             columns["with predicted tokens"] = self.tokenizer.decode(predicted.view(-1, *grid))

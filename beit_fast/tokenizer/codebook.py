@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit_fast.kernels.linear_argmax import linear_argmax
 from beit_fast.tokenizer.dvae import Dvae, map_pixels
 
 # Standard deviation of a position's logits over the codes at the start. High enough that a draw
 # mostly is the nearest centre, so the decoder has something definite to learn from.
 CONTRAST = 12.0
-_DISTANCES_IN_FLIGHT = 2**24  # 64 MiB of fp32
+_DISTANCES_OF_SAMPLE = 2**24  # 64 MiB of fp32
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def place_codes(dvae: Dvae, images: Tensor, *, num_iterations: int = 5) -> None:
         codes_VC = _move_to_means(codes_VC, centred_PC)
 
     half_norm_V = codes_VC.square().sum(dim=1) / 2
-    sample_PC = centred_PC[: max(2, _DISTANCES_IN_FLIGHT // vocab_size)]
+    sample_PC = centred_PC[: max(2, _DISTANCES_OF_SAMPLE // vocab_size)]
     spread = F.linear(sample_PC, codes_VC, -half_norm_V).std(dim=1).mean()
     scale = CONTRAST / spread.clamp(min=1e-6)  # images of one colour have no spread
     output = dvae.encoder.blocks["output"]["conv"]
@@ -63,12 +64,7 @@ def place_codes(dvae: Dvae, images: Tensor, *, num_iterations: int = 5) -> None:
 def _move_to_means(codes_VC: Tensor, features_PC: Tensor) -> Tensor:
     """One step of Lloyd's algorithm; a code that is nearest to nothing stays where it is."""
     half_norm_V = codes_VC.square().sum(dim=1) / 2
-    nearest_P = torch.cat(
-        [
-            F.linear(rows, codes_VC, -half_norm_V).argmax(dim=1)
-            for rows in features_PC.split(max(1, _DISTANCES_IN_FLIGHT // len(codes_VC)))
-        ]
-    )
+    nearest_P = linear_argmax(features_PC, codes_VC, -half_norm_V, precision="tf32x3")
     sums_VC = torch.zeros_like(codes_VC).index_add_(0, nearest_P, features_PC)
     counts_V = torch.zeros_like(half_norm_V).index_add_(
         0, nearest_P, torch.ones_like(features_PC[:, 0])

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit_fast.kernels.linear_argmax import linear_argmax
+
 PIXEL_MARGIN = 0.1  # epsilon of the paper: pixels are mapped into (epsilon, 1 - epsilon)
 NUM_GROUPS = 4
 STRIDE = 2 ** (NUM_GROUPS - 1)
-# Rows of logits that encode() holds at a time: 64 MiB in fp32, whatever the batch.
-_LOGITS_IN_FLIGHT = 2**24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,29 +261,28 @@ class Dvae(nn.Module):
         return DvaeOutput(logits, mu, log_scale, mapped)
 
     @torch.no_grad()  # not inference_mode: the ids become targets, which autograd saves
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(
+        self, images: Tensor, index: Tensor | None = None, *, precision: str = "tf32x3"
+    ) -> Tensor:
         """Images to visual tokens: argmax of the logits, equal logits to the lowest id.
 
         images (B, 3, height, width), uint8 in 0 .. 255 or float in [0, 1] (values outside are the
-        caller's business), any memory format; returns int64 (B, height / 8, width / 8).
+        caller's business), any memory format; returns int64 (B, h, w), h = height / 8 and
+        w = width / 8. With an index, int32 or int64 (I,) into the B h w positions, only those are
+        scored: int64 (I,), -1 where the index is -1.
         The convolutions run in the type of the parameters, or in autocast's where that is on. The
-        last projection always runs in fp32, as in the reference: rounding 8192 normal scores to
-        bf16 changes the best of them in 2 % of positions. No more than 64 MiB of logits exist at
-        a time. Raises ValueError for another shape or type.
+        last projection always runs in `precision`, one of `linear_argmax`'s, by default as good as
+        fp32, which the reference takes: rounding 8192 normal scores to bf16 changes the best of
+        them in 2 % of positions. The logits are not stored. Raises ValueError for another shape or
+        type.
         """
         _check_images(images)
         mapped = map_pixels(images, self.encoder.blocks["input"].w.dtype)
-        features_BChw = self.encoder.features(mapped)
-        B, C, h, w = features_BChw.shape
-        features_PC = features_BChw.permute(0, 2, 3, 1).reshape(B * h * w, C)
+        features_BhwC = self.encoder.features(mapped).permute(0, 2, 3, 1)
         output = self.encoder.blocks["output"]["conv"]
-        weight_VC, bias_V = output.w.flatten(1).float(), output.b.float()
-        ids_P = torch.empty(B * h * w, dtype=torch.int64, device=images.device)
-        num_rows = max(1, _LOGITS_IN_FLIGHT // self.vocab_size)
-        with torch.autocast(images.device.type, enabled=False):
-            for rows, ids in zip(features_PC.split(num_rows), ids_P.split(num_rows), strict=True):
-                torch.argmax(F.linear(rows.float(), weight_VC, bias_V), dim=1, out=ids)
-        return ids_P.view(B, h, w)
+        return linear_argmax(
+            features_BhwC, output.w.flatten(1), output.b, index, precision=precision
+        )
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:

@@ -21,12 +21,14 @@ class Tokenizer(Protocol):
     vocab_size: int
     stride: int
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, index: Tensor | None = None) -> Tensor:
         """(B, 3, height, width), uint8 in 0 .. 255 or float in [0, 1] -> int64 ids (B, h, w).
 
-        h = height / stride and w = width / stride. Any memory format, so an NHWC batch may be
-        passed as `images.permute(0, 3, 1, 2)`. Carries no gradient; equal scores go to the lowest
-        id. Raises ValueError for another shape or type, or sides that the stride does not divide.
+        h = height / stride and w = width / stride. With an index, integers (I,) into the B h w
+        positions, the ids (I,) of those alone, -1 where the index is -1. Any memory format, so an
+        NHWC batch may be passed as `images.permute(0, 3, 1, 2)`. Carries no gradient; equal scores
+        go to the lowest id. Raises ValueError for another shape or type, or sides that the stride
+        does not divide.
         """
         ...
 

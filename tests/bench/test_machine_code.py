@@ -17,28 +17,39 @@ pytest.importorskip("triton", reason="machine code needs Triton")
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
-# What may spill, loads and stores: values that a loop does not change, and eight that it does in
-# the kernel that holds a tile of dbias (64 x 208 fp32) in registers beside its scores.
+# What may spill, loads and stores, by kernel and architecture: values that a loop does not change,
+# and eight that it does in the kernel that holds a tile of dbias (64 x 208 fp32) in registers
+# beside its scores; and, by case, widths that no model here has.
 SPILLS = {
     ("dq_dbias", 90): (34, 36),
+    ("dk_dv", 80): (2, 2),
     ("window_backward", 80): (8, 8),
     ("window_backward", 90): (20, 20),
     ("window_backward", 100): (4, 4),
 }
+SPILLS_OF_CASES = {"residual-D8192-bf16": (32, 32), "residual-D384-bf16": (2, 2)}
+
+# Kernels that move what is large, and those of them that write little.
+STREAMING = {
+    *("attention_whole", "attention_flash", "dq_dbias", "dq", "dk_dv", "dbias", "window_backward"),
+    *("scale_residual_forward", "scale_residual_backward"),
+    *("gather_norm", "cross_entropy_gradient", "scatter_norm_backward"),
+}
+READING = {"cross_entropy", "linear_argmax"}
 
 # sm_90: most registers, most KiB, fewest CTAs on a multiprocessor, matrix instructions.
 BUDGETS = {
-    ("attention N197", "attention_whole"): (168, 74, 3, 25),
-    ("attention N197", "dq_dbias"): (255, 100, 2, 45),
-    ("attention N197", "dk_dv"): (168, 74, 3, 58),
-    ("attention N197 frozen bias", "dq"): (168, 76, 2, 45),
-    ("attention N144", "attention_whole"): (168, 74, 3, 17),
-    ("attention N256", "attention_whole"): (207, 80, 2, 24),
-    ("attention N64", "attention_whole"): (96, 32, 5, 8),
-    ("attention N64", "window_backward"): (255, 40, 2, 20),
-    ("attention N49 K32", "attention_whole"): (96, 32, 5, 6),
-    ("attention N49 K32", "window_backward"): (168, 40, 3, 16),
-    ("attention N577", "attention_flash"): (128, 64, 2, 13),
+    ("attention-N197", "attention_whole"): (168, 74, 3, 25),
+    ("attention-N197", "dq_dbias"): (255, 100, 2, 45),
+    ("attention-N197", "dk_dv"): (168, 74, 3, 58),
+    ("attention-N197-frozen", "dq"): (168, 76, 2, 45),
+    ("attention-N144", "attention_whole"): (168, 74, 3, 17),
+    ("attention-N256", "attention_whole"): (207, 80, 2, 24),
+    ("attention-N64", "attention_whole"): (96, 32, 5, 8),
+    ("attention-N64", "window_backward"): (255, 40, 2, 20),
+    ("attention-N49-K32", "attention_whole"): (96, 32, 5, 6),
+    ("attention-N49-K32", "window_backward"): (168, 40, 3, 16),
+    ("attention-N577", "attention_flash"): (128, 64, 2, 13),
 }
 
 
@@ -79,7 +90,8 @@ def test_every_kernel_is_code_and_not_a_trap(compiled):
 
 def test_nothing_spills_but_what_is_known(compiled):
     def spills(code):
-        loads, stores = SPILLS.get((name_of(code), code["arch"]), (0, 0))
+        known = SPILLS_OF_CASES.get(code["case"], (0, 0))
+        loads, stores = SPILLS.get((name_of(code), code["arch"]), known)
         return code["spill_loads"] > loads or code["spill_stores"] > stores
 
     assert not complaints(compiled, spills)
@@ -87,7 +99,7 @@ def test_nothing_spills_but_what_is_known(compiled):
 
 def test_products_run_on_the_tensor_cores_of_their_architecture(compiled):
     def is_wrong(code):
-        if not multiplies(code) or "fp32" in code["case"]:
+        if not multiplies(code) or code["case"].endswith("fp32"):
             return False
         return TENSOR_CORE[code["arch"]] not in code["tensor_core"]
 
@@ -96,18 +108,21 @@ def test_products_run_on_the_tensor_cores_of_their_architecture(compiled):
 
 def test_fp32_products_are_exact(compiled):
     # Triton 3.6 takes TF32 for some "ieee" products of 64 rows and more on sm_100.
-    def is_wrong(code):
-        return "fp32" in code["case"] and multiplies(code) and bool(code["tensor_core"])
-
-    assert complaints(compiled, lambda code: "fp32" in code["case"] and multiplies(code))
-    assert not complaints(compiled, is_wrong)
+    exact = [c for c in compiled if multiplies(c) and c["case"].endswith("fp32")]
+    assert len({code["case"] for code in exact}) >= 2
+    assert not complaints(exact, lambda code: bool(code["tensor_core"]))
 
 
 def test_the_main_kernels_read_and_write_sixteen_bytes_at_a_time(compiled):
-    def is_wrong(code):
-        return multiplies(code) and not ("128" in code["loads"] and "128" in code["stores"])
+    assert {name_of(code) for code in compiled} >= STREAMING | READING
 
-    assert not complaints(compiled, is_wrong)
+    def is_wrong(code):
+        reads = {"128", "tma"} & set(code["loads"])
+        writes = "128" in code["stores"]
+        return not reads if name_of(code) in READING else not (reads and writes)
+
+    main = [code for code in compiled if name_of(code) in STREAMING | READING]
+    assert not complaints(main, is_wrong)
 
 
 @pytest.mark.parametrize(("case", "kernel"), BUDGETS, ids=lambda value: value.replace(" ", "-"))
@@ -121,9 +136,9 @@ def test_a_kernel_keeps_its_budget_on_hopper(compiled, case, kernel):
 
 
 def test_the_hopper_backward_reads_through_the_copy_engine(compiled):
-    (code,) = [c for c in compiled if (c["case"], name_of(c)) == ("attention N197", "dq_dbias")]
+    (code,) = [c for c in compiled if (c["case"], name_of(c)) == ("attention-N197", "dq_dbias")]
     assert code["loads"]["tma"] >= 20
 
 
 def multiplies(code) -> bool:
-    return code["case"].startswith("attention N")
+    return code["case"].startswith("attention-N") or name_of(code) == "linear_argmax"

@@ -1,9 +1,13 @@
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from beit_fast.kernels import linear_argmax
+from beit_fast.kernels.linear_cross_entropy import masked_linear_cross_entropy
+from beit_fast.model import heads
 from beit_fast.model.config import beit_config
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.layers import patchify
@@ -245,12 +249,43 @@ def test_losses_compile_in_one_graph(tiny, randomize):
         torch.testing.assert_close(compiled(*arguments), function(*arguments))
 
 
-def test_predictions_do_not_depend_on_the_chunks_they_are_made_in(tiny, randomize, monkeypatch):
+def test_predictions_do_not_depend_on_the_portions_they_are_made_in(tiny, randomize, monkeypatch):
     model = randomize(BeitForMaskedImageModeling(tiny()))
     images, mask, _, _ = masked_inputs()
     expected = model(images, mask).argmax(dim=-1)
-    monkeypatch.setattr("beit_fast.model.heads.PREDICT_IMAGES", 2)
+    monkeypatch.setattr(linear_argmax, "SCORES_AT_A_TIME", 2 * L * V)
     assert torch.equal(model.predict(images, mask), expected)
+
+
+def test_tokens_of_the_listed_patches_alone_will_do(tiny, randomize):
+    model = randomize(BeitForMaskedImageModeling(tiny()))
+    images, mask, index, tokens = masked_inputs()
+    listed = torch.where(index >= 0, tokens.flatten()[index.clamp(min=0)], -1)
+    everywhere = model.loss(images, mask, index, tokens)
+    for one, other in zip(model.loss(images, mask, index, listed), everywhere, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_tiny_beit_trains_by_the_kernels_as_by_the_reference(tiny, monkeypatch):
+    histories = []
+    for backend in ("triton", "reference"):
+        head = functools.partial(masked_linear_cross_entropy, backend=backend)
+        monkeypatch.setattr(heads, "masked_linear_cross_entropy", head)
+        torch.manual_seed(0)
+        model = BeitForMaskedImageModeling(tiny(depth=1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(20):
+            torch.manual_seed(1)
+            inputs = masked_inputs()
+            loss, _ = model.loss(*inputs)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        histories.append(torch.stack(losses))
+    assert histories[0][-1] < 0.9 * histories[0][0]
+    torch.testing.assert_close(*histories, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("patch_size", [8, (8, 4)], ids=["8x8", "8x4"])

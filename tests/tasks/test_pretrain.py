@@ -139,7 +139,7 @@ def test_model_tokenizer_and_pictures_get_jittered_views(pretrain_config, tmp_pa
     plain = {name: value for name, value in batch.items() if name != "jitter"}
     seen, drawn = [], []
     encode = task.tokenizer.encode
-    monkeypatch.setattr(task.tokenizer, "encode", lambda x: seen.append(x) or encode(x))
+    monkeypatch.setattr(task.tokenizer, "encode", lambda x, i: seen.append(x) or encode(x, i))
     monkeypatch.setattr(pretrain, "draw_columns", lambda columns, path: drawn.append(columns))
     loss = task.loss(batch, 0)[0]
     assert torch.equal(loss, task.loss(jittered, 0)[0])

@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from beit_fast.tokenizer import dvae as dvae_file
+from beit_fast.kernels import linear_argmax
 from beit_fast.tokenizer.dvae import (
     Dvae,
     DvaeConfig,
@@ -128,35 +127,31 @@ def test_encode_is_the_argmax_of_the_logits_whatever_the_size_of_its_portions(
     expected = tiny.encoder(map_pixels(images)).argmax(dim=1)
     assert len(expected.unique()) > 3
     for in_flight in (1, 24 * 7, 2**24):
-        monkeypatch.setattr(dvae_file, "_LOGITS_IN_FLIGHT", in_flight)
+        monkeypatch.setattr(linear_argmax, "SCORES_AT_A_TIME", in_flight)
         ids = tiny.encode(images)
         assert ids.dtype == torch.int64
         assert torch.equal(ids, expected)
 
 
-class LargestLastAxis(TorchDispatchMode):
-    """Notes the largest tensor whose last axis, or second, is the vocabulary."""
-
-    def __init__(self, vocab_size):
-        super().__init__()
-        self.vocab_size, self.num_elements = vocab_size, 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and self.vocab_size in (
-            result.shape[-1:] + result.shape[1:2]
-        ):
-            self.num_elements = max(self.num_elements, result.numel())
-        return result
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_listed_positions_have_the_tokens_they_have_among_all(tiny, images, layout):
+    tiny.to(memory_format=layout)
+    everywhere = tiny.encode(images).flatten()
+    index = torch.tensor([5, -1, 0, len(everywhere) - 1, 5], dtype=torch.int32)
+    ids = tiny.encode(images, index)
+    assert torch.equal(ids[index >= 0], everywhere[index[index >= 0]])
+    assert ids[1] == -1
 
 
-def test_encode_never_holds_the_logits_of_the_whole_batch(monkeypatch):
-    dvae = Dvae(DvaeConfig(vocab_size=1000, encoder_width=4, decoder_width=4, blocks_per_group=1))
-    monkeypatch.setattr(dvae_file, "_LOGITS_IN_FLIGHT", 40_000)
-    images = torch.rand(8, 3, 40, 40)  # 200 positions, 200,000 logits
-    with LargestLastAxis(1000) as seen:
-        dvae.encode(images)
-    assert seen.num_elements == 40_000  # the weights are 32,000
+def test_the_precision_of_the_scores_can_be_chosen(tiny, images):
+    output = tiny.encoder.blocks["output"]["conv"]
+    with torch.no_grad():  # all weights are 1 in bf16, and all scores equal
+        output.w.normal_(1, 1e-4)
+        output.b.zero_()
+    expected = tiny.encode(images, precision="fp32")
+    assert expected.any()
+    assert torch.equal(tiny.encode(images), expected)
+    assert not tiny.encode(images, precision="bf16").any()
 
 
 def test_equal_scores_go_to_the_lowest_code(tiny, images):
