@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
-from beit_fast.kernels.attention_backward_hopper import _can_describe, _describe
 from beit_fast.kernels.attention_chunks import num_chunks
 from beit_fast.kernels.attention_configs import GeneralBackward, Tile, head_parts
+from beit_fast.kernels.attention_descriptors import can_describe, describe
 from beit_fast.kernels.philox import random_tile, threshold_of
 
 
@@ -567,13 +567,13 @@ def _descriptors(tile: Tile, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> d
         gpu_of(q).capability == (9, 0)
         and q.dtype != torch.float32
         and head_parts(q.shape[3], tile.part) == ((0, q.shape[3]),)
-        and all(_can_describe(tensor) for tensor in tensors.values())
+        and all(can_describe(tensor) for tensor in tensors.values())
     )
     if not is_possible:
         return dict.fromkeys(tensors)
     rows = (tile.block_n, tile.block_m, tile.block_m, tile.block_n)
     return {
-        name: _describe(tensor, block)
+        name: describe(tensor, block)
         for (name, tensor), block in zip(tensors.items(), rows, strict=True)
     }
 

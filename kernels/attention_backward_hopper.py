@@ -25,11 +25,9 @@ import math
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import HAS_TRITON, cdiv, gpu_of, launch, tl, triton
+from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
 from beit_fast.kernels.attention_chunks import num_chunks, strides_of
-
-if HAS_TRITON:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+from beit_fast.kernels.attention_descriptors import can_describe, describe
 
 LONGEST = 208  # dbias of 64 queries takes 104 of 255 registers a thread at this many keys
 
@@ -447,35 +445,8 @@ def hopper_fits(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor) -> b
         and H > 0
         and K in (32, 64)
         and all(64 < length <= LONGEST for length in (N, k.shape[1]))
-        and all(_can_describe(t) for t in (q, k, v, out, dout))
+        and all(can_describe(t) for t in (q, k, v, out, dout))
     )
-
-
-def _can_describe(tensor: Tensor) -> bool:
-    """Rows contiguous; base and strides multiples of 16 bytes, strides positive, below 2^40."""
-    size = tensor.element_size()
-    strides = [
-        stride * size
-        for stride, length in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
-        if length > 1
-    ]
-    return (
-        tensor.stride(-1) == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(0 < stride < 1 << 40 and stride % 16 == 0 for stride in strides)
-    )
-
-
-def _describe(tensor: Tensor, rows: int) -> "TensorDescriptor":
-    """Blocks of (rows, K) of one image and head; what lies beyond the sequence reads as zero."""
-    B, N, H, K = tensor.shape
-    # A dimension of one element may carry any stride, and a descriptor only a valid one.
-    strides = [
-        stride if length > 1 else K
-        for stride, length in zip(tensor.stride()[:-1], (B, N, H), strict=True)
-    ]
-    strides = [strides[0], strides[2], strides[1], 1]
-    return TensorDescriptor(tensor, [B, H, N, K], strides, [1, 1, rows, K])
 
 
 def _tiles(length: int) -> tuple[int, int]:
@@ -526,13 +497,13 @@ def hopper_backward(
             (programs * C,),
             on=q,
             num_stages=2,
-            q_desc=_describe(q, rows),
-            k_desc=_describe(k, 64),
-            v_desc=_describe(v, 64),
-            k_tail_desc=_describe(k, tail) if tail else None,
-            v_tail_desc=_describe(v, tail) if tail else None,
-            out_desc=_describe(out, rows),
-            dout_desc=_describe(dout, rows),
+            q_desc=describe(q, rows),
+            k_desc=describe(k, 64),
+            v_desc=describe(v, 64),
+            k_tail_desc=describe(k, tail) if tail else None,
+            v_tail_desc=describe(v, tail) if tail else None,
+            out_desc=describe(out, rows),
+            dout_desc=describe(dout, rows),
             pairs_ptr=pairs,
             lse_ptr=lse,
             dq_ptr=dq,

@@ -22,20 +22,16 @@ Cost      2 I V D operations; the scores of a tile of 128 x 128 leave one value 
 Source    dall_e `encoder.py` scores all positions in fp32 and stores 32 KB for each of them
 """
 
-import functools
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import can_launch, cdiv, gpu_of, launch, tl, triton
+from beit_fast.kernels._triton import cdiv, gpu_of, launch, launch_obstacle, tl, triton, warn_once
 
 PRECISIONS = ("fp32", "tf32x3", "tf32", "bf16", "fp16")
 BACKENDS = ("triton", "torch")
 SCORES_AT_A_TIME = 2**24  # of the torch back end: 64 MiB in fp32, whatever the rows
 _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def linear_argmax_reference(
@@ -329,34 +325,17 @@ def linear_argmax(
     )  # fmt: skip
 
 
-def triton_obstacle(x: Tensor) -> str | None:
-    """Why the Triton kernels cannot take this x, or None."""
-    if not can_launch(x):
-        return f"Triton has no kernels for {x.device.type} tensors"
-    if x.dtype not in _FLOATING:
-        return f"the kernels take bfloat16, float16 and float32, not {x.dtype}"
-    capability = gpu_of(x).capability
-    if capability < (8, 0):
-        return f"the kernels need compute capability 8.0, this GPU has {capability}"
-    return None
-
-
 def _resolve(backend: str, x: Tensor) -> str:
     """The one place that decides, and says once for each reason where something slower runs."""
     if backend == "torch" or (backend == "" and x.device.type == "cpu"):
         return "torch"
-    obstacle = triton_obstacle(x)
+    obstacle = launch_obstacle(x, x.dtype)
     if obstacle is None:
         return "triton"
     if backend == "triton":
         raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
-    _warn_of_fallback(obstacle)
+    warn_once(f"linear_argmax runs on torch, slower: {obstacle}")
     return "torch"
-
-
-@functools.cache
-def _warn_of_fallback(obstacle: str) -> None:
-    warnings.warn(f"linear_argmax runs on torch, slower: {obstacle}", stacklevel=2)
 
 
 def _check_index(x: Tensor, index: Tensor) -> None:

@@ -25,15 +25,13 @@ Source    BEiT arXiv:2106.08254, eq. 1; gradient in the forward as Liger arXiv:2
 """
 
 import contextlib
-import functools
-import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from beit_fast.kernels._triton import Gpu, can_launch, cdiv, gpu_of
+from beit_fast.kernels._triton import Gpu, cdiv, gpu_of, launch_obstacle, warn_once
 from beit_fast.kernels.gather_norm import (
     WIDEST,
     gather_norm,
@@ -51,7 +49,6 @@ from beit_fast.kernels.softmax_cross_entropy import (
 
 BACKENDS = ("triton", "torch", "reference")
 REDUCTIONS = ("mean", "sum", "none")
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Logits at a time on a GPU: two fifths of its L2 cache, for the weight and its gradient pass
 # through it too, and not more than 1024 rows of 8192 in 16 bits, which bounds the memory above.
 # Below 512 rows a product cannot fill the GPU.
@@ -409,17 +406,9 @@ def default_chunk_rows(V: int, dtype: torch.dtype, gpu: Gpu, device: torch.devic
 
 def triton_obstacle(x: Tensor, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot take this x with products in dtype, or None."""
-    if not can_launch(x):
-        return f"Triton has no kernels for {x.device.type} tensors"
-    for each in (x.dtype, dtype):
-        if each not in TRITON_DTYPES:
-            return f"the kernels take bfloat16, float16 and float32, not {each}"
     if x.shape[2] > WIDEST:
         return f"the kernels take up to {WIDEST} channels, not {x.shape[2]}"
-    capability = gpu_of(x).capability
-    if capability < (8, 0):
-        return f"the kernels need compute capability 8.0, this GPU has {capability}"
-    return None
+    return launch_obstacle(x, x.dtype, dtype)
 
 
 def _resolve(backend: str, x: Tensor, dtype: torch.dtype) -> str:
@@ -431,16 +420,10 @@ def _resolve(backend: str, x: Tensor, dtype: torch.dtype) -> str:
         return "triton"
     if backend == "triton":
         raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
-    _warn_of_fallback(obstacle)
-    return "torch"
-
-
-@functools.cache
-def _warn_of_fallback(obstacle: str) -> None:
-    warnings.warn(
-        f"masked_linear_cross_entropy runs on torch, slower and not deterministic: {obstacle}",
-        stacklevel=2,
+    warn_once(
+        f"masked_linear_cross_entropy runs on torch, slower and not deterministic: {obstacle}"
     )
+    return "torch"
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

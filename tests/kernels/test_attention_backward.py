@@ -218,6 +218,23 @@ def test_strides_change_nothing(odd):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(("N", "M"), [(20, 20), (20, 66), (66, 20)], ids=str)
+def test_nothing_is_written_but_the_gradients(N, M):
+    tensors = dout, q, k, v, bias = inputs(2, N, M, K=24)
+    out, lse = forward_results(q, k, v, bias, 24**-0.5)
+    # Each gradient is a view into the middle of a room with a margin on all sides.
+    rooms = [torch.full((4, t.shape[1] + 128, 4, 40), torch.nan, dtype=t.dtype) for t in (q, k, v)]
+    views = [room[1:3, 64:-64, 1:3, 8:32] for room in rooms]
+    attention_backward(
+        dout, q, k, v, pad_bias(bias, [], q, M, 24**-0.5), out, lse,
+        scale=24**-0.5, dropout_p=0.0, rng=None, tf32=False,
+        **dict(zip(("dq", "dk", "dv"), views, strict=True)), trains_bias=False,
+    )  # fmt: skip
+    assert_exact(tensors, [*views, None])
+    for room, view in zip(rooms, views, strict=True):
+        assert room.isfinite().sum() == view.numel()
+
+
 @pytest.mark.parametrize("gpu", [A100, H100], ids=["sm80", "sm90"])
 @pytest.mark.parametrize(
     ("N", "M", "dtype"),
@@ -233,8 +250,8 @@ def test_dropout_is_that_of_the_reference(N, M, dtype, gpu):
 def test_chunks_that_do_not_divide_the_images_of_a_group():
     tensors = inputs(10, 5, 5, H=1, G=2, K=16)
     config = general_config(H100, torch.bfloat16, 5, 5, 16, False)
-    two_sms = Gpu((9, 0), 2, 50 << 20)
-    results = run(*tensors, gpu=two_sms, config=config)
+    three_sms = Gpu((9, 0), 3, 50 << 20)  # three chunks of the five images of each group
+    results = run(*tensors, gpu=three_sms, config=config)
     assert_exact(tensors, results)
 
 
