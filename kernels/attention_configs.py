@@ -140,7 +140,7 @@ def general_config(
     if gpu.capability[0] == 9:
         if dropout:
             return GeneralBackward(small, Tile(32, 64 if K <= 96 else 32), small)
-        wide = K <= 64 and rows == 128 and M > 64 and _fills_128(M)
+        wide = K <= 64 and rows == 128 and _fills_128(M)
         return GeneralBackward(
             dq=tall if K <= 64 else Tile(64, 64),
             dk_dv=Tile(64 if K <= 96 else 32, 64),
