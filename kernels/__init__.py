@@ -6,6 +6,7 @@ scale_residual          x + keep * gamma * branch, and the LayerNorm that follow
 drop_path               which samples skip a branch: by factor, or left out of the computation
 fold                    LayerScale and the norm's affine as part of the neighbouring weights
 linear_cross_entropy    the MIM head's loss over masked rows only, without its logits
+gather_norm             LayerNorm of listed rows; its backward scatters
 linear_argmax           arg-max over a linear layer's outputs, without the outputs
 linear                  x weight^T + bias, by the faster matrix library
 philox                  random numbers that are a function of where they are used
