@@ -104,6 +104,8 @@ def attention_sdpa(
 ) -> Tensor:
     """softmax(scale q k^T + bias) v by torch, (B, N, H, K); bias (G, H, N, M) or None."""
     B, N, H, K = q.shape
+    if bias is not None and not torch.is_grad_enabled():
+        bias = bias.detach()  # SDPA looks at requires_grad alone, and takes twice the time
     if bias is None or len(bias) == 1:
         mask = None if bias is None else bias.to(q.dtype)
         q_BHNK, k_BHMK, v_BHMK = (t.transpose(1, 2) for t in (q, k, v))

@@ -92,3 +92,14 @@ def test_a_block_of_code_may_prefer_one_and_a_call_another():
     assert choose_backend(*qkv(), None, 0.0, None) == Choice("sdpa")
     with pytest.raises(ValueError, match="pass one of"), use_backend("flash"):
         pass
+
+
+def test_a_trained_bias_runs_fused_where_no_gradient_is_wanted(monkeypatch):
+    def sdpa(*arguments, attn_mask, **options):
+        assert not attn_mask.requires_grad
+        return run(*arguments, attn_mask=attn_mask, **options)
+
+    run = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
+    with torch.no_grad():
+        attention(*qkv(), torch.zeros(2, 5, 5, requires_grad=True, device="cpu"), backend="sdpa")
