@@ -31,11 +31,13 @@ setup(
         "matplotlib",  # curves
     ],
     extras_require={
+        "fp8": ["torchao>=0.18"],  # run.precision fp8
         "test": [
             "pytest",
             "pytest-benchmark",  # bench/test_kernels.py
             "ruff",
             "transformers>=5.17",  # numerical peer, as is timm
+            "torchao>=0.18",  # the extra fp8
         ],
     },
     entry_points={"console_scripts": ["beit-fast=beit_fast.cli:main"]},

@@ -16,7 +16,7 @@ from beit_fast import recipes
 from beit_fast.tasks.dvae import run_dvae
 from beit_fast.tasks.pipeline import run_pretraining
 from beit_fast.tokenizer.dalle import convert_dalle
-from beit_fast.train.loop import NonFiniteLoss
+from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
 
 USAGE = """usage: beit-fast <verb> ...

@@ -77,9 +77,9 @@ def test_a_signal_gives_its_exit_code_and_the_run_goes_on_later(tmp_path, capsys
     arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
     loss = PretrainTask.loss
 
-    def stop(self, batch, step):
+    def stop(self, batch):
         os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, batch, step)
+        return loss(self, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(PretrainTask, "loss", stop)
@@ -92,8 +92,8 @@ def test_a_signal_gives_its_exit_code_and_the_run_goes_on_later(tmp_path, capsys
 def test_a_loss_that_is_not_finite_gives_one_line(tmp_path, capsys, monkeypatch):
     loss = PretrainTask.loss
 
-    def spoil(self, batch, step):
-        value, metrics = loss(self, batch, step)
+    def spoil(self, batch):
+        value, metrics = loss(self, batch)
         return value * float("nan"), metrics
 
     monkeypatch.setattr(PretrainTask, "loss", spoil)

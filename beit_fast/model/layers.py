@@ -99,7 +99,10 @@ class Attention(nn.Module):
         """x (B, N, D); shared_bias (H, N, N) or None."""
         # 3 us of 45 ms at B2-N197-D768: a packed bias would save nothing, and cost its own names.
         qkv_bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        qkv_BND3 = linear(x, self.qkv.weight, qkv_bias)
+        if is_plain(self.qkv, Linear):
+            qkv_BND3 = linear(x, self.qkv.weight, qkv_bias)
+        else:  # hooked, or another layer in its place
+            qkv_BND3 = self.qkv(x) + qkv_bias
         qkv_BN3HK = qkv_BND3.unflatten(2, (3, self.num_heads, -1))
         table = self.relative_position_bias_table
         if table is None:

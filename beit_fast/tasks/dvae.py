@@ -71,6 +71,8 @@ class DvaeTrainingConfig:
             raise ValueError(
                 f"view.size is {self.view.size} px: the dVAE needs a multiple of {STRIDE} px"
             )
+        if self.run.precision == "fp8":
+            raise ValueError("run.precision is fp8, which convolutions do not have: pass bf16")
         if self.encoder_lr_scale <= 0:
             raise ValueError(f"encoder_lr_scale is {self.encoder_lr_scale}: give a positive factor")
 
@@ -85,6 +87,8 @@ class DvaeTask:
         torch.manual_seed(config.run.seed)
         # Channels-last convolutions are twice as fast on the CPU and use tensor cores on the GPU.
         self.model = Dvae(config.dvae).to(memory_format=torch.channels_last)
+        self._forward = self.model.forward
+        self._temperature, self._beta = torch.ones(()), torch.zeros(())
         self.counters: dict[str, Tensor] = {}
         self.loader = open_loader(
             config.data, TokenizerSample(config.view), seed=config.run.seed, world=world
@@ -95,6 +99,7 @@ class DvaeTask:
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
+        self._temperature, self._beta = self._temperature.to(device), self._beta.to(device)
         if self.config.codebook_init == "kmeans":
             self._place_codes(device)
 
@@ -112,10 +117,20 @@ class DvaeTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self.loader.batches(start)
 
-    def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def compile(self, mode: str) -> None:
+        self._forward = torch.compile(self.model.forward, fullgraph=True, mode=mode)
+
+    def begin_step(self, step: int) -> None:
+        self._temperature.fill_(self.config.temperature(step))
+        self._beta.fill_(self.config.beta(step))
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch["images"].permute(0, 3, 1, 2)
-        output = self.model(images, self.config.temperature(step))
-        loss = dvae_loss(output, self.config.beta(step))
+        output = self._forward(images, self._temperature)
+        loss = dvae_loss(output, self._beta)
         with torch.no_grad():
             error = reconstruction_error(images.float() / 255, most_likely_images(output.mu))
             use = codebook_use(count_codes(output.logits.argmax(dim=1), self.model.vocab_size))

@@ -26,6 +26,7 @@ from beit_fast.data.views import (
     normalize,
 )
 from beit_fast.model.config import BeitConfig
+from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForMaskedImageModeling
 from beit_fast.tasks.dvae import DvaeTrainingConfig
 from beit_fast.tasks.sources import DataConfig, open_loader, unseen_batches
@@ -90,6 +91,7 @@ class PretrainTask:
         self.config, self.tokenizer = config, tokenizer
         torch.manual_seed(config.run.seed)
         self.model = BeitForMaskedImageModeling(model)
+        self._loss = self.model.loss if tokenizer is not None else self.model.pixel_loss
         self.counters = {}
         if tokenizer is not None:
             self.counters["token_counts"] = torch.zeros(model.vocab_size, dtype=torch.float64)
@@ -105,6 +107,8 @@ class PretrainTask:
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
+        if self.config.run.precision == "fp8":
+            use_fp8(self.model, device)
         if self.tokenizer is not None:
             self.tokenizer.to(device)
         self.counters = {name: counter.to(device) for name, counter in self.counters.items()}
@@ -112,14 +116,26 @@ class PretrainTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self.loader.batches(start)
 
-    def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        del step  # nothing here changes over the run
+    def compile(self, mode: str) -> None:
+        self._loss = torch.compile(self._loss, fullgraph=True, mode=mode)
+
+    def begin_step(self, step: int) -> None:
+        """Nothing here changes over the run."""
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Images, mask and index as the model takes them, and the tokens of the listed patches."""
         batch = jitter_views(batch)
         images, mask, index = self._inputs(batch)
+        prepared = {"images": images, "mask": mask, "masked_index": index}
+        if self.tokenizer is not None:
+            prepared["tokens"] = self._tokens(batch, index)
+        return prepared
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if self.tokenizer is None:
-            return self.model.pixel_loss(images, mask, index), {}
-        tokens = self._tokens(batch, index)
-        loss, num_correct = self.model.loss(images, mask, index, tokens)
+            return self._loss(batch["images"], batch["mask"], batch["masked_index"]), {}
+        index, tokens = batch["masked_index"], batch["tokens"]
+        loss, num_correct = self._loss(batch["images"], batch["mask"], index, tokens)
         predicted = index >= 0
         # Counts are whole numbers in fp64: exact, so their order of summation does not matter.
         self.counters["token_counts"].index_add_(0, tokens.clamp(min=0), predicted.double())
@@ -145,10 +161,7 @@ class PretrainTask:
 
     @torch.no_grad()
     def _tokens(self, batch: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
-        """Visual tokens of the second view, (B, Gh, Gw), or with an index (I,) those listed alone.
-
-        Outside the autocast of the training step.
-        """
+        """Visual tokens of the second view, (B, Gh, Gw), or with an index (I,) those listed."""
         views = batch["token_images"].permute(0, 3, 1, 2)
         half = self.config.tokenizer_precision == "fp16"
         with torch.autocast(views.device.type, torch.float16, enabled=half):

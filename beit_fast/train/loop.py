@@ -1,13 +1,14 @@
-"""The one training loop: fetch, schedule, forward, backward, clip, step, log, save.
+"""The one training loop: fetch, schedule, take a step, log, save.
 
-A task says what is trained. The loop knows nothing of it but five methods. Randomness is a
-function of (seed, step, micro-batch, rank), data of the micro-batch's number, so a resumed run is
-the same run: on a CPU, to the last bit.
+A task says what is trained; the loop knows nothing of it but the methods of `Task`. Randomness is a
+function of (seed, step, rank), data of the micro-batch's number, so a resumed run is the same run:
+on a CPU, to the last bit.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,17 +20,18 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from beit_fast.train.config import OptimConfig, RunConfig
+from beit_fast.train.graph import GraphedStep
 from beit_fast.train.log import Log, Meter
 from beit_fast.train.optim import (
+    Schedule,
     build_optimizer,
-    build_schedule,
-    clip_gradients,
     load_optimizer_tensors,
     lr_at,
     optimizer_tensors,
     warmup_steps,
 )
-from beit_fast.train.parallel import World, data_parallel, gradient_sync
+from beit_fast.train.parallel import World, data_parallel
+from beit_fast.train.prefetch import device_batches
 from beit_fast.train.state import (
     Checkpoint,
     CheckpointError,
@@ -38,17 +40,26 @@ from beit_fast.train.state import (
     load_newest,
     save_checkpoint,
 )
+from beit_fast.train.step import Sentinel, TrainStep
 from beit_fast.train.stop import Interrupted, sole_user, stop_signals
 
-NEVER = 2**62  # a step number that no run reaches
 # Fields of RunConfig that may change over a resume: none of them touches weights or data.
 HABITS = frozenset(
-    {"output", "device", "log_every", "save_every", "keep", "picture_every", "resume", "fallback"}
+    {
+        "output",
+        "device",
+        "log_every",
+        "save_every",
+        "keep",
+        "picture_every",
+        "resume",
+        "fallback",
+        "compile",  # as a change of device: other rounding, other random numbers
+        "cuda_graph",
+        "prepare_ahead",
+    }
 )
-
-
-class NonFiniteLoss(RuntimeError):
-    """Loss or gradient norm became NaN or infinite; no step was taken from there on."""
+logger = logging.getLogger("beit_fast.train")
 
 
 class Task(Protocol):
@@ -71,8 +82,18 @@ class Task(Protocol):
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches of this rank from number `start` on, endless, on the CPU."""
 
-    def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and scalar metrics of a batch on the device. No host sync."""
+    def compile(self, mode: str) -> None:
+        """Have torch.compile make the large part of `loss`; `mode` is torch's."""
+
+    def begin_step(self, step: int) -> None:
+        """Fill the device tensors that change over the run, before each step."""
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `loss` takes, from a batch on the device: all that needs neither gradients nor
+        random numbers. No host sync."""
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss and scalar metrics of a prepared batch. No host sync, fixed shapes."""
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups for AdamW."""
@@ -102,39 +123,13 @@ class _Loss(nn.Module):
         self.model = task.model
         self.loss = task.loss
 
-    def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(batch, step)
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(batch)
 
 
-class _Sentinel:
-    """Notes the first non-finite step on the device, and keeps the optimiser from taking it."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self._first_bad = torch.tensor(float(NEVER), dtype=torch.float64, device=device)
-        optimizer.found_inf = self._flag = torch.zeros((), device=device)
-
-    def watch(self, loss: Tensor, norm: Tensor, step: int) -> None:
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        self._first_bad.clamp_(max=torch.where(bad, float(step), float(NEVER)))
-        self._flag.clamp_(min=bad.float())  # stays set: nothing is learnt after a bad step
-
-    def check(self, world: World, output: Path, since: int, done: int) -> None:
-        """Raise NonFiniteLoss on every rank if any met a non-finite value. Syncs."""
-        first = -world.any_of(-int(min(float(self._first_bad), NEVER)))
-        if first == NEVER:
-            return
-        kept = checkpoint_paths(output)
-        raise NonFiniteLoss(
-            f"loss or gradient norm is not finite between steps {since + 1} and {done}, first at "
-            f"step {first + 1}: no weight was changed from there on. "
-            + (f"The last good checkpoint is {kept[-1]}. " if kept else "There is no checkpoint. ")
-            + "Lower optim.lr, lengthen the warm-up or clip harder, then resume"
-        )
-
-
-def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """Seed of torch's generators for one micro-batch."""
-    digest = hashlib.blake2b(struct.pack("<4q", seed, step, micro, rank), digest_size=8).digest()
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of torch's generators for one step; its micro-batches draw one after another."""
+    digest = hashlib.blake2b(struct.pack("<3q", seed, step, rank), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -152,8 +147,9 @@ def train(
     images_per_step = task.images_per_batch * run.accumulate * world.size
     warmup = warmup_steps(optim, num_steps, task.batches_per_epoch / run.accumulate)
     # Through JSON, so that what is compared at a resume is what a manifest can hold.
+    optimiser = {key: value for key, value in asdict(optim).items() if key != "backend"}
     settings = json.loads(
-        json.dumps({**settings, "optim": asdict(optim), "run": _decisive(run, task, world)})
+        json.dumps({**settings, "optim": optimiser, "run": _decisive(run, task, world)})
     )
     world.same(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
 
@@ -163,6 +159,8 @@ def train(
         start = checkpoint.step if checkpoint else 0
         if checkpoint:
             task.model.load_state_dict(checkpoint.tensors["model"])
+        if (mode := _compile_mode(run, device)) != "off":
+            task.compile(mode)
         module = data_parallel(_Loss(task), world)
         ema = ModelEmaV3(task.model, decay=run.ema_decay) if run.ema_decay is not None else None
         optimizer = build_optimizer(task.param_groups(optim.weight_decay), optim, device)
@@ -174,9 +172,10 @@ def train(
                 counter.copy_(checkpoint.tensors["run"][f"counter/{name}"])
             if ema:
                 ema.module.load_state_dict(checkpoint.tensors["ema"])
-        schedule = build_schedule(optimizer, optim, num_steps=num_steps, warmup=warmup, start=start)
-        sentinel = _Sentinel(optimizer, device)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        schedule = Schedule(optimizer, optim, num_steps=num_steps, warmup=warmup, start=start)
+        sentinel = Sentinel(optimizer, device, start)
+        take = TrainStep(module, optimizer, sentinel, optim=optim, run=run, device=device)
+        take = _graphed(take, run, world)
         log = Log(output, title=task.name, start=start, num_steps=num_steps, enabled=world.is_main)
         if checkpoint:
             log.console.print(f"{task.name}: resumes from {checkpoint.path}", soft_wrap=True)
@@ -200,27 +199,15 @@ def train(
             return path
 
         task.model.train()
-        batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
-        checked, in_bf16 = start, run.precision == "bf16"
+        micro_batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
+        batches = device_batches(micro_batches, device, task.prepare, ahead=run.prepare_ahead)
+        checked = start
         try:
             for step in range(start, num_steps):
-                step_loss = torch.zeros((), device=device)
-                for micro in range(run.accumulate):
-                    batch = _to_device(next(batches), device)
-                    torch.manual_seed(step_seed(run.seed, step, micro, world.rank))
-                    last = micro == run.accumulate - 1
-                    with gradient_sync(module, last=last):
-                        with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
-                            loss, metrics = module(batch, step)
-                        loss = loss / run.accumulate
-                        loss.backward()
-                    step_loss += loss.detach()
-                    meter.add(**metrics)
-                norm = clip_gradients(parameters, optim.clip_grad)
-                meter.add(loss=step_loss, grad_norm=norm)
-                sentinel.watch(step_loss, norm, step)
-                optimizer.step()
-                optimizer.zero_grad()
+                task.begin_step(step)
+                step_batches = [next(batches) for _ in range(run.accumulate)]
+                torch.manual_seed(step_seed(run.seed, step, world.rank))
+                meter.add(**take(step_batches))
                 schedule.step()
                 if ema:
                     ema.update(task.model)
@@ -248,8 +235,7 @@ def train(
                     draw(f"picture_{done:08d}.png")
             picture = draw("picture.png")
         finally:
-            if hasattr(batches, "close"):
-                batches.close()
+            batches.close()
             log.close()
         return Outcome(
             model=ema.module if ema else task.model,
@@ -257,6 +243,25 @@ def train(
             picture=picture,
             num_steps=num_steps,
         )
+
+
+def _compile_mode(run: RunConfig, device: torch.device) -> str:
+    if run.compile != "auto":
+        return run.compile
+    return "default" if device.type == "cuda" else "off"
+
+
+def _graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | GraphedStep:
+    if not run.cuda_graph:
+        return step
+    if world.size > 1:
+        logger.warning(
+            "run.cuda_graph: gradients are exchanged between %d processes, which is not captured; "
+            "the steps run without a graph",
+            world.size,
+        )
+        return step
+    return GraphedStep(step, world.device)
 
 
 def _decisive(run: RunConfig, task: Task, world: World) -> dict[str, Any]:
@@ -289,9 +294,3 @@ def _checkpoint_to_resume(
     if checkpoint is not None:
         check_settings(checkpoint, settings)
     return checkpoint
-
-
-def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    if device.type == "cpu":
-        return batch
-    return {k: v.pin_memory().to(device, non_blocking=True) for k, v in batch.items()}

@@ -3,6 +3,7 @@
     lr(s) = lr * s / (W - 1)                                          s < W    warm-up
     lr(s) = min_lr + (lr - min_lr) / 2 * (1 + cos(pi (s - W) / (S - W)))       cosine
     lr(s) = min_lr                                                    s >= S
+    wd(s) = wd_end + (wd - wd_end) / 2 * (1 + cos(pi s / S))
 
 S optimiser steps (the run's, unless `decay_steps` is given), the first W of them warm-up.
 Source: unilm beit `cosine_scheduler` (spec 6).
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from beit_fast.train.apex import apex_adamw
 from beit_fast.train.config import OptimConfig
 
 
@@ -25,6 +27,15 @@ def lr_at(step: int, optim: OptimConfig, num_steps: int, warmup_steps: int) -> f
     end = num_steps if optim.decay_steps is None else optim.decay_steps
     progress = min(1.0, (step - warmup_steps) / max(1, end - warmup_steps))
     return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def weight_decay_at(step: int, optim: OptimConfig, num_steps: int) -> float:
+    """Weight decay of 0-based optimiser step `step`."""
+    if optim.weight_decay_end is None:
+        return optim.weight_decay
+    progress = min(1.0, step / max(1, num_steps))
+    span = optim.weight_decay - optim.weight_decay_end
+    return optim.weight_decay_end + 0.5 * span * (1 + math.cos(math.pi * progress))
 
 
 def warmup_steps(optim: OptimConfig, num_steps: int, steps_per_epoch: float) -> int:
@@ -42,38 +53,79 @@ def warmup_steps(optim: OptimConfig, num_steps: int, steps_per_epoch: float) -> 
 
 def build_optimizer(
     groups: Iterable[dict], optim: OptimConfig, device: torch.device
-) -> torch.optim.AdamW:
-    """Torch's fused AdamW. The rate is a device tensor, so a captured graph sees it change.
+) -> torch.optim.Optimizer:
+    """AdamW in one launch over all weights: torch's, or apex's where `optim.backend` says so.
 
-    A group's `lr_scale` (timm's name; 1 where absent) multiplies its rate over the whole run.
-    A tensor assigned to `optimizer.found_inf` makes `step()` skip on the device where it is 1.
+    The rate is a device tensor, so a captured graph sees it change; so is the weight decay where it
+    is scheduled, at the price of one more pass over the weights. A group's `lr_scale` (timm's name;
+    1 where absent) multiplies its rate over the whole run. A tensor assigned to
+    `optimizer.found_inf` makes `step()` skip on the device where it is 1. Raises ValueError as
+    `apex_adamw` does.
     """
-    return torch.optim.AdamW(
-        [{**group, "lr": torch.tensor(optim.lr, device=device)} for group in groups],
-        lr=torch.tensor(optim.lr, device=device),
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        fused=True,
-    )
+    groups = [{**group, "lr": torch.tensor(optim.lr, device=device)} for group in groups]
+    if optim.weight_decay_end is not None:
+        for group in groups:
+            if group.get("weight_decay", optim.weight_decay):
+                group["decay"] = torch.tensor(optim.weight_decay, device=device)
+                group["weight_decay"] = 0.0
+    options = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    if optim.backend == "apex":
+        optimizer = apex_adamw(groups, lr=optim.lr, **options)
+    else:
+        lr = torch.tensor(optim.lr, device=device)
+        optimizer = torch.optim.AdamW(
+            groups, lr=lr, fused=True, capturable=device.type == "cuda", **options
+        )
+    optimizer.register_step_pre_hook(_decay)
+    return optimizer
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer,
-    optim: OptimConfig,
-    *,
-    num_steps: int,
-    warmup: int,
-    start: int,
-) -> LambdaLR:
-    """LambdaLR at optimiser step `start`: it fills the rate tensors in place, as a graph needs."""
+def _decay(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Multiply weights by 1 - lr wd, as AdamW does, where the decay is a tensor."""
     for group in optimizer.param_groups:
-        group["initial_lr"] = torch.full_like(group["lr"], optim.lr * group.get("lr_scale", 1.0))
-    return LambdaLR(
-        optimizer,
-        lambda step: lr_at(step, optim, num_steps, warmup) / optim.lr,
-        last_epoch=start - 1,
-    )
+        weights = [p for p in group["params"] if p.grad is not None]
+        if "decay" in group and weights:
+            factor = 1 - group["lr"] * group["decay"]
+            if getattr(optimizer, "found_inf", None) is not None:
+                factor = torch.where(optimizer.found_inf > 0, 1.0, factor)
+            with torch.no_grad():
+                torch._foreach_mul_(weights, factor)
+
+
+class Schedule:
+    """Fills the tensors of learning rate and weight decay in place, as a captured graph needs."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        optim: OptimConfig,
+        *,
+        num_steps: int,
+        warmup: int,
+        start: int,
+    ) -> None:
+        self._optimizer, self._optim = optimizer, optim
+        self._num_steps, self._step = num_steps, start
+        for group in optimizer.param_groups:
+            peak = optim.lr * group.get("lr_scale", 1.0)
+            group["initial_lr"] = torch.full_like(group["lr"], peak)
+        self._rates = LambdaLR(
+            optimizer,
+            lambda step: lr_at(step, optim, num_steps, warmup) / optim.lr,
+            last_epoch=start - 1,
+        )
+        self._fill_decay()
+
+    def step(self) -> None:
+        """Go on to the next optimiser step."""
+        self._step += 1
+        self._rates.step()
+        self._fill_decay()
+
+    def _fill_decay(self) -> None:
+        for group in self._optimizer.param_groups:
+            if "decay" in group:
+                group["decay"].fill_(weight_decay_at(self._step, self._optim, self._num_steps))
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:

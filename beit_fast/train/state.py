@@ -173,7 +173,8 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
     A switch that is off and that the checkpoint's version did not have yet is no difference.
     """
     theirs, ours = _flatten(checkpoint.manifest["settings"]), _flatten(settings)
-    theirs |= {key: False for key, value in ours.items() if value is False and key not in theirs}
+    off = {key: value for key, value in ours.items() if value is False or value is None}
+    theirs = off | theirs
     different = [
         f"{key} was {theirs.get(key, 'absent')!r}, is {ours.get(key, 'absent')!r}"
         for key in sorted(theirs.keys() | ours.keys())

@@ -118,15 +118,15 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(config, tmp_pa
     averaged = {"ema_decay": 0.9}
     run_dvae(config(**changes, run=averaged | {"output": str(tmp_path / "whole")}))
     parts = config(**changes, run=averaged | {"output": str(tmp_path / "parts")})
-    loss = DvaeTask.loss
+    begin_step = DvaeTask.begin_step
 
-    def stop_in_step_3(self, batch, step):
+    def stop_in_step_3(self, step):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, batch, step)
+        begin_step(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DvaeTask, "loss", stop_in_step_3)
+        patch.setattr(DvaeTask, "begin_step", stop_in_step_3)
         with pytest.raises(Interrupted):
             run_dvae(parts)
     run_dvae(parts)
@@ -154,7 +154,8 @@ def test_the_schedules_of_beta_and_temperature_reach_the_loss(config):
 
     def loss_at(step):
         torch.manual_seed(0)
-        return task.loss(batch, step)
+        task.begin_step(step)
+        return task.loss(batch)
 
     total, metrics = loss_at(0)
     torch.testing.assert_close(total, metrics["nats_per_value"])  # beta is 0
@@ -172,7 +173,7 @@ def test_codes_start_as_clusters_of_the_images(config):
     for start in ("random", "kmeans"):
         task = DvaeTask(config(codebook_init=start), ALONE)
         task.to(torch.device("cpu"))
-        used[start] = task.loss(batch, 0)[1]["codes_used"].item()
+        used[start] = task.loss(batch)[1]["codes_used"].item()
     assert used["random"] < 0.5
     assert used["kmeans"] > 0.8
 
@@ -216,7 +217,8 @@ def test_a_training_step_never_waits_for_the_device(config):
     task = DvaeTask(config(), ALONE)
     batch = first_batch(task)
     with RefuseSyncs():
-        loss, _ = task.loss(batch, 3)
+        task.begin_step(3)
+        loss, _ = task.loss(task.prepare(batch))
         loss.backward()
 
 

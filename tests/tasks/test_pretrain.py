@@ -37,15 +37,15 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
 ):
     run_pretraining(pretrain_config(run={"output": str(tmp_path / "whole")}))
     parts = pretrain_config(run={"output": str(tmp_path / "parts")})
-    loss = PretrainTask.loss
+    begin_step = PretrainTask.begin_step
 
-    def stop_in_step_3(self, batch, step):
+    def stop_in_step_3(self, step):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, batch, step)
+        begin_step(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PretrainTask, "loss", stop_in_step_3)
+        patch.setattr(PretrainTask, "begin_step", stop_in_step_3)
         with pytest.raises(Interrupted) as stop:
             run_pretraining(parts)
     assert stop.value.exit_code == 143
@@ -121,7 +121,7 @@ def test_counters_hold_the_tokens_that_were_to_be_predicted(pretrain_config):
     batches = task.batches(0)
     batch = next(batches)
     batches.close()
-    task.loss(batch, 0)
+    task.loss(task.prepare(batch))
     assert task.counters["token_counts"].sum() == batch["mask"].sum()
     token_images = jitter_views(batch)["token_images"]
     tokens = task.tokenizer.encode(token_images.permute(0, 3, 1, 2)).flatten(1)
@@ -141,9 +141,9 @@ def test_model_tokenizer_and_pictures_get_jittered_views(pretrain_config, tmp_pa
     encode = task.tokenizer.encode
     monkeypatch.setattr(task.tokenizer, "encode", lambda x, i: seen.append(x) or encode(x, i))
     monkeypatch.setattr(pretrain, "draw_columns", lambda columns, path: drawn.append(columns))
-    loss = task.loss(batch, 0)[0]
-    assert torch.equal(loss, task.loss(jittered, 0)[0])
-    assert not torch.equal(loss, task.loss(plain, 0)[0])
+    loss = task.loss(task.prepare(batch))[0]
+    assert torch.equal(loss, task.loss(task.prepare(jittered))[0])
+    assert not torch.equal(loss, task.loss(task.prepare(plain))[0])
     task.evaluate(task.model, num_batches=1)
     task.picture(task.model, tmp_path / "picture.png")
     for number, views in enumerate(seen):
@@ -197,7 +197,7 @@ def test_a_training_step_never_waits_for_the_device(pretrain_config, objective):
     batches.close()
     task.model.train()
     with RefuseSyncs():
-        loss, _ = task.loss(batch, 0)
+        loss, _ = task.loss(task.prepare(batch))
         loss.backward()
         task.report()
 
@@ -211,7 +211,7 @@ def test_the_ablations_predict_every_token(pretrain_config, objective):
     _, mask, index = task._inputs(batch)
     assert sorted(index.tolist()) == list(range(4 * 24))
     assert mask.any() == (objective == "all")
-    loss, _ = task.loss(batch, 0)
+    loss, _ = task.loss(task.prepare(batch))
     assert loss.isfinite()
 
 

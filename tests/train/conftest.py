@@ -30,9 +30,12 @@ class ToyTask:
         self.bad_step, self.world = bad_step, world
         self.fetched: list[int] = []
         self.on_step = lambda step: None
+        self.compiled: str | None = None
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
+        self.bad = torch.ones((), device=device)
+        self.counters = {name: counter.to(device) for name, counter in self.counters.items()}
 
     def batches(self, start: int):
         number = start
@@ -42,13 +45,21 @@ class ToyTask:
             yield {"x": torch.randn(4, 8, generator=generator)}
             number += 1
 
-    def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        self.on_step(step)
+    def compile(self, mode: str) -> None:
+        self.compiled = mode
+
+    def begin_step(self, step: int) -> None:
+        self.bad.fill_(torch.nan if step == self.bad_step else 1.0)
+        self.step = step
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch | {"target": batch["x"].sum(1)}
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.on_step(self.step)
         self.counters["seen"] += len(batch["x"])
-        loss = (self.model(batch["x"]).squeeze(1) - batch["x"].sum(1)).square().mean()
-        if step == self.bad_step:
-            loss = loss * torch.nan
-        return loss, {"error": loss.detach().sqrt()}
+        loss = (self.model(batch["x"]).squeeze(1) - batch["target"]).square().mean()
+        return loss * self.bad, {"error": loss.detach().sqrt()}
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         return [{"params": list(self.model.parameters()), "weight_decay": weight_decay}]

@@ -1,18 +1,21 @@
 """Schedule, clipping and the optimiser's state."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import (
+    Schedule,
     build_optimizer,
-    build_schedule,
     clip_gradients,
     load_optimizer_tensors,
     lr_at,
     optimizer_tensors,
     warmup_steps,
+    weight_decay_at,
 )
 
 
@@ -37,7 +40,7 @@ def test_the_rate_stays_the_same_tensor(model):
     optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
     optimizer = build_optimizer([{"params": model.parameters()}], optim, torch.device("cpu"))
     rate = optimizer.param_groups[0]["lr"]
-    schedule = build_schedule(optimizer, optim, num_steps=6, warmup=2, start=0)
+    schedule = Schedule(optimizer, optim, num_steps=6, warmup=2, start=0)
     for step in range(6):
         assert float(rate) == pytest.approx(lr_at(step, optim, 6, 2), rel=1e-6)
         optimizer.step()
@@ -48,7 +51,7 @@ def test_the_rate_stays_the_same_tensor(model):
 def test_a_schedule_started_late_has_the_rate_of_that_step(model):
     optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
     optimizer = build_optimizer([{"params": model.parameters()}], optim, torch.device("cpu"))
-    build_schedule(optimizer, optim, num_steps=9, warmup=2, start=5)
+    Schedule(optimizer, optim, num_steps=9, warmup=2, start=5)
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(lr_at(5, optim, 9, 2), rel=1e-6)
 
 
@@ -56,7 +59,7 @@ def test_a_group_with_a_scale_has_its_share_of_the_rate(model):
     optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=0)
     groups = [{"params": [model.weight], "lr_scale": 0.1}, {"params": [model.bias]}]
     optimizer = build_optimizer(groups, optim, torch.device("cpu"))
-    build_schedule(optimizer, optim, num_steps=9, warmup=0, start=4)
+    Schedule(optimizer, optim, num_steps=9, warmup=0, start=4)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     assert rates == pytest.approx([0.1 * lr_at(4, optim, 9, 0), lr_at(4, optim, 9, 0)], rel=1e-6)
 
@@ -123,3 +126,35 @@ def test_an_impossible_run_is_refused(wrong):
 @pytest.fixture
 def model():
     return nn.Linear(4, 3)
+
+
+def test_a_scheduled_decay_is_adamws_with_the_decay_of_each_step(model):
+    optim = OptimConfig(
+        lr=1e-2, min_lr=1e-3, warmup_steps=2, weight_decay=0.5, weight_decay_end=0.1
+    )
+    expected = copy.deepcopy(model)
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
+    optimizer = build_optimizer(groups, optim, torch.device("cpu"))
+    optimizer.found_inf = torch.zeros(())
+    schedule = Schedule(optimizer, optim, num_steps=6, warmup=2, start=0)
+    plain = torch.optim.AdamW(
+        [{"params": [expected.weight]}, {"params": [expected.bias]}], lr=1e-2, fused=True
+    )
+    for step in range(6):
+        decay = weight_decay_at(step, optim, 6)
+        for group, value in zip(plain.param_groups, (decay, 0.0), strict=True):
+            group["lr"], group["weight_decay"] = lr_at(step, optim, 6, 2), value
+        for m, o in ((model, optimizer), (expected, plain)):
+            m(torch.full((2, 4), 0.1 * step)).square().sum().backward()
+            o.step()
+            o.zero_grad()
+        schedule.step()
+    torch.testing.assert_close(model.weight, expected.weight)
+    torch.testing.assert_close(model.bias, expected.bias)
+    assert weight_decay_at(0, optim, 6) == 0.5
+    assert weight_decay_at(6, optim, 6) == pytest.approx(0.1)
+    before = model.weight.detach().clone()
+    optimizer.found_inf.fill_(1)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.weight, before)  # neither decayed nor updated

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from conftest import ToyTask, train_toy  # this file's folder leads sys.path
 
-from beit_fast.train.loop import NonFiniteLoss
 from beit_fast.train.parallel import open_world
+from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
 
 

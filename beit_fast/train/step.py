@@ -1,0 +1,98 @@
+"""One optimiser step: forward and backward of each micro-batch, clip, update. Nothing waits.
+
+All that differs from one step to the next (batches, learning rate, the task's schedules, random
+state) lies in device tensors or in torch's generators, so the same step can be captured once in a
+CUDA graph and replayed (graph.py).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from beit_fast.train.config import OptimConfig, RunConfig
+from beit_fast.train.optim import clip_gradients
+from beit_fast.train.parallel import World, gradient_sync
+from beit_fast.train.state import checkpoint_paths
+
+NEVER = 2**62  # a step number that no run reaches
+
+
+class NonFiniteLoss(RuntimeError):
+    """Loss or gradient norm became NaN or infinite; no step was taken from there on."""
+
+
+class Sentinel:
+    """Notes the first non-finite step on the device, and keeps the optimiser from taking it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, start: int) -> None:
+        self._step = torch.tensor(float(start), dtype=torch.float64, device=device)
+        self._never = torch.full_like(self._step, NEVER)
+        self._first_bad = self._never.clone()
+        optimizer.found_inf = self._flag = torch.zeros((), device=device)
+
+    def watch(self, loss: Tensor, norm: Tensor) -> None:
+        """Look at a step's loss and gradient norm, before the optimiser uses the gradients."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        self._first_bad.clamp_(max=torch.where(bad, self._step, self._never))
+        self._flag.clamp_(min=bad.float())  # stays set: nothing is learnt after a bad step
+        self._step += 1
+
+    def check(self, world: World, output: Path, since: int, done: int) -> None:
+        """Raise NonFiniteLoss on every rank if any met a non-finite value. Syncs."""
+        first = -world.any_of(-int(min(float(self._first_bad), NEVER)))
+        if first == NEVER:
+            return
+        kept = checkpoint_paths(output)
+        raise NonFiniteLoss(
+            f"loss or gradient norm is not finite between steps {since + 1} and {done}, first at "
+            f"step {first + 1}: no weight was changed from there on. "
+            + (f"The last good checkpoint is {kept[-1]}. " if kept else "There is no checkpoint. ")
+            + "Lower optim.lr, lengthen the warm-up or clip harder, then resume"
+        )
+
+
+class TrainStep:
+    """Called with the micro-batches of a step, it takes the step and returns its scalars.
+
+    `module` maps a micro-batch to (loss, metrics). The scalars are `loss`, `grad_norm` and the
+    means of the metrics, on the device, detached.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        sentinel: Sentinel,
+        *,
+        optim: OptimConfig,
+        run: RunConfig,
+        device: torch.device,
+    ) -> None:
+        self._module, self._optimizer, self._sentinel = module, optimizer, sentinel
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._clip_grad, self._device = optim.clip_grad, device
+        self._in_bf16 = run.precision == "bf16" or (
+            run.precision == "fp8" and device.type == "cuda"  # emulated in fp32 on a CPU
+        )
+
+    def __call__(self, micro_batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        share = 1 / len(micro_batches)
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(micro_batches):
+            with gradient_sync(self._module, last=i == len(micro_batches) - 1):
+                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._in_bf16):
+                    loss, metrics = self._module(batch)
+                loss = loss * share
+                loss.backward()
+            scalars = {"loss": loss.detach()} | {k: v.detach() * share for k, v in metrics.items()}
+            sums = {name: sums[name] + v if sums else v for name, v in scalars.items()}
+        norm = clip_gradients(self._parameters, self._clip_grad)
+        self._sentinel.watch(sums["loss"], norm)
+        self._optimizer.step()
+        self.forget_gradients()
+        return sums | {"grad_norm": norm}
+
+    def forget_gradients(self) -> None:
+        self._optimizer.zero_grad()
