@@ -1,5 +1,6 @@
 """Pre-training end to end on tiny images: exact resume, ablations, errors that say what to do."""
 
+import functools
 import math
 import os
 import shutil
@@ -253,3 +254,29 @@ def test_half_precision_tokens_are_nearly_those_of_full_precision(pretrain_confi
 def test_what_does_not_fit_is_refused_with_the_remedy(pretrain_config, changes, message):
     with pytest.raises(ValueError, match=message):
         task_of(pretrain_config(**changes))
+
+
+def test_a_compiled_step_is_one_graph_and_learns_as_the_plain_one(
+    pretrain_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    losses = {}
+    for mode in ("off", "default"):
+        run = {"compile": mode, "output": str(tmp_path / mode)}
+        config = pretrain_config(model={"drop_path_rate": 0.0}, run=run)
+        torch._dynamo.utils.counters.clear()
+        run_pretraining(config)
+        losses[mode] = [record["loss"] for record in records_of(tmp_path / mode)]
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == (mode == "default")
+    assert losses["default"] == pytest.approx(losses["off"], rel=1e-5)
+
+
+def test_fp8_is_emulated_on_a_cpu_and_learns(pretrain_config, tmp_path):
+    losses = {}
+    for precision in ("fp32", "fp8"):
+        config = pretrain_config(run={"precision": precision, "output": str(tmp_path / precision)})
+        run_pretraining(config)
+        losses[precision] = [record["loss"] for record in records_of(tmp_path / precision)]
+    assert losses["fp8"] != losses["fp32"]
+    assert losses["fp8"] == pytest.approx(losses["fp32"], rel=0.02)
