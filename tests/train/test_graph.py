@@ -5,6 +5,7 @@ import torch
 
 from beit_fast.train.config import RunConfig
 from beit_fast.train.graph import EAGER_STEPS
+from beit_fast.train.loop import _graphed
 from beit_fast.train.parallel import World
 from beit_fast.train.state import checkpoint_paths, load_checkpoint
 
@@ -21,9 +22,7 @@ def test_a_graph_is_refused_without_a_gpu(tmp_path, run_toy):
         run_toy(tmp_path, cuda_graph=True)
 
 
-def test_several_processes_are_told_that_they_run_without_a_graph(tmp_path, run_toy, caplog):
-    from beit_fast.train.loop import _graphed
-
+def test_several_processes_are_told_that_they_run_without_a_graph(caplog):
     step = object()
     run = RunConfig(output="x", steps=1, cuda_graph=True)
     assert _graphed(step, run, World(0, 2, torch.device("cpu"))) is step
