@@ -40,7 +40,7 @@ from beit_fast.train.state import (
     load_newest,
     save_checkpoint,
 )
-from beit_fast.train.step import Sentinel, TrainStep
+from beit_fast.train.step import Sentinel, TrainStep, autocast
 from beit_fast.train.stop import Interrupted, sole_user, stop_signals
 
 # Fields of RunConfig that may change over a resume: none of them touches weights or data.
@@ -90,7 +90,7 @@ class Task(Protocol):
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What `loss` takes, from a batch on the device: all that needs neither gradients nor
-        random numbers. No host sync."""
+        random numbers, in the run's precision. No host sync."""
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and scalar metrics of a prepared batch. No host sync, fixed shapes."""
@@ -200,7 +200,8 @@ def train(
 
         task.model.train()
         micro_batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
-        batches = device_batches(micro_batches, device, task.prepare, ahead=run.prepare_ahead)
+        prepare = autocast(run, device)(task.prepare)
+        batches = device_batches(micro_batches, device, prepare, ahead=run.prepare_ahead)
         checked = start
         try:
             for step in range(start, num_steps):

@@ -53,6 +53,13 @@ class Sentinel:
         )
 
 
+def autocast(run: RunConfig, device: torch.device) -> torch.autocast:
+    """The precision of a run's forward pass, as a context."""
+    emulated = run.precision == "fp8" and device.type == "cpu"  # in fp32
+    enabled = run.precision != "fp32" and not emulated
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 class TrainStep:
     """Called with the micro-batches of a step, it takes the step and returns its scalars.
 
@@ -72,17 +79,14 @@ class TrainStep:
     ) -> None:
         self._module, self._optimizer, self._sentinel = module, optimizer, sentinel
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._clip_grad, self._device = optim.clip_grad, device
-        self._in_bf16 = run.precision == "bf16" or (
-            run.precision == "fp8" and device.type == "cuda"  # emulated in fp32 on a CPU
-        )
+        self._clip_grad, self._run, self._device = optim.clip_grad, run, device
 
     def __call__(self, micro_batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         share = 1 / len(micro_batches)
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(micro_batches):
             with gradient_sync(self._module, last=i == len(micro_batches) - 1):
-                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._in_bf16):
+                with autocast(self._run, self._device):
                     loss, metrics = self._module(batch)
                 loss = loss * share
                 loss.backward()
