@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from beit_fast import recipes
 from beit_fast.tasks.dvae import run_dvae
 from beit_fast.tasks.pipeline import run_pretraining
+from beit_fast.tasks.pretokenize import run_pretokenize
 from beit_fast.tokenizer.dalle import convert_dalle
 from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
@@ -22,6 +23,7 @@ from beit_fast.train.stop import Interrupted
 USAGE = """usage: beit-fast <verb> ...
 
   pretrain RECIPE        train a BEiT on a folder of images
+  pretokenize RECIPE     write the visual tokens that `pretrain RECIPE --token_cache DIR` reads
   tokenizer RECIPE       train a dVAE on a folder of images
   convert-dalle          OpenAI's encoder.pkl and decoder.pkl -> one safetensors file
 
@@ -30,6 +32,7 @@ and `--print_config` its values as YAML for `--config FILE`."""
 
 VERBS: dict[str, tuple[dict[str, Callable[[], Any]], Callable[[Any], None]]] = {
     "pretrain": (recipes.PRETRAIN, run_pretraining),
+    "pretokenize": (recipes.PRETOKENIZE, run_pretokenize),
     "tokenizer": (recipes.TOKENIZER, run_dvae),
 }
 

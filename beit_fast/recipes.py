@@ -5,6 +5,7 @@ rank and micro-batch: ranks x run.accumulate x data.batch_size is the global bat
 published recipes whatever the split. Rates are absolute, so keep that product.
 """
 
+import functools
 from collections.abc import Callable
 
 from beit_fast.data.masking import MaskingConfig
@@ -12,6 +13,7 @@ from beit_fast.data.single_view import SingleViewConfig
 from beit_fast.data.views import ViewConfig
 from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.tasks.dvae import DvaeTrainingConfig
+from beit_fast.tasks.pretokenize import PretokenizeConfig
 from beit_fast.tasks.pretrain import PretrainConfig
 from beit_fast.tasks.sources import PHOTOGRAPHS, DataConfig
 from beit_fast.tokenizer.dvae import DvaeConfig
@@ -223,6 +225,17 @@ def demo_tokenizer() -> DvaeTrainingConfig:
     )
 
 
+def _tokens_of(recipe: Callable[[], PretrainConfig]) -> Callable[[], PretokenizeConfig]:
+    """The recipe that writes the token cache of another."""
+
+    @functools.wraps(recipe)
+    def pretokenize() -> PretokenizeConfig:
+        config = recipe()
+        return PretokenizeConfig(**vars(config), output=f"{config.run.output}_tokens")
+
+    return pretokenize
+
+
 PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {
     "demo": demo,
     "small": small,
@@ -232,6 +245,7 @@ PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {
     "beit_large_in1k": beit_large_in1k,
     "beit_plus_large_in22k": beit_plus_large_in22k,
 }
+PRETOKENIZE = {name: _tokens_of(recipe) for name, recipe in PRETRAIN.items()}
 TOKENIZER: dict[str, Callable[[], DvaeTrainingConfig]] = {
     "demo": demo_tokenizer,
     "small": small_tokenizer,

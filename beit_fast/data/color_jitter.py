@@ -62,13 +62,14 @@ def apply_jitter(images: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def jitter_views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch with its `jitter` applied to both views and taken out; without one, as it is."""
+    """The batch with its `jitter` applied to its views and taken out; without one, as it is."""
     if "jitter" not in batch:
         return batch
     batch = dict(batch)
     coefficients = batch.pop("jitter")
     for name in ("images", "token_images"):
-        batch[name] = apply_jitter(batch[name], coefficients)
+        if name in batch:
+            batch[name] = apply_jitter(batch[name], coefficients)
     return batch
 
 

@@ -14,9 +14,11 @@ Order, shuffle, split and threads are Grain's, one element being one batch; a sa
 mask come from (seed, pass, index in the data set) alone.
 """
 
+import copy
 import logging
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,27 +97,46 @@ class Loader:
 
     def batches(self, start: int = 0) -> Iterator[dict[str, Tensor]]:
         """Batches from number `start` on, without end: the arrays of the sample's batch as CPU
-        tensors, and sample_index int64 (B,), the images really read.
+        tensors, among them sample_index int64 (B,), the images really read.
 
         A generator: close it (or drop it) to stop its threads. An error in a thread is raised when
         its batch is due, after the batches before it.
         """
         if start < 0:
             raise ValueError(f"start={start}: batches count from 0")
-        return self._generate(start)
-
-    def _generate(self, start: int) -> Iterator[dict[str, Tensor]]:
-        grain = _import_grain()
-        reader = _Reader(self)
         num_samples = len(self.source)
-        batches = (
-            grain.MapDataset.range(num_samples)
+        samples = (
+            _import_grain()
+            .MapDataset.range(num_samples)
             .shuffle(seed=counter_seed("order", self.seed) % 2**32)
             .repeat(_STREAM_LENGTH // num_samples)
             .map_with_index(lambda position, index: (position // num_samples, index))
             .batch(self.batch_size, batch_fn=list)[self.rank :: self.world_size]
-            .map(reader.read_batch)
         )
+        return self._generate(samples, start)
+
+    def batches_in_order(self, epoch: int, first: int, last: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of the images first .. last - 1 in the order of the data set, with the crops they
+        have in pass `epoch`, whatever the rank. The last may be smaller. Otherwise as `batches`."""
+        samples = (
+            _import_grain()
+            .MapDataset.range(first, last)
+            .map(lambda index: (epoch, index))
+            .batch(self.batch_size, batch_fn=list)
+        )
+        return self._generate(samples, 0)
+
+    def with_sample(self, sample: Sample) -> "Loader":
+        """This loader with another sample; what is known of bad files is shared."""
+        loader = copy.copy(self)
+        loader.sample = sample
+        return loader
+
+    def _generate(self, samples: Any, start: int) -> Iterator[dict[str, Tensor]]:
+        """samples: Grain's map data set of lists of (epoch, index in the data set)."""
+        grain = _import_grain()
+        reader = _Reader(self)
+        batches = samples.map(reader.read_batch)
         options = grain.ReadOptions(
             num_threads=self.num_threads,
             # Each thread has a batch in the making, and one or two wait for the consumer.
@@ -144,14 +165,13 @@ class _Reader:
         """numbers: (epoch, index in the data set) of each sample."""
         if self._threaded:
             self._threads.add(threading.current_thread())
-        samples, used = [], []
+        samples = []
         for epoch, index in numbers:
             if self._stopping.is_set():
                 raise RuntimeError("the iterator over batches was closed")
-            sample, index = self._read(epoch, index)
-            samples.append(sample)
-            used.append(index)
-        return self._sample.collate(samples) | {"sample_index": np.array(used, np.int64)}
+            sample, used = self._read(epoch, index)
+            samples.append(sample | {"sample_index": np.int64(used)})
+        return self._sample.collate(samples)
 
     def stop(self) -> None:
         """Returns when no thread reads any more."""

@@ -4,6 +4,7 @@ The loader knows order, threads and bad files; a sample knows what a task learns
 the house table: B images, L = Gh x Gw patches.
 """
 
+import random
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy as np
 from beit_fast.data.masking import MaskingConfig, draw_mask, max_masked
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.single_view import SingleViewConfig, single_view
-from beit_fast.data.views import ViewConfig, two_views
+from beit_fast.data.token_cache import TokenCache, check_images, check_view
+from beit_fast.data.views import ViewConfig, make_views, two_views
 
 
 class Sample(Protocol):
@@ -25,7 +27,8 @@ class Sample(Protocol):
         ...
 
     def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The arrays of a batch."""
+        """The arrays of a batch. The loader adds sample_index, the image that was read, int64 (),
+        to each sample; it becomes (B,)."""
         ...
 
 
@@ -56,6 +59,64 @@ class PretrainSample:
     def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         batch = _stack(samples)
         return batch | {"masked_index": masked_index(batch["mask"], self.max_masked)}
+
+
+class CachedSample(PretrainSample):
+    """The first view, a mask, and the stored tokens of the second view, which is not made.
+
+    A batch holds what `PretrainSample`'s does, but for token_images
+        tokens        int32 (B, L)
+
+    A sample raises TokenCacheError where its image is not the one that the tokens were made from.
+    """
+
+    def __init__(
+        self, view: ViewConfig, masking: MaskingConfig, grid: tuple[int, int], cache: TokenCache
+    ):
+        super().__init__(view, masking, grid)
+        self.cache = cache
+
+    def __call__(self, data: bytes, seed: SampleSeed) -> dict[str, np.ndarray]:
+        record = self.cache.record(seed)
+        rng = random.Random(int(record["seed"]))
+        views, draw = make_views(data, self.view, rng, ("images",))  # first: it may be a bad image
+        check_view(record, draw, len(data), seed.index)
+        mask = draw_mask(self.grid, self.masking, seed.rng("mask"))
+        return views | {
+            "mask": mask.reshape(-1),
+            "tokens": record["ids"].astype(np.int32),
+            "tokens_of": record["image"].astype(np.int64),
+        }
+
+    def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        batch = super().collate(samples)
+        check_images(batch.pop("tokens_of"), batch["sample_index"])
+        return batch
+
+
+class TokenViewSample:
+    """The second view, and what a record of a token cache holds besides its tokens.
+
+    A batch holds
+        token_images  uint8 (B, height, width, 3) of `view.token_size`
+        jitter        as of `PretrainSample`
+        box, flip, seed, num_bytes  (B, ...) as the record has them
+    """
+
+    def __init__(self, view: ViewConfig):
+        self.view = view
+
+    def __call__(self, data: bytes, seed: SampleSeed) -> dict[str, np.ndarray]:
+        views, draw = make_views(data, self.view, seed.rng("view"), ("token_images",))
+        return views | {
+            "box": np.array(draw.box, np.int32),
+            "flip": np.bool_(draw.flip),
+            "seed": np.uint64(seed.value("view")),
+            "num_bytes": np.int64(len(data)),
+        }
+
+    def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return _stack(samples)
 
 
 class TokenizerSample:

@@ -34,4 +34,8 @@ class SampleSeed(NamedTuple):
     def rng(self, purpose: str) -> random.Random:
         """A fresh generator. Another purpose ("view", "mask") gives independent numbers, so a
         change in what one consumes leaves the others as they were."""
-        return random.Random(counter_seed(purpose, *self))
+        return random.Random(self.value(purpose))
+
+    def value(self, purpose: str) -> int:
+        """What `rng` is seeded with."""
+        return counter_seed(purpose, *self)

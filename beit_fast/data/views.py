@@ -27,6 +27,7 @@ Source: arXiv:2106.08254 section 2 and appendix; unilm `beit/datasets.py`, `beit
 import functools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,7 @@ from beit_fast.data.decode import MAX_PIXELS, decode_fast, decode_pillow
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
+VIEWS = ("images", "token_images")  # of the encoder, of the tokenizer
 TRIES = 10  # boxes drawn before the central crop is taken
 _ENHANCE = {
     "brightness": ImageEnhance.Brightness,
@@ -147,32 +149,38 @@ def draw_box(
 
 
 def reference_views(
-    image: Image.Image, draw: ViewDraw, config: ViewConfig
+    image: Image.Image, draw: ViewDraw, config: ViewConfig, names: Sequence[str] = VIEWS
 ) -> dict[str, np.ndarray]:
-    """Both views by Pillow, in the official order, jittered: what `two_views` returns."""
+    """The named views by Pillow, in the official order, jittered: what `make_views` returns."""
     for name, factor in draw.jitter:
         image = _ENHANCE[name](image).enhance(factor)
     if draw.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     top, left, height, width = draw.box
     crop = image.crop((left, top, left + width, top + height))
-    view = crop.resize(config.size[::-1], Image.Resampling.BICUBIC)
-    token_view = crop.resize(config.token_size[::-1], Image.Resampling.LANCZOS)
-    return {"images": np.array(view), "token_images": np.array(token_view)}
+    how = {
+        "images": (config.size, Image.Resampling.BICUBIC),
+        "token_images": (config.token_size, Image.Resampling.LANCZOS),
+    }
+    return {
+        name: np.array(crop.resize(size[::-1], filter))
+        for name, (size, filter) in how.items()
+        if name in names
+    }
 
 
-def fast_views(image: np.ndarray, draw: ViewDraw, config: ViewConfig) -> dict[str, np.ndarray]:
-    """Both views of a uint8 (height, width, 3) image by torch, and the jitter they have yet to get:
-    what `two_views` returns."""
+def fast_views(
+    image: np.ndarray, draw: ViewDraw, config: ViewConfig, names: Sequence[str] = VIEWS
+) -> dict[str, np.ndarray]:
+    """The named views of a uint8 (height, width, 3) image by torch, and the jitter they have yet to
+    get: what `make_views` returns."""
     top, left, height, width = draw.box
     if draw.flip:  # the box counts from the left of the flipped image, these pixels are not flipped
         left = image.shape[1] - left - width
     # Made contiguous by NumPy: torch would start a pool of threads per loader thread to do it.
     crop = np.ascontiguousarray(image[top : top + height, left : left + width])
-    views = {
-        "images": _resize(crop, config.size),
-        "token_images": _resize(crop, config.token_size),
-    }
+    sizes = {"images": config.size, "token_images": config.token_size}
+    views = {name: _resize(crop, size) for name, size in sizes.items() if name in names}
     if draw.flip:
         views = {name: _flip(view) for name, view in views.items()}
     if draw.jitter:
@@ -180,20 +188,30 @@ def fast_views(image: np.ndarray, draw: ViewDraw, config: ViewConfig) -> dict[st
     return views
 
 
-def two_views(data: bytes, config: ViewConfig, rng: random.Random) -> dict[str, np.ndarray]:
-    """Decodes an image file and makes both views, as `config.kind` says.
+def make_views(
+    data: bytes, config: ViewConfig, rng: random.Random, names: Sequence[str] = VIEWS
+) -> tuple[dict[str, np.ndarray], ViewDraw]:
+    """Decodes an image file and makes the views of those names, as `config.kind` says.
 
-    Returns `images` and `token_images`, uint8 (height, width, 3) of `config.size` and of
-    `config.token_size`; the fast transform, if it is to jitter at all, leaves that to
-    `color_jitter.jitter_views` and adds its numbers as `jitter`, float32 (steps, 3).
+    Returns them and the draw that they share.
+    The views are `images` and `token_images`, uint8 (height, width, 3) of `config.size` and of
+    `config.token_size`, neither of which depends on whether the other is made. The fast transform,
+    if it is to jitter at all, leaves that to `color_jitter.jitter_views` and adds its numbers as
+    `jitter`, float32 (steps, 3).
     Raises BadImageError if the file cannot be decoded. Smaller images are enlarged, as officially.
     """
     if config.kind == "reference":
         image = decode_pillow(data, config.max_pixels)
         draw = draw_view(image.height, image.width, config, rng)
-        return reference_views(image, draw, config)
+        return reference_views(image, draw, config, names), draw
     pixels = decode_fast(data, config.max_pixels)
-    return fast_views(pixels, draw_view(*pixels.shape[:2], config, rng), config)
+    draw = draw_view(*pixels.shape[:2], config, rng)
+    return fast_views(pixels, draw, config, names), draw
+
+
+def two_views(data: bytes, config: ViewConfig, rng: random.Random) -> dict[str, np.ndarray]:
+    """Both views of an image file: `make_views` without the draw."""
+    return make_views(data, config, rng)[0]
 
 
 def normalize(

@@ -1,6 +1,5 @@
 """A pre-training run from start to end: tokenizer, BEiT, curve, picture, and what it came to."""
 
-import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from rich.console import Console
 from beit_fast.tasks.dvae import train_tokenizer
 from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask
 from beit_fast.tasks.sources import lasting_settings
-from beit_fast.tokenizer.checkpoint import load_tokenizer
+from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
 from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.log import METRICS, read_metrics
 from beit_fast.train.loop import Outcome, train
@@ -26,19 +25,31 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
     Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, Interrupted.
     """
     with open_world(config.run.device, config.run.cpu_threads) as world:
-        tokenizer = _tokenizer(config, world)
+        tokenizer = None if config.token_cache is not None else open_tokenizer(config, world)
         task = PretrainTask(config, tokenizer, world)
+        console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
+        if task.cache is not None:
+            console.print(
+                f"tokens of {task.cache.num_views} views come from {config.token_cache}; "
+                f"evaluation is on {task.evaluated_on}"
+            )
         # The tokenizer by its weights: its file may move, and another may come in its place.
         settings = lasting_settings(config)
         del settings["tokenizer_training"]
-        settings["tokenizer"] = _digest(tokenizer) if tokenizer is not None else None
+        settings["tokenizer"] = tokenizer_digest(tokenizer) if tokenizer is not None else None
+        settings["token_cache"] = None
+        if task.cache is not None:
+            settings["tokenizer"] = task.cache.manifest.made_from["tokenizer"]["weights"]
+            settings["token_cache"] = task.cache.num_views
         outcome = train(task, config.optim, config.run, settings=settings, world=world)
         if world.is_main:
             _summarise(task, outcome, config)
         return outcome
 
 
-def _tokenizer(config: PretrainConfig, world: World) -> Dvae | None:
+def open_tokenizer(config: PretrainConfig, world: World) -> Dvae | None:
+    """The tokenizer that the configuration names, trained first where it says how; None for a model
+    that predicts pixels."""
     if config.model.predict == "pixels":
         return None
     if config.tokenizer is not None:
@@ -50,25 +61,14 @@ def _tokenizer(config: PretrainConfig, world: World) -> Dvae | None:
     return load_tokenizer(train_tokenizer(training, world))
 
 
-def _digest(tokenizer: Dvae) -> str:
-    """SHA-256 of a tokenizer's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
 def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> None:
     output = Path(config.run.output)
     records = read_metrics(output / METRICS)
-    vocab_size = config.model.vocab_size if task.tokenizer is not None else None
+    vocab_size = config.model.vocab_size if task.predicts_tokens else None
     curve = draw_curves(records, output / "curve.png", vocab_size=vocab_size)
     result = task.evaluate(outcome.model)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f"\n[bold]After {outcome.num_steps} steps, on crops and masks never trained on[/]"
-    )
+    console.print(f"\n[bold]After {outcome.num_steps} steps, on {task.evaluated_on}[/]")
     if vocab_size is None:
         console.print(f"  squared error of the pixels  {result['loss']:.4f}")
     else:

@@ -4,7 +4,8 @@ tokens = tokenizer(second view)                              no gradient
 loss   = mean over hidden patches of -log p(tokens | first view with hidden patches replaced)
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,10 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from beit_fast.data.color_jitter import jitter_views
+from beit_fast.data.datasets import ImageSource
 from beit_fast.data.masking import MaskingConfig
-from beit_fast.data.samples import PretrainSample
+from beit_fast.data.samples import CachedSample, PretrainSample
+from beit_fast.data.token_cache import TokenCache, check_made_from, describe
 from beit_fast.data.views import (
     HALF_MEAN,
     HALF_STD,
@@ -30,6 +33,7 @@ from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForMaskedImageModeling
 from beit_fast.tasks.dvae import DvaeTrainingConfig
 from beit_fast.tasks.sources import DataConfig, open_loader, unseen_batches
+from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
 from beit_fast.tokenizer.metrics import code_entropy, count_codes
 from beit_fast.tokenizer.protocol import Tokenizer
 from beit_fast.train.config import OptimConfig, RunConfig
@@ -58,13 +62,25 @@ class PretrainConfig:
     # Train one first, in the run's folder; on the same images unless it names others.
     tokenizer_training: DvaeTrainingConfig | None = None
     tokenizer_precision: Literal["fp32", "fp16"] = "fp32"  # fp16 autocasts; scores stay fp32
+    # Folder that `beit-fast pretokenize` wrote with these very settings: training then needs no
+    # tokenizer. One given besides is for evaluation and pictures, on crops that no step sees.
+    token_cache: str | None = None
 
     def __post_init__(self) -> None:
         sources = (self.tokenizer is not None) + (self.tokenizer_training is not None)
-        if self.model.predict == "tokens" and sources != 1:
+        if self.token_cache is not None:
+            if self.model.predict == "pixels" or self.tokenizer_training is not None:
+                raise ValueError(
+                    f"token_cache={self.token_cache} holds the tokens of a trained tokenizer, for "
+                    "a model that predicts tokens: pass null for token_cache, or "
+                    "--tokenizer_training null (and for evaluation --tokenizer FILE, the one that "
+                    "made them) and --model.predict tokens"
+                )
+        elif self.model.predict == "tokens" and sources != 1:
             raise ValueError(
                 "give one of tokenizer (a file, written by `beit-fast convert-dalle` or "
-                "`beit-fast tokenizer`) and tokenizer_training, and null for the other"
+                "`beit-fast tokenizer`) and tokenizer_training, and null for the other; or a "
+                "token_cache, written by `beit-fast pretokenize`"
             )
         if self.model.predict == "pixels" and sources:
             raise ValueError(
@@ -79,28 +95,59 @@ class PretrainConfig:
             )
 
 
+def _with_tokenizer(method: Callable) -> Callable:
+    """The method with the tokenizer loaded for its time, where a cache keeps it out of training and
+    the configuration names its file."""
+
+    @functools.wraps(method)
+    def call(self: "PretrainTask", model: BeitForMaskedImageModeling, *args: Any, **kwargs: Any):
+        if self.cache is None or self.config.tokenizer is None:
+            return method(self, model, *args, **kwargs)
+        device = next(model.parameters()).device
+        self.tokenizer = load_tokenizer(self.config.tokenizer, device)
+        try:
+            return method(self, model, *args, **kwargs)
+        finally:
+            self.tokenizer = None
+
+    return call
+
+
 class PretrainTask:
-    """BEiT's pre-training as a task of the loop."""
+    """BEiT's pre-training as a task of the loop.
+
+    Tokens come from the tokenizer or, where the configuration names a token cache, from there; then
+    `tokenizer` is None. Raises TokenCacheError for a cache that is damaged or was made from
+    something else.
+    """
 
     name = "pretrain"
 
     def __init__(self, config: PretrainConfig, tokenizer: Tokenizer | None, world: World) -> None:
         model, views = config.model, config.views
+        self.predicts_tokens = model.predict == "tokens"
+        self.cache = None
+        if config.token_cache is not None:
+            assert tokenizer is None, "a token cache takes its place"
+            self.cache = TokenCache(config.token_cache, part=world.rank, parts=world.size)
         if tokenizer is not None:
-            _check_tokenizer(tokenizer, config)
+            check_tokenizer(tokenizer, config)
         self.config, self.tokenizer = config, tokenizer
         torch.manual_seed(config.run.seed)
         self.model = BeitForMaskedImageModeling(model)
-        self._loss = self.model.loss if tokenizer is not None else self.model.pixel_loss
+        self._loss = self.model.loss if self.predicts_tokens else self.model.pixel_loss
         self.counters = {}
-        if tokenizer is not None:
+        if self.predicts_tokens:
             self.counters["token_counts"] = torch.zeros(model.vocab_size, dtype=torch.float64)
-        self.loader = open_loader(
-            config.data,
-            PretrainSample(views, config.masking, model.grid),
-            seed=config.run.seed,
-            world=world,
-        )
+        sample = PretrainSample(views, config.masking, model.grid)
+        self.loader = open_loader(config.data, sample, seed=config.run.seed, world=world)
+        self._unseen_loader = self.loader
+        if self.cache is not None:
+            self._check_cache()
+            cached = CachedSample(views, config.masking, model.grid, self.cache)
+            self.loader = self.loader.with_sample(cached)
+            if config.tokenizer is None:
+                self._unseen_loader = self.loader
         self.batches_per_epoch = self.loader.batches_per_epoch
         self.num_images = len(self.loader.source)
         self.images_per_batch = config.data.batch_size
@@ -127,12 +174,12 @@ class PretrainTask:
         batch = jitter_views(batch)
         images, mask, index = self._inputs(batch)
         prepared = {"images": images, "mask": mask, "masked_index": index}
-        if self.tokenizer is not None:
+        if self.predicts_tokens:
             prepared["tokens"] = self._tokens(batch, index)
         return prepared
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.tokenizer is None:
+        if not self.predicts_tokens:
             return self._loss(batch["images"], batch["mask"], batch["masked_index"]), {}
         index, tokens = batch["masked_index"], batch["tokens"]
         loss, num_correct = self._loss(batch["images"], batch["mask"], index, tokens)
@@ -145,7 +192,7 @@ class PretrainTask:
         return param_groups_weight_decay(self.model, weight_decay, self.model.no_weight_decay())
 
     def report(self) -> dict[str, Tensor]:
-        if self.tokenizer is None:
+        if not self.predicts_tokens:
             return {}
         return {"marginal_entropy": code_entropy(self.counters["token_counts"])}
 
@@ -161,15 +208,24 @@ class PretrainTask:
 
     @torch.no_grad()
     def _tokens(self, batch: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
-        """Visual tokens of the second view, (B, Gh, Gw), or with an index (I,) those listed."""
-        views = batch["token_images"].permute(0, 3, 1, 2)
-        half = self.config.tokenizer_precision == "fp16"
-        with torch.autocast(views.device.type, torch.float16, enabled=half):
-            return self.tokenizer.encode(views, index)
+        """Visual tokens of the second view, (B, Gh, Gw), or with an index (I,) those listed: of a token
+        cache those in the batch.
+        """
+        if "tokens" not in batch:
+            precision = self.config.tokenizer_precision
+            return visual_tokens(self.tokenizer, batch["token_images"], precision, index)
+        tokens = batch["tokens"].long()
+        if index is None:
+            return tokens.view(-1, *self.config.model.grid)
+        return tokens.flatten()[index.clamp(min=0).long()].masked_fill(index < 0, -1)
 
     @torch.no_grad()
+    @_with_tokenizer
     def evaluate(self, model: BeitForMaskedImageModeling, num_batches: int = 8) -> dict[str, float]:
         """Loss and accuracy without drop path, on crops and masks that training never saw.
+
+        With a token cache and no tokenizer, on the cache's crops, which training saw, under masks
+        that it never did: `evaluated_on` says which.
 
         `marginal_entropy` is that of the very tokens that were to be predicted: the loss of a
         model that knows how frequent each token is, and nothing of the image.
@@ -177,7 +233,7 @@ class PretrainTask:
         losses, num_correct, num_predicted, counts = [], 0, 0, 0
         for batch in self._unseen(model, num_batches):
             images, mask, index = self._inputs(batch)
-            if self.tokenizer is None:
+            if not self.predicts_tokens:
                 losses.append(model.pixel_loss(images, mask, index))
                 continue
             tokens = self._tokens(batch, index)
@@ -187,27 +243,38 @@ class PretrainTask:
             num_correct, num_predicted = num_correct + correct, num_predicted + len(predicted)
             counts = counts + count_codes(predicted, self.config.model.vocab_size)
         result = {"loss": float(torch.stack(losses).mean())}
-        if self.tokenizer is not None:
+        if self.predicts_tokens:
             result["accuracy"] = float(num_correct) / max(1, num_predicted)
             result["marginal_entropy"] = float(code_entropy(counts))
         return result
 
+    @property
+    def evaluated_on(self) -> str:
+        """What `evaluate` and `picture` look at, for whoever reads their results."""
+        if self._unseen_loader is self.loader and self.cache is not None:
+            return "crops of the token cache, seen in training, and masks never trained on"
+        return "crops and masks never trained on"
+
     @torch.no_grad()
+    @_with_tokenizer
     def picture(self, model: BeitForMaskedImageModeling, path: Path) -> None:
-        """Original, what the model sees, its tokens decoded, and its predictions decoded."""
+        """Original, what the model sees, its tokens decoded, and its predictions decoded.
+
+        With a token cache and no tokenizer, tokens are shown as a colour for each.
+        """
         (batch,) = self._unseen(model, 1)
         batch = {name: value[:NUM_PICTURES] for name, value in batch.items()}
         images, mask, _ = self._inputs(batch | {"masked_index": batch["masked_index"][:0]})
         grid = self.config.model.grid
         original = batch["images"].permute(0, 3, 1, 2).float() / 255
         columns = {"image": original, "what the model sees": hide_patches(original, mask, grid)}
-        if self.tokenizer is None:
+        if not self.predicts_tokens:
             columns["predicted pixels"] = self._predicted_pixels(model, images, mask, original)
         else:
             tokens = self._tokens(batch).flatten(1)
             predicted = torch.where(mask, model.predict(images, mask), tokens)
-            columns["its visual tokens"] = self.tokenizer.decode(tokens.view(-1, *grid))
-            columns["with predicted tokens"] = self.tokenizer.decode(predicted.view(-1, *grid))
+            columns["its visual tokens"] = self._show(tokens.view(-1, *grid))
+            columns["with predicted tokens"] = self._show(predicted.view(-1, *grid))
         draw_columns(columns, path)
 
     def _unseen(
@@ -219,10 +286,29 @@ class PretrainTask:
         was_training = model.training
         model.eval()
         try:
-            for batch in unseen_batches(self.loader, num_batches, device):
+            for batch in unseen_batches(self._unseen_loader, num_batches, device):
                 yield jitter_views(batch)
         finally:
             model.train(was_training)
+
+    def _show(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, Gh, Gw) as images (B, 3, height, width): decoded, or a colour for each."""
+        if self.tokenizer is not None:
+            return self.tokenizer.decode(tokens)
+        generator = torch.Generator().manual_seed(0)
+        colours = torch.rand(self.config.model.vocab_size, 3, generator=generator)
+        images = colours.to(tokens.device)[tokens].permute(0, 3, 1, 2)
+        return F.interpolate(images, self.config.model.image_pixels, mode="nearest")
+
+    def _check_cache(self) -> None:
+        """Raise TokenCacheError unless the cache was made from what this run is made of."""
+        made_from = self.cache.manifest.made_from
+        if self.config.tokenizer is None:  # nothing to hold the cache's own against
+            digest = made_from["tokenizer"]["weights"]
+        else:
+            digest = tokenizer_digest(load_tokenizer(self.config.tokenizer))
+        ours = token_source(self.config, self.loader.source, digest)
+        check_made_from(self.cache.folder, made_from, ours)
 
     def _predicted_pixels(
         self, model: BeitForMaskedImageModeling, images: Tensor, mask: Tensor, original: Tensor
@@ -241,7 +327,28 @@ class PretrainTask:
         return torch.where(visible.isnan(), pixels * std + mean, visible)
 
 
-def _check_tokenizer(tokenizer: Tokenizer, config: PretrainConfig) -> None:
+def visual_tokens(
+    tokenizer: Tokenizer, views: Tensor, precision: str, index: Tensor | None = None
+) -> Tensor:
+    """Tokens of jittered views, uint8 (B, height, width, 3): (B, Gh, Gw), or (I,) of those listed.
+
+    Outside the autocast of a training step.
+    """
+    with torch.autocast(views.device.type, torch.float16, enabled=precision == "fp16"):
+        return tokenizer.encode(views.permute(0, 3, 1, 2), index)
+
+
+def token_source(config: PretrainConfig, source: ImageSource, weights: str) -> dict[str, Any]:
+    """What the tokens of a run are made from, `weights` being the digest of the tokenizer's."""
+    tokenizer = {
+        "weights": weights,
+        "precision": config.tokenizer_precision,
+        "vocab_size": config.model.vocab_size,
+    }
+    return describe(source, config.views, config.model.grid, config.run.seed, tokenizer)
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: PretrainConfig) -> None:
     """Raise ValueError unless the tokenizer gives the model one of its codes for each patch."""
     model = config.model
     if tokenizer.vocab_size != model.vocab_size:

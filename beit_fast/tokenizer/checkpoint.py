@@ -5,6 +5,7 @@ from. Reading checks every name and shape against the config before a single ten
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -76,6 +77,15 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Dvae
             f"{path} is not a whole safetensors file ({error}): copy or write it anew"
         ) from error
     return dvae_from_state(config, state)
+
+
+def tokenizer_digest(dvae: Dvae) -> str:
+    """SHA-256 of a tokenizer's weights, wherever their file lies."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(dvae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def dvae_from_state(config: DvaeConfig, state: dict[str, Tensor]) -> Dvae:

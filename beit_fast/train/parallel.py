@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,12 +49,17 @@ class World:
 
     def same(self, digest: str) -> None:
         """Raise ValueError unless every rank passes the same `digest`."""
-        if self.size == 1:
-            return
-        digests: list[str | None] = [None] * self.size
-        dist.all_gather_object(digests, digest, group=self.control)
+        digests = self.gather(digest)
         if different := [rank for rank, other in enumerate(digests) if other != digests[0]]:
             raise ValueError(f"ranks {different} run other settings or code than rank 0")
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank passes, in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def barrier(self) -> None:
         if self.size > 1:

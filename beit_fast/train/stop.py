@@ -14,11 +14,13 @@ from pathlib import Path
 
 
 class Interrupted(Exception):
-    """A signal ended the run after a checkpoint; `exit_code` is 128 + the signal's number."""
+    """A signal ended the run after it was saved; `exit_code` is 128 + the signal's number."""
 
-    def __init__(self, signum: int, step: int) -> None:
+    def __init__(
+        self, signum: int, step: int, unit: str = "step", saved: str = "the checkpoint is saved"
+    ) -> None:
         name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} after step {step}; the checkpoint is saved")
+        super().__init__(f"stopped by {name} after {unit} {step}; {saved}")
         self.exit_code = 128 + signum
 
 
@@ -49,8 +51,11 @@ def stop_signals() -> Iterator[StopFlag]:
 
 
 @contextlib.contextmanager
-def sole_user(folder: Path) -> Iterator[None]:
-    """Hold the lock of an output folder. Raises ValueError, with the pid, if another run does."""
+def sole_user(folder: Path, flag: str = "--run.output") -> Iterator[None]:
+    """Hold the lock of an output folder. Raises ValueError, with the pid, if another run does.
+
+    flag: the one that names the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
         try:
@@ -59,7 +64,7 @@ def sole_user(folder: Path) -> Iterator[None]:
             file.seek(0)
             raise ValueError(
                 f"{folder} is in use by process {file.read().strip() or 'unknown'}: give another "
-                "--run.output, or end that run"
+                f"{flag}, or end that run"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

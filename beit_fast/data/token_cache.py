@@ -1,0 +1,320 @@
+"""Visual tokens of K views of every image, made once and read by any number of runs.
+
+    DIR/view_000_image_00000000.npy   one record a view, in the order of the data set
+        manifest.json                 format, what the tokens were made from, SHA-256 of every file
+
+View k of an image is the one that a live run draws in pass k: `SampleSeed(seed, k, index)`. A run
+of at most K passes therefore sees the images and tokens of a live one; longer runs see view
+e mod K in pass e, under masks that are drawn afresh in every pass. A record is
+
+    ids        uint16 (L,)  visual tokens
+    box        int32 (4,)   top, left, height, width of the crop
+    seed       uint64       of the generator that drew jitter, flip and box, in this order
+    image      uint32       the image read: another than the record's own if that one is bad
+    num_bytes  uint32       of its file
+    flip       bool
+
+425 bytes of a 14 x 14 grid. The seed makes the view again; what was drawn, and the size of the
+file, then show that it is the view of these tokens.
+
+Files are written under a temporary name, flushed and renamed, and count once the manifest lists
+them. Reading maps them into memory: ranks and workers share the pages. Nothing is pickled.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+
+import beit_fast.data
+from beit_fast.data.color_jitter import jitter_views
+from beit_fast.data.datasets import ImageSource
+from beit_fast.data.decode import MAX_PIXELS
+from beit_fast.data.seeds import SampleSeed
+from beit_fast.data.views import ViewConfig, ViewDraw, make_views
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MAX_VOCAB = 2**16  # ids are uint16
+_PROBES = ("cat.jpg", "macaw.jpg")
+
+
+class TokenCacheError(ValueError):
+    """A token cache that is damaged, unfinished, or made from something else."""
+
+
+class Shard(NamedTuple):
+    """Images first .. last - 1 of one view."""
+
+    view: int
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        return f"view_{self.view:03}_image_{self.first:08}.npy"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache holds. `files`: SHA-256 of the finished ones by name."""
+
+    made_from: dict[str, Any]
+    num_views: int
+    images_per_shard: int
+    files: dict[str, str]
+    environment: dict[str, Any]
+
+    def shards(self) -> Iterator[Shard]:
+        num_images = self.made_from["data"]["num_images"]
+        for view in range(self.num_views):
+            for first in range(0, num_images, self.images_per_shard):
+                yield Shard(view, first, min(first + self.images_per_shard, num_images))
+
+    @property
+    def dtype(self) -> np.dtype:
+        height, width = self.made_from["grid"]
+        return record_dtype(height * width)
+
+
+def record_dtype(num_tokens: int) -> np.dtype:
+    """The record of one view with that many tokens, without gaps."""
+    return np.dtype(
+        [
+            ("ids", "<u2", (num_tokens,)),
+            ("box", "<i4", (4,)),
+            ("seed", "<u8"),
+            ("image", "<u4"),
+            ("num_bytes", "<u4"),
+            ("flip", "?"),
+        ]
+    )
+
+
+def describe(
+    source: ImageSource,
+    view: ViewConfig,
+    grid: tuple[int, int],
+    seed: int,
+    tokenizer: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All that tokens depend on, as plain data; `tokenizer` describes that one.
+
+    Of libraries and of this code it holds what they do: a digest of the pixels that two photographs
+    of the package give, so that an upgrade which changes none is none.
+    """
+    made_from = {
+        "data": {"num_images": len(source), "names_and_sizes": source.digest()},
+        "tokenizer": dict(tokenizer),
+        "views": asdict(view),
+        "pixels": _pixel_digest(view),
+        "grid": grid,
+        "seed": seed,
+    }
+    return json.loads(json.dumps(made_from))  # as a manifest holds it
+
+
+def check_made_from(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise TokenCacheError that lists every difference of the cache (`theirs`) from the run."""
+    theirs, ours = _flatten(theirs), _flatten(ours)
+    different = [
+        f"{key} was {theirs.get(key, 'absent')!r}, is {ours.get(key, 'absent')!r}"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key, "absent") != ours.get(key, "absent")
+    ]
+    if different:
+        raise TokenCacheError(
+            f"the tokens in {folder} were made from something else ({'; '.join(different)}): "
+            "restore it, or make other tokens with `beit-fast pretokenize`"
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises TokenCacheError where there is none, or one that cannot be read."""
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values.pop("format")
+        if version != FORMAT:
+            raise TokenCacheError(
+                f"{folder} has token cache format {version}, this version reads {FORMAT}: make it "
+                "anew, or read it with the beit_fast that wrote it"
+            )
+        manifest = Manifest(**values)
+        if min(manifest.num_views, manifest.images_per_shard, *manifest.made_from["grid"]) < 1:
+            raise ValueError("a size in it is below 1")
+        names = {shard.name for shard in manifest.shards()}
+        if foreign := sorted(manifest.files.keys() - names):
+            raise ValueError(f"{foreign[0]!r} is no file of it")
+    except TokenCacheError:
+        raise
+    except FileNotFoundError as error:
+        raise TokenCacheError(
+            f"{path} is missing: make the tokens with `beit-fast pretokenize`"
+        ) from error
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise TokenCacheError(f"{path} is damaged: {error!r}") from error
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest. Raises OSError as `write_shard` does; the old one is then whole."""
+    text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1)
+    _write_whole(folder / MANIFEST, lambda file: file.write(text.encode()))
+
+
+def write_shard(folder: Path, shard: Shard, records: np.ndarray) -> str:
+    """Write the records of a shard; their file's SHA-256.
+
+    Raises OSError, with the path and the free space, if it cannot be written.
+    """
+    path = folder / shard.name
+    _write_whole(path, lambda file: np.save(file, records, allow_pickle=False))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Drop what a writer that was killed left under a temporary name."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def damage(folder: Path, name: str, digest: str) -> str | None:
+    """What is wrong with a finished file, None where it is whole. Reads all of it."""
+    path = folder / name
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"{path} cannot be read: {error}"
+    return None if found == digest else f"{path} is damaged: its SHA-256 is not the one written"
+
+
+class TokenCache:
+    """A finished cache, mapped into memory.
+
+    `record` may be called from many threads. Of every `parts` files this process checks one,
+    number `part`, so that ranks share that work.
+    Raises TokenCacheError where a file is missing or damaged, or the cache is unfinished.
+    """
+
+    def __init__(self, folder: str | Path, *, part: int = 0, parts: int = 1):
+        self.folder = Path(folder)
+        self.manifest = manifest = read_manifest(self.folder)
+        self.num_views = manifest.num_views
+        shards = list(manifest.shards())
+        if len(manifest.files) < len(shards):
+            raise TokenCacheError(
+                f"{self.folder} has {len(manifest.files)} of {len(shards)} files: run the same "
+                "`beit-fast pretokenize` again, which makes the rest"
+            )
+        again = "run the same `beit-fast pretokenize` again, which makes that file anew"
+        self._records: list[list[np.ndarray]] = [[] for _ in range(self.num_views)]
+        for number, shard in enumerate(shards):
+            if number % parts == part:
+                wrong = damage(self.folder, shard.name, manifest.files[shard.name])
+                if wrong is not None:
+                    raise TokenCacheError(f"{wrong}; {again}")
+            path = self.folder / shard.name
+            try:
+                records = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (ValueError, OSError) as error:
+                raise TokenCacheError(f"{path} cannot be read: {error}; {again}") from error
+            expected = (shard.last - shard.first,), manifest.dtype
+            if (records.shape, records.dtype) != expected:
+                raise TokenCacheError(
+                    f"{path} holds {records.dtype} {records.shape} where {expected[1]} "
+                    f"{expected[0]} belongs; {again}"
+                )
+            self._records[shard.view].append(records)
+
+    def record(self, seed: SampleSeed) -> np.void:
+        """The record for an image in a pass: that of view `epoch % num_views`."""
+        shard, row = divmod(seed.index, self.manifest.images_per_shard)
+        return self._records[seed.epoch % self.num_views][shard][row]
+
+
+def check_view(record: np.void, draw: ViewDraw, num_bytes: int, index: int) -> None:
+    """Raise TokenCacheError unless a view is the one that the record's tokens are of."""
+    found = {"file size": num_bytes, "crop": list(draw.box), "flip": draw.flip}
+    stored = {
+        "file size": int(record["num_bytes"]),
+        "crop": record["box"].tolist(),
+        "flip": bool(record["flip"]),
+    }
+    if different := [
+        f"{name} was {stored[name]}, is {found[name]}"
+        for name in found
+        if found[name] != stored[name]
+    ]:
+        raise TokenCacheError(
+            f"image {index} is not the one its tokens were made from ({'; '.join(different)}): it "
+            "was changed, or only one of the two could be read. Restore it or make the tokens anew"
+        )
+
+
+def check_images(images: np.ndarray, read: np.ndarray) -> None:
+    """Raise TokenCacheError unless the images read are those of the records: both int (B,)."""
+    if (wrong := np.flatnonzero(images != read)).size:
+        raise TokenCacheError(
+            f"tokens of image {images[wrong[0]]} came with image {read[wrong[0]]}: one of the two "
+            "could be read when the tokens were made and cannot now, or the reverse. Restore it or "
+            "make the tokens anew"
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _pixel_digest(view: ViewConfig) -> str:
+    """SHA-256 of what two photographs look like in four passes, jittered."""
+    digest = hashlib.sha256()
+    view = replace(view, max_pixels=MAX_PIXELS)
+    folder = Path(beit_fast.data.__file__).parent / "photographs"
+    for name in _PROBES:
+        data = (folder / name).read_bytes()
+        for epoch in range(4):
+            made, _ = make_views(data, view, SampleSeed(0, epoch, 0).rng("view"))
+            views = jitter_views({key: torch.from_numpy(x)[None] for key, x in made.items()})
+            for key in sorted(views):
+                digest.update(views[key].contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(
+            f"{path} not written ({free:.0f} MiB free): {error}. Finished files are kept: make "
+            "room and run the same command again"
+        ) from error
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
