@@ -58,7 +58,8 @@ class Beit(nn.Module):
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (B, N, D) after the last block, before any norm; N = L + 1, [CLS] first.
 
-        images (B, C, height, width), normalised; mask bool (B, L), True where the patch is hidden.
+        images (B, C, height, width), normalised, or patches (B, L, P) of them; mask bool (B, L),
+        True where the patch is hidden.
         Raises ValueError for images of another size, and for a mask that does not fit or that
         this model has no mask token for.
         """

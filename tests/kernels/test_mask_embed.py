@@ -99,8 +99,8 @@ def test_what_is_hidden_may_be_nan(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_shape_and_stride(backend):
     rng = random.Random(0)
-    for _ in range(12):
-        B, L, D = rng.randint(1, 9), rng.randint(1, 9), rng.choice((1, 8, 30, 200, 260))
+    for D in (1, 8, 30, 200, 260):
+        B, L = rng.randint(1, 7), rng.randint(1, 7)
         tensors = inputs(B, L, D, rng.random() < 0.7, rng.random() < 0.5)
         dense = run(mask_embed_reference, tensors)
         spread = [None if t is None else torch.stack((t, t), dim=-1)[..., 0] for t in tensors]

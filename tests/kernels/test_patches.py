@@ -127,6 +127,10 @@ def test_nothing_to_do_is_an_input(side, backend):
     assert normalized_patches(random_images(2, 0, 48), (side, side), **options).shape == (2, 0, P)
     ours = normalized_patches(random_images(2, 32, 48), (side, side), index=none, **options)
     assert ours.shape == (0, P)
+    padding = torch.tensor([-1, -1])
+    for B in (0, 2):
+        ours = normalized_patches(random_images(B, 32, 48), (side, side), index=padding, **options)
+        assert_same_bits(ours, torch.zeros(2, P))
 
 
 @pytest.mark.parametrize("side", [16, 8])
