@@ -12,6 +12,8 @@ from beit_fast.kernels.attention_bias import pad_bias, padded_dtype, padded_leng
 from beit_fast.kernels.attention_forward import attention_forward
 from beit_fast.kernels.gather_norm import gather_norm, scatter_norm_backward
 from beit_fast.kernels.linear_argmax import linear_argmax_triton
+from beit_fast.kernels.mask_embed import mask_embed_backward, mask_embed_forward
+from beit_fast.kernels.patches import normalized_patches_triton
 from beit_fast.kernels.rel_pos_bias import reduce_to_table
 from beit_fast.kernels.scale_residual_backward import scale_residual_backward
 from beit_fast.kernels.scale_residual_forward import scale_residual_forward
@@ -191,4 +193,32 @@ CASES |= {
     "argmax-fp32-tf32": lambda: argmax(FP32, "tf32"),
     "argmax-fp32-tf32x3": lambda: argmax(FP32, "tf32x3"),
     "argmax-fp32-fp32": lambda: argmax(FP32, "fp32"),
+}
+
+
+def patches(side: int, dtype: torch.dtype, *, listed: bool = False) -> None:
+    """uint8 images of 224 px, batch 256, to all patches or to the visible ones."""
+    images = torch.empty(256, 224, 224, 3, dtype=torch.uint8, device=DEVICE)
+    index = torch.empty(256 * 121, dtype=torch.int32, device=DEVICE) if listed else None
+    half = (0.5, 0.5, 0.5)
+    normalized_patches_triton(images, (side, side), half, half, index, dtype)
+
+
+def mask_embed(D: int, stream: torch.dtype, *, positions: bool) -> None:
+    """Forward and backward at batch 256 and 197 tokens, with all gradients; bf16 patches."""
+    x = torch.empty(256, 196, D, dtype=BF16, device=DEVICE)
+    mask = torch.empty(256, 196, dtype=torch.bool, device=DEVICE)
+    vector = torch.empty(D, device=DEVICE)
+    pos = torch.empty(197, D, device=DEVICE) if positions else None
+    out = mask_embed_forward(x, vector, vector, mask, pos, stream)
+    mask_embed_backward(out, mask, BF16, [True, True, True, positions])
+
+
+CASES |= {
+    "patches-16-bf16": lambda: patches(16, BF16),
+    "patches-16-fp32-listed": lambda: patches(16, FP32, listed=True),
+    "patches-14-bf16": lambda: patches(14, BF16),
+    "mask_embed-D768-bf16": lambda: mask_embed(768, BF16, positions=False),
+    "mask_embed-D768-fp32-positions": lambda: mask_embed(768, FP32, positions=True),
+    "mask_embed-D1024-fp32": lambda: mask_embed(1024, FP32, positions=False),
 }

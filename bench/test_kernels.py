@@ -2,7 +2,8 @@
 
     pytest bench/test_kernels.py --benchmark-group-by=group
 
-Forward and backward, on the GPU where there is one (bf16), else on the CPU (fp32).
+Forward and, for what has a gradient, backward; on the GPU where there is one (bf16), else on the
+CPU (fp32).
 """
 
 import pytest
@@ -14,6 +15,8 @@ from beit_fast.kernels.linear_cross_entropy import (
     masked_linear_cross_entropy,
     masked_linear_cross_entropy_reference,
 )
+from beit_fast.kernels.mask_embed import mask_embed, mask_embed_reference
+from beit_fast.kernels.patches import normalized_patches, normalized_patches_reference
 from beit_fast.kernels.rel_pos_bias import rel_pos_bias, rel_pos_bias_reference
 from beit_fast.kernels.scale_residual import scale_residual, scale_residual_reference
 
@@ -60,6 +63,25 @@ CASES = {
             tensor(D),
         ),
     ),
+    "normalized_patches": (
+        {"ours": normalized_patches, "reference": normalized_patches_reference},
+        lambda: (
+            torch.randint(256, (B, 224, 224, 3), device=DEVICE, dtype=torch.uint8),
+            (16, 16),
+            (0.485, 0.456, 0.406),
+            (0.229, 0.224, 0.225),
+        ),
+    ),
+    "mask_embed": (
+        {"ours": mask_embed, "reference": mask_embed_reference},
+        lambda: (
+            tensor(B, N - 1, D),
+            tensor(D),
+            tensor(D),
+            torch.rand(B, N - 1, device=DEVICE) < MASKED / (N - 1),
+            tensor(N, D),
+        ),
+    ),
 }
 
 
@@ -73,7 +95,8 @@ def test_forward_and_backward(benchmark, kernel, who):
     def step():
         out = candidates[who](*inputs)
         out = out[0] if isinstance(out, tuple) else out
-        out.backward(torch.ones_like(out))
+        if out.requires_grad:
+            out.backward(torch.ones_like(out))
         if CUDA:
             torch.cuda.synchronize()
 

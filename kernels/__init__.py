@@ -1,5 +1,7 @@
 """Fused operators, each with its pure-PyTorch reference (imported as `beit_fast.kernels`).
 
+patches                 uint8 images -> normalised patches, all or those listed
+mask_embed              patches, mask token, [CLS] and positions into one sequence
 attention               softmax(q k^T scale + bias) v with a trainable bias shared over the batch
 rel_pos_bias            position table (R, H) -> bias (H, N, N)
 scale_residual          x + keep * gamma * branch, and the LayerNorm that follows, in one pass

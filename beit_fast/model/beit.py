@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from beit_fast.kernels.mask_embed import mask_embed
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.init import init_pretraining
 from beit_fast.model.layers import Block, PatchEmbed, RelativePositionBias, run_blocks
@@ -16,6 +17,8 @@ from beit_fast.model.layers import Block, PatchEmbed, RelativePositionBias, run_
 
 class Beit(nn.Module):
     """The encoder alone: images (B, C, height, width), normalised, to tokens (B, N, D).
+
+    Wherever images go in, so do their patches (B, L, P), as `kernels.patches` makes them of uint8.
 
     >>> Beit(BeitConfig(depth=2))(torch.zeros(1, 3, 224, 224)).shape
     torch.Size([1, 197, 768])
@@ -55,7 +58,8 @@ class Beit(nn.Module):
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (B, N, D) after the last block, before any norm; N = L + 1, [CLS] first.
 
-        images (B, C, height, width), normalised; mask bool (B, L), True where the patch is hidden.
+        images (B, C, height, width), normalised, or patches (B, L, P) of them; mask bool (B, L),
+        True where the patch is hidden.
         Raises ValueError for images of another size, and for a mask that does not fit or that
         this model has no mask token for.
         """
@@ -98,11 +102,12 @@ class Beit(nn.Module):
         A hidden patch becomes the mask token before positions are added: it stays in its place.
         """
         x_BLD = self.patch_embed(images)
+        mask_token = None
         if mask is not None:
             self._check_mask(mask, x_BLD)
-            x_BLD = torch.where(mask[:, :, None], self.mask_token, x_BLD)
-        x_BND = torch.cat((self.cls_token.expand(len(x_BLD), -1, -1), x_BLD), dim=1)
-        return x_BND if self.pos_embed is None else x_BND + self.pos_embed
+            mask_token = self.mask_token.flatten()
+        pos = None if self.pos_embed is None else self.pos_embed.flatten(0, 1)
+        return mask_embed(x_BLD, self.cls_token.flatten(), mask_token, mask, pos)
 
     def _check_mask(self, mask: Tensor, x: Tensor) -> None:
         if self.mask_token is None:

@@ -8,7 +8,7 @@ from beit_fast.kernels.linear_cross_entropy import masked_linear_cross_entropy
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.init import init_finetuning
-from beit_fast.model.layers import Linear, patchify
+from beit_fast.model.layers import Linear
 
 
 class BeitForMaskedImageModeling(Beit):
@@ -68,7 +68,7 @@ class BeitForMaskedImageModeling(Beit):
         self._check_predicts("pixels")
         x_BND = self.forward_features(images, mask)
         rows_ID = x_BND.flatten(0, 1).index_select(0, self._token_rows(masked_index).clamp(min=0))
-        patches_BLP = patchify(images, self.config.patch_pixels)
+        patches_BLP = self.patch_embed.patches(images)
         target_IP = patches_BLP.flatten(0, 1).index_select(0, masked_index.clamp(min=0))
         real = masked_index >= 0
         error_I = (self.lm_head(self.norm(rows_ID)).float() - target_IP).square().mean(dim=1)

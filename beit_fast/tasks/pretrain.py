@@ -26,8 +26,8 @@ from beit_fast.data.views import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ViewConfig,
-    normalize,
 )
+from beit_fast.kernels.patches import normalized_patches
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForMaskedImageModeling
@@ -170,19 +170,19 @@ class PretrainTask:
         """Nothing here changes over the run."""
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Images, mask and index as the model takes them, and the tokens of the listed patches."""
+        """Patches, mask and index as the model takes them, and the tokens of those listed."""
         batch = jitter_views(batch)
-        images, mask, index = self._inputs(batch)
-        prepared = {"images": images, "mask": mask, "masked_index": index}
+        patches, mask, index = self._inputs(batch)
+        prepared = {"patches": patches, "mask": mask, "masked_index": index}
         if self.predicts_tokens:
             prepared["tokens"] = self._tokens(batch, index)
         return prepared
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.predicts_tokens:
-            return self._loss(batch["images"], batch["mask"], batch["masked_index"]), {}
+            return self._loss(batch["patches"], batch["mask"], batch["masked_index"]), {}
         index, tokens = batch["masked_index"], batch["tokens"]
-        loss, num_correct = self._loss(batch["images"], batch["mask"], index, tokens)
+        loss, num_correct = self._loss(batch["patches"], batch["mask"], index, tokens)
         predicted = index >= 0
         # Counts are whole numbers in fp64: exact, so their order of summation does not matter.
         self.counters["token_counts"].index_add_(0, tokens.clamp(min=0), predicted.double())
@@ -197,19 +197,25 @@ class PretrainTask:
         return {"marginal_entropy": code_entropy(self.counters["token_counts"])}
 
     def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """First view, mask and the flat indices of the patches to predict, on the device."""
-        images = normalize(batch["images"], *STATISTICS[self.config.statistics])
+        """First view in patches, mask and the flat indices of those to predict, on the device."""
+        mean, std = STATISTICS[self.config.statistics]
+        # Pixels that are to be predicted stay as exact as they are; the product rounds its own.
+        dtype = torch.float32 if self.tokenizer is None else None
+        patches = normalized_patches(
+            batch["images"], self.config.model.patch_pixels, mean, std, dtype=dtype
+        )
         mask, index = batch["mask"], batch["masked_index"]
         if self.config.objective in ("all", "all_unmasked"):
             index = torch.arange(mask.numel(), dtype=torch.int32, device=mask.device)
         if self.config.objective == "all_unmasked":
             mask = torch.zeros_like(mask)
-        return images, mask, index
+        return patches, mask, index
 
     @torch.no_grad()
     def _tokens(self, batch: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
-        """Visual tokens of the second view, (B, Gh, Gw), or with an index (I,) those listed: of a token
-        cache those in the batch.
+        """Visual tokens of the second view, (B, Gh, Gw), or with an index (I,) those listed.
+
+        Those of a token cache are in the batch.
         """
         if "tokens" not in batch:
             precision = self.config.tokenizer_precision
@@ -232,12 +238,12 @@ class PretrainTask:
         """
         losses, num_correct, num_predicted, counts = [], 0, 0, 0
         for batch in self._unseen(model, num_batches):
-            images, mask, index = self._inputs(batch)
+            patches, mask, index = self._inputs(batch)
             if not self.predicts_tokens:
-                losses.append(model.pixel_loss(images, mask, index))
+                losses.append(model.pixel_loss(patches, mask, index))
                 continue
             tokens = self._tokens(batch, index)
-            loss, correct = model.loss(images, mask, index, tokens)
+            loss, correct = model.loss(patches, mask, index, tokens)
             predicted = tokens[index >= 0]
             losses.append(loss)
             num_correct, num_predicted = num_correct + correct, num_predicted + len(predicted)
@@ -264,15 +270,15 @@ class PretrainTask:
         """
         (batch,) = self._unseen(model, 1)
         batch = {name: value[:NUM_PICTURES] for name, value in batch.items()}
-        images, mask, _ = self._inputs(batch | {"masked_index": batch["masked_index"][:0]})
+        patches, mask, _ = self._inputs(batch | {"masked_index": batch["masked_index"][:0]})
         grid = self.config.model.grid
         original = batch["images"].permute(0, 3, 1, 2).float() / 255
         columns = {"image": original, "what the model sees": hide_patches(original, mask, grid)}
         if not self.predicts_tokens:
-            columns["predicted pixels"] = self._predicted_pixels(model, images, mask, original)
+            columns["predicted pixels"] = self._predicted_pixels(model, patches, mask, original)
         else:
             tokens = self._tokens(batch).flatten(1)
-            predicted = torch.where(mask, model.predict(images, mask), tokens)
+            predicted = torch.where(mask, model.predict(patches, mask), tokens)
             columns["its visual tokens"] = self._show(tokens.view(-1, *grid))
             columns["with predicted tokens"] = self._show(predicted.view(-1, *grid))
         draw_columns(columns, path)
@@ -311,11 +317,11 @@ class PretrainTask:
         check_made_from(self.cache.folder, made_from, ours)
 
     def _predicted_pixels(
-        self, model: BeitForMaskedImageModeling, images: Tensor, mask: Tensor, original: Tensor
+        self, model: BeitForMaskedImageModeling, patches: Tensor, mask: Tensor, original: Tensor
     ) -> Tensor:
         """The image with its hidden patches as the model regresses them, (B, 3, h, w)."""
         config = self.config.model
-        patches_BPL = model(images, mask).float().transpose(1, 2)
+        patches_BPL = model(patches, mask).float().transpose(1, 2)
         pixels = F.fold(
             patches_BPL, config.image_pixels, config.patch_pixels, stride=config.patch_pixels
         )

@@ -33,6 +33,7 @@ SPILLS_OF_CASES = {"residual-D8192-bf16": (32, 32), "residual-D384-bf16": (2, 2)
 STREAMING = {
     *("attention_whole", "attention_flash", "dq_dbias", "dq", "dk_dv", "dbias", "window_backward"),
     *("scale_residual_forward", "scale_residual_backward"),
+    *("patches", "mask_embed_forward", "mask_embed_backward"),
     *("gather_norm", "cross_entropy_gradient", "scatter_norm_backward"),
 }
 READING = {"cross_entropy", "linear_argmax"}

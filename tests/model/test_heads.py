@@ -266,6 +266,28 @@ def test_tokens_of_the_listed_patches_alone_will_do(tiny, randomize):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("predict", ["tokens", "pixels"])
+def test_a_loss_takes_patches_for_images(tiny, randomize, gradients, predict):
+    config = tiny(predict=predict, use_abs_pos_emb=True)
+    model = randomize(BeitForMaskedImageModeling(config))
+    images, *inputs = masked_inputs()
+    results = []
+    for pixels in (images, patchify(images, config.patch_pixels)):
+        pixels.requires_grad_()
+        if predict == "tokens":
+            loss, _ = model.loss(pixels, *inputs)
+        else:
+            loss = model.pixel_loss(pixels, *inputs[:2])
+        model.zero_grad()
+        loss.backward()
+        in_patches = pixels.grad if pixels.ndim == 3 else patchify(pixels.grad, (8, 8))
+        results.append({"loss": loss, "pixels": in_patches, **gradients(model)})
+    assert results[0].keys() == results[1].keys()
+    assert results[0]["pixels"].abs().sum() > 0
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
 def test_a_tiny_beit_trains_by_the_kernels_as_by_the_reference(tiny, monkeypatch):
     def train(backend):
         head = functools.partial(masked_linear_cross_entropy, backend=backend)

@@ -24,6 +24,15 @@ def test_patch_embedding_is_the_convolution_it_stores(tiny, channels_last):
     torch.testing.assert_close(embed(images), expected)
 
 
+def test_patches_are_embedded_as_the_images_they_are_cut_from(tiny):
+    embed = PatchEmbed(tiny(img_size=(24, 32), patch_size=(8, 16)))
+    images = torch.randn(2, 3, 24, 32)
+    patches = patchify(images, (8, 16))
+    assert torch.equal(embed(patches), embed(images))
+    with pytest.raises(ValueError, match=r"patches are \(B, 6, 384\)"):
+        embed(patches[:, 1:])
+
+
 def test_images_of_another_size_are_refused_with_both_remedies(tiny):
     embed = PatchEmbed(tiny())
     for shape in ((1, 3, 40, 32), (1, 1, 32, 32), (3, 32, 32)):

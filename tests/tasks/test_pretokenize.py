@@ -85,7 +85,7 @@ def assert_the_same_batches_and_losses(config, folder, count):
         losses = []
         for task, values in ((live, theirs), (ours, batch)):
             torch.manual_seed(0)
-            losses.append(task.loss(values, 0)[0])
+            losses.append(task.loss(task.prepare(values))[0])
         assert torch.equal(*losses)
     assert torch.equal(live.counters["token_counts"], ours.counters["token_counts"])
 
@@ -157,7 +157,7 @@ def test_training_has_no_tokenizer_and_no_token_view(pretrain_config, cache_of):
     (batch,) = batches_of(task, 1)
     assert "token_images" not in batch
     assert task.tokenizer is None
-    loss, _ = task.loss(batch, 0)
+    loss, _ = task.loss(task.prepare(batch))
     assert loss.isfinite()
     assert task.counters["token_counts"].sum() == batch["mask"].sum()
 

@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit_fast.data.color_jitter import jitter_views
+from beit_fast.data.views import normalize
+from beit_fast.model.layers import patchify
 from beit_fast.tasks import pretrain
 from beit_fast.tasks.pipeline import run_pretraining
 from beit_fast.tasks.pretrain import PretrainTask
@@ -201,6 +203,21 @@ def test_a_training_step_never_waits_for_the_device(pretrain_config, objective):
         loss, _ = task.loss(task.prepare(batch))
         loss.backward()
         task.report()
+
+
+@pytest.mark.parametrize("statistics", ["half", "imagenet"])
+def test_the_model_gets_the_patches_of_the_normalised_images(pretrain_config, statistics):
+    config = pretrain_config(statistics=statistics)
+    task = task_of(config)
+    batches = task.batches(0)
+    batch = next(batches)
+    batches.close()
+    images = normalize(batch["images"], *pretrain.STATISTICS[statistics])
+    expected = patchify(images, config.model.patch_pixels)
+    assert torch.equal(task._inputs(batch)[0], expected)
+    with torch.autocast("cpu", torch.bfloat16):  # what the product would round is rounded before
+        patches, *_ = task._inputs(batch)
+    assert torch.equal(patches, expected.bfloat16())
 
 
 @pytest.mark.parametrize("objective", ["all", "all_unmasked"])
