@@ -140,7 +140,7 @@ def test_a_folder_that_moved_is_the_same_data_and_a_changed_one_is_not(image_fol
     assert ImageFolder(moved).digest() != digest
 
 
-@pytest.mark.parametrize("place", [0, -100, -1], ids=["header", "record", "last byte"])
+@pytest.mark.parametrize("place", [0, -50, -1], ids=["header", "record", "last byte"])
 def test_every_flipped_bit_is_seen_by_the_rank_that_checks_the_file(made, place):
     folder = made[0]
     path = sorted(folder.glob("*.npy"))[3]
