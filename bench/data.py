@@ -34,7 +34,7 @@ from beit_fast.data.loader import Loader
 from beit_fast.data.masking import MaskingConfig, draw_mask
 from beit_fast.data.samples import PretrainSample
 from beit_fast.data.seeds import SampleSeed
-from beit_fast.data.views import ViewConfig, normalize, two_views
+from beit_fast.data.views import ViewConfig, make_views, normalize, two_views
 
 GRID = (14, 14)
 MAX_FILES = 256  # of a folder: enough to be even, few enough to sit in memory
@@ -94,10 +94,15 @@ def bench_transforms(source: "_Memory", rounds: int) -> list[dict]:
         for view in made.values():
             normalize(torch.from_numpy(view)[None]).contiguous()
 
+    def first_view(i: int) -> None:
+        """Alone: the second one's tokens are read from the cache."""
+        make_views(source.read(i), fast, SampleSeed(0, 0, i).rng("view"), ("images",))
+
     candidates = {
         "reference": views(reference),
         "reference, floats out": official,
         "fast": views(fast),
+        "fast, with a token cache": first_view,
         "fast, no jitter": views(replace(fast, color_jitter=0.0)),
         "decode, Pillow": lambda i: decode_pillow(source.read(i)),
         "decode, fast": lambda i: decode_fast(source.read(i)),

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -30,6 +31,24 @@ def test_the_demo_runs_from_start_to_end_and_again(tmp_path, capsys):
     assert "resumes from" in capsys.readouterr().out
 
 
+def test_the_demo_runs_from_a_token_cache_of_its_own_tokenizer(tmp_path, capsys):
+    tokens, output = str(tmp_path / "tokens"), tmp_path / "demo"
+    arguments = [*TINY, "--run.output", str(output)]
+    assert main(["pretokenize", "demo", *arguments, "--output", tokens, "--num_views", "1"]) == 0
+    assert f"19 images x 1 in {tokens}" in capsys.readouterr().out
+    cached = [*arguments, "--token_cache", tokens]
+    assert main(["pretrain", "demo", *cached]) == 1
+    assert "--tokenizer_training null" in capsys.readouterr().err
+    tokenizer = str(output / "tokenizer" / "tokenizer.safetensors")
+    cached = ["--run.steps", "2", "--model.depth", "1", "--optim.warmup_steps", "1"]
+    cached += ["--run.output", str(output), "--token_cache", tokens]
+    cached += ["--tokenizer_training", "null", "--tokenizer", tokenizer]
+    assert main(["pretrain", "demo", *cached]) == 0
+    assert "evaluation is on crops and masks never trained on" in capsys.readouterr().out
+    assert main(["pretrain", "demo", *cached, "--run.seed", "1"]) == 1
+    assert "seed was 0, is 1" in capsys.readouterr().err
+
+
 def test_flags_change_fields_and_files_change_many(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({"model": {"depth": 3}, "optim": {"lr": 1e-3}}))
@@ -42,6 +61,16 @@ def test_flags_change_fields_and_files_change_many(tmp_path):
 @pytest.mark.parametrize("name", recipes.PRETRAIN)
 def test_every_recipe_survives_the_parser_unchanged(name):
     assert parse("pretrain", name, recipes.PRETRAIN[name], []) == recipes.PRETRAIN[name]()
+
+
+@pytest.mark.parametrize("name", recipes.PRETOKENIZE)
+def test_every_token_cache_recipe_is_its_pretraining_one_and_survives_the_parser(name):
+    recipe = recipes.PRETOKENIZE[name]
+    config = parse("pretokenize", name, recipe, ["--num_views", "3"])
+    assert config == replace(recipe(), num_views=3)
+    pretraining = recipes.PRETRAIN[name]()
+    assert vars(pretraining).items() <= vars(config).items()
+    assert config.output == f"{pretraining.run.output}_tokens"
 
 
 @pytest.mark.parametrize("name", recipes.TOKENIZER)

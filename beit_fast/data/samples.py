@@ -5,6 +5,7 @@ the house table: B images, L = Gh x Gw patches.
 """
 
 import random
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -67,20 +68,26 @@ class CachedSample(PretrainSample):
     A batch holds what `PretrainSample`'s does, but for token_images
         tokens        int32 (B, L)
 
-    A sample raises TokenCacheError where its image is not the one that the tokens were made from.
+    name: what to call an image in a message. Raises TokenCacheError where an image is not the one
+    that its tokens were made from.
     """
 
     def __init__(
-        self, view: ViewConfig, masking: MaskingConfig, grid: tuple[int, int], cache: TokenCache
+        self,
+        view: ViewConfig,
+        masking: MaskingConfig,
+        grid: tuple[int, int],
+        cache: TokenCache,
+        name: Callable[[int], str],
     ):
         super().__init__(view, masking, grid)
-        self.cache = cache
+        self.cache, self.name = cache, name
 
     def __call__(self, data: bytes, seed: SampleSeed) -> dict[str, np.ndarray]:
         record = self.cache.record(seed)
         rng = random.Random(int(record["seed"]))
         views, draw = make_views(data, self.view, rng, ("images",))  # first: it may be a bad image
-        check_view(record, draw, len(data), seed.index)
+        check_view(record, draw, len(data), self.name(int(record["image"])))
         mask = draw_mask(self.grid, self.masking, seed.rng("mask"))
         return views | {
             "mask": mask.reshape(-1),
@@ -90,7 +97,7 @@ class CachedSample(PretrainSample):
 
     def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         batch = super().collate(samples)
-        check_images(batch.pop("tokens_of"), batch["sample_index"])
+        check_images(batch.pop("tokens_of"), batch["sample_index"], self.name)
         return batch
 
 

@@ -226,7 +226,7 @@ class TokenCache:
                     raise TokenCacheError(f"{wrong}; {again}")
             path = self.folder / shard.name
             try:
-                records = np.load(path, mmap_mode="r", allow_pickle=False)
+                records = np.lib.format.open_memmap(path, mode="r")  # never unpickles
             except (ValueError, OSError) as error:
                 raise TokenCacheError(f"{path} cannot be read: {error}; {again}") from error
             expected = (shard.last - shard.first,), manifest.dtype
@@ -243,7 +243,7 @@ class TokenCache:
         return self._records[seed.epoch % self.num_views][shard][row]
 
 
-def check_view(record: np.void, draw: ViewDraw, num_bytes: int, index: int) -> None:
+def check_view(record: np.void, draw: ViewDraw, num_bytes: int, name: str) -> None:
     """Raise TokenCacheError unless a view is the one that the record's tokens are of."""
     found = {"file size": num_bytes, "crop": list(draw.box), "flip": draw.flip}
     stored = {
@@ -257,18 +257,19 @@ def check_view(record: np.void, draw: ViewDraw, num_bytes: int, index: int) -> N
         if found[name] != stored[name]
     ]:
         raise TokenCacheError(
-            f"image {index} is not the one its tokens were made from ({'; '.join(different)}): it "
-            "was changed, or only one of the two could be read. Restore it or make the tokens anew"
+            f"{name} is not the image its tokens were made from ({'; '.join(different)}): it was "
+            "changed, or could be read at only one of the two times. Restore it or make the tokens "
+            "anew"
         )
 
 
-def check_images(images: np.ndarray, read: np.ndarray) -> None:
+def check_images(images: np.ndarray, read: np.ndarray, name: Callable[[int], str]) -> None:
     """Raise TokenCacheError unless the images read are those of the records: both int (B,)."""
     if (wrong := np.flatnonzero(images != read)).size:
         raise TokenCacheError(
-            f"tokens of image {images[wrong[0]]} came with image {read[wrong[0]]}: one of the two "
-            "could be read when the tokens were made and cannot now, or the reverse. Restore it or "
-            "make the tokens anew"
+            f"the tokens of {name(images[wrong[0]])} came with {name(read[wrong[0]])}: one of the "
+            "two could be read when the tokens were made and cannot now, or the reverse. Restore "
+            "it or make the tokens anew"
         )
 
 

@@ -144,7 +144,8 @@ class PretrainTask:
         self._unseen_loader = self.loader
         if self.cache is not None:
             self._check_cache()
-            cached = CachedSample(views, config.masking, model.grid, self.cache)
+            name = self.loader.source.name
+            cached = CachedSample(views, config.masking, model.grid, self.cache, name)
             self.loader = self.loader.with_sample(cached)
             if config.tokenizer is None:
                 self._unseen_loader = self.loader

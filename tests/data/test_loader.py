@@ -215,6 +215,26 @@ def test_a_tokenizer_sample_is_loaded_by_the_same_loader(image_folder):
     assert batch["images"].shape == (4, 32, 32, 3)
 
 
+def test_batches_in_order_have_the_crops_of_their_pass_and_replace_bad_files_alike():
+    source = Numbers(100, bad=(41, 59))
+    loader = Loader(source, Seeds(), batch_size=8, seed=2, rank=1, world_size=3, num_threads=2)
+    batches = list(loader.batches_in_order(5, 40, 60))
+    assert [len(batch["read"]) for batch in batches] == [8, 8, 4]
+    assert torch.cat([b["seed"] for b in batches]).tolist() == [[2, 5, i] for i in range(40, 60)]
+    read = torch.cat([batch["sample_index"] for batch in batches]).tolist()
+    assert read == [40, 42, *range(42, 59), 60]
+    assert list(loader.bad_samples) == ["image-41", "image-59"]
+    assert list(loader.batches_in_order(0, 7, 7)) == []
+    assert_no_threads()
+
+
+def test_a_loader_with_another_sample_knows_the_same_bad_files():
+    loader = Loader(Numbers(100, bad=(41,)), Seeds(), batch_size=100, num_threads=0)
+    other = loader.with_sample(Seeds())
+    take(other, 1)
+    assert list(loader.bad_samples) == ["image-41"]
+
+
 # What cannot be read
 
 

@@ -19,9 +19,11 @@ from beit_fast.data.views import (
     HALF_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    VIEWS,
     ViewConfig,
     draw_box,
     draw_view,
+    make_views,
     normalize,
     two_views,
 )
@@ -161,6 +163,20 @@ def test_tiny_images_and_strips_give_views_of_full_size(kind, shape, make_image,
         assert view.shape == (96, 64, 3)
         assert token_view.shape == (48, 32, 3)
         assert view.dtype == token_view.dtype == np.uint8
+
+
+@pytest.mark.parametrize("kind", ["reference", "fast"])
+def test_each_view_is_the_same_without_the_other(kind, photographs):
+    def make(*names):
+        return make_views(photographs[2], ViewConfig(kind=kind), random.Random(4), *names)
+
+    both, draw = make()
+    for name in VIEWS:
+        alone, same_draw = make((name,))
+        assert same_draw == draw
+        assert alone.keys() == both.keys() - set(VIEWS) | {name}
+        for key, value in alone.items():
+            assert np.array_equal(value, both[key])
 
 
 @pytest.mark.parametrize("kind", ["reference", "fast"])
