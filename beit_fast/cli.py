@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from beit_fast import recipes
+from beit_fast.data.loader import BadDataError
 from beit_fast.tasks.dvae import run_dvae
 from beit_fast.tasks.pipeline import run_pretraining
 from beit_fast.tasks.pretokenize import run_pretokenize
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("beit-fast: interrupted; the last checkpoint is whole", file=sys.stderr)
         return 130
-    except (ValueError, OSError, NonFiniteLoss) as error:
+    except (ValueError, OSError, BadDataError, NonFiniteLoss) as error:
         print(f"beit-fast: {error}", file=sys.stderr)
         return 1
     return 0

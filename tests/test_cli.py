@@ -102,6 +102,18 @@ def test_a_mistake_gets_one_line_and_a_code(
         assert len(said.strip().splitlines()) == 1
 
 
+def test_a_folder_of_broken_images_gives_one_line(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(b"no image")
+    path = str(tmp_path / "images")
+    output = ["--run.output", str(tmp_path / "run")]
+    assert main(["tokenizer", "demo", "--data.path", path, *output]) == 1
+    said = capsys.readouterr().err
+    assert "files are bad" in said
+    assert "Traceback" not in said
+
+
 def test_a_signal_gives_its_exit_code_and_the_run_goes_on_later(tmp_path, capsys, monkeypatch):
     arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
     loss = PretrainTask.loss
