@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    source = _Memory(args.data)
+    source = InMemory(args.data)
     values = conditions(
         torch.device("cpu"),
         ("torchcodec", "pillow", "numpy", "grain"),
@@ -82,7 +82,7 @@ def bench_masks(rounds: int) -> list[dict]:
     return rates({strategy: draw(strategy) for strategy in strategies}, 4000, rounds, turn=500)
 
 
-def bench_transforms(source: "_Memory", rounds: int) -> list[dict]:
+def bench_transforms(source: "InMemory", rounds: int) -> list[dict]:
     fast, reference = ViewConfig(kind="fast"), ViewConfig(kind="reference")
 
     def views(config: ViewConfig) -> Callable[[int], object]:
@@ -129,7 +129,7 @@ def bench_jitter(rounds: int, batch_size: int = 64) -> list[dict]:
     return rows
 
 
-def bench_distance(source: "_Memory", draws: int = 4) -> list[dict]:
+def bench_distance(source: "InMemory", draws: int = 4) -> list[dict]:
     """Over images and draws: mean and largest difference, PSNR in the median and at worst."""
     rows = []
     for title, color_jitter in (("", 0.4), (", no jitter", 0.0)):
@@ -171,11 +171,11 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]
     return np.abs(difference).mean(), np.abs(difference).max(), 10 * np.log10(255**2 / square)
 
 
-def bench_loader(source: "_Memory", threads: list[int], batch_size: int = 64) -> list[dict]:
+def bench_loader(source: "InMemory", threads: list[int], batch_size: int = 64) -> list[dict]:
     rows = []
     for kind, num_threads in [("fast", n) for n in threads] + [("reference", 0)]:
         loader = Loader(
-            _Many(source),
+            ManyTimes(source),
             PretrainSample(ViewConfig(kind=kind), MaskingConfig(), GRID),
             batch_size=batch_size,
             num_threads=num_threads,
@@ -223,7 +223,7 @@ def rates(
     ]
 
 
-class _Memory:
+class InMemory:
     """The files of a folder, held in memory: what is timed is work, not the disk."""
 
     def __init__(self, folder: Path | None):
@@ -247,11 +247,11 @@ class _Memory:
         return f"file {index}"
 
 
-class _Many:
+class ManyTimes:
     """As many files as ImageNet has, the same few again and again: Grain's shuffle takes 4 us per
     image of a data set of that size, and more than a millisecond per image of one of twenty."""
 
-    def __init__(self, source: _Memory):
+    def __init__(self, source: InMemory):
         self.read, self.name = source.read, source.name
 
     def __len__(self) -> int:

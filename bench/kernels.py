@@ -1,6 +1,6 @@
 """Every kernel against its peers: time, spread, share of the machine's roof, peak memory.
 
-    python bench/kernels.py attention|residual|cross_entropy|input [--only NAME] [--rounds 15]
+    python bench/kernels.py attention|residual|cross_entropy|input|pieces [--only NAME]
 
 All candidates of a case run interleaved in one process, behind the tests: no number is printed
 while a candidate disagrees with the reference. A ratio is the peer's time by ours: above 1, ours is
@@ -11,7 +11,7 @@ a call allocates beyond its inputs. On a CPU the shapes are small.
 
 import argparse
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,7 @@ from timing import (
 )
 from torch import Tensor
 
-AREAS = ("attention", "residual", "cross_entropy", "input")
+AREAS = ("attention", "residual", "cross_entropy", "input", "pieces")
 
 
 @dataclass
@@ -83,6 +83,21 @@ def measure(case: Case, device: torch.device, roof: Roof, rounds: int) -> list[d
 def gradients_of(out: Tensor, inputs: list[Tensor], dout: Tensor) -> Callable[[], object]:
     """The backward alone, again and again over one forward."""
     return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+
+def require_as_exact(
+    ours: Iterable[Tensor], eager: Iterable[Tensor], exact: Iterable[Tensor]
+) -> None:
+    """Raise AssertionError where ours is further from the exact tensors than eager twice, plus a
+    rounding of the largest element: no time is printed for wrong numbers."""
+    for our, their, want in zip(ours, eager, exact, strict=True):
+        rounding = torch.finfo(our.dtype).eps * want.abs().max()
+        allowed = 2 * (their.double() - want).abs().max() + rounding
+        error = (our.double() - want).abs().max()
+        if not error <= allowed:
+            raise AssertionError(
+                f"ours is {error:.2e} from fp64, allowed {allowed:.2e}: nothing is timed"
+            )
 
 
 def try_all(makers: dict[str, Callable[[], Callable]]) -> tuple[dict, dict[str, str]]:

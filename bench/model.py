@@ -194,13 +194,13 @@ def peak_cpu_mib(name: str, task: str, setting: Setting) -> float:
     """
     torch.set_num_threads(setting.threads)
     candidate = make_candidate(name, task, setting)
-    before = _resident_kib("VmRSS")
+    before = resident_kib("VmRSS")
     candidate.train_step()
     candidate.train_step()
-    return (_resident_kib("VmHWM") - before) / 2**10
+    return (resident_kib("VmHWM") - before) / 2**10
 
 
-def _resident_kib(field: str) -> int:
+def resident_kib(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1])

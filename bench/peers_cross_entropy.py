@@ -16,10 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.kernels._triton import can_launch
-from beit_fast.kernels.gather_norm import gather_norm, scatter_norm_backward
+from beit_fast.kernels.gather_norm import (
+    gather_norm,
+    gather_norm_torch,
+    scatter_norm_backward,
+    scatter_norm_backward_torch,
+)
 from beit_fast.kernels.linear_argmax import linear_argmax
 from beit_fast.kernels.linear_cross_entropy import masked_linear_cross_entropy
-from kernels import Case, try_all
+from kernels import Case, require_as_exact, try_all
 
 EPS = 1e-6
 N, MASKED, V = 197, 75, 8192
@@ -183,13 +188,34 @@ def _streaming_cases(name, inputs, dtype, only) -> Iterator[Case]:
         run = functools.partial(gather_norm, x, index, norm_weight, norm_bias, EPS, dtype)
         eager = functools.partial(_rows, x, index, norm_weight, norm_bias, dtype)
         num_bytes = 2 * rows.nbytes
-        yield Case(f"{name}-gather", {"ours": run, "eager": eager}, num_bytes, 0.0)
+        check = functools.partial(_check_streaming, inputs, dtype)
+        yield Case(f"{name}-gather", {"ours": run, "eager": eager}, num_bytes, 0.0, check=check)
     if only in f"{name}-scatter":
         run = functools.partial(
             scatter_norm_backward, rows, index, torch.ones(1, device=x.device), x, stats,
             norm_weight, needs_x=True, needs_weight=True, needs_bias=True,
         )  # fmt: skip
-        yield Case(f"{name}-scatter", {"ours": run}, 2 * rows.nbytes + x.nbytes, 0.0)
+        check = functools.partial(_check_streaming, inputs, dtype)
+        num_bytes = 2 * rows.nbytes + x.nbytes
+        yield Case(f"{name}-scatter", {"ours": run}, num_bytes, 0.0, check=check)
+
+
+def _check_streaming(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    """Both kernels on two images against the same in torch, both held against fp64."""
+    x, index, _, _, _, *norm = (t.detach() for t in inputs)
+    x, index = x[:2], index[index < 2 * N]
+    dout = torch.randn(len(index), x.shape[2], device=x.device).to(dtype)
+    options = {"needs_x": True, "needs_weight": True, "needs_bias": True}
+
+    def run(gather: Callable, scatter: Callable, x: Tensor, dout: Tensor, norm: list[Tensor]):
+        rows, stats = gather(x, index, *norm, EPS, dout.dtype)
+        factor = torch.ones(1, device=x.device, dtype=stats.dtype)
+        return [rows, *scatter(dout, index, factor, x, stats, norm[0], **options)]
+
+    in_torch = (gather_norm_torch, scatter_norm_backward_torch)
+    exact = run(*in_torch, x.double(), dout.double(), [t.double() for t in norm])
+    ours = run(gather_norm, scatter_norm_backward, x, dout, norm)
+    require_as_exact(ours, run(*in_torch, x, dout, norm), exact)
 
 
 def _argmax_case(name, B, D, masked, device) -> Case:
@@ -215,4 +241,18 @@ def _argmax_case(name, B, D, masked, device) -> Case:
     )
     rows = B * (MASKED if masked else 196)
     num_bytes = rows * D * features.element_size() + weight.nbytes
-    return Case(name, candidates, num_bytes, 2.0 * rows * D * V, failed=failed)
+    check = functools.partial(_check_argmax, features, weight, bias, index)
+    return Case(name, candidates, num_bytes, 2.0 * rows * D * V, failed=failed, check=check)
+
+
+def _check_argmax(features: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None) -> None:
+    """What ours picks among the first rows scores as much as the best, but for fp32's rounding."""
+    rows = features.flatten(0, 2)
+    rows = (rows if index is None else rows.index_select(0, index))[:256].double()
+    scores = F.linear(rows, weight.double(), bias.double())
+    chosen = linear_argmax(features, weight, bias, index, precision="tf32x3").flatten()[:256]
+    gap = (scores.amax(dim=1) - scores.gather(1, chosen[:, None])[:, 0]).max()
+    # Sums of D products, in fp32 and in another order than here.
+    allowed = torch.finfo(torch.float32).eps * rows.shape[1] ** 0.5 * scores.abs().max()
+    if not gap <= allowed:
+        raise AssertionError(f"ours picks scores {gap:.2e} below the best: nothing is timed")

@@ -3,14 +3,18 @@
     pytest bench/test_kernels.py --benchmark-group-by=group
 
 Forward and, for what has a gradient, backward; on the GPU where there is one (bf16), else on the
-CPU (fp32).
+CPU (fp32). What differs from the reference is not timed.
 """
+
+import functools
 
 import pytest
 import torch
 
 from beit_fast.kernels.attention import attention_qkvpacked, attention_reference
+from beit_fast.kernels.drop_path import draw_kept_samples
 from beit_fast.kernels.linear import linear, linear_reference
+from beit_fast.kernels.linear_argmax import linear_argmax, linear_argmax_reference
 from beit_fast.kernels.linear_cross_entropy import (
     masked_linear_cross_entropy,
     masked_linear_cross_entropy_reference,
@@ -18,7 +22,14 @@ from beit_fast.kernels.linear_cross_entropy import (
 from beit_fast.kernels.mask_embed import mask_embed, mask_embed_reference
 from beit_fast.kernels.patches import normalized_patches, normalized_patches_reference
 from beit_fast.kernels.rel_pos_bias import rel_pos_bias, rel_pos_bias_reference
-from beit_fast.kernels.scale_residual import scale_residual, scale_residual_reference
+from beit_fast.kernels.scale_residual import (
+    layer_norm,
+    layer_norm_reference,
+    scale_residual,
+    scale_residual_norm,
+    scale_residual_norm_reference,
+    scale_residual_reference,
+)
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE, B = ("cuda", torch.bfloat16, 128) if CUDA else ("cpu", torch.float32, 4)
@@ -34,6 +45,12 @@ def attention_reference_qkvpacked(qkv, bias):
     return attention_reference(*qkv.unbind(2), bias)
 
 
+def drop_path(x, branch, gamma, *, function):
+    """A branch of three samples in four."""
+    return function(x, branch[: len(KEPT.samples)], gamma, kept=KEPT)
+
+
+KEPT = draw_kept_samples(B, 0.25, torch.device(DEVICE))
 CASES = {
     "attention": (
         {"ours": attention_qkvpacked, "reference": attention_reference_qkvpacked},
@@ -46,6 +63,28 @@ CASES = {
     "scale_residual": (
         {"ours": scale_residual, "reference": scale_residual_reference},
         lambda: (tensor(B, N, D), tensor(B, N, D), tensor(D), torch.ones(B, device=DEVICE)),
+    ),
+    "scale_residual_norm": (
+        {"ours": scale_residual_norm, "reference": scale_residual_norm_reference},
+        lambda: (
+            *(tensor(B, N, D), tensor(B, N, D), tensor(D), tensor(D), tensor(D)),
+            torch.ones(B, device=DEVICE),
+        ),
+    ),
+    "layer_norm": (
+        {"ours": layer_norm, "reference": layer_norm_reference},
+        lambda: (tensor(B, N, D), tensor(D), tensor(D)),
+    ),
+    "drop_path": (
+        {
+            "ours": functools.partial(drop_path, function=scale_residual),
+            "reference": functools.partial(drop_path, function=scale_residual_reference),
+        },
+        lambda: (tensor(B, N, D), tensor(B, N, D), tensor(D)),
+    ),
+    "linear_argmax": (
+        {"ours": linear_argmax, "reference": linear_argmax_reference},
+        lambda: (tensor(B, MASKED, 2048), tensor(V, 2048), tensor(V)),
     ),
     "rel_pos_bias": (
         {"ours": rel_pos_bias, "reference": rel_pos_bias_reference},
@@ -85,6 +124,16 @@ CASES = {
 }
 
 
+def check_agreement(ours, reference):
+    both = (out if isinstance(out, tuple) else (out,) for out in (ours, reference))
+    for our, want in zip(*both, strict=True):
+        if our.is_floating_point():
+            error = (our.double() - want.double()).norm() / want.double().norm()
+            assert error <= max(2 * torch.finfo(our.dtype).eps, 1e-5)
+        elif our.ndim:  # the best of thousands of scores: close ones may change places
+            assert (our == want).double().mean() >= 0.999
+
+
 @pytest.mark.parametrize("who", ["ours", "reference"])
 @pytest.mark.parametrize("kernel", CASES)
 def test_forward_and_backward(benchmark, kernel, who):
@@ -94,10 +143,12 @@ def test_forward_and_backward(benchmark, kernel, who):
 
     def step():
         out = candidates[who](*inputs)
-        out = out[0] if isinstance(out, tuple) else out
-        if out.requires_grad:
-            out.backward(torch.ones_like(out))
+        outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
         if CUDA:
             torch.cuda.synchronize()
+        return out
 
+    check_agreement(*(candidates[name](*inputs) for name in ("ours", "reference")))
     benchmark.pedantic(step, rounds=7, warmup_rounds=2)

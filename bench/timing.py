@@ -47,18 +47,20 @@ def time_interleaved(
     rounds: int,
     warmup: int = 2,
     calls: int = 1,
+    wall: bool = False,
 ) -> dict[str, Timing]:
     """Time each candidate `rounds` times, taking turns, after `warmup` calls of each.
 
     A sample is the mean of `calls` calls (more than one for what is near the clock's resolution).
     On a GPU it is the time between two events of the stream, and the calls are queued behind a
-    sleep: what Python takes to launch them does not count, as in a CUDA graph it would not.
+    sleep: what Python takes to launch them does not count, as in a CUDA graph it would not. With
+    `wall` it does: the time is that of the clock, from an idle GPU to an idle GPU.
     The order within a round alternates, so that no candidate always follows the same one.
     """
     queue_ms = {}
     for name, run in candidates.items():
         for _ in range(warmup):
-            _synchronize(device)
+            synchronize()
             start = time.perf_counter()
             for _ in range(calls):
                 run()
@@ -67,7 +69,7 @@ def time_interleaved(
     order = list(candidates)
     for _ in range(rounds):
         for name in order:
-            sample = _sample_cuda if device.type == "cuda" else _sample_cpu
+            sample = _sample_cuda if device.type == "cuda" and not wall else _sample_wall
             rounds_ms[name].append(sample(candidates[name], calls, queue_ms[name]) / calls)
         order.reverse()
     return {name: Timing(tuple(values)) for name, values in rounds_ms.items()}
@@ -146,10 +148,12 @@ def _spread(values: Iterable[float]) -> float:
     return (high - low) / 2 / middle
 
 
-def _sample_cpu(run: Callable[[], object], calls: int, _queue_ms: float) -> float:
+def _sample_wall(run: Callable[[], object], calls: int, _queue_ms: float) -> float:
+    synchronize()
     start = time.perf_counter()
     for _ in range(calls):
         run()
+    synchronize()
     return 1e3 * (time.perf_counter() - start)
 
 
@@ -165,9 +169,10 @@ def _sample_cuda(run: Callable[[], object], calls: int, queue_ms: float) -> floa
     return start.elapsed_time(end)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def synchronize() -> None:
+    """Wait for the GPU, if this process uses one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _cell(value: object) -> str:

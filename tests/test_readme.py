@@ -1,6 +1,7 @@
 """What the README says is true: commands parse, code runs, files exist."""
 
 import csv
+import functools
 import re
 import shlex
 import subprocess
@@ -43,13 +44,16 @@ def test_a_command_parses(command):
     parse(verb, arguments[0], known[arguments[0]], arguments[1:])
 
 
+@functools.cache
+def usage_of(script: str) -> str:
+    command = [sys.executable, str(ROOT / script), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python bench/")])
 def test_a_bench_knows_its_flags(command):
     _, script, *flags = shlex.split(command)
-    usage = subprocess.run(
-        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    assert all(flag in usage for flag in flags if flag.startswith("--"))
+    assert all(flag in usage_of(script) for flag in flags if flag.startswith("--"))
 
 
 def test_the_first_python_block_runs_and_its_shapes_are_true():
@@ -106,6 +110,12 @@ def test_the_table_of_speed_is_the_measured_one():
             if ratio != "has none":
                 assert ratio == f"{float(measured[*key, name]['ratio']):.2f}", (key, name)
                 assert float(ratio) >= 1
+
+
+def test_the_tables_are_those_of_the_results():
+    command = [sys.executable, str(ROOT / "bench" / "report.py"), "--readme", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_placeholder_is_left():

@@ -115,7 +115,7 @@ class Outcome:
     num_steps: int
 
 
-class _Loss(nn.Module):
+class TaskLoss(nn.Module):
     """The task's loss as a module, so that DDP can wrap it."""
 
     def __init__(self, task: Task) -> None:
@@ -159,9 +159,9 @@ def train(
         start = checkpoint.step if checkpoint else 0
         if checkpoint:
             task.model.load_state_dict(checkpoint.tensors["model"])
-        if (mode := _compile_mode(run, device)) != "off":
+        if (mode := compile_mode(run, device)) != "off":
             task.compile(mode)
-        module = data_parallel(_Loss(task), world)
+        module = data_parallel(TaskLoss(task), world)
         ema = ModelEmaV3(task.model, decay=run.ema_decay) if run.ema_decay is not None else None
         optimizer = build_optimizer(task.param_groups(optim.weight_decay), optim, device)
         meter = Meter(device)
@@ -246,7 +246,8 @@ def train(
         )
 
 
-def _compile_mode(run: RunConfig, device: torch.device) -> str:
+def compile_mode(run: RunConfig, device: torch.device) -> str:
+    """What `run.compile` comes to on this device."""
     if run.compile != "auto":
         return run.compile
     return "default" if device.type == "cuda" else "off"

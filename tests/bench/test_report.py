@@ -1,0 +1,119 @@
+"""What the report shows is what the files hold, and nothing else."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def report(bench):
+    return bench("report")
+
+
+CONDITIONS = {
+    "machine": "Test GPU <1>", "threads": "1", "size": "base", "dtype": "bf16", "rounds": "9",
+    "torch": "2.11.0", "timm": "1.0", "transformers": "5", "commit": "abc1234",
+}  # fmt: skip
+
+
+def pretrain_rows():
+    place = {"img_size": "224", "batch": "256", "tokenizer": "none", "input": "synthetic"}
+    empty = {"mfu_stated": "", "mfu_measured": "", "floor_ms": "", "peak_mib": ""}
+    rows = []
+    for candidate, ms, ratio in (("ours", 50.0, 1.0), ("timm", 70.0, 1.4), ("official", 45.0, 0.9)):
+        rows.append(
+            {**place, "part": "step", "candidate": candidate, "ms": str(ms), "spread": "0.01",
+             "images_per_second": str(256e3 / ms), "ratio": str(ratio), **empty,
+             "mfu_stated": "0.54", "mfu_measured": "0.68", "floor_ms": "41.0", **CONDITIONS}
+        )  # fmt: skip
+    for stage, ms, floor in (("head", 2.0, 1.1), ("backward", 30.0, 25.0), ("copy", 0.5, "")):
+        rows.append(
+            {**place, "part": stage, "candidate": "ours", "ms": str(ms), "spread": "0.02",
+             "images_per_second": "", "ratio": "", **empty, "floor_ms": str(floor), **CONDITIONS}
+        )  # fmt: skip
+    return rows
+
+
+def test_a_table_is_written_between_its_markers_alone(report):
+    page = (
+        "before\n<!-- bench: model -->\nold\n<!-- end -->\nbetween\n"
+        "<!-- bench: pretrain -->\n<!-- end -->\nafter"
+    )
+    made = report.readme_with_tables(page, {"pretrain-base-cuda": pretrain_rows()})
+    assert made.startswith("before\n<!-- bench: model -->\nnot measured: `python bench/model.py")
+    assert made.endswith("<!-- end -->\nafter")
+    assert "old" not in made
+    assert report.readme_with_tables(made, {"pretrain-base-cuda": pretrain_rows()}) == made
+
+
+def test_a_slower_case_is_in_the_table_too(report):
+    table = report.pretrain_table({"pretrain-base-cuda": pretrain_rows()})
+    (row,) = [line for line in table.splitlines() if line.startswith("| BEiT-B, 224 px")]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        "5120", "1.40", "0.90", "68 % of measured, 54 % of stated"
+    ]  # fmt: skip
+    assert "commit abc1234" in table
+    assert "| BEiT-L on a GPU | not measured | | | |" in table
+
+
+def test_a_readme_without_a_place_for_a_table_is_refused(report):
+    with pytest.raises(ValueError, match="no place for"):
+        report.readme_with_tables("<!-- bench: model -->\n<!-- end -->", {})
+    with pytest.raises(ValueError, match="wants a table 'speed'"):
+        report.readme_with_tables("<!-- bench: speed -->\n<!-- end -->", {})
+
+
+def test_the_page_needs_no_other_file_and_names_what_is_missing(report):
+    text, pictures = report.page({"pretrain-base-cuda": pretrain_rows()})
+    assert len(pictures) == 2  # bars of the steps, a stack of the stages
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
+    sources = re.findall(r'(?:src|href)="(.{11})', text)
+    assert sources == ["data:image/"] * 2
+    assert text.count("not measured: <code>") == len(report.EXPECTED) - 1
+    assert "Test GPU &lt;1&gt;" in text
+    assert "<td>45</td>" in text
+
+
+def test_every_file_of_results_has_its_place(report):
+    results = report.read_results(ROOT / "bench" / "results")
+    text, _ = report.page(results)
+    for name, rows in results.items():
+        measured, conditions = report.split_row(rows[0])
+        assert f"<h2>{name}</h2>" in text
+        assert next(iter(conditions)) == "machine"
+        assert "commit" in conditions
+        assert measured
+
+
+def test_kernels_are_bars_against_their_floor(report):
+    row = {"case": "B4-forward", "candidate": "ours", "ms": "3.0", "spread": "nan"}
+    rows = [row | {"floor_ms": "2.0"} | CONDITIONS, row | {"candidate": "eager", "floor_ms": "2.0"}]
+    ((title, picture),) = report.charts("kernels-attention-cuda", rows)
+    assert title == "B4-forward"
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_commands_write_the_files_that_are_expected(report, bench):
+    """The names of EXPECTED are those the benches write."""
+    assert all(Path(ROOT, command.split()[1]).exists() for command in report.EXPECTED.values())
+    kernels = {name.split("-")[1] for name in report.EXPECTED if name.startswith("kernels-")}
+    assert kernels == set(bench("kernels").AREAS)
+
+
+def test_the_command_writes_page_and_pictures(report, tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    results.mkdir()
+    rows = pretrain_rows()
+    with (results / "pretrain-base-cuda.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    command = f"report.py --results {results} --html {tmp_path}/r.html --png {tmp_path}/png"
+    monkeypatch.setattr("sys.argv", command.split())
+    report.main()
+    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+    assert len(list((tmp_path / "png").glob("pretrain-base-cuda-*.png"))) == 2
