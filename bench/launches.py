@@ -220,5 +220,4 @@ CASES |= {
     "patches-14-bf16": lambda: patches(14, BF16),
     "mask_embed-D768-bf16": lambda: mask_embed(768, BF16, positions=False),
     "mask_embed-D768-fp32-positions": lambda: mask_embed(768, FP32, positions=True),
-    "mask_embed-D1024-fp32": lambda: mask_embed(1024, FP32, positions=False),
 }

@@ -92,7 +92,7 @@ def _mask_embed_forward_kernel(
     positions = ()
     if pos_ptr is not None:
         for i in tl.static_range(NUM_CHUNKS):
-            at = token[:, None] * D + columns(i, CHUNK)
+            at = token.to(tl.int64)[:, None] * D + columns(i, CHUNK)
             mask = there(in_range, i, D, CHUNK)
             positions = positions + (tl.load(pos_ptr + at, mask=mask, other=0.0),)
     for i in tl.static_range(NUM_CHUNKS):
@@ -323,14 +323,15 @@ def mask_embed_backward_torch(
     dpatches = dcls = dmask_token = dpos = None
     wide = torch.promote_types(dout.dtype, torch.float32)
     if needs_pos:
-        dpos = dout.sum(dim=0, dtype=wide)
+        dpos = dout.sum(dim=0, dtype=wide).contiguous()
     if needs_cls:
         dcls = dout[:, 0].sum(dim=0, dtype=wide)
     if needs_mask_token:
         hidden_BN = torch.nn.functional.pad(mask, (1, 0)).to(wide)
         dmask_token = hidden_BN.flatten() @ dout.flatten(0, 1).to(wide)
     if needs_patches:
-        dpatches = dout[:, 1:].to(dtype, copy=True)
+        B, N, D = dout.shape
+        dpatches = dout.new_empty((B, N - 1, D), dtype=dtype).copy_(dout[:, 1:])
         if mask is not None:
             dpatches.masked_fill_(mask[:, :, None], 0)
     return [dpatches, dcls, dmask_token, dpos]
@@ -349,14 +350,14 @@ torch.library.define(
 )
 
 
-@torch.library.impl("beit_fast::mask_embed", ("CPU", "CUDA"))
+@torch.library.impl("beit_fast::mask_embed", "default")
 def _mask_embed(patches, cls_token, mask_token, mask, pos, dtype, backend):
     on_triton = _resolve(backend, patches, dtype) == "triton"
     function = mask_embed_forward if on_triton else mask_embed_torch
     return function(patches, cls_token, mask_token, mask, pos, dtype)
 
 
-@torch.library.impl("beit_fast::mask_embed_backward", ("CPU", "CUDA"))
+@torch.library.impl("beit_fast::mask_embed_backward", "default")
 def _mask_embed_backward(dout, mask, dtype, needs, backend):
     on_triton = _resolve(backend, dout, dtype) == "triton"
     function = mask_embed_backward if on_triton else mask_embed_backward_torch

@@ -106,7 +106,8 @@ def _patches_kernel(
     ACROSS: tl.constexpr = PATCH_WIDTH // 16
     py = segment // ACROSS
     corner = sample * vectors_b + gy * PATCH_HEIGHT * vectors_h + gx * (ACROSS * C)
-    vectors = corner[None, :] + py[:, None] * vectors_h + (segment % ACROSS * C)[:, None]
+    within = py.to(tl.int64) * vectors_h + segment % ACROSS * C
+    vectors = corner[None, :] + within[:, None]
     mask = there[None, :] & (py < PATCH_HEIGHT)[:, None]
 
     # A thread reads the 16 C bytes of a segment as C vectors of four words ...
@@ -278,8 +279,8 @@ def normalized_patches_torch(
 ) -> Tensor:
     """The patches in torch, on any device: bytes first into patches, then apart by channel.
 
-    A third of the time of normalising and cutting images: 0.8 ms against 2.3 for 8 of 224 px, one
-    core of an AMD EPYC.
+    On one core of an AMD EPYC 2.4 times as fast as normalising 8 images of 224 px and cutting them,
+    1.5 times for 32 images of 64 px in patches of 8.
     """
     shape = _shape(images, patch_pixels, index)
     if images.numel() == 0:
@@ -305,7 +306,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("beit_fast::normalized_patches", ("CPU", "CUDA"))
+@torch.library.impl("beit_fast::normalized_patches", "default")
 def _normalized_patches(images, patch_pixels, mean, std, index, dtype, backend):
     num_patches = len(images) * _num_patches(images, patch_pixels)
     on_triton = _resolve(backend, images, num_patches, dtype) == "triton"
