@@ -29,6 +29,8 @@ from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForMaskedImageModeling
 from beit_fast.tasks.dvae import DvaeTrainingConfig
 from beit_fast.tasks.sources import DataConfig, open_loader, unseen_batches
+from beit_fast.tokenizer.dvae import Dvae
+from beit_fast.tokenizer.frozen import FrozenTokenizer
 from beit_fast.tokenizer.metrics import code_entropy, count_codes
 from beit_fast.tokenizer.protocol import Tokenizer
 from beit_fast.train.config import OptimConfig, RunConfig
@@ -56,7 +58,8 @@ class PretrainConfig:
     tokenizer: str | None = None  # safetensors file; `beit-fast convert-dalle` writes DALL-E's
     # Train one first, in the run's folder; on the same images unless it names others.
     tokenizer_training: DvaeTrainingConfig | None = None
-    tokenizer_precision: Literal["fp32", "fp16"] = "fp32"  # fp16 autocasts; scores stay fp32
+    # Of a dVAE's convolutions; scores are fp32's in all. fp16 is the fast one on GPUs.
+    tokenizer_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         sources = (self.tokenizer is not None) + (self.tokenizer_training is not None)
@@ -87,6 +90,8 @@ class PretrainTask:
         model, views = config.model, config.views
         if tokenizer is not None:
             _check_tokenizer(tokenizer, config)
+        if isinstance(tokenizer, Dvae):  # any other brings its own precision
+            tokenizer = FrozenTokenizer(tokenizer, config.tokenizer_precision)
         self.config, self.tokenizer = config, tokenizer
         torch.manual_seed(config.run.seed)
         self.model = BeitForMaskedImageModeling(model)
@@ -150,8 +155,7 @@ class PretrainTask:
         Outside the autocast of the training step.
         """
         views = batch["token_images"].permute(0, 3, 1, 2)
-        half = self.config.tokenizer_precision == "fp16"
-        with torch.autocast(views.device.type, torch.float16, enabled=half):
+        with torch.autocast(views.device.type, enabled=False):
             return self.tokenizer.encode(views, index)
 
     @torch.no_grad()
