@@ -57,7 +57,7 @@ def agreement(dvae: Dvae, images: Tensor) -> list[dict]:
 
     def add(name: str, scores: str, ids: Tensor) -> None:
         changed = (ids != exact).sum().item()
-        share = 100 * (1 - changed / max(1, exact.numel()))
+        share = f"{100 * (1 - changed / max(1, exact.numel())):.2f}"
         rows.append({"convolutions": name, "scores": scores, "changed": changed, "equal_%": share})
 
     add("reference's fp16", "fp32", eager(dvae, images, torch.float16))

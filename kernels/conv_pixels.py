@@ -68,7 +68,7 @@ def _conv_pixels_kernel(
     # Outputs that are not there read the last one's weights, and are not written.
     weight_rows_ptr = weight_ptr + (tl.minimum(d, D - 1) * STEPS * BLOCK_K)[None, :] + k[:, None]
     acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    for step in tl.static_range(STEPS):
+    for step in range(STEPS):
         place = step * BLOCK_K + k
         dy = place // (3 * SIDE) - SIDE // 2
         dx = place % (3 * SIDE) // 3 - SIDE // 2
@@ -96,7 +96,7 @@ def conv_pixels_triton(
     rows_DK = weight.reshape(D, -1)
     rows_DK = F.pad(rows_DK, (0, steps * _STEP - rows_DK.shape[1]))
     out = weight.new_empty((B, h, w, D))
-    widest = 128 if gpu_of(pixels).capability < (9, 0) else 256
+    widest = 256 if gpu_of(pixels).capability[0] == 9 else 128  # elsewhere 256 spill
     block_d = min(widest, max(16, triton.next_power_of_2(D)))
     launch(
         _conv_pixels_kernel,

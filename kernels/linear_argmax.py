@@ -154,6 +154,7 @@ def _best_tile_kernel(
 # fp32 products run outside the tensor cores; tf32x3 holds both parts of its operands, which before
 # sm_90 are in registers.
 _TF32X3_SM80 = {"BLOCK_I": 64, "BLOCK_V": 128, "BLOCK_D": 16, "num_warps": 4, "num_stages": 3}
+_FP16X2_SM80 = {"BLOCK_I": 128, "BLOCK_V": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
 _TILES = {
     "fp32": {"BLOCK_I": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2},
     "tf32x3": {"BLOCK_I": 128, "BLOCK_V": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2},
@@ -175,8 +176,8 @@ def linear_argmax_triton(
     if rest is not None:
         weight = weight.contiguous()  # as the rest is
     tile = _TILES[precision]
-    if precision == "tf32x3" and gpu_of(rows).capability < (9, 0):
-        tile = _TF32X3_SM80
+    if gpu_of(rows).capability < (9, 0):
+        tile = {"tf32x3": _TF32X3_SM80, "fp16x2": _FP16X2_SM80}.get(precision, tile)
     num_tiles = cdiv(V, tile["BLOCK_V"])
     best = rows.new_empty((num_tiles, num_rows), dtype=torch.float32)
     ids = rows.new_empty((num_tiles, num_rows), dtype=torch.int32)
