@@ -2,13 +2,16 @@
 
     pytest bench/test_kernels.py --benchmark-group-by=group
 
-Forward and backward, on the GPU where there is one (bf16), else on the CPU (fp32).
+Forward and backward, on the GPU where there is one (bf16), else on the CPU (fp32); forward alone,
+in fp16 on the GPU, of what is not trained.
 """
 
 import pytest
 import torch
 
 from beit_fast.kernels.attention import attention_qkvpacked, attention_reference
+from beit_fast.kernels.conv import conv, conv_reference
+from beit_fast.kernels.conv_pixels import conv_pixels, conv_pixels_reference
 from beit_fast.kernels.linear import linear, linear_reference
 from beit_fast.kernels.linear_cross_entropy import (
     masked_linear_cross_entropy,
@@ -74,6 +77,43 @@ def test_forward_and_backward(benchmark, kernel, who):
         out = candidates[who](*inputs)
         out = out[0] if isinstance(out, tuple) else out
         out.backward(torch.ones_like(out))
+        if CUDA:
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(step, rounds=7, warmup_rounds=2)
+
+
+HALF = torch.float16 if CUDA else torch.float32
+# DALL-E's encoder: its first convolution, and the first of its last group.
+FORWARD_CASES = {
+    "conv_pixels": (
+        {"ours": conv_pixels, "reference": conv_pixels_reference},
+        lambda: (
+            torch.randint(0, 256, (B, 112, 112, 3), dtype=torch.uint8, device=DEVICE),
+            tensor(256, 7, 7, 3, dtype=HALF).detach(),
+            tensor(256, dtype=torch.float32).detach(),
+        ),
+    ),
+    "conv": (
+        {"ours": conv, "reference": conv_reference},
+        lambda: (
+            tensor(B, 14, 14, 1024, dtype=HALF).detach(),
+            tensor(512, 3, 3, 1024, dtype=HALF).detach(),
+            tensor(512, dtype=torch.float32).detach(),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("who", ["ours", "reference"])
+@pytest.mark.parametrize("kernel", FORWARD_CASES)
+def test_forward(benchmark, kernel, who):
+    candidates, make_inputs = FORWARD_CASES[kernel]
+    inputs = make_inputs()
+    benchmark.group = kernel
+
+    def step():
+        candidates[who](*inputs)
         if CUDA:
             torch.cuda.synchronize()
 

@@ -121,6 +121,24 @@ def test_a_gpu_gives_nearly_the_tokens_of_full_precision(wide, photographs, prec
     assert (ids.cpu() == want).double().mean() > (0.97 if precision == "fp16" else 0.85)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("backend", ["triton", "cudnn"])
+def test_encoding_can_be_captured_and_replayed_on_other_images(wide, photographs, backend):
+    tokenizer = FrozenTokenizer(wide, "fp16", backend=backend).to("cuda")
+    images = photographs.cuda()
+    index = torch.arange(0, 4 * 48, 3, dtype=torch.int32, device="cuda")
+    static = images.clone()
+    tokenizer.encode(static, index)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids = tokenizer.encode(static, index)
+    for batch in (images, images.flip(0)):
+        static.copy_(batch)
+        graph.replay()
+        assert torch.equal(ids, tokenizer.encode(batch, index))
+
+
 def test_what_runs_can_be_asked_by_the_names_of_the_dvae(wide):
     found = FrozenTokenizer(wide, backend="torch").backends()
     assert found.keys() == {
