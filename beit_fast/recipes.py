@@ -36,6 +36,7 @@ def beit_base_in1k() -> PretrainConfig:
         run=RunConfig(output="runs/beit_base_in1k", epochs=800),
         statistics="imagenet",
         tokenizer=DALLE,
+        tokenizer_precision="fp16",
     )
 
 
@@ -55,6 +56,7 @@ def beit_plus_base_in1k() -> PretrainConfig:
         run=RunConfig(output="runs/beit_plus_base_in1k", epochs=800),
         statistics="imagenet",
         tokenizer=DALLE,
+        tokenizer_precision="fp16",
     )
 
 
@@ -72,6 +74,7 @@ def beit_plus_base_in22k() -> PretrainConfig:
         optim=OptimConfig(lr=1.5e-3, warmup_steps=10_000, clip_grad=3.0),
         run=RunConfig(output="runs/beit_plus_base_in22k", epochs=150),
         tokenizer=DALLE,
+        tokenizer_precision="fp16",
     )
 
 
@@ -90,6 +93,7 @@ def beit_large_in1k() -> PretrainConfig:
         run=RunConfig(output="runs/beit_large_in1k", epochs=800, accumulate=2),
         statistics="imagenet",
         tokenizer=DALLE,
+        tokenizer_precision="fp16",
     )
 
 
@@ -108,6 +112,7 @@ def beit_plus_large_in22k() -> PretrainConfig:
         optim=OptimConfig(lr=1.5e-3, warmup_steps=10_000, clip_grad=1.0),
         run=RunConfig(output="runs/beit_plus_large_in22k", epochs=150, accumulate=2),
         tokenizer=DALLE,
+        tokenizer_precision="fp16",
     )
 
 

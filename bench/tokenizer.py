@@ -3,7 +3,7 @@
     python bench/tokenizer.py speed|agreement [--tokenizer FILE.safetensors] [--images 8]
 
 Images are crops of the package's photographs, 112 px. Without a file the dVAE has DALL-E's widths
-and random weights, each code's scores centred; a trained one decides more clearly.
+and random weights, each code's scores centred; `beit-fast tokenizer demo` trains a small one.
 
 speed        all candidates interleaved, as many positions scored as BEiT masks (75 of 196); those
              marked "all" score every position. "eager" is what the reference does: weights cast at
@@ -92,14 +92,14 @@ def speed(dvae: Dvae, images: Tensor, roof: Roof, rounds: int, names: list[str])
     rows = []
     for name, timing in timings.items():
         floor_ms = _floor_ms(dvae, images, listed, roof)
-        baseline, spread = timing.ratio(timings[next(iter(timings))])
+        speedup, spread = timing.ratio(timings[next(iter(timings))])
         rows.append(
             {
                 "candidate": name,
                 "ms": timing.median_ms,
                 "spread": timing.spread,
                 "images/s": 1e3 * len(images) / timing.median_ms,
-                "speedup": baseline,
+                "speedup": speedup,
                 "speedup_spread": spread,
                 "floor_ms": floor_ms,
                 "floor": floor_ms / timing.median_ms,
