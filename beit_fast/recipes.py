@@ -38,6 +38,7 @@ def beit_base_in1k() -> PretrainConfig:
         run=RunConfig(output="runs/beit_base_in1k", epochs=800),
         statistics="imagenet",
         tokenizer=DALLE,
+        tokenizer_precision="fp16",
     )
 
 
@@ -57,6 +58,7 @@ def beit_plus_base_in1k() -> PretrainConfig:
         run=RunConfig(output="runs/beit_plus_base_in1k", epochs=800),
         statistics="imagenet",
         tokenizer=DALLE,
+        tokenizer_precision="fp16",
     )
 
 
@@ -74,6 +76,7 @@ def beit_plus_base_in22k() -> PretrainConfig:
         optim=OptimConfig(lr=1.5e-3, warmup_steps=10_000, clip_grad=3.0),
         run=RunConfig(output="runs/beit_plus_base_in22k", epochs=150),
         tokenizer=DALLE,
+        tokenizer_precision="fp16",
     )
 
 
@@ -92,6 +95,7 @@ def beit_large_in1k() -> PretrainConfig:
         run=RunConfig(output="runs/beit_large_in1k", epochs=800, accumulate=2),
         statistics="imagenet",
         tokenizer=DALLE,
+        tokenizer_precision="fp16",
     )
 
 
@@ -110,6 +114,7 @@ def beit_plus_large_in22k() -> PretrainConfig:
         optim=OptimConfig(lr=1.5e-3, warmup_steps=10_000, clip_grad=1.0),
         run=RunConfig(output="runs/beit_plus_large_in22k", epochs=150, accumulate=2),
         tokenizer=DALLE,
+        tokenizer_precision="fp16",
     )
 
 

@@ -1,6 +1,6 @@
 """Every kernel against its peers: time, spread, share of the machine's roof, peak memory.
 
-    python bench/kernels.py attention|residual|cross_entropy|input|pieces [--only NAME]
+    python bench/kernels.py attention|residual|cross_entropy|input|conv|pieces [--only NAME]
 
 All candidates of a case run interleaved in one process, behind the tests: no number is printed
 while a candidate disagrees with the reference. A ratio is the peer's time by ours: above 1, ours is
@@ -27,7 +27,7 @@ from timing import (
 )
 from torch import Tensor
 
-AREAS = ("attention", "residual", "cross_entropy", "input", "pieces")
+AREAS = ("attention", "residual", "cross_entropy", "input", "conv", "pieces")
 
 
 @dataclass

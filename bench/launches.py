@@ -10,6 +10,8 @@ import torch
 from beit_fast.kernels.attention_backward import attention_backward
 from beit_fast.kernels.attention_bias import pad_bias, padded_dtype, padded_length, sum_partials
 from beit_fast.kernels.attention_forward import attention_forward
+from beit_fast.kernels.conv import conv_triton
+from beit_fast.kernels.conv_pixels import conv_pixels_triton
 from beit_fast.kernels.gather_norm import gather_norm, scatter_norm_backward
 from beit_fast.kernels.linear_argmax import linear_argmax_triton
 from beit_fast.kernels.mask_embed import mask_embed_backward, mask_embed_forward
@@ -189,6 +191,7 @@ def argmax(dtype: torch.dtype, precision: str) -> None:
 
 CASES |= {
     "argmax-fp16": lambda: argmax(torch.float16, "fp16"),
+    "argmax-fp16-fp16x2": lambda: argmax(torch.float16, "fp16x2"),
     "argmax-fp16-tf32x3": lambda: argmax(torch.float16, "tf32x3"),
     "argmax-fp32-tf32": lambda: argmax(FP32, "tf32"),
     "argmax-fp32-tf32x3": lambda: argmax(FP32, "tf32x3"),
@@ -220,4 +223,48 @@ CASES |= {
     "patches-14-bf16": lambda: patches(14, BF16),
     "mask_embed-D768-bf16": lambda: mask_embed(768, BF16, positions=False),
     "mask_embed-D768-fp32-positions": lambda: mask_embed(768, FP32, positions=True),
+}
+
+
+def conv(
+    side: int,
+    C: int,
+    D: int,
+    k: int,
+    dtype: torch.dtype = FP16,
+    *,
+    residual: bool = False,
+    relu_input: bool = False,
+    relu: bool = False,
+    pool: bool = False,
+) -> None:
+    """A convolution of DALL-E's encoder at batch 256."""
+    x = torch.empty(256, side, side, C, dtype=dtype, device=DEVICE)
+    weight = torch.empty(D, k, k, C, dtype=dtype, device=DEVICE)
+    added = torch.empty(256, side, side, D, dtype=dtype, device=DEVICE) if residual else None
+    bias = torch.empty(D, device=DEVICE)
+    out = torch.empty(256, side >> pool, side >> pool, D, dtype=dtype, device=DEVICE)
+    conv_triton(x, weight, bias, added, relu_input, relu, out)
+
+
+def conv_pixels(dtype: torch.dtype) -> None:
+    """The first convolution of DALL-E's encoder at batch 256."""
+    pixels = torch.empty(256, 112, 112, 3, dtype=torch.uint8, device=DEVICE)
+    weight = torch.empty(256, 7, 7, 3, dtype=dtype, device=DEVICE)
+    conv_pixels_triton(pixels, weight, torch.empty(256, device=DEVICE), 1.0, -31.875)
+
+
+CASES |= {
+    "conv-pixels-fp16": lambda: conv_pixels(FP16),
+    "conv-pixels-bf16": lambda: conv_pixels(BF16),
+    "conv-C256-D64-k3-relu_input": lambda: conv(112, 256, 64, 3, relu_input=True, relu=True),
+    "conv-C64-D64-k3": lambda: conv(112, 64, 64, 3, relu=True),
+    "conv-C64-D256-k1-residual": lambda: conv(112, 64, 256, 1, residual=True),
+    "conv-C64-D256-k1-residual-pool": lambda: conv(112, 64, 256, 1, residual=True, pool=True),
+    "conv-C128-D128-k3": lambda: conv(56, 128, 128, 3, relu=True),
+    "conv-C1024-D512-k3-relu_input": lambda: conv(14, 1024, 512, 3, relu_input=True, relu=True),
+    "conv-C512-D512-k3": lambda: conv(14, 512, 512, 3, relu=True),
+    "conv-C512-D512-k3-bf16": lambda: conv(14, 512, 512, 3, BF16, relu=True, relu_input=True),
+    "conv-C1024-D2048-k1": lambda: conv(14, 1024, 2048, 1),
+    "conv-C24-D48-k3": lambda: conv(32, 24, 48, 3, relu=True),
 }

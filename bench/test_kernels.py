@@ -2,8 +2,8 @@
 
     pytest bench/test_kernels.py --benchmark-group-by=group
 
-Forward and, for what has a gradient, backward; on the GPU where there is one (bf16), else on the
-CPU (fp32). What differs from the reference is not timed.
+Forward and, for what has a gradient, backward; on the GPU where there is one (bf16; fp16 of what
+is not trained), else on the CPU (fp32). What differs from the reference is not timed.
 """
 
 import functools
@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from beit_fast.kernels.attention import attention_qkvpacked, attention_reference
+from beit_fast.kernels.conv import conv, conv_reference
+from beit_fast.kernels.conv_pixels import conv_pixels, conv_pixels_reference
 from beit_fast.kernels.drop_path import draw_kept_samples
 from beit_fast.kernels.linear import linear, linear_reference
 from beit_fast.kernels.linear_argmax import linear_argmax, linear_argmax_reference
@@ -132,6 +134,28 @@ def check_agreement(ours, reference):
             assert error <= max(2 * torch.finfo(our.dtype).eps, 1e-5)
         elif our.ndim:  # the best of thousands of scores: close ones may change places
             assert (our == want).double().mean() >= 0.999
+
+
+HALF = torch.float16 if CUDA else torch.float32
+# DALL-E's encoder: its first convolution, and the first of its last group.
+CASES |= {
+    "conv_pixels": (
+        {"ours": conv_pixels, "reference": conv_pixels_reference},
+        lambda: (
+            torch.randint(0, 256, (B, 112, 112, 3), dtype=torch.uint8, device=DEVICE),
+            tensor(256, 7, 7, 3, dtype=HALF).detach(),
+            tensor(256, dtype=torch.float32).detach(),
+        ),
+    ),
+    "conv": (
+        {"ours": conv, "reference": conv_reference},
+        lambda: (
+            tensor(B, 14, 14, 1024, dtype=HALF).detach(),
+            tensor(512, 3, 3, 1024, dtype=HALF).detach(),
+            tensor(512, dtype=torch.float32).detach(),
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize("who", ["ours", "reference"])

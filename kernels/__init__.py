@@ -10,6 +10,8 @@ fold                    LayerScale and the norm's affine as part of the neighbou
 linear_cross_entropy    the MIM head's loss over masked rows only, without its logits
 gather_norm             LayerNorm of listed rows; its backward scatters
 linear_argmax           arg-max over a linear layer's outputs, without the outputs
+conv                    convolution with ReLU, residual and pooling fused, channels last
+conv_pixels             the first convolution, from uint8 pixels
 linear                  x weight^T + bias, by the faster matrix library
 philox                  random numbers that are a function of where they are used
 """

@@ -11,9 +11,11 @@ Types     x and weight in any floating dtypes; ids int64; the bias is added in f
 Precision of the product, always summed in fp32:
           fp32      operands as they are
           tf32x3    each operand as the sum of two TF32 numbers, three products: fp32's to 2^-21
+          fp16x2    x rounded to fp16, the weight as the sum of two of them (to 2^-21, or 3e-8): as
+                    good as fp32 for x in fp16, in two products at fp16's rate
           tf32, bf16, fp16    operands rounded to 10, 7, 10 bits; fp16 has a narrow range besides
           Where the best two scores are closer than the rounding, the id may change:
-          `bench/argmax_agreement.py` counts how often
+          `bench/tokenizer.py` counts how often
 Ties      the lowest id wins, as for torch.argmax; NaN counts as the largest, as there
 Padding   index -1 gives id -1, and so does what is out of range on a GPU, where nothing is read
           for it; on a CPU that is an error
@@ -28,10 +30,10 @@ from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, launch_obstacle, tl, triton, warn_once
 
-PRECISIONS = ("fp32", "tf32x3", "tf32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32x3", "fp16x2", "tf32", "bf16", "fp16")
 BACKENDS = ("triton", "torch")
 SCORES_AT_A_TIME = 2**24  # of the torch back end: 64 MiB in fp32, whatever the rows
-_OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp16x2": torch.float16}
 
 
 def linear_argmax_reference(
@@ -49,7 +51,8 @@ def _linear_argmax_kernel(
     x_stride,
     index_ptr,  # (I,) integers, or None: I = R, all rows
     weight_ptr,  # (V, D)
-    weight_stride,
+    rest_ptr,  # (V, D) what the weight's rounding left, or None
+    weight_stride,  # of both
     bias_ptr,  # (V,) or None
     best_ptr,  # (tiles of V, I) fp32, written: the best score of a row within the tile
     ids_ptr,  # (tiles of V, I) int32, written: its id
@@ -82,21 +85,26 @@ def _linear_argmax_kernel(
     row = tl.where((row >= 0) & (row < R) & (i < num_rows), row, 0)
     column = tl.where(v < V, v, 0).to(tl.int64)
     x_tile_ptr = x_ptr + (row * x_stride)[:, None] + d[None, :]
-    weight_tile_ptr = weight_ptr + (column * weight_stride)[None, :] + d[:, None]
+    weight_at = (column * weight_stride)[None, :] + d[:, None]
     scores = tl.zeros((BLOCK_I, BLOCK_V), tl.float32)
     for start in range(0, D, BLOCK_D):
         if HAS_TAIL:
             left = D - tl.cast(start, tl.int32)
             x_tile = tl.load(x_tile_ptr, mask=d[None, :] < left, other=0.0)
-            weight_tile = tl.load(weight_tile_ptr, mask=d[:, None] < left, other=0.0)
+            weight_tile = tl.load(weight_ptr + weight_at, mask=d[:, None] < left, other=0.0)
         else:
             x_tile = tl.load(x_tile_ptr)
-            weight_tile = tl.load(weight_tile_ptr)
-        scores = tl.dot(
-            x_tile.to(weight_ptr.dtype.element_ty), weight_tile, scores, input_precision=PRECISION
-        )
+            weight_tile = tl.load(weight_ptr + weight_at)
+        x_tile = x_tile.to(weight_ptr.dtype.element_ty)
+        scores = tl.dot(x_tile, weight_tile, scores, input_precision=PRECISION)
+        if rest_ptr is not None:
+            if HAS_TAIL:
+                rest_tile = tl.load(rest_ptr + weight_at, mask=d[:, None] < left, other=0.0)
+            else:
+                rest_tile = tl.load(rest_ptr + weight_at)
+            scores = tl.dot(x_tile, rest_tile, scores, input_precision=PRECISION)
         x_tile_ptr += BLOCK_D
-        weight_tile_ptr += BLOCK_D
+        weight_at += BLOCK_D
 
     if bias_ptr is not None:
         scores += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
@@ -146,12 +154,14 @@ def _best_tile_kernel(
 # fp32 products run outside the tensor cores; tf32x3 holds both parts of its operands, which before
 # sm_90 are in registers.
 _TF32X3_SM80 = {"BLOCK_I": 64, "BLOCK_V": 128, "BLOCK_D": 16, "num_warps": 4, "num_stages": 3}
+_FP16X2_SM80 = {"BLOCK_I": 128, "BLOCK_V": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
 _TILES = {
     "fp32": {"BLOCK_I": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2},
     "tf32x3": {"BLOCK_I": 128, "BLOCK_V": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2},
     "tf32": {"BLOCK_I": 128, "BLOCK_V": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
     "bf16": {"BLOCK_I": 128, "BLOCK_V": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
     "fp16": {"BLOCK_I": 128, "BLOCK_V": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
+    "fp16x2": {"BLOCK_I": 128, "BLOCK_V": 256, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
 }
 
 
@@ -161,10 +171,13 @@ def linear_argmax_triton(
     """ids of rows (R, D), or of those listed, by the kernels; last strides are 1."""
     num_rows = len(rows) if index is None else len(index)
     V, D = weight.shape
+    rest = split_fp16(weight)[1] if precision == "fp16x2" else None
     weight = weight.to(_OPERANDS.get(precision, torch.float32))
+    if rest is not None:
+        weight = weight.contiguous()  # as the rest is
     tile = _TILES[precision]
-    if precision == "tf32x3" and gpu_of(rows).capability < (9, 0):
-        tile = _TF32X3_SM80
+    if gpu_of(rows).capability < (9, 0):
+        tile = {"tf32x3": _TF32X3_SM80, "fp16x2": _FP16X2_SM80}.get(precision, tile)
     num_tiles = cdiv(V, tile["BLOCK_V"])
     best = rows.new_empty((num_tiles, num_rows), dtype=torch.float32)
     ids = rows.new_empty((num_tiles, num_rows), dtype=torch.int32)
@@ -177,6 +190,7 @@ def linear_argmax_triton(
         x_stride=rows.stride(0),
         index_ptr=index,
         weight_ptr=weight,
+        rest_ptr=rest,
         weight_stride=weight.stride(0),
         bias_ptr=bias,
         best_ptr=best,
@@ -185,7 +199,7 @@ def linear_argmax_triton(
         R=len(rows),
         V=V,
         D=D,
-        PRECISION="ieee" if precision in ("fp32", "bf16", "fp16") else precision,
+        PRECISION=precision if precision in ("tf32x3", "tf32") else "ieee",
         HAS_TAIL=D % tile["BLOCK_D"] != 0,
         GROUP=8,
         **tile,
@@ -212,7 +226,10 @@ def linear_argmax_torch(
     """`linear_argmax_triton` in torch, some rows at a time; operands are rounded beforehand."""
     num_rows = len(rows) if index is None else len(index)
     out = torch.empty(num_rows, dtype=torch.int64, device=rows.device)
-    weight_VD = round_operand(weight, precision)
+    if precision == "fp16x2":
+        weight_VD = sum(part.float() for part in split_fp16(weight))
+    else:
+        weight_VD = round_operand(weight, precision)
     bias_V = None if bias is None else bias.to(weight_VD.dtype)
     at_a_time = max(1, SCORES_AT_A_TIME // len(weight))
     for start in range(0, num_rows, at_a_time):
@@ -227,6 +244,13 @@ def linear_argmax_torch(
         if index is not None:
             out[part].masked_fill_(~inside, -1)
     return out
+
+
+def split_fp16(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A contiguous weight as the sum of two fp16 tensors."""
+    weight = weight.contiguous()
+    rounded = weight.half()
+    return rounded, (weight.float() - rounded.float()).half()
 
 
 def round_operand(tensor: Tensor, precision: str) -> Tensor:

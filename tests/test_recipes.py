@@ -31,6 +31,7 @@ def test_a_published_recipe_has_its_numbers(name):
     assert config.model.init_values == init_values
     assert config.model.drop_path_rate == 0.1
     assert config.statistics == statistics
+    assert config.tokenizer_precision == "fp16"  # as dall_e's convolutions
     assert max_masked(config.model.grid, config.masking) == 75
 
 

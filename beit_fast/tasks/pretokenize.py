@@ -47,7 +47,13 @@ from beit_fast.data.token_cache import (
     write_shard,
 )
 from beit_fast.tasks.pipeline import open_tokenizer
-from beit_fast.tasks.pretrain import PretrainConfig, check_tokenizer, token_source, visual_tokens
+from beit_fast.tasks.pretrain import (
+    PretrainConfig,
+    check_tokenizer,
+    frozen,
+    token_source,
+    visual_tokens,
+)
 from beit_fast.tasks.sources import open_loader
 from beit_fast.tokenizer.checkpoint import tokenizer_digest
 from beit_fast.tokenizer.protocol import Tokenizer
@@ -103,9 +109,8 @@ def run_pretokenize(config: PretokenizeConfig) -> Path:
         with lock, stop_signals() as stop:
             world.barrier()  # nobody reads or writes before the lock is held
             manifest = _begin(config, made_from, world)
-            tokenizer.to(world.device)
-            writer = _Writer(folder, loader, tokenizer, config.tokenizer_precision, world, stop)
-            writer.write(manifest)
+            tokenizer = frozen(tokenizer, config).to(world.device)
+            _Writer(folder, loader, tokenizer, world, stop).write(manifest)
     return folder
 
 
@@ -155,12 +160,11 @@ class _Writer:
         folder: Path,
         loader: Loader,
         tokenizer: Tokenizer,
-        precision: str,
         world: World,
         stop: StopFlag,
     ) -> None:
         self.folder, self.loader, self.tokenizer = folder, loader, tokenizer
-        self.precision, self.world, self.stop = precision, world, stop
+        self.world, self.stop = world, stop
         self.num_files = 0
 
     def write(self, manifest: Manifest) -> None:
@@ -227,7 +231,7 @@ class _Writer:
         views = {name: batch[name] for name in ("token_images", "jitter") if name in batch}
         views = jitter_views({k: v.to(self.world.device) for k, v in views.items()})["token_images"]
         rest = views[:1].expand(self.loader.batch_size - len(views), -1, -1, -1)
-        tokens = visual_tokens(self.tokenizer, torch.cat([views, rest]), self.precision)
+        tokens = visual_tokens(self.tokenizer, torch.cat([views, rest]))
         return tokens[: len(views)].flatten(1).int()
 
 

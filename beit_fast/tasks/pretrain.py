@@ -34,6 +34,8 @@ from beit_fast.model.heads import BeitForMaskedImageModeling
 from beit_fast.tasks.dvae import DvaeTrainingConfig
 from beit_fast.tasks.sources import DataConfig, open_loader, unseen_batches
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
+from beit_fast.tokenizer.dvae import Dvae
+from beit_fast.tokenizer.frozen import FrozenTokenizer
 from beit_fast.tokenizer.metrics import code_entropy, count_codes
 from beit_fast.tokenizer.protocol import Tokenizer
 from beit_fast.train.config import OptimConfig, RunConfig
@@ -61,7 +63,8 @@ class PretrainConfig:
     tokenizer: str | None = None  # safetensors file; `beit-fast convert-dalle` writes DALL-E's
     # Train one first, in the run's folder; on the same images unless it names others.
     tokenizer_training: DvaeTrainingConfig | None = None
-    tokenizer_precision: Literal["fp32", "fp16"] = "fp32"  # fp16 autocasts; scores stay fp32
+    # Of a dVAE's convolutions; scores are fp32's in all. fp16 is the fast one on GPUs.
+    tokenizer_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     # Folder that `beit-fast pretokenize` wrote with these very settings: training then needs no
     # tokenizer. One given besides is for evaluation and pictures, on crops that no step sees.
     token_cache: str | None = None
@@ -104,7 +107,7 @@ def _with_tokenizer(method: Callable) -> Callable:
         if self.cache is None or self.config.tokenizer is None:
             return method(self, model, *args, **kwargs)
         device = next(model.parameters()).device
-        self.tokenizer = load_tokenizer(self.config.tokenizer, device)
+        self.tokenizer = frozen(load_tokenizer(self.config.tokenizer), self.config).to(device)
         try:
             return method(self, model, *args, **kwargs)
         finally:
@@ -132,6 +135,7 @@ class PretrainTask:
             self.cache = TokenCache(config.token_cache, part=world.rank, parts=world.size)
         if tokenizer is not None:
             check_tokenizer(tokenizer, config)
+            tokenizer = frozen(tokenizer, config)
         self.config, self.tokenizer = config, tokenizer
         torch.manual_seed(config.run.seed)
         self.model = BeitForMaskedImageModeling(model)
@@ -219,8 +223,7 @@ class PretrainTask:
         Those of a token cache are in the batch.
         """
         if "tokens" not in batch:
-            precision = self.config.tokenizer_precision
-            return visual_tokens(self.tokenizer, batch["token_images"], precision, index)
+            return visual_tokens(self.tokenizer, batch["token_images"], index)
         tokens = batch["tokens"].long()
         if index is None:
             return tokens.view(-1, *self.config.model.grid)
@@ -334,14 +337,19 @@ class PretrainTask:
         return torch.where(visible.isnan(), pixels * std + mean, visible)
 
 
-def visual_tokens(
-    tokenizer: Tokenizer, views: Tensor, precision: str, index: Tensor | None = None
-) -> Tensor:
+def frozen(tokenizer: Tokenizer, config: PretrainConfig) -> Tokenizer:
+    """A dVAE in the form that only encodes; any other tokenizer brings its own precision."""
+    if isinstance(tokenizer, Dvae):
+        return FrozenTokenizer(tokenizer, config.tokenizer_precision)
+    return tokenizer
+
+
+def visual_tokens(tokenizer: Tokenizer, views: Tensor, index: Tensor | None = None) -> Tensor:
     """Tokens of jittered views, uint8 (B, height, width, 3): (B, Gh, Gw), or (I,) of those listed.
 
     Outside the autocast of a training step.
     """
-    with torch.autocast(views.device.type, torch.float16, enabled=precision == "fp16"):
+    with torch.autocast(views.device.type, enabled=False):
         return tokenizer.encode(views.permute(0, 3, 1, 2), index)
 
 

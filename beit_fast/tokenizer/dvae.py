@@ -253,7 +253,7 @@ class Dvae(nn.Module):
         Gumbel-softmax, which approaches a one-hot draw as it falls to 0. Draws from torch's default
         generator of the device. Raises ValueError as `encode` does.
         """
-        _check_images(images)
+        check_images(images)
         mapped = map_pixels(images)
         logits = self.encoder(mapped.to(self.encoder.blocks["input"].w.dtype)).float()
         codes = F.gumbel_softmax(logits, tau=temperature, dim=1)
@@ -276,7 +276,7 @@ class Dvae(nn.Module):
         them in 2 % of positions. The logits are not stored. Raises ValueError for another shape or
         type.
         """
-        _check_images(images)
+        check_images(images)
         mapped = map_pixels(images, self.encoder.blocks["input"].w.dtype)
         features_BhwC = self.encoder.features(mapped).permute(0, 2, 3, 1)
         output = self.encoder.blocks["output"]["conv"]
@@ -305,7 +305,7 @@ def most_likely_images(mu: Tensor) -> Tensor:
     return unmap_pixels(torch.sigmoid(mu))
 
 
-def _check_images(images: Tensor) -> None:
+def check_images(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"the images are {tuple(images.shape)}: the dVAE needs (B, 3, height, width); "

@@ -35,6 +35,7 @@ STREAMING = {
     *("scale_residual_forward", "scale_residual_backward"),
     *("patches", "mask_embed_forward", "mask_embed_backward"),
     *("gather_norm", "cross_entropy_gradient", "scatter_norm_backward"),
+    *("conv_addressed", "conv_pixels"),
 }
 READING = {"cross_entropy", "linear_argmax"}
 
@@ -50,6 +51,11 @@ BUDGETS = {
     ("attention-N64", "window_backward"): (255, 40, 2, 20),
     ("attention-N49-K32", "attention_whole"): (96, 32, 5, 6),
     ("attention-N49-K32", "window_backward"): (168, 40, 3, 16),
+    ("conv-C256-D64-k3-relu_input", "conv"): (108, 81, 2, 8),
+    ("conv-C64-D64-k3", "conv"): (124, 81, 2, 8),
+    ("conv-C64-D256-k1-residual-pool", "conv"): (128, 113, 2, 4),
+    ("conv-C128-D128-k3", "conv"): (192, 113, 2, 8),
+    ("conv-C512-D512-k3", "conv"): (176, 177, 1, 4),
     ("attention-N577", "attention_flash"): (128, 64, 2, 13),
 }
 
@@ -141,5 +147,15 @@ def test_the_hopper_backward_reads_through_the_copy_engine(compiled):
     assert code["loads"]["tma"] >= 20
 
 
+def test_convolutions_move_their_tiles_by_the_copy_engine_where_there_is_one(compiled):
+    convs = [code for code in compiled if name_of(code) == "conv"]
+    assert {code["arch"] for code in convs} == {90, 100}
+
+    def is_wrong(code):
+        return code["loads"].get("tma", 0) < 6 or set(code["stores"]) != {"tma"}
+
+    assert not complaints(convs, is_wrong)
+
+
 def multiplies(code) -> bool:
-    return code["case"].startswith("attention-N") or name_of(code) == "linear_argmax"
+    return code["case"].startswith(("attention-N", "conv-")) or name_of(code) == "linear_argmax"
