@@ -32,7 +32,9 @@ EXPECTED = {
     "kernels-residual-cuda": "python bench/kernels.py residual",
     "kernels-cross_entropy-cuda": "python bench/kernels.py cross_entropy",
     "kernels-input-cuda": "python bench/kernels.py input",
+    "kernels-conv-cuda": "python bench/kernels.py conv",
     "kernels-pieces-cuda": "python bench/kernels.py pieces",
+    "tokenizer-speed-random-cuda": "python bench/tokenizer.py speed",
     "data": "python bench/data.py",
 }
 SIZES = {"small": "S", "base": "B", "large": "L"}
