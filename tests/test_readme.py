@@ -39,6 +39,10 @@ def test_a_command_parses(command):
     if verb == "convert-dalle":
         assert arguments[::2] == ["--encoder", "--decoder", "--output"]
         return
+    if verb == "convert":
+        assert [arguments[2], *arguments[4:]] == ["--to"]
+        assert arguments[3] in ("unilm", "timm", "hf")
+        return
     known, _ = VERBS[verb]
     parse(verb, arguments[0], known[arguments[0]], arguments[1:])
 
