@@ -82,6 +82,7 @@ _ENDINGS = {
 }
 
 SEGMENTATION = re.compile(r"(fpn[1-4]|decode_head|auxiliary_head)\.")
+_NUM_CONVS = {"psp_modules": 4, "lateral_convs": 3, "fpn_convs": 3}  # pools 1, 2, 3, 6; levels
 _INDEX = re.compile(r"(^|\.)relative_position_index$")
 _PROJECTION = re.compile(r"(blocks\.\d+\.attn\.)([qkv])\.weight")
 # As they are in house names: split apart for others, and BEiT v2's blocks of pre-training only.
@@ -142,7 +143,7 @@ def from_house(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]
     """Tensors with house names under those of `layout`. Raises ValueError for other names."""
     if layout == "house":
         return dict(state)
-    is_mim = any(name.startswith("lm_head.") for name in state)
+    is_mim = _starts(state, "lm_head.")
     rename, renamed, unknown = _translation("house", layout, is_mim), {}, []
     for name, tensor in _split_projections(state).items():
         new = rename(name)
@@ -155,10 +156,32 @@ def from_house(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]
     return renamed
 
 
+def missing_of_segmentation(names: Iterable[str]) -> list[str]:
+    """House names of UperNet's and, where there is one, the auxiliary head's that are not here.
+
+    The pyramid depends on the patch size and is not looked at.
+    """
+    names, missing = set(names), []
+    heads = {head for head in ("decode_head.", "auxiliary_head.") if _starts(names, head)}
+    for house, *_ in _ROWS:
+        if not house.startswith(tuple(heads)):
+            continue
+        count = next((n for part, n in _NUM_CONVS.items() if part in house), 1)
+        for ending in _ENDINGS.get(house[-1], ("",)):
+            name = house.rstrip("*@") + ending
+            if not name.endswith("num_batches_tracked"):  # files older than torch 0.4.1's counter
+                missing += [n for k in range(count) if (n := name.format(k=k)) not in names]
+    return missing
+
+
 def shorten(names: list[str], most: int = 8) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _starts(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
 
 
 def _translation(source: Layout, target: Layout, is_mim: bool):
@@ -197,7 +220,7 @@ def _strip(originals: list[str], layout: Layout) -> list[tuple[str, str]]:
         )
     if layout == "house":
         names = [name.removeprefix("backbone.") for name in names]
-    elif not any(name.startswith("beit.embeddings.") for name in names):
+    elif not _starts(names, "beit.embeddings."):
         # BeitModel's and BeitBackbone's own files do without "beit.".
         encoder = re.compile(r"(embeddings|encoder|layers|layernorm|pooler|shared_position_bias)\.")
         names = [f"beit.{name}" if encoder.match(name) else name for name in names]

@@ -24,7 +24,13 @@ from beit_fast.model.hf_config import (
     mlp_ratio_of,
     taps_of_hf_config,
 )
-from beit_fast.model.layouts import SEGMENTATION, find_layout, shorten, to_house
+from beit_fast.model.layouts import (
+    SEGMENTATION,
+    find_layout,
+    missing_of_segmentation,
+    shorten,
+    to_house,
+)
 from beit_fast.model.published import PUBLISHED, find_published
 from beit_fast.model.weight_files import read_weights
 
@@ -205,6 +211,8 @@ def _check(state: Mapping[str, Tensor], task: Task, config: BeitConfig) -> None:
         )
     }
     compare_tensors(encoder, wanted, "its config")
+    if task == "segmentation" and (missing := missing_of_segmentation(state)):
+        raise ValueError(f"{len(missing)} tensors of the heads are missing: {shorten(missing)}")
 
 
 def compare_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whose: str) -> None:

@@ -255,6 +255,9 @@ def test_a_segmentation_file_gives_its_encoder_and_converts_whole(
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert_identical(again.state_dict(), theirs.state_dict())
+    del stored["decode_head.lateral_convs.2.bn.running_var"]
+    with pytest.raises(ValueError, match=r"1 tensors of the heads .*convs\.2\.bn\.running_var"):
+        read_checkpoint(stored)
     with pytest.raises(ValueError, match="no taps are known for 4 blocks"):
         convert(tmp_path / "m.pth", tmp_path / "third", to="hf")
 
