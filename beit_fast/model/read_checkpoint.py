@@ -43,6 +43,11 @@ MODEL_CLASSES: dict[str, type[Beit]] = {
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 OWN_TABLE = "blocks.{}.attn.relative_position_bias_table"
 _PUBLISHED_HEAD_DIM = 64
+_COUNTED = {
+    "head.weight": "num_classes",
+    "decode_head.conv_seg.weight": "num_classes",
+    "lm_head.weight": "vocab_size",
+}  # rows -> field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +140,13 @@ def _config_of(state: Mapping[str, Tensor], task: Task, stated: Mapping[str, Any
         raise ValueError(
             f"the sizes cannot be read from the tensors: {error} is missing or misshapen"
         ) from error
+    misshapen = [
+        n
+        for n in (*_COUNTED, SHARED_TABLE, OWN_TABLE.format(0))
+        if n in state and not state[n].ndim
+    ]
+    if misshapen:
+        raise ValueError(f"{misshapen} have no axes: rows are needed")
     table = state.get(SHARED_TABLE, state.get(OWN_TABLE.format(0)))
     num_heads = stated.get("num_heads")
     if num_heads is None:
@@ -160,11 +172,7 @@ def _config_of(state: Mapping[str, Tensor], task: Task, stated: Mapping[str, Any
         "global_pool": "token" if task != "mim" and "norm.weight" in state else "avg",
         "num_classes": 0,
     }
-    for name, count in (
-        ("head.weight", "num_classes"),
-        ("decode_head.conv_seg.weight", "num_classes"),
-        ("lm_head.weight", "vocab_size"),
-    ):
+    for name, count in _COUNTED.items():
         if name in state:
             fields[count] = len(state[name])
     if "img_size" not in stated:
@@ -200,6 +208,10 @@ def _square_side(table: Tensor | None, pos_embed: Tensor | None) -> int:
 
 def _check(state: Mapping[str, Tensor], task: Task, config: BeitConfig) -> None:
     """Every tensor the task's model has, of its shape, and none that it has no place for."""
+    numbers = [n for n, t in state.items() if not (t.is_floating_point() or n.endswith("_tracked"))]
+    if numbers:
+        kinds = {str(state[name].dtype) for name in numbers}
+        raise ValueError(f"{', '.join(kinds)} where weights belong: {shorten(sorted(numbers))}")
     with torch.device("meta"):
         wanted = MODEL_CLASSES.get(task, Beit)(config).state_dict()
     encoder = {

@@ -26,6 +26,16 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# What torch.load raises for bytes that torch.save did not write.
+_DAMAGE = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -194,7 +204,7 @@ def _read_torch(path: Path, key: str | None) -> dict[str, Tensor]:
             "of it was run; save its state dict alone where you trust it, "
             "torch.save({'model': state_dict}, ...)"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except _DAMAGE as error:
         raise ValueError(
             f"{path} is no whole file of torch.save ({error}): copy it anew"
         ) from error
@@ -207,12 +217,16 @@ def _read_torch(path: Path, key: str | None) -> dict[str, Tensor]:
     state = content if chosen is None else content[chosen]
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: {chosen!r} is a {type(state).__name__}, not tensors by name")
-    foreign = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    foreign = [str(name) for name, value in state.items() if not _is_dense(value)]
     if foreign:
         raise ValueError(
-            f"{path}: these are no tensors: {', '.join(sorted(foreign)[:8])}; pass key"
+            f"{path}: these are no dense tensors: {', '.join(sorted(foreign)[:8])}; pass key"
         )
     return dict(state)
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def _unshare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -276,6 +276,8 @@ def without(*names):
         (lambda s: s | {"blocks.0.gamma_1": torch.ones(31)}, r"gamma_1 is \(31,\) where \(32,\)"),
         (lambda s: s | {"extra": torch.ones(1)}, "names that no BEiT has: extra"),
         (without("patch_embed.proj.weight"), "'patch_embed.proj.weight' is missing"),
+        (lambda s: s | {"head.weight": torch.ones(())}, "have no axes"),
+        (lambda s: s | {"head.bias": torch.ones(5, dtype=torch.int8)}, "torch.int8 where weights"),
         (lambda s: s | {TABLE: torch.ones(50, 4)}, "relative_position_bias_table is"),
     ],
 )

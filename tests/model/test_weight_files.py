@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import random
 
 import pytest
 import torch
@@ -116,13 +117,34 @@ def test_a_cut_file_is_named(name, length, tmp_path):
         ([1, 2], None, "holds a list"),
         ({"model": TENSORS}, "ema", "has no 'ema': pass one of model"),
         ({"model": TENSORS, "n": 3}, "n", "'n' is a int"),
-        ({"a": torch.ones(1), "n": 3}, None, "no tensors: n"),
+        ({"a": torch.ones(1), "n": 3}, None, "no dense tensors: n"),
     ],
 )
 def test_other_contents_are_refused(content, key, message, tmp_path):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=message):
         read_weights(tmp_path / "w.pth", key=key)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of a pickle protocol it guesses
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_garbled_bytes_give_tensors_or_a_value_error(kind, tmp_path):
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
+    write_weights(path, TENSORS)
+    if kind == "legacy":
+        torch.save(TENSORS, path, _use_new_zipfile_serialization=False)
+    content, generator, refused = path.read_bytes(), random.Random(0), []
+    for _ in range(150):
+        garbled = bytearray(content)
+        for _ in range(3):
+            garbled[generator.randrange(min(len(content), 600))] = generator.randrange(256)
+        path.write_bytes(garbled)
+        try:
+            read_weights(path)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 50
+    assert all(path.name in message for message in refused)
 
 
 def test_a_place_without_weights_is_an_error(tmp_path):
