@@ -20,6 +20,7 @@ setup(
         "torchvision",  # transforms v2 on uint8, colour jitter on PIL images, image grids
         "numpy",
         "safetensors",  # weight files that can hold no code
+        "huggingface-hub",  # published checkpoints, push_to_hub
         "scipy",  # interpolating cubic spline for relative-position tables
         "timm>=1.0.20",  # parameter groups, EMA of the weights
         "torchcodec>=0.17",  # JPEG decode in threads; earlier versions corrupt memory on CUDA

@@ -1,16 +1,31 @@
 """beit_fast: BEiT pre-training and backbones, built for throughput."""
 
 from beit_fast.model.beit import Beit
+from beit_fast.model.checkpoint import (
+    convert,
+    from_pretrained,
+    load_pretrained,
+    push_to_hub,
+    save_pretrained,
+)
 from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
+from beit_fast.model.published import PUBLISHED, published
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 
 __all__ = [
+    "PUBLISHED",
     "Beit",
     "BeitConfig",
     "BeitForImageClassification",
     "BeitForMaskedImageModeling",
     "beit_config",
+    "convert",
+    "from_pretrained",
+    "load_pretrained",
+    "published",
+    "push_to_hub",
     "resize_pos_embed",
     "resize_rel_pos_table",
+    "save_pretrained",
 ]

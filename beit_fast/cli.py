@@ -8,12 +8,13 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
 from beit_fast import recipes
 from beit_fast.data.loader import BadDataError
+from beit_fast.model.checkpoint import convert
 from beit_fast.tasks.dvae import run_dvae
 from beit_fast.tasks.pipeline import run_pretraining
 from beit_fast.tasks.pretokenize import run_pretokenize
@@ -26,6 +27,8 @@ USAGE = """usage: beit-fast <verb> ...
   pretrain RECIPE        train a BEiT on a folder of images
   pretokenize RECIPE     write the visual tokens that `pretrain RECIPE --token_cache DIR` reads
   tokenizer RECIPE       train a dVAE on a folder of images
+  convert SRC DST --to unilm|timm|hf
+                         a BEiT under other names: file, folder, run or published name
   convert-dalle          OpenAI's encoder.pkl and decoder.pkl -> one safetensors file
 
 `beit-fast pretrain` lists the recipes; `beit-fast pretrain RECIPE --help` every field of one,
@@ -46,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         print(USAGE)
         return 0
-    if verb != "convert-dalle" and verb not in VERBS:
+    if verb not in CONVERSIONS and verb not in VERBS:
         print(f"{USAGE}\n\nbeit-fast: there is no verb {verb!r}", file=sys.stderr)
         return 2
     try:
-        if verb == "convert-dalle":
-            _convert_dalle(rest)
+        if verb in CONVERSIONS:
+            CONVERSIONS[verb](rest)
         else:
             known, run = VERBS[verb]
             if not rest or rest[0] not in known:
@@ -100,6 +103,22 @@ def _convert_dalle(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="beit-fast convert-dalle", description=description)
     parser.add_function_arguments(convert_dalle)
     print(f"wrote {convert_dalle(**vars(parser.parse_args(list(arguments))))}")
+
+
+def _convert(arguments: Sequence[str]) -> None:
+    description = inspect.getdoc(convert).splitlines()[0]
+    parser = ArgumentParser(prog="beit-fast convert", description=description)
+    parser.add_argument("source", help="file, folder, output of a run, or published name")
+    parser.add_argument("target", help="file to write; for hf a folder")
+    parser.add_argument("--to", type=Literal["unilm", "timm", "hf"], required=True)
+    parser.add_argument("--key", type=str, help="which of several weights: model_ema, ema ...")
+    print(convert(**vars(parser.parse_args(list(arguments)))))
+
+
+CONVERSIONS: dict[str, Callable[[Sequence[str]], None]] = {
+    "convert": _convert,
+    "convert-dalle": _convert_dalle,
+}
 
 
 if __name__ == "__main__":

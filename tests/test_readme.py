@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit_fast import recipes
+from beit_fast import (
+    PUBLISHED,
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    beit_config,
+    recipes,
+)
 from beit_fast.cli import VERBS, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +45,10 @@ def test_a_command_parses(command):
     verb, *arguments = shlex.split(command[command.index("beit-fast ") + len("beit-fast ") :])
     if verb == "convert-dalle":
         assert arguments[::2] == ["--encoder", "--decoder", "--output"]
+        return
+    if verb == "convert":
+        assert [arguments[2], *arguments[4:]] == ["--to"]
+        assert arguments[3] in ("unilm", "timm", "hf")
         return
     known, _ = VERBS[verb]
     parse(verb, arguments[0], known[arguments[0]], arguments[1:])
@@ -70,11 +80,22 @@ def test_the_kernels_are_called_as_the_page_calls_them():
     assert names["bias"].grad.shape == (12, 197, 197)
 
 
-def run_python_block(about: str) -> dict:
-    """The names that the first block with this word leaves behind."""
+def test_checkpoints_are_moved_as_the_page_moves_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"embed_dim": 64, "depth": 2, "num_heads": 2}
+    model = BeitForImageClassification(beit_config("beit_base_patch16_224", **small))
+    mim = BeitForMaskedImageModeling(beit_config("beit_base_patch16_224_8k_vocab", **small))
+    names = run_python_block("save_pretrained", model=model, mim=mim)
+    assert names["tuned"].config.grid == (24, 24)
+    assert names["tuned"].head.out_features == 10
+    assert len(names["report"].expanded) == 2
+    assert f"the {len(PUBLISHED)} published checkpoints" in README
+
+
+def run_python_block(about: str, **names) -> dict:
+    """The names that the first block with this word leaves behind, and those it starts from."""
     code = next(b for language, b in BLOCKS if language == "python" and about in b)
     torch.manual_seed(0)
-    names = {}
     exec(compile(code, "README.md", "exec"), names)  # the page's own code
     return names
 
