@@ -393,7 +393,7 @@ def test_timm_weights_hooked_after_the_softmax_are_seen(pair, forget_warnings):
     assert weights[0].shape == (2, 4, 17, 17)
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # timm's interpolation
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of timm's interpolation
 def test_set_input_size_keeps_working(pair, assert_agree):
     model, accelerated = pair("timm", use_shared_rel_pos_bias=True)
     with torch.no_grad():
