@@ -1,6 +1,7 @@
 """transformers' BEiT on our kernels (transformers 5 `models/beit/modeling_beit.py`)."""
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.models.beit import modeling_beit
 
@@ -15,6 +16,12 @@ from beit_fast.model.accelerate import (
     normalize,
 )
 from beit_fast.model.layers import is_plain
+
+if not hasattr(modeling_beit, "BeitMLP"):
+    raise ImportError(
+        "accelerate() knows BEiT as transformers 5 writes it, this is transformers "
+        f"{transformers.__version__}: pip install 'transformers>=5.17'"
+    )
 
 
 class BeitRelativePositionBias(Accelerated, modeling_beit.BeitRelativePositionBias):

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from torch import nn
 from beit_fast import BeitForImageClassification as OurClassifier
 from beit_fast import accelerate, restore
 from beit_fast.kernels import _triton
+from beit_fast.kernels.attention_backends import use_backend
 from beit_fast.model.accelerate import Accelerated
 
 FAMILIES = {
@@ -129,6 +131,33 @@ def test_autocast_is_as_exact_as_the_library(pair, kind):
         theirs, ours = results(model, images), results(accelerated, images)
     assert [t.dtype for t in ours.values()] == [t.dtype for t in theirs.values()]
     assert_within(ours, theirs, exact)
+
+
+@either
+def test_the_triton_kernels_take_an_accelerated_model(pair, kind):
+    model, accelerated = pair(kind, num_heads=2, img_size=16, depth=1)
+    images = torch.randn(2, 3, 16, 16)
+    exact = results(copy.deepcopy(model).double(), images.double())
+    with use_backend("triton"):
+        ours = results(accelerated, images)
+    for name, want in exact.items():
+        assert (ours[name] - want).norm() <= 1e-5 * want.norm(), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@either
+def test_a_gpu_is_as_exact_as_the_library_there(pair, kind, dtype):
+    model, accelerated = (
+        m.to("cuda", dtype) for m in pair(kind, embed_dim=128, num_heads=2, drop_path_rate=0.1)
+    )
+    images = torch.randn(3, 3, 32, 32, device="cuda", dtype=dtype)
+    exact = results(copy.deepcopy(model).double(), images.double())
+    assert_within(results(accelerated, images), results(model, images), exact)
+    model.train(), accelerated.train()
+    results(accelerated, images)  # draws on the device
+    with torch.no_grad():
+        assert run(accelerated.eval(), images).isfinite().all()
 
 
 @either
@@ -501,6 +530,14 @@ def test_a_model_without_a_beit_is_refused(tiny):
         accelerate(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="already"):
         accelerate(OurClassifier(tiny()))
+
+
+def test_an_older_transformers_is_refused_by_version(tiny, transformers_config, monkeypatch):
+    model = transformers.BeitModel(transformers_config(tiny()))
+    monkeypatch.delattr(transformers.models.beit.modeling_beit, "BeitMLP")
+    monkeypatch.delitem(sys.modules, "beit_fast.model.accelerate_transformers", raising=False)
+    with pytest.raises(ImportError, match=r"transformers>=5\.17"):
+        accelerate(model)
 
 
 def test_restoring_under_a_parametrization_is_refused_and_changes_nothing(pair):
