@@ -1,5 +1,6 @@
 """beit_fast: BEiT pre-training and backbones, built for throughput."""
 
+from beit_fast.model.accelerate import accelerate, restore
 from beit_fast.model.beit import Beit
 from beit_fast.model.checkpoint import (
     convert,
@@ -19,6 +20,7 @@ __all__ = [
     "BeitConfig",
     "BeitForImageClassification",
     "BeitForMaskedImageModeling",
+    "accelerate",
     "beit_config",
     "convert",
     "from_pretrained",
@@ -27,5 +29,6 @@ __all__ = [
     "push_to_hub",
     "resize_pos_embed",
     "resize_rel_pos_table",
+    "restore",
     "save_pretrained",
 ]

@@ -6,6 +6,10 @@ Three tasks: `classifier` (1000 classes, a position table per block), `features`
 shared table) and `mim` (75 of 196 patches hidden; timm has no such model, and transformers scores
 every patch where we score the hidden ones). A step is forward, loss and backward, without the
 optimiser. The ratio is the peer's time or memory by ours: above 1, ours is better.
+
+    python bench/model.py --accelerate --size base --batch 4 --tasks classifier
+
+compares the libraries' models with themselves after `beit_fast.accelerate`: above 1, it helps.
 """
 
 import argparse
@@ -29,6 +33,7 @@ from timing import (
 )
 from torch import Tensor, nn
 
+from beit_fast.model.accelerate import accelerate
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
@@ -147,6 +152,15 @@ def build_transformers(
 
 
 BUILD = {"ours": build_ours, "timm": build_timm, "transformers": build_transformers}
+ACCELERATED = "accelerated "  # before a library's name: its model after `accelerate`
+
+
+def build(name: str, task: str, config: BeitConfig) -> tuple[nn.Module, Callable[[Inputs], Tensor]]:
+    model, loss = BUILD[name.removeprefix(ACCELERATED)](task, config)
+    if name.startswith(ACCELERATED):
+        report = accelerate(model)
+        assert not report.left, report
+    return model, loss
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,7 @@ class Candidate:
 def make_candidate(name: str, task: str, setting: Setting, compiled: bool = False) -> Candidate:
     torch.manual_seed(0)
     with torch.device(setting.device):
-        model, loss = BUILD[name](task, setting.config(task))
+        model, loss = build(name, task, setting.config(task))
     model.train()
     inputs = make_inputs(setting)
     if compiled:
@@ -220,8 +234,10 @@ def peak_cuda_mib(candidate: Candidate) -> float:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def bench(task: str, setting: Setting, compiled: bool, rounds: int) -> list[dict]:
-    names = ("ours", *PEERS[task])
+def bench(
+    task: str, names: tuple[str, ...], setting: Setting, compiled: bool, rounds: int
+) -> list[dict]:
+    """The candidates in one run; ratios are of each by the first."""
     candidates = {name: make_candidate(name, task, setting, compiled) for name in names}
     device = torch.device(setting.device)
     memory = {}
@@ -236,7 +252,7 @@ def bench(task: str, setting: Setting, compiled: bool, rounds: int) -> list[dict
         calls = {name: getattr(candidate, kind) for name, candidate in candidates.items()}
         timings = time_interleaved(calls, device=device, rounds=rounds)
         for name, timing in timings.items():
-            ratio, ratio_spread = timings["ours"].ratio(timing)
+            ratio, ratio_spread = timings[names[0]].ratio(timing)
             training = kind == "train_step"
             rows.append(
                 {
@@ -250,7 +266,7 @@ def bench(task: str, setting: Setting, compiled: bool, rounds: int) -> list[dict
                     "ratio": ratio,
                     "ratio_spread": ratio_spread,
                     "peak_mib": memory[name] if training else "",
-                    "memory_ratio": memory[name] / memory["ours"] if training else "",
+                    "memory_ratio": memory[name] / memory[names[0]] if training else "",
                 }
             )
     return rows
@@ -262,12 +278,15 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, choices=[224, 384, 512], default=224)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tasks", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument(
+        "--accelerate", action="store_true", help="each library before and after accelerate()"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--output", type=Path, help="CSV; default results/model-<size>-<device>.csv"
+        "--output", type=Path, help="CSV; default results/<model or accelerate>-<size>-<device>.csv"
     )
     options = parser.parse_args()
 
@@ -292,10 +311,15 @@ def main() -> None:
     print(conditions_line(values))
     rows: list[dict] = []
     for task in options.tasks:
+        runs = [("ours", *PEERS[task])]
+        if options.accelerate:
+            runs = [(ACCELERATED + peer, peer) for peer in PEERS[task]]
         for compiled in (False, True) if setting.device == "cuda" else (False,):
-            rows += bench(task, setting, compiled, options.rounds)
-            print(format_table(rows[-2 * (1 + len(PEERS[task])) :]), flush=True)
-    path = options.output or RESULTS / f"model-{setting.size}-{setting.device}.csv"
+            for names in runs:
+                rows += bench(task, names, setting, compiled, options.rounds)
+                print(format_table(rows[-2 * len(names) :]), flush=True)
+    stem = "accelerate" if options.accelerate else "model"
+    path = options.output or RESULTS / f"{stem}-{setting.size}-{setting.device}.csv"
     write_results(path, rows, values)
     print(f"written to {path}")
 

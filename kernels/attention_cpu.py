@@ -117,7 +117,8 @@ class _Bias:
         if bias is None:
             return
         self.values = bias.to(dtype)
-        masked = (bias == -torch.inf).all(dim=-1, keepdim=True)
+        # Not `(bias == -inf).all()`: 0.43 ms for H6-N197 on one core of an AMD EPYC, `amax` 0.03.
+        masked = bias.amax(dim=-1, keepdim=True) == -torch.inf
         if masked.any():  # no device waits: this is for CPUs
             self.masked = masked
             self.values = self.values.masked_fill(masked, 0)

@@ -92,6 +92,38 @@ def test_checkpoints_are_moved_as_the_page_moves_them(tmp_path, monkeypatch):
     assert f"the {len(PUBLISHED)} published checkpoints" in README
 
 
+def test_accelerating_runs_as_the_page_has_it():
+    names = run_python_block("timm.create_model")
+    assert len(names["report"].replaced) == 73
+    assert not names["report"].left
+    assert not any(hasattr(m, "_bias_cache") for m in names["model"].modules())
+
+
+def test_swin_attention_on_the_page_is_timms():
+    from timm.models.swin_transformer import WindowAttention
+
+    swin_attention = run_python_block("def swin_attention")["swin_attention"]
+    module, x, mask = (
+        WindowAttention(32, num_heads=4, window_size=4),
+        torch.randn(6, 16, 32),
+        torch.randn(3, 16, 16),
+    )
+    torch.testing.assert_close(swin_attention(module, x, mask), module(x, mask=mask))
+
+
+def test_the_ratios_of_acceleration_are_the_measured_ones():
+    path = ROOT / "bench" / "results" / "accelerate-base-cpu.csv"
+    with path.open(newline="") as file:
+        measured = {(r["pass"], r["model"]): r for r in csv.DictReader(file)}
+    text = " ".join(README.split())
+    for kind, phrase in (
+        ("train_step", "{} times as long before as after, of transformers' {};"),
+        ("forward", "a forward pass {} and {};"),
+    ):
+        ratios = [f"{float(measured[kind, m]['ratio']):.2f}" for m in ("timm", "transformers")]
+        assert phrase.format(*ratios) in text
+
+
 def run_python_block(about: str, **names) -> dict:
     """The names that the first block with this word leaves behind, and those it starts from."""
     code = next(b for language, b in BLOCKS if language == "python" and about in b)
