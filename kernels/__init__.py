@@ -9,6 +9,7 @@ drop_path               which samples skip a branch: by factor, or left out of t
 fold                    LayerScale and the norm's affine as part of the neighbouring weights
 linear_cross_entropy    the MIM head's loss over masked rows only, without its logits
 gather_norm             LayerNorm of listed rows; its backward scatters
+gather_rows             listed rows as they are, so that what follows computes no others
 linear_argmax           arg-max over a linear layer's outputs, without the outputs
 conv                    convolution with ReLU, residual and pooling fused, channels last
 conv_pixels             the first convolution, from uint8 pixels

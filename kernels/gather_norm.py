@@ -483,6 +483,27 @@ def _tile(D: int) -> dict[str, int]:
     }
 
 
+def check_index(index: Tensor) -> None:
+    """Raise ValueError unless it is one."""
+    if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"the index is {index.dtype} {tuple(index.shape)}: pass int32 or int64 (I,), rows of "
+            "x with B and N flattened, -1 for padding"
+        )
+
+
+def check_index_values(x: Tensor, index: Tensor) -> None:
+    """Raise ValueError for the first row that x (B, N, D) does not have; waits for a GPU."""
+    num_rows = x.shape[0] * x.shape[1]
+    wrong = (index < -1) | (index >= num_rows)
+    if wrong.any():
+        i = wrong.nonzero()[0].item()
+        raise ValueError(
+            f"index[{i}] is {index[i].item()}, and x has {num_rows} rows: pass 0 .. "
+            f"{num_rows - 1}, or -1 for padding"
+        )
+
+
 def _inside(x: Tensor, index: Tensor) -> Tensor:
     return (index >= 0) & (index < x.shape[0] * x.shape[1])
 

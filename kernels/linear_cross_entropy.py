@@ -34,6 +34,8 @@ from torch.utils.flop_counter import register_flop_formula
 from beit_fast.kernels._triton import Gpu, cdiv, gpu_of, launch_obstacle, warn_once
 from beit_fast.kernels.gather_norm import (
     WIDEST,
+    check_index,
+    check_index_values,
     gather_norm,
     gather_norm_reference,
     gather_norm_torch,
@@ -434,14 +436,8 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _check_values(x: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> None:
-    num_rows, V = x.shape[0] * x.shape[1], weight.shape[0]
-    wrong = (index < -1) | (index >= num_rows)
-    if wrong.any():
-        i = wrong.nonzero()[0].item()
-        raise ValueError(
-            f"index[{i}] is {index[i].item()}, and x has {num_rows} rows: pass 0 .. "
-            f"{num_rows - 1}, or -1 for padding"
-        )
+    check_index_values(x, index)
+    V = weight.shape[0]
     wrong = ((target < 0) | (target >= V)) & (index != -1)
     if wrong.any():
         i = wrong.nonzero()[0].item()
@@ -457,11 +453,7 @@ def _check(x: Tensor, index: Tensor, target: Tensor, weight: Tensor, reduction: 
             f"x is {tuple(x.shape)}, the head's weight {tuple(weight.shape)}: pass x (B, N, D) "
             "and weight (V, D)"
         )
-    if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"the index is {index.dtype} {tuple(index.shape)}: pass int32 or int64 (I,), rows of "
-            "x with B and N flattened, -1 for padding"
-        )
+    check_index(index)
     if target.shape != index.shape or target.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"{target.dtype} targets {tuple(target.shape)} for {tuple(index.shape)} rows: pass one "

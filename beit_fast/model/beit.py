@@ -3,16 +3,41 @@
 Parameters have the names and shapes of timm's `Beit` and of unilm's checkpoints.
 """
 
-from typing import Any
+import functools
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
+from beit_fast.kernels._triton import warn_once
 from beit_fast.kernels.mask_embed import mask_embed
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.init import init_pretraining
-from beit_fast.model.layers import Block, PatchEmbed, RelativePositionBias, run_blocks
+from beit_fast.model.layers import (
+    Block,
+    PatchEmbed,
+    RelativePositionBias,
+    rowwise_after_attention,
+    run_blocks,
+    select_rows,
+)
+
+# What selective checkpointing keeps: products, and attention in each way that it is computed.
+KEPT = frozenset(
+    (
+        *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm"),
+        *("mkldnn::_linear_pointwise", "beit_fast::attention", "beit_fast::attention_qkvpacked"),
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+    )
+)
 
 
 class Beit(nn.Module):
@@ -43,7 +68,7 @@ class Beit(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, config.drop_path_rate * i / steps) for i in range(config.depth)
         )
-        self.grad_checkpointing = False
+        self.grad_checkpointing: bool | Literal["selective"] = False
         self.register_load_state_dict_pre_hook(_drop_index)
         if type(self) is Beit:  # a head's class does this when the head is there too
             self.init_weights()
@@ -63,18 +88,49 @@ class Beit(nn.Module):
         Raises ValueError for images of another size, and for a mask that does not fit or that
         this model has no mask token for.
         """
+        return self._encode(images, mask)
+
+    def _encode(self, images: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """`forward_features`, or of listed rows alone, (I, 1, D) as `select_rows` gives them."""
         x_BND = self._embed(images, mask)
         shared_bias_HNN = None
         if self.rel_pos_bias is not None:
             shared_bias_HNN = self.rel_pos_bias()
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return run_blocks(self.blocks, x_BND, shared_bias_HNN)
-        for block in self.blocks:
-            x_BND = checkpoint(block, x_BND, shared_bias_HNN, use_reentrant=False)
-        return x_BND
+        skips = rows is not None and rowwise_after_attention(self.blocks[-1])
+        listed = (rows,) if skips else ()
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            *blocks, last = self.blocks
+            for block in blocks:
+                x_BND = self._recompute(block, x_BND, shared_bias_HNN)
+            x = self._recompute(last, x_BND, shared_bias_HNN, *listed)
+        else:
+            x = run_blocks(self.blocks, x_BND, shared_bias_HNN, *listed)
+        if rows is None or skips:
+            return x
+        warn_once(
+            "skip_unread_rows: the last block computes all rows, for a module in it is hooked, "
+            "compiled or replaced"
+        )
+        return select_rows(x, rows)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+    def _recompute(self, block: nn.Module, *arguments: Tensor | None) -> Tensor:
+        options = {}
+        if self.grad_checkpointing == "selective":
+            options["context_fn"] = functools.partial(
+                create_selective_checkpoint_contexts, _keep_products
+            )
+        return checkpoint(block, *arguments, use_reentrant=False, **options)
+
+    def set_grad_checkpointing(self, enable: bool | Literal["selective"] = True) -> None:
+        """Recompute in the backward pass instead of keeping activations, for large grids.
+
+        True keeps each block's input and computes the block twice: a third more arithmetic.
+        "selective" also keeps what its products and its attention give, and computes norms, GELU,
+        residuals and drop path twice: no more arithmetic to speak of.
+        Raises ValueError for anything else.
+        """
+        if enable not in (False, True, "selective"):
+            raise ValueError(f"grad checkpointing is {enable!r}: pass True, False or 'selective'")
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
@@ -120,6 +176,11 @@ class Beit(nn.Module):
                 f"the mask is {mask.dtype} {tuple(mask.shape)}: pass bool {tuple(x.shape[:2])}, "
                 "True where a patch is hidden"
             )
+
+
+def _keep_products(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    keeps = operator.name() in KEPT
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _drop_index(_module: nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:

@@ -36,6 +36,8 @@ class BeitConfig:
     # Same function and parameters with less memory: vectors go into the weights at each step.
     fold_layer_scale: bool = False
     fold_norm_affine: bool = False
+    # In the last block, after attention, compute only what a loss over listed patches reads.
+    skip_unread_rows: bool = False
     norm_eps: float = 1e-6
     num_classes: int = 1000  # of the classifier; 0: no head, pooled features
     global_pool: Literal["avg", "token"] = "avg"  # patches' mean then norm, or norm then [CLS]

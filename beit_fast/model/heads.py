@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from beit_fast.kernels.gather_rows import gather_rows
 from beit_fast.kernels.linear_argmax import linear_argmax
 from beit_fast.kernels.linear_cross_entropy import masked_linear_cross_entropy
 from beit_fast.model.beit import Beit
@@ -47,10 +48,8 @@ class BeitForMaskedImageModeling(Beit):
         if visual_tokens.shape != masked_index.shape:
             self._check_tokens(visual_tokens, mask)
             target_I = visual_tokens.flatten().index_select(0, masked_index.clamp(min=0))
-        x_BND = self.forward_features(images, mask)
         return masked_linear_cross_entropy(
-            x_BND,
-            self._token_rows(masked_index),
+            *self._listed_tokens(images, mask, masked_index),
             target_I,
             self.lm_head.weight,
             self.lm_head.bias,
@@ -66,8 +65,7 @@ class BeitForMaskedImageModeling(Beit):
         tokens.
         """
         self._check_predicts("pixels")
-        x_BND = self.forward_features(images, mask)
-        rows_ID = x_BND.flatten(0, 1).index_select(0, self._token_rows(masked_index).clamp(min=0))
+        rows_ID = gather_rows(*self._listed_tokens(images, mask, masked_index))
         patches_BLP = self.patch_embed.patches(images)
         target_IP = patches_BLP.flatten(0, 1).index_select(0, masked_index.clamp(min=0))
         real = masked_index >= 0
@@ -85,9 +83,19 @@ class BeitForMaskedImageModeling(Beit):
         x_BLD = self.norm(self.forward_features(images, mask)[:, 1:])
         return linear_argmax(x_BLD, self.lm_head.weight, self.lm_head.bias, precision="tf32x3")
 
-    def _token_rows(self, masked_index: Tensor) -> Tensor:
-        """Patch b L + l is row b N + 1 + l of the sequence, N = L + 1; -1 stays -1."""
-        return masked_index + masked_index // self.config.num_patches + 1  # floor: -1 // L is -1
+    def _listed_tokens(
+        self, images: Tensor, mask: Tensor, masked_index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens before the norm, and which of their rows the listed patches are; -1: padding.
+
+        All tokens (B, N, D), or if the config says so and it is less, the listed ones (I, 1, D).
+        """
+        # Patch b L + l is row b N + 1 + l of the sequence, N = L + 1; floor: -1 // L is -1.
+        rows = masked_index + masked_index // self.config.num_patches + 1
+        if not self.config.skip_unread_rows or len(rows) >= mask.numel():
+            return self.forward_features(images, mask), rows
+        places = torch.arange(len(rows), dtype=rows.dtype, device=rows.device)
+        return self._encode(images, mask, rows), torch.where(rows == -1, -1, places)
 
     def _check_predicts(self, wanted: str) -> None:
         if self.config.predict != wanted:

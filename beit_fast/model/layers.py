@@ -14,6 +14,7 @@ from torch.func import functional_call
 from beit_fast.kernels.attention import attention_qkvpacked, rel_pos_attention_qkvpacked
 from beit_fast.kernels.drop_path import KeptSamples, draw_kept_samples, num_kept
 from beit_fast.kernels.fold import fold_layer_scale, fold_norm_affine
+from beit_fast.kernels.gather_rows import gather_rows
 from beit_fast.kernels.linear import linear
 from beit_fast.kernels.rel_pos_bias import rel_pos_bias, relative_position_rows
 from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
@@ -103,8 +104,8 @@ class Attention(nn.Module):
         self.relative_position_bias_table = _table(config) if config.use_rel_pos_bias else None
         self.proj = Linear(width, config.embed_dim)
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
-        """x (B, N, D); shared_bias (H, N, N) or None."""
+    def forward(self, x: Tensor, shared_bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """x (B, N, D); shared_bias (H, N, N) or None; rows (I,) as of `select_rows`, or None."""
         # 3 us of 45 ms at B2-N197-D768: a packed bias would save nothing, and cost its own names.
         qkv_bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
         if is_plain(self.qkv, Linear):
@@ -119,7 +120,7 @@ class Attention(nn.Module):
             out_BNHK = rel_pos_attention_qkvpacked(qkv_BN3HK, table, self.grid)
         else:
             out_BNHK = attention_qkvpacked(qkv_BN3HK, rel_pos_bias(table, self.grid) + shared_bias)
-        return self.proj(out_BNHK.flatten(2))
+        return self.proj(select_rows(out_BNHK.flatten(2), rows))
 
 
 class Mlp(nn.Module):
@@ -140,6 +141,26 @@ class DropPath(NamedTuple):
 
     keep: Tensor | None = None  # (B,): 0 or 1 / (1 - p)
     kept: KeptSamples | None = None  # a fixed number; the branch does not see the others
+
+    def of_rows(self, rows: Tensor, x: Tensor) -> "DropPath":
+        """The same for listed rows of x (B, N, D), as if each were a sample: by factor."""
+        keep_B = self.keep
+        if self.kept is not None:
+            precise = torch.promote_types(x.dtype, torch.float32)
+            keep_B = (self.kept.slots >= 0).to(precise) * self.kept.scale
+        if keep_B is None:
+            return self
+        # -1 // N is -1: padding stays padding, and what is out of range shows as it does in x.
+        return DropPath(keep=gather_rows(keep_B[:, None, None], rows // x.shape[1]).flatten())
+
+    def rows_of_branch(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Where those rows are in a branch, which has the kept samples alone; -1: nowhere."""
+        if self.kept is None:
+            return rows
+        N = x.shape[1]
+        sample = (rows // N).clamp(0, len(x) - 1)
+        slot = self.kept.slots.index_select(0, sample)
+        return torch.where((rows >= 0) & (slot >= 0), slot * N + rows % N, -1)
 
 
 class Block(nn.Module):
@@ -162,9 +183,9 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
             self.gamma_2 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
-        """x (B, N, D) -> (B, N, D); shared_bias (H, N, N) or None."""
-        return self.step(x, self.enter(x), shared_bias)[0]
+    def forward(self, x: Tensor, shared_bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D); shared_bias (H, N, N) or None; rows as of `select_rows`."""
+        return self.step(x, self.enter(x), shared_bias, rows=rows)[0]
 
     def enter(self, x: Tensor) -> tuple[Tensor, DropPath]:
         """What attention sees of x, and which samples skip it."""
@@ -177,11 +198,16 @@ class Block(nn.Module):
         entered: tuple[Tensor, DropPath],
         shared_bias: Tensor | None,
         following: "Block | None" = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, DropPath] | None]:
         """`forward`, with what `enter` gave; also what enters the block that follows."""
         ln, path = entered
-        branch = self._attend(ln, shared_bias)
+        branch_rows = None if rows is None else path.rows_of_branch(rows, x)
+        branch = self._attend(ln, shared_bias, branch_rows)
         mlp_path = self._draw_path(x)
+        if rows is not None:
+            path, mlp_path = path.of_rows(rows, x), mlp_path.of_rows(rows, x)
+            x = select_rows(x, rows)
         x, ln = self._add(x, branch, self.gamma_1, path, self.norm2, mlp_path)
         branch = self._feed_forward(ln)
         if following is None:
@@ -223,7 +249,7 @@ class Block(nn.Module):
     def _affine(self, norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.config.fold_norm_affine else (norm.weight, norm.bias)
 
-    def _attend(self, ln: Tensor, shared_bias: Tensor | None) -> Tensor:
+    def _attend(self, ln: Tensor, shared_bias: Tensor | None, rows: Tensor | None) -> Tensor:
         attn, folded = self.attn, {}
         if self._folds(self.norm1):
             bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
@@ -232,7 +258,8 @@ class Block(nn.Module):
             folded["qkv.weight"] = weight
         if self.config.fold_layer_scale and self.gamma_1 is not None:
             folded |= _scaled("proj", attn.proj, self.gamma_1)
-        return _call(attn, folded, ln, shared_bias)
+        arguments = (ln, shared_bias) if rows is None else (ln, shared_bias, rows)
+        return _call(attn, folded, *arguments)
 
     def _feed_forward(self, ln: Tensor) -> Tensor:
         mlp, folded = self.mlp, {}
@@ -263,9 +290,15 @@ class Block(nn.Module):
         return keep_B.bernoulli_(keep_rate).div_(keep_rate)
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, shared_bias: Tensor | None) -> Tensor:
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    shared_bias: Tensor | None,
+    rows: Tensor | None = None,
+) -> Tensor:
     """Blocks one after another, each one's last residual in one pass with the next one's norm.
 
+    The last one computes `rows` alone, see `select_rows`; it must be `rowwise_after_attention`.
     A block that is hooked, compiled or replaced is called as the module it is.
     """
     blocks = list(blocks)
@@ -274,11 +307,30 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, shared_bias: Tensor | Non
         if not is_plain(block, Block):
             x = block(x, shared_bias)
             continue
+        listed = rows if following is None else None
         if following is not None and not is_plain(following, Block):
             following = None
         entered = block.enter(x) if entered is None else entered
-        x, entered = block.step(x, entered, shared_bias, following)
+        x, entered = block.step(x, entered, shared_bias, following, listed)
     return x
+
+
+def select_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Row b N + n of x (B, N, D) for each of `rows` (I,), as a sample of one token: (I, 1, D).
+
+    -1 gives zeros, whose gradient goes nowhere. Without rows x itself.
+    """
+    return x if rows is None else gather_rows(x, rows)[:, None]
+
+
+def rowwise_after_attention(block: nn.Module) -> bool:
+    """Whether what follows attention sees one token at a time, and no one watches it."""
+    return (
+        is_plain(block, Block)
+        and is_plain(block.attn, Attention)
+        and is_plain(block.mlp, Mlp)
+        and all(is_plain(module, type(module)) for module in block.modules())
+    )
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
