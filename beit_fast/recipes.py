@@ -32,7 +32,9 @@ def beit_base_in1k() -> PretrainConfig:
     16 ranks x 128 images. Paper: 83.2 % top-1 after fine-tuning; about five days on 16 V100.
     """
     return PretrainConfig(
-        model=beit_config("beit_base_patch16_224_vanilla", drop_path_rate=0.1),
+        model=beit_config(
+            "beit_base_patch16_224_vanilla", drop_path_rate=0.1, skip_unread_rows=True
+        ),
         data=DataConfig(batch_size=128),
         optim=OptimConfig(lr=1.5e-3, warmup_epochs=10, clip_grad=3.0),
         run=RunConfig(output="runs/beit_base_in1k", epochs=800),
@@ -52,7 +54,9 @@ def beit_plus_base_in1k() -> PretrainConfig:
     their fine-tuning 83.2 % top-1.
     """
     return PretrainConfig(
-        model=beit_config("beit_base_patch16_224_8k_vocab", drop_path_rate=0.1),
+        model=beit_config(
+            "beit_base_patch16_224_8k_vocab", drop_path_rate=0.1, skip_unread_rows=True
+        ),
         data=DataConfig(batch_size=128),
         optim=OptimConfig(lr=1.5e-3, warmup_epochs=10, clip_grad=3.0),
         run=RunConfig(output="runs/beit_plus_base_in1k", epochs=800),
@@ -71,7 +75,9 @@ def beit_plus_base_in22k() -> PretrainConfig:
     16 ranks x 128 images. Fine-tuned on 22K and then 1K it reaches 85.2 % top-1 at 224.
     """
     return PretrainConfig(
-        model=beit_config("beit_base_patch16_224_8k_vocab", drop_path_rate=0.1),
+        model=beit_config(
+            "beit_base_patch16_224_8k_vocab", drop_path_rate=0.1, skip_unread_rows=True
+        ),
         data=DataConfig(batch_size=128),
         optim=OptimConfig(lr=1.5e-3, warmup_steps=10_000, clip_grad=3.0),
         run=RunConfig(output="runs/beit_plus_base_in22k", epochs=150),
@@ -89,7 +95,9 @@ def beit_large_in1k() -> PretrainConfig:
     16 ranks x 64 images x 2 micro-batches. Paper: 85.2 % top-1 after fine-tuning.
     """
     return PretrainConfig(
-        model=beit_config("beit_large_patch16_224_vanilla", drop_path_rate=0.1),
+        model=beit_config(
+            "beit_large_patch16_224_vanilla", drop_path_rate=0.1, skip_unread_rows=True
+        ),
         data=DataConfig(batch_size=64),
         optim=OptimConfig(lr=1.5e-3, warmup_epochs=10, clip_grad=1.0),
         run=RunConfig(output="runs/beit_large_in1k", epochs=800, accumulate=2),
@@ -109,7 +117,9 @@ def beit_plus_large_in22k() -> PretrainConfig:
     clipping at 1.0 are, the rest is Base's. Fine-tuned on 22K and then 1K: 87.4 % top-1 at 224.
     """
     return PretrainConfig(
-        model=beit_config("beit_large_patch16_224_8k_vocab", drop_path_rate=0.1),
+        model=beit_config(
+            "beit_large_patch16_224_8k_vocab", drop_path_rate=0.1, skip_unread_rows=True
+        ),
         data=DataConfig(batch_size=64),
         optim=OptimConfig(lr=1.5e-3, warmup_steps=10_000, clip_grad=1.0),
         run=RunConfig(output="runs/beit_plus_large_in22k", epochs=150, accumulate=2),
@@ -128,7 +138,12 @@ def small() -> PretrainConfig:
     --tokenizer_training null --model.vocab_size 8192`. Not trained to the end by us yet.
     """
     return PretrainConfig(
-        model=beit_config("beit_small_patch16_224_8k_vocab", drop_path_rate=0.1, vocab_size=2048),
+        model=beit_config(
+            "beit_small_patch16_224_8k_vocab",
+            drop_path_rate=0.1,
+            skip_unread_rows=True,
+            vocab_size=2048,
+        ),
         data=DataConfig(batch_size=256),
         optim=OptimConfig(lr=1.5e-3, warmup_epochs=10, clip_grad=3.0),
         run=RunConfig(output="runs/small", epochs=300, accumulate=4),

@@ -375,8 +375,8 @@ def staged_step(ours: Ours, batches: Iterator[Batch], resident: bool) -> dict[st
         clock.mark("tokenizer")
         return ids
 
-    def encoder_tap(forward_features: Callable, *args: object, **kwargs: object) -> Tensor:
-        features = forward_features(*args, **kwargs)
+    def encoder_tap(encode: Callable, *args: object, **kwargs: object) -> Tensor:
+        features = encode(*args, **kwargs)
         clock.mark("encoder forward")
         cut["features"], cut["leaf"] = features, features.detach().requires_grad_()
         return cut["leaf"]
@@ -390,13 +390,13 @@ def staged_step(ours: Ours, batches: Iterator[Batch], resident: bool) -> dict[st
         batch = ours.ready(batch)
     clock.mark("input")
     with (
-        tap(ours.task.model, "forward_features", encoder_tap),
+        tap(ours.task.model, "_encode", encoder_tap),
         autocast(ours.run, ours.device),
     ):
         loss = ours.task.loss(batch)[0]
     if "leaf" not in cut:
         raise RuntimeError(
-            "the loss did not call the model's forward_features: tie the stages to what it calls"
+            "the loss did not call the model's _encode: tie the stages to what it calls"
         )
     loss.backward()
     clock.mark("head")
@@ -440,7 +440,7 @@ def build_staged(setting: Setting) -> Ours:
     _, ours = build_ours(setting, compile="off")
     if mode != "off":
         model = ours.task.model
-        model.forward_features = torch.compile(model.forward_features, mode=mode)
+        model._encode = torch.compile(model._encode, mode=mode)
     return ours
 
 
@@ -618,7 +618,9 @@ def main() -> None:
     settings = [
         Setting(
             model=beit_config(
-                f"beit_{options.size}_patch16_{img_size}_8k_vocab", drop_path_rate=0.1
+                f"beit_{options.size}_patch16_{img_size}_8k_vocab",
+                drop_path_rate=0.1,
+                skip_unread_rows=True,
             ),
             batch=batch,
             device=device.type,

@@ -35,7 +35,7 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
             )
         # The tokenizer by its weights: its file may move, and another may come in its place.
         settings = lasting_settings(config)
-        del settings["tokenizer_training"]
+        del settings["tokenizer_training"], settings["grad_checkpointing"]
         settings["tokenizer"] = tokenizer_digest(tokenizer) if tokenizer is not None else None
         settings["token_cache"] = None
         if task.cache is not None:

@@ -68,6 +68,9 @@ class PretrainConfig:
     # Folder that `beit-fast pretokenize` wrote with these very settings: training then needs no
     # tokenizer. One given besides is for evaluation and pictures, on crops that no step sees.
     token_cache: str | None = None
+    # Less memory: blocks are computed again in the backward pass, or with "selective" all of them
+    # but products and attention.
+    grad_checkpointing: bool | Literal["selective"] = False
 
     def __post_init__(self) -> None:
         sources = (self.tokenizer is not None) + (self.tokenizer_training is not None)
@@ -139,6 +142,7 @@ class PretrainTask:
         self.config, self.tokenizer = config, tokenizer
         torch.manual_seed(config.run.seed)
         self.model = BeitForMaskedImageModeling(model)
+        self.model.set_grad_checkpointing(config.grad_checkpointing)
         self._loss = self.model.loss if self.predicts_tokens else self.model.pixel_loss
         self.counters = {}
         if self.predicts_tokens:

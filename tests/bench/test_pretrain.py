@@ -111,7 +111,7 @@ def test_stages_that_cannot_be_told_apart_are_an_error(pretrain, setting, monkey
     _, ours = pretrain.build_ours(changed)
     loss = torch.zeros((), requires_grad=True)
     monkeypatch.setattr(ours.task, "loss", lambda batch: (loss, {}))
-    with pytest.raises(RuntimeError, match="forward_features"):
+    with pytest.raises(RuntimeError, match="_encode"):
         pretrain.staged_step(ours, iter([pretrain.synthetic_batch(changed)]), resident=True)
 
 
