@@ -37,6 +37,7 @@ setup(
             "pytest",
             "pytest-benchmark",  # bench/test_kernels.py
             "ruff",
+            "scikit-learn",  # oracle of the probes: nearest neighbours, logistic regression
             "transformers>=5.17",  # numerical peer, as is timm
             "torchao>=0.18",  # the extra fp8
         ],

@@ -18,6 +18,7 @@ from beit_fast.model.checkpoint import convert
 from beit_fast.tasks.dvae import run_dvae
 from beit_fast.tasks.pipeline import run_pretraining
 from beit_fast.tasks.pretokenize import run_pretokenize
+from beit_fast.tasks.probe import run_probe
 from beit_fast.tokenizer.dalle import convert_dalle
 from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
@@ -26,6 +27,7 @@ USAGE = """usage: beit-fast <verb> ...
 
   pretrain RECIPE        train a BEiT on a folder of images
   pretokenize RECIPE     write the visual tokens that `pretrain RECIPE --token_cache DIR` reads
+  probe RECIPE           linear and nearest-neighbour accuracy of every block of a pre-trained BEiT
   tokenizer RECIPE       train a dVAE on a folder of images
   convert SRC DST --to unilm|timm|hf
                          a BEiT under other names: file, folder, run or published name
@@ -37,6 +39,7 @@ and `--print_config` its values as YAML for `--config FILE`."""
 VERBS: dict[str, tuple[dict[str, Callable[[], Any]], Callable[[Any], None]]] = {
     "pretrain": (recipes.PRETRAIN, run_pretraining),
     "pretokenize": (recipes.PRETOKENIZE, run_pretokenize),
+    "probe": (recipes.PROBE, run_probe),
     "tokenizer": (recipes.TOKENIZER, run_dvae),
 }
 

@@ -73,6 +73,13 @@ def test_every_token_cache_recipe_is_its_pretraining_one_and_survives_the_parser
     assert config.output == f"{pretraining.run.output}_tokens"
 
 
+@pytest.mark.parametrize("name", recipes.PROBE)
+def test_every_probe_recipe_survives_the_parser_unchanged_and_says_its_command(name):
+    recipe = recipes.PROBE[name]
+    assert parse("probe", name, recipe, []) == recipe()
+    assert f"beit-fast probe {name}" in recipe.__doc__
+
+
 @pytest.mark.parametrize("name", recipes.TOKENIZER)
 def test_every_tokenizer_recipe_survives_the_parser_unchanged(name):
     assert parse("tokenizer", name, recipes.TOKENIZER[name], []) == recipes.TOKENIZER[name]()
@@ -85,6 +92,7 @@ def test_every_tokenizer_recipe_survives_the_parser_unchanged(name):
         (["pretrain", "small", "--data.path", "no/such"], 1, "no/such does not exist"),
         (["pretrain", "demo", "--model.img_size", "65"], 1, "do not divide into patches"),
         (["pretrain", "beit_base_in1k", "--data.path", "photographs"], 1, "dalle.safetensors"),
+        (["probe", "small"], 1, "pass --checkpoint"),
         (["pretrain", "nonsense"], 2, "no recipe 'nonsense'"),
         (["nonsense"], 2, "no verb 'nonsense'"),
         ([], 2, "usage"),

@@ -1,0 +1,228 @@
+"""Features of every block of a frozen encoder, computed once and kept on the disk.
+
+    <folder>/manifest.json   what they were made from
+    <folder>/features.npy    fp32 (n, S, 2, D): of image n after block S, [CLS] and mean of patches
+    <folder>/labels.npy      int64 (n,)
+
+No norm is applied (as in unilm's run_linear_eval.py). The two arrays are renamed into place
+before the manifest: without one, a folder does not count.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beit_fast.data.datasets import ImageFolder
+from beit_fast.data.decode import BadImageError, decode_pillow
+from beit_fast.kernels.patches import normalized_patches
+from beit_fast.model.beit import Beit
+
+MANIFEST, FEATURES, LABELS = "manifest.json", "features.npy", "labels.npy"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Features:
+    """features (n, S, 2, D), a memory map, [CLS] before the mean of the patches; labels (n,)."""
+
+    features: np.ndarray
+    labels: Tensor
+
+
+def class_folders(path: str | Path) -> tuple[ImageFolder, Tensor, list[str]]:
+    """Images below `path`, their labels int64 (n,), and the classes: its sub-folders by name.
+
+    Raises ValueError for a folder without classes, an image outside them, a class without images.
+    """
+    source = ImageFolder(path)
+    below = [os.path.relpath(source.name(index), path) for index in range(len(source))]
+    if stray := next((name for name in below if os.sep not in name), None):
+        raise ValueError(
+            f"{stray} lies in {path} and in no class folder: put images in one sub-folder a class"
+        )
+    names = sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith("."))
+    number = {name: label for label, name in enumerate(names)}
+    labels = torch.tensor([number[name.split(os.sep, 1)[0]] for name in below])
+    if empty := sorted(set(range(len(names))) - set(labels.tolist())):
+        raise ValueError(
+            f"no images in the class {names[empty[0]]!r} of {path}: add some or remove the folder"
+        )
+    return source, labels, names
+
+
+def centre_view(data: bytes, size: tuple[int, int], crop_pct: float) -> np.ndarray:
+    """The evaluation transform: uint8 (height, width, 3).
+
+    The whole image to the smallest size, over `crop_pct`, that covers `size`, bicubic; then the
+    centre. Raises BadImageError.
+    """
+    image = decode_pillow(data)
+    height, width = size
+    scale = max(height / image.height, width / image.width) / crop_pct
+    # Rounded down, as the original's short side is; a ratio that is whole but for rounding stays.
+    resized = [
+        max(side, math.floor(old * scale + 1e-6))
+        for side, old in ((height, image.height), (width, image.width))
+    ]
+    image = image.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)
+    top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
+    return np.array(image.crop((left, top, left + width, top + height)))
+
+
+@torch.no_grad()
+def block_features(model: Beit, images: Tensor) -> Tensor:
+    """[CLS] and mean of the patches after every block, fp32 (B, S, 2, D); images as `Beit`'s."""
+    outputs = []
+
+    def keep(_block: torch.nn.Module, _inputs: tuple, x_BND: Tensor) -> None:
+        x_BND = x_BND.float()
+        outputs.append(torch.stack([x_BND[:, 0], x_BND[:, 1:].mean(1)], dim=1))
+
+    with _hooked(model, keep):
+        Beit.forward_features(model, images)
+    return torch.stack(outputs, dim=1)
+
+
+def cached_features(
+    folder: Path,
+    model: Beit,
+    source: ImageFolder,
+    labels: Tensor,
+    *,
+    made_from: Mapping[str, Any],
+    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    crop_pct: float,
+    precision: str,
+    batch_size: int,
+    num_threads: int,
+    device: torch.device,
+) -> Features:
+    """Features of all images in their order: those in `folder`, or computed now and kept there.
+
+    made_from: what they depend on besides the images, as JSON has it. Raises ValueError, naming
+    every difference, for a folder with features of something else, for one that is damaged, and
+    for an image that cannot be used: each counts exactly once, so none is replaced.
+    """
+    mean, std = statistics
+    made_from = dict(made_from) | {
+        "images": source.digest(),
+        "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+        "transform": f"bicubic, centre, {crop_pct:g} of {_by(model.config.image_pixels)} px",
+        "mean": list(mean),
+        "std": list(std),
+        "precision": precision,
+    }
+    shape = (len(source), model.config.depth, 2, model.config.embed_dim)
+    if (folder / MANIFEST).exists():
+        return _open(folder, made_from, shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{FEATURES}"
+    array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+    was_training = model.training
+    model.eval()
+    try:
+        for first, batch in _batches(source, model, crop_pct, batch_size, num_threads):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                pixels = normalized_patches(batch.to(device), model.config.patch_pixels, mean, std)
+                features = block_features(model, pixels)
+            array[first : first + len(batch)] = features.cpu().numpy()
+        array.flush()
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        del array
+        model.train(was_training)
+    temporary.rename(folder / FEATURES)
+    np.save(folder / LABELS, labels.numpy(), allow_pickle=False)
+    written = folder / f".{MANIFEST}"
+    content = {"format": FORMAT, "made_from": made_from}
+    written.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    written.rename(folder / MANIFEST)
+    return _open(folder, made_from, shape)
+
+
+def _open(folder: Path, made_from: Mapping[str, Any], shape: tuple[int, ...]) -> Features:
+    remedy = "delete the folder to compute them anew, or give another --output"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        theirs = {"format": manifest["format"], **manifest["made_from"]}
+        ours = {"format": FORMAT, **made_from}
+        different = [
+            f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        if different:
+            raise ValueError(
+                f"the features in {folder} are of something else ({'; '.join(different)}): {remedy}"
+            )
+        features = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
+        labels = np.load(folder / LABELS, allow_pickle=False)
+    except (OSError, KeyError, TypeError, AttributeError, EOFError) as error:
+        raise ValueError(f"the features in {folder} are damaged ({error!r}): {remedy}") from error
+    except ValueError as error:
+        if str(error).startswith("the features in"):
+            raise
+        raise ValueError(f"the features in {folder} are damaged ({error}): {remedy}") from error
+    if features.shape != shape or features.dtype != np.float32 or len(labels) != shape[0]:
+        raise ValueError(
+            f"the features in {folder} are damaged ({features.dtype} {features.shape} and not "
+            f"float32 {shape}): {remedy}"
+        )
+    return Features(features, torch.from_numpy(labels))
+
+
+def _batches(
+    source: ImageFolder, model: Beit, crop_pct: float, batch_size: int, num_threads: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first image, uint8 (B, height, width, 3)), the next batch being decoded."""
+
+    def view(index: int) -> np.ndarray:
+        try:
+            return centre_view(source.read(index), model.config.image_pixels, crop_pct)
+        except (BadImageError, OSError) as error:
+            raise ValueError(
+                f"cannot use {source.name(index)} ({error}): repair or remove it; a probe counts "
+                "every image"
+            ) from error
+
+    with ThreadPoolExecutor(num_threads) as pool:
+
+        def submit(first: int) -> list[Future[np.ndarray]]:
+            last = min(first + batch_size, len(source))
+            return [pool.submit(view, index) for index in range(first, last)]
+
+        ahead = submit(0)
+        try:
+            for first in range(0, len(source), batch_size):
+                now, ahead = ahead, submit(first + batch_size)
+                yield first, torch.from_numpy(np.stack([future.result() for future in now]))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _hooked(model: Beit, hook: Callable) -> Iterator[None]:
+    handles = [block.register_forward_hook(hook) for block in model.blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,299 @@
+"""Probes of a frozen encoder: what do the features of each of its blocks know of labels?
+
+Which features is the whole question. BEiT's last blocks are specialised to predict visual tokens
+and its [CLS] token is never trained to say anything, so the last block's [CLS], where a supervised
+ViT is best, is the wrong place: the paper's best blocks are the 9th of 12 and the 14th of 24, with
+the mean of the patches (appendix D; with the last block users report a third of its accuracy). So
+every block is probed, all in the same passes.
+
+The linear probe is unilm's: [CLS] and mean of the patches, concatenated, without norm, a classifier
+a block. Unlike there the features are of the centre crop and computed once, not of fresh crops
+every epoch, which costs a pass of the encoder each. Learning rate, block and k are chosen on a part
+of the training images; test images are only counted.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from beit_fast.model.beit import Beit
+from beit_fast.model.config import BeitConfig
+from beit_fast.tasks.features import Features, cached_features, class_folders
+from beit_fast.tasks.pretrain import STATISTICS
+from beit_fast.tasks.probes import knn_accuracy, linear_probes, split
+from beit_fast.train.parallel import World, open_world
+from beit_fast.train.state import (
+    Checkpoint,
+    CheckpointError,
+    checkpoint_paths,
+    environment,
+    load_checkpoint,
+)
+from beit_fast.viz.layers import draw_layers
+
+POOLS = ("cls", "mean")  # the order in the features
+HEADS = ("mask_token", "norm.", "lm_head.", "fc_norm.", "head.")  # no part of the encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Encoder, labelled images, and what to train on its features."""
+
+    checkpoint: str = ""  # folder of a run, for its newest checkpoint, or of one step
+    train: str = ""  # folder with a sub-folder for each class
+    test: str = ""  # the same classes
+    output: str  # folder of results, and of the features, which are kept
+    weights: Literal["model", "ema", "random"] = "model"  # random: the same net untrained
+    precision: Literal["fp32", "bf16"] = "bf16"  # of the encoder; features are stored in fp32
+    crop_pct: float | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
+    knn: tuple[int, ...] = (10, 20)  # neighbours
+    rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)  # learning rates, absolute
+    epochs: int = 100  # over the features
+    batch_size: int = 1024  # of the classifiers
+    weight_decay: float = 1e-4
+    held_out: float = 0.1  # of the training images, to choose learning rate, block and k
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    images_at_once: int = 128  # through the encoder
+    num_threads: int = 4  # decoding threads
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "images_at_once", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
+        if not self.knn or min(self.knn) < 1 or not self.rates or min(self.rates) <= 0:
+            raise ValueError(
+                f"knn is {list(self.knn)}, rates are {list(self.rates)}: give at least one of "
+                "each, neighbours from 1 and rates above 0"
+            )
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}: give a share between 0 and 1")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is {self.crop_pct}: give a share in (0, 1], or null")
+
+
+def run_probe(config: ProbeConfig) -> dict[str, Any]:
+    """Probe every block, print the table, write probe.json and probe.png to `config.output`.
+
+    Returns what probe.json holds. Raises ValueError (also CheckpointError), OSError.
+    """
+    for name in ("checkpoint", "train", "test"):
+        if not getattr(config, name):
+            raise ValueError(f"no {name} was named: pass --{name} with a folder")
+    with open_world(config.device) as world:
+        if world.size > 1:
+            raise ValueError(f"torchrun started {world.size} processes: a probe runs in one")
+        return _run(config, world)
+
+
+def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
+    console = Console(highlight=False, soft_wrap=True)
+    checkpoint = open_checkpoint(config.checkpoint)
+    model, digest = load_encoder(checkpoint, config.weights, config.seed)
+    model.to(world.device)
+    data = {name: class_folders(getattr(config, name)) for name in ("train", "test")}
+    names = data["train"][2]
+    if different := sorted(set(names) ^ set(data["test"][2])):
+        raise ValueError(
+            f"{config.train} and {config.test} have other classes; only one has "
+            f"{', '.join(different[:5])}: give folders of the same classes"
+        )
+    if max(config.knn) > len(data["train"][1]) - len(split_rows(config, data["train"][1])[1]):
+        raise ValueError(
+            f"--knn asks for {max(config.knn)} neighbours, more than the images of {config.train} "
+            "without those held out: give a smaller number"
+        )
+    statistics = checkpoint.manifest["settings"]["statistics"]
+    crop_pct = config.crop_pct
+    if crop_pct is None:
+        crop_pct = 224 / 256 if max(model.config.image_pixels) < 384 else 1.0
+    features = {}
+    for name, (source, labels, _) in data.items():
+        folder = Path(config.output) / "features" / name
+        console.print(f"features of {len(source)} images of {name}, kept in {folder}")
+        features[name] = cached_features(
+            folder,
+            model,
+            source,
+            labels,
+            made_from={"weights": digest, "step": checkpoint.step, "classes": names},
+            statistics=STATISTICS[statistics],
+            crop_pct=crop_pct,
+            precision=config.precision,
+            batch_size=config.images_at_once,
+            num_threads=config.num_threads,
+            device=world.device,
+        )
+    result = probe_layers(features["train"], features["test"], len(names), config, world.device)
+    result |= {
+        "checkpoint": str(checkpoint.path),
+        "weights": config.weights,
+        "classes": names,
+        "num_train": len(features["train"].labels),
+        "num_test": len(features["test"].labels),
+        "environment": environment(),
+    }
+    output = Path(config.output)
+    (output / "probe.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    curves = {"linear, [CLS] and mean": [row["linear"] for row in result["layers"]]}
+    k = result["chosen"]["knn"]["k"]
+    for pool in POOLS:
+        curves[f"{k}-NN, {_TITLES[pool]}"] = [row["knn"][pool][str(k)] for row in result["layers"]]
+    draw_layers(curves, output / "probe.png", chance=1 / len(names))
+    _show(result, output, console)
+    return result
+
+
+def probe_layers(
+    train: Features, test: Features, num_classes: int, config: ProbeConfig, device: torch.device
+) -> dict[str, Any]:
+    """Accuracies of all probes of every layer, and which the held-out images choose."""
+    rows, held_out = split_rows(config, train.labels)
+    wide = {
+        name: part.features.reshape(len(part.labels), part.features.shape[1], -1)
+        for name, part in (("train", train), ("test", test))
+    }
+    probes = linear_probes(
+        wide["train"],
+        train.labels,
+        num_classes,
+        rates=config.rates,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        weight_decay=config.weight_decay,
+        rows=rows,
+        seed=config.seed,
+        device=device,
+    )
+    chosen_by = probes.accuracy(wide["train"][held_out], train.labels[held_out])
+    tested = probes.accuracy(wide["test"], test.labels)
+    layers, neighbours = [], []
+    for layer in range(wide["train"].shape[1]):
+        best = int(chosen_by[:, layer].argmax())
+        row = {
+            "block": layer + 1,
+            "linear": float(tested[best, layer]),
+            "linear_held_out": float(chosen_by[best, layer]),
+            "lr": config.rates[best],
+            "knn": {},
+            "knn_held_out": {},
+        }
+        for number, pool in enumerate(POOLS):
+            bank = _tensor(train.features[:, layer, number], device)
+            queries = _tensor(test.features[:, layer, number], device)
+            labels, truth = train.labels.to(device), test.labels.to(device)
+            held = knn_accuracy(
+                bank[rows], labels[rows], bank[held_out], labels[held_out], config.knn
+            )
+            here = knn_accuracy(bank, labels, queries, truth, config.knn)
+            row["knn_held_out"][pool] = {str(k): value for k, value in held.items()}
+            row["knn"][pool] = {str(k): value for k, value in here.items()}
+            neighbours += [(held[k], here[k], layer + 1, pool, k) for k in config.knn]
+        layers.append(row)
+    linear = max(layers, key=lambda row: row["linear_held_out"])
+    _, accuracy, block, pool, k = max(neighbours, key=lambda entry: entry[0])
+    return {
+        "layers": layers,
+        "chosen": {
+            "linear": {"block": linear["block"], "lr": linear["lr"], "accuracy": linear["linear"]},
+            "knn": {"block": block, "pool": pool, "k": k, "accuracy": accuracy},
+        },
+    }
+
+
+def split_rows(config: ProbeConfig, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the training images to train on, and those held out."""
+    return split(labels, config.held_out, config.seed)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint of one step, or the newest of a run's folder. Raises CheckpointError."""
+    folder = Path(path)
+    if not (folder / "manifest.json").exists():
+        steps = checkpoint_paths(folder)
+        if not steps:
+            raise CheckpointError(
+                f"{folder} holds no checkpoint: give the --run.output of a pre-training run, or "
+                "one of its checkpoints/step_* folders"
+            )
+        folder = steps[-1]
+    return load_checkpoint(folder)
+
+
+def load_encoder(checkpoint: Checkpoint, weights: str, seed: int = 0) -> tuple[Beit, str]:
+    """The encoder without its head, in eval mode, and what identifies its weights.
+
+    weights: "model", "ema", or "random" for new ones of the same shape. Raises CheckpointError.
+    """
+    settings = checkpoint.manifest["settings"]
+    if "model" not in settings or settings.get("statistics") not in STATISTICS:
+        raise CheckpointError(
+            f"{checkpoint.path} is not of a BEiT's pre-training: give the folder of a run of "
+            "`beit-fast pretrain`"
+        )
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["model"].items()}
+    torch.manual_seed(seed)
+    model = Beit(BeitConfig(**fields)).eval()
+    if weights == "random":
+        return model, f"random, seed {seed}"
+    if weights not in checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.path} has no average of the weights: pass --weights model"
+        )
+    encoder = {k: v for k, v in checkpoint.tensors[weights].items() if not k.startswith(HEADS)}
+    try:
+        model.load_state_dict(encoder)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its {weights} weights do not fit its settings ({error})"
+        ) from error
+    return model, checkpoint.manifest["files"][f"{weights}.safetensors"]
+
+
+_TITLES = {"cls": "[CLS]", "mean": "patch mean"}
+
+
+def _show(result: dict[str, Any], output: Path, console: Console) -> None:
+    layers, chosen = result["layers"], result["chosen"]
+    ks = list(layers[0]["knn"]["mean"])
+    table = Table(
+        title=f"Accuracy on {result['num_test']} test images, {result['weights']} weights"
+    )
+    columns = ["block", "linear", "lr", *(f"{k}-NN\n{_TITLES[p]}" for p in POOLS for k in ks)]
+    for column in columns:
+        table.add_column(column.replace("[", "\\["), justify="right")
+    for row in layers:
+        knn = [f"{row['knn'][pool][k]:.1%}" for pool in POOLS for k in ks]
+        style = "bold" if row["block"] == chosen["linear"]["block"] else None
+        table.add_row(
+            str(row["block"]), f"{row['linear']:.1%}", f"{row['lr']:g}", *knn, style=style
+        )
+    console.print(table)
+    linear, knn = chosen["linear"], chosen["knn"]
+    last = layers[-1]["knn"]["cls"][str(knn["k"])]
+    say = console.out  # [CLS] is no markup
+    say("chosen on held-out training images, counted on test images:")
+    say(f"  linear  {linear['accuracy']:.1%}  block {linear['block']}, lr {linear['lr']:g}")
+    say(
+        f"  kNN     {knn['accuracy']:.1%}  block {knn['block']}, {_TITLES[knn['pool']]}, "
+        f"k = {knn['k']}"
+    )
+    say(
+        f"The usual mistake is to judge a BEiT by [CLS] of its last block ({knn['k']}-NN: "
+        f"{last:.1%}): [CLS] is never trained,\n"
+        "and the last blocks serve the prediction of tokens. Use the mean of the "
+        "patches of the\nblock that held-out images choose."
+    )
+    for name in ("probe.json", "probe.png"):
+        console.print(f"  {name:10}  {output / name}")
+
+
+def _tensor(features: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.array(features)).to(device)

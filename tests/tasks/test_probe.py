@@ -1,0 +1,282 @@
+"""Features of every block, their cache, and the whole command on a tiny checkpoint."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from beit_fast.cli import main
+from beit_fast.model.beit import Beit
+from beit_fast.model.config import BeitConfig
+from beit_fast.model.heads import BeitForMaskedImageModeling
+from beit_fast.tasks import features as features_module
+from beit_fast.tasks.features import block_features, cached_features, centre_view, class_folders
+from beit_fast.tasks.probe import ProbeConfig, load_encoder, open_checkpoint, run_probe
+from beit_fast.tasks.probes import knn_accuracy
+from beit_fast.train.state import CheckpointError, save_checkpoint
+
+TINY = BeitConfig(
+    img_size=(32, 48), patch_size=8, embed_dim=32, depth=3, num_heads=2, vocab_size=16
+)
+COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
+
+
+def write_class_folders(folder, num_images, seed):
+    """Noisy images of three colours at several sizes."""
+    rng = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(num_images):
+            noise = rng.integers(-30, 31, (40 + 3 * number, 60, 3))
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("labelled")
+    train = write_class_folders(root / "train", 8, seed=0)
+    return train, write_class_folders(root / "test", 4, seed=1)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """Two checkpoints of a run; the weights are random, and of step 2 without an average."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = {"model": asdict(TINY), "statistics": "half"}
+    for step in (1, 2):
+        torch.manual_seed(step)
+        model = BeitForMaskedImageModeling(TINY).state_dict()
+        tensors = {"model": model} | ({"ema": model} if step == 1 else {})
+        save_checkpoint(folder, step, tensors, settings, keep=2)
+    return folder
+
+
+@pytest.fixture
+def config(folders, run_folder, tmp_path):
+    return ProbeConfig(
+        checkpoint=str(run_folder),
+        train=str(folders[0]),
+        test=str(folders[1]),
+        output=str(tmp_path / "probe"),
+        precision="fp32",
+        knn=(1, 3),
+        epochs=4,
+        batch_size=8,
+        device="cpu",
+        images_at_once=5,
+        num_threads=2,
+    )
+
+
+def test_features_are_the_outputs_of_the_blocks_without_norm():
+    torch.manual_seed(0)
+    model = BeitForMaskedImageModeling(TINY).eval()
+    torch.nn.init.normal_(model.rel_pos_bias.relative_position_bias_table)
+    images = torch.randn(2, 3, 32, 48)
+    features = block_features(model, images)
+    with torch.no_grad():
+        x, bias = model._embed(images, None), model.rel_pos_bias()
+        for layer, block in enumerate(model.blocks):
+            x = block(x, bias)
+            torch.testing.assert_close(features[:, layer, 0], x[:, 0])
+            torch.testing.assert_close(features[:, layer, 1], x[:, 1:].mean(1))
+        torch.testing.assert_close(x, model.forward_features(images))  # hooks are gone again
+    assert not any(block._forward_hooks for block in model.blocks)
+
+
+def test_the_evaluation_view_is_the_centre_of_the_resized_image(make_png):
+    pixels = np.arange(300 * 400 * 3, dtype=np.uint32).reshape(300, 400, 3).astype(np.uint8)
+    view = centre_view(make_png(pixels), (224, 224), 224 / 256)
+    resized = Image.fromarray(pixels).resize((341, 256), Image.Resampling.BICUBIC)
+    wanted = np.array(resized)[16 : 16 + 224, 58 : 58 + 224]
+    np.testing.assert_array_equal(view, wanted)
+    same = centre_view(make_png(pixels), (300, 400), 1.0)
+    np.testing.assert_array_equal(same, pixels)
+
+
+@pytest.fixture
+def make_png(tmp_path):
+    def encode(pixels):
+        Image.fromarray(pixels).save(tmp_path / "image.png")
+        return (tmp_path / "image.png").read_bytes()
+
+    return encode
+
+
+def test_labels_are_the_names_of_sub_folders(folders, tmp_path):
+    _, labels, names = class_folders(folders[1])
+    assert names == ["blue", "green", "red"]
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    folder = write_class_folders(tmp_path / "wrong", 1, seed=0)
+    (folder / "yellow").mkdir()
+    with pytest.raises(ValueError, match="no images in the class 'yellow'"):
+        class_folders(folder)
+    (folder / "yellow" / "deep").mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "yellow" / "deep" / "1.png")
+    assert class_folders(folder)[1].tolist() == [0, 1, 2, 3]
+    Image.new("RGB", (9, 9)).save(folder / "stray.png")
+    with pytest.raises(ValueError, match=r"stray\.png lies in"):
+        class_folders(folder)
+
+
+def test_the_command_probes_every_block_and_keeps_features(config, capsys, monkeypatch):
+    arguments = ["probe", "small", "--knn", "[1,3]", "--rates", "[0.01,0.1]"]
+    for name in ("checkpoint", "train", "test", "output", "precision", "device"):
+        arguments += [f"--{name}", getattr(config, name)]
+    arguments += ["--epochs", "4", "--batch_size", "8"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    for words in ("3-NN", "patch mean", "The usual mistake", "probe.png"):
+        assert words in said
+    report = Path(config.output) / "probe.json"
+    result = json.loads(report.read_text())
+    assert result["checkpoint"].endswith("step_00000002")
+    assert [row["block"] for row in result["layers"]] == [1, 2, 3]
+    assert result["chosen"]["knn"]["accuracy"] >= 0.9  # colours: even random features tell them
+    assert (report.parent / "probe.png").read_bytes().startswith(b"\x89PNG")
+
+    def refuse(*_):
+        raise AssertionError("features were computed again")
+
+    monkeypatch.setattr(features_module, "block_features", refuse)
+    assert main(arguments) == 0
+    assert json.loads(report.read_text())["layers"] == result["layers"]
+
+
+def test_features_of_something_else_are_refused_with_every_difference(config, folders):
+    run_probe(config)
+    with pytest.raises(
+        ValueError, match=r"weights was '[0-9a-f]{64}', is 'random, seed 0'.*delete"
+    ):
+        run_probe(replace(config, weights="random"))
+    with pytest.raises(ValueError, match=r"transform was 'bicubic, centre, 0.875 of 32x48 px', is"):
+        run_probe(replace(config, crop_pct=1.0))
+    with pytest.raises(ValueError, match=r"images was .*; labels was "):
+        run_probe(replace(config, train=str(folders[1])))
+
+
+def test_damaged_features_are_refused(config):
+    run_probe(config)
+    file = Path(config.output) / "features" / "train" / "features.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"train are damaged.*delete the folder"):
+        run_probe(config)
+    np.save(file, np.zeros((1, 2)))
+    with pytest.raises(ValueError, match=r"are damaged \(float64 \(1, 2\) and not float32 \(24,"):
+        run_probe(config)
+    file.unlink()
+    with pytest.raises(ValueError, match="train are damaged"):
+        run_probe(config)
+
+
+def test_an_image_that_cannot_be_used_is_named_and_nothing_is_kept(config, tmp_path):
+    folder = write_class_folders(tmp_path / "broken", 8, seed=0)
+    (folder / "red" / "5.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot use .*red/5.png .*repair or remove"):
+        run_probe(replace(config, train=str(folder)))
+    assert list((Path(config.output) / "features" / "train").iterdir()) == []
+
+
+def test_features_do_not_depend_on_the_images_computed_at_once(config, folders, tmp_path):
+    source, labels, _ = class_folders(folders[0])
+    torch.manual_seed(0)
+    model = Beit(TINY)
+    parts = [
+        cached_features(
+            tmp_path / str(batch_size),
+            model,
+            source,
+            labels,
+            made_from={},
+            statistics=((0.5,) * 3, (0.5,) * 3),
+            crop_pct=0.875,
+            precision="fp32",
+            batch_size=batch_size,
+            num_threads=2,
+            device=torch.device("cpu"),
+        ).features
+        for batch_size in (24, 5)
+    ]
+    np.testing.assert_allclose(*parts, atol=1e-6)
+    assert model.training
+
+
+def test_a_net_that_was_trained_knows_more_than_a_random_one():
+    """Stripes up or across, faint and shifted at random, on colours that say nothing."""
+
+    def draw(count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(2, (count,), generator=generator)
+        place = torch.arange(16) + torch.randint(4, (count, 1), generator=generator)
+        wave = 0.5 * torch.sin(place * torch.pi / 2)[:, None]
+        stripes = torch.where(labels[:, None, None] > 0, wave, wave.transpose(1, 2))
+        colours = torch.randn(count, 3, 1, 1, generator=generator)
+        return stripes[:, None] + colours, labels
+
+    config = BeitConfig(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    torch.manual_seed(0)
+    model, head = Beit(config), torch.nn.Linear(32, 2)
+    (bank, bank_labels), (queries, labels) = draw(200, seed=1), draw(200, seed=2)
+
+    def accuracy():
+        far, near = block_features(model, bank), block_features(model, queries)
+        return knn_accuracy(far[:, 1, 1], bank_labels, near[:, 1, 1], labels, [5])[5]
+
+    before = accuracy()
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=3e-3)
+    for step in range(60):
+        images, target = draw(64, seed=100 + step)
+        optimizer.zero_grad()
+        F.cross_entropy(head(model(images)[:, 1:].mean(1)), target).backward()
+        optimizer.step()
+    after = accuracy()
+    assert after > before + 0.15, (before, after)
+    assert after > 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checkpoint": ""}, "no checkpoint was named: pass --checkpoint"),
+        ({"checkpoint": "no/such"}, "no/such holds no checkpoint"),
+        ({"train": "no/such"}, "no/such does not exist"),
+        ({"weights": "ema"}, "no average of the weights"),
+        ({"knn": (1, 22)}, "asks for 22 neighbours"),
+        ({"knn": ()}, "at least one"),
+        ({"rates": (0.0,)}, "rates above 0"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"held_out": 1.0}, "held_out is 1.0"),
+        ({"crop_pct": 1.1}, "crop_pct is 1.1"),
+    ],
+)
+def test_a_mistake_is_explained(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        run_probe(replace(config, **change))
+
+
+def test_folders_of_other_classes_are_refused(config, tmp_path):
+    folder = write_class_folders(tmp_path / "other", 1, seed=0)
+    (folder / "red").rename(folder / "pink")
+    with pytest.raises(ValueError, match="only one has pink, red"):
+        run_probe(replace(config, test=str(folder)))
+
+
+def test_the_encoder_is_the_checkpoints_without_its_head(run_folder, tmp_path):
+    path = run_folder / "checkpoints" / "step_00000001"
+    model, digest = load_encoder(open_checkpoint(path), "ema")
+    torch.manual_seed(1)
+    wanted = BeitForMaskedImageModeling(TINY).eval()
+    images = torch.randn(1, 3, 32, 48)
+    torch.testing.assert_close(model(images), wanted.forward_features(images), rtol=0, atol=0)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert digest == manifest["files"]["ema.safetensors"]
+    save_checkpoint(tmp_path, 1, {"model": {}}, {"dvae": {}}, keep=1)
+    with pytest.raises(CheckpointError, match="not of a BEiT's pre-training"):
+        load_encoder(open_checkpoint(tmp_path), "model")
