@@ -265,7 +265,12 @@ def probe_small() -> ProbeConfig:
     The best block is usually in the middle and the best feature the mean of its patches: the last
     block's [CLS], where a supervised ViT is best, is the usual mistake.
     """
-    return ProbeConfig(output="runs/probe_small", batch_size=128, held_out=0.2)
+    return ProbeConfig(
+        output="runs/probe_small",
+        rates=(4e-3, 1.6e-2, 6.4e-2, 0.256),  # few steps: larger ones than ImageNet's
+        batch_size=128,
+        held_out=0.2,
+    )
 
 
 def _tokens_of(recipe: Callable[[], PretrainConfig]) -> Callable[[], PretokenizeConfig]:

@@ -200,6 +200,7 @@ def probe_layers(
     linear = max(layers, key=lambda row: row["linear_held_out"])
     _, accuracy, block, pool, k = max(neighbours, key=lambda entry: entry[0])
     return {
+        "rates": list(config.rates),
         "layers": layers,
         "chosen": {
             "linear": {"block": linear["block"], "lr": linear["lr"], "accuracy": linear["linear"]},
@@ -287,10 +288,15 @@ def _show(result: dict[str, Any], output: Path, console: Console) -> None:
     )
     say(
         f"The usual mistake is to judge a BEiT by [CLS] of its last block ({knn['k']}-NN: "
-        f"{last:.1%}): [CLS] is never trained,\n"
-        "and the last blocks serve the prediction of tokens. Use the mean of the "
-        "patches of the\nblock that held-out images choose."
+        f"{last:.1%}): no loss looks at [CLS],\n"
+        "and the last blocks serve the prediction. Use the block and feature that held-out images "
+        "choose,\nmostly the mean of the patches of a middle block."
     )
+    if edge := [str(row["block"]) for row in layers if row["lr"] == max(result["rates"])]:
+        say(
+            f"The largest learning rate did best for block {', '.join(edge)}: larger ones may do "
+            "better, add them to --rates"
+        )
     for name in ("probe.json", "probe.png"):
         console.print(f"  {name:10}  {output / name}")
 

@@ -136,6 +136,8 @@ def test_the_command_probes_every_block_and_keeps_features(config, capsys, monke
     for words in ("3-NN", "patch mean", "The usual mistake", "probe.png"):
         assert words in said
     report = Path(config.output) / "probe.json"
+    edge = [r["block"] for r in json.loads(report.read_text())["layers"] if r["lr"] == 0.1]
+    assert ("add them to --rates" in said) == bool(edge)
     result = json.loads(report.read_text())
     assert result["checkpoint"].endswith("step_00000002")
     assert [row["block"] for row in result["layers"]] == [1, 2, 3]
