@@ -66,8 +66,7 @@ from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask
 from beit_fast.tasks.sources import PHOTOGRAPHS, DataConfig
 from beit_fast.tokenizer.dvae import STRIDE, Dvae, DvaeConfig
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.graph import GraphedStep
-from beit_fast.train.loop import TaskLoss, compile_mode
+from beit_fast.train.loop import TaskLoss, compile_mode, graphed, preparation
 from beit_fast.train.optim import Schedule, build_optimizer, clip_gradients
 from beit_fast.train.parallel import World
 from beit_fast.train.prefetch import device_batches
@@ -147,12 +146,9 @@ class Ours:
         module = TaskLoss(self.task)
         sentinel = Sentinel(self.optimizer, device, 0)
         take = TrainStep(module, self.optimizer, sentinel, optim=optim, run=run, device=device)
-        self.take = GraphedStep(take, device) if run.cuda_graph else take
-
-    def ready(self, batch: Batch) -> Batch:
-        """Patches and tokens, from a batch on the device."""
-        with autocast(self.run, self.device):
-            return self.task.prepare(batch)
+        self.take = graphed(take, run, World(0, 1, device))
+        # Patches and tokens, from a batch on the device.
+        self.ready = preparation(self.task, run, device)
 
     def step(self, batch: Batch) -> Tensor:
         loss = self.take([batch])["loss"]

@@ -45,7 +45,8 @@ class RunConfig:
     # torch.compile of forward and backward. auto: on a GPU, default. On a CPU it is off: BEiT-B
     # took 1.11 times as long compiled (batch 4, fp32, torch 2.11), after 48 s of compiling.
     compile: Literal["auto", "off", "default", "reduce-overhead"] = "auto"
-    cuda_graph: bool = False  # the whole step, one process; not measured yet
+    # The whole step as one graph, in one process; the tokenizer as another. Not measured yet.
+    cuda_graph: bool = False
     prepare_ahead: bool = False  # the tokenizer works on the next batch while a step runs
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # torch's threads on a CPU; None: its own choice. Where images are decoded on the same few

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.graph import GraphedStep
+from beit_fast.train.graph import Graphed
 from beit_fast.train.log import Log, Meter
 from beit_fast.train.optim import (
     Schedule,
@@ -31,7 +31,7 @@ from beit_fast.train.optim import (
     warmup_steps,
 )
 from beit_fast.train.parallel import World, data_parallel
-from beit_fast.train.prefetch import device_batches
+from beit_fast.train.prefetch import Batch, device_batches
 from beit_fast.train.state import (
     Checkpoint,
     CheckpointError,
@@ -175,7 +175,7 @@ def train(
         schedule = Schedule(optimizer, optim, num_steps=num_steps, warmup=warmup, start=start)
         sentinel = Sentinel(optimizer, device, start)
         take = TrainStep(module, optimizer, sentinel, optim=optim, run=run, device=device)
-        take = _graphed(take, run, world)
+        take = graphed(take, run, world)
         log = Log(output, title=task.name, start=start, num_steps=num_steps, enabled=world.is_main)
         if checkpoint:
             log.console.print(f"{task.name}: resumes from {checkpoint.path}", soft_wrap=True)
@@ -200,7 +200,7 @@ def train(
 
         task.model.train()
         micro_batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
-        prepare = autocast(run, device)(task.prepare)
+        prepare = preparation(task, run, device)
         batches = device_batches(micro_batches, device, prepare, ahead=run.prepare_ahead)
         checked = start
         try:
@@ -253,7 +253,17 @@ def compile_mode(run: RunConfig, device: torch.device) -> str:
     return "default" if device.type == "cuda" else "off"
 
 
-def _graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | GraphedStep:
+def preparation(task: Task, run: RunConfig, device: torch.device) -> Callable[[Batch], Batch]:
+    """`task.prepare` in the run's precision, and as a CUDA graph where the run has them."""
+    prepare = autocast(run, device)(task.prepare)
+    if not run.cuda_graph:
+        return prepare
+    graph = Graphed(lambda batches: prepare(batches[0]), device, "the preparation of batches")
+    return lambda batch: graph([batch])
+
+
+def graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | Graphed:
+    """The step, as a CUDA graph where the run has them and it is this process's alone."""
     if not run.cuda_graph:
         return step
     if world.size > 1:
@@ -263,7 +273,7 @@ def _graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | Graph
             world.size,
         )
         return step
-    return GraphedStep(step, world.device)
+    return Graphed(step, world.device, "the step", clean=step.forget_gradients)
 
 
 def _decisive(run: RunConfig, task: Task, world: World) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from beit_fast.train.config import RunConfig
-from beit_fast.train.graph import EAGER_STEPS
-from beit_fast.train.loop import _graphed
+from beit_fast.train.graph import EAGER_STEPS, Graphed
+from beit_fast.train.loop import graphed
 from beit_fast.train.parallel import World
 from beit_fast.train.state import checkpoint_paths, load_checkpoint
 
@@ -25,7 +25,7 @@ def test_a_graph_is_refused_without_a_gpu(tmp_path, run_toy):
 def test_several_processes_are_told_that_they_run_without_a_graph(caplog):
     step = object()
     run = RunConfig(output="x", steps=1, cuda_graph=True)
-    assert _graphed(step, run, World(0, 2, torch.device("cpu"))) is step
+    assert graphed(step, run, World(0, 2, torch.device("cpu"))) is step
     assert "exchanged between 2 processes" in caplog.text
 
 
@@ -62,3 +62,17 @@ def test_a_step_that_cannot_be_captured_goes_on_without_a_graph(
     run_toy(tmp_path / "eager", plain, GPU, compile="off", device="cuda")
     for name, value in weights_of(tmp_path / "eager").items():
         assert torch.equal(value, weights_of(tmp_path / "graph")[name])
+
+
+@needs_gpu
+def test_the_preparation_is_a_graph_of_its_own(tmp_path, run_toy, toy_task, monkeypatch):
+    captured = []
+    capture = Graphed._capture
+
+    def noted(self, batches):
+        capture(self, batches)
+        captured.append((self._name, self.is_captured))
+
+    monkeypatch.setattr(Graphed, "_capture", noted)
+    run_toy(tmp_path, toy_task(), GPU, cuda_graph=True, compile="off", device="cuda")
+    assert sorted(captured) == [("the preparation of batches", True), ("the step", True)]
