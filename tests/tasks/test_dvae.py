@@ -1,5 +1,6 @@
 """Training a tokenizer end to end on tiny images: what it leaves, resume, collapse."""
 
+import functools
 import os
 import signal
 from dataclasses import replace
@@ -261,3 +262,17 @@ def test_dalles_own_schedules_are_the_defaults():
 def test_impossible_configurations_are_explained(config, changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+def test_a_compiled_step_is_one_graph_with_the_plain_ones_loss(config, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    task = DvaeTask(config(), ALONE)
+    batch = first_batch(task)
+    totals = []
+    for compiled in (False, True):
+        if compiled:
+            task.compile("default")
+        torch.manual_seed(0)
+        task.begin_step(20)
+        totals.append(task.loss(task.prepare(batch))[0])
+    torch.testing.assert_close(totals[1], totals[0])
