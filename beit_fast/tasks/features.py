@@ -10,8 +10,6 @@ before the manifest: without one, a folder does not count.
 
 import hashlib
 import json
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from beit_fast.data.centre_view import centre_view
 from beit_fast.data.datasets import ImageFolder
-from beit_fast.data.decode import BadImageError, decode_pillow
+from beit_fast.data.decode import BadImageError
 from beit_fast.kernels.patches import normalized_patches
 from beit_fast.model.beit import Beit
 
@@ -39,46 +37,6 @@ class Features:
 
     features: np.ndarray
     labels: Tensor
-
-
-def class_folders(path: str | Path) -> tuple[ImageFolder, Tensor, list[str]]:
-    """Images below `path`, their labels int64 (n,), and the classes: its sub-folders by name.
-
-    Raises ValueError for a folder without classes, an image outside them, a class without images.
-    """
-    source = ImageFolder(path)
-    below = [os.path.relpath(source.name(index), path) for index in range(len(source))]
-    if stray := next((name for name in below if os.sep not in name), None):
-        raise ValueError(
-            f"{stray} lies in {path} and in no class folder: put images in one sub-folder a class"
-        )
-    names = sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith("."))
-    number = {name: label for label, name in enumerate(names)}
-    labels = torch.tensor([number[name.split(os.sep, 1)[0]] for name in below])
-    if empty := sorted(set(range(len(names))) - set(labels.tolist())):
-        raise ValueError(
-            f"no images in the class {names[empty[0]]!r} of {path}: add some or remove the folder"
-        )
-    return source, labels, names
-
-
-def centre_view(data: bytes, size: tuple[int, int], crop_pct: float) -> np.ndarray:
-    """The evaluation transform: uint8 (height, width, 3).
-
-    The whole image to the smallest size, over `crop_pct`, that covers `size`, bicubic; then the
-    centre. Raises BadImageError.
-    """
-    image = decode_pillow(data)
-    height, width = size
-    scale = max(height / image.height, width / image.width) / crop_pct
-    # Rounded down, as the original's short side is; a ratio that is whole but for rounding stays.
-    resized = [
-        max(side, math.floor(old * scale + 1e-6))
-        for side, old in ((height, image.height), (width, image.width))
-    ]
-    image = image.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)
-    top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
-    return np.array(image.crop((left, top, left + width, top + height)))
 
 
 @torch.no_grad()

@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from beit_fast.data.class_folders import class_folders
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig
-from beit_fast.tasks.features import Features, cached_features, class_folders
+from beit_fast.tasks.features import Features, cached_features
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import knn_accuracy, linear_probes, split
 from beit_fast.train.parallel import World, open_world

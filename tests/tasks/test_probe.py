@@ -8,34 +8,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from beit_fast.cli import main
+from beit_fast.data.class_folders import class_folders
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForMaskedImageModeling
 from beit_fast.tasks import features as features_module
-from beit_fast.tasks.features import block_features, cached_features, centre_view, class_folders
+from beit_fast.tasks.features import block_features, cached_features
 from beit_fast.tasks.probe import ProbeConfig, load_encoder, open_checkpoint, run_probe
 from beit_fast.tasks.probes import knn_accuracy
 from beit_fast.train.state import CheckpointError, save_checkpoint
+from labelled_images import write_class_folders
 
 TINY = BeitConfig(
     img_size=(32, 48), patch_size=8, embed_dim=32, depth=3, num_heads=2, vocab_size=16
 )
-COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
-
-
-def write_class_folders(folder, num_images, seed):
-    """Noisy images of three colours at several sizes."""
-    rng = np.random.default_rng(seed)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(num_images):
-            noise = rng.integers(-30, 31, (40 + 3 * number, 60, 3))
-            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -89,41 +77,6 @@ def test_features_are_the_outputs_of_the_blocks_without_norm():
             torch.testing.assert_close(features[:, layer, 1], x[:, 1:].mean(1))
         torch.testing.assert_close(x, model.forward_features(images))  # hooks are gone again
     assert not any(block._forward_hooks for block in model.blocks)
-
-
-def test_the_evaluation_view_is_the_centre_of_the_resized_image(make_png):
-    pixels = np.arange(300 * 400 * 3, dtype=np.uint32).reshape(300, 400, 3).astype(np.uint8)
-    view = centre_view(make_png(pixels), (224, 224), 224 / 256)
-    resized = Image.fromarray(pixels).resize((341, 256), Image.Resampling.BICUBIC)
-    wanted = np.array(resized)[16 : 16 + 224, 58 : 58 + 224]
-    np.testing.assert_array_equal(view, wanted)
-    same = centre_view(make_png(pixels), (300, 400), 1.0)
-    np.testing.assert_array_equal(same, pixels)
-
-
-@pytest.fixture
-def make_png(tmp_path):
-    def encode(pixels):
-        Image.fromarray(pixels).save(tmp_path / "image.png")
-        return (tmp_path / "image.png").read_bytes()
-
-    return encode
-
-
-def test_labels_are_the_names_of_sub_folders(folders, tmp_path):
-    _, labels, names = class_folders(folders[1])
-    assert names == ["blue", "green", "red"]
-    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    folder = write_class_folders(tmp_path / "wrong", 1, seed=0)
-    (folder / "yellow").mkdir()
-    with pytest.raises(ValueError, match="no images in the class 'yellow'"):
-        class_folders(folder)
-    (folder / "yellow" / "deep").mkdir()
-    Image.new("RGB", (9, 9)).save(folder / "yellow" / "deep" / "1.png")
-    assert class_folders(folder)[1].tolist() == [0, 1, 2, 3]
-    Image.new("RGB", (9, 9)).save(folder / "stray.png")
-    with pytest.raises(ValueError, match=r"stray\.png lies in"):
-        class_folders(folder)
 
 
 def test_the_command_probes_every_block_and_keeps_features(config, capsys, monkeypatch):

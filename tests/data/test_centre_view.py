@@ -1,0 +1,18 @@
+"""The view of an image that is evaluated."""
+
+import numpy as np
+from PIL import Image
+
+from beit_fast.data.centre_view import centre_view
+
+
+def test_the_evaluation_view_is_the_centre_of_the_resized_image(tmp_path):
+    pixels = np.arange(300 * 400 * 3, dtype=np.uint32).reshape(300, 400, 3).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    data = (tmp_path / "image.png").read_bytes()
+    view = centre_view(data, (224, 224), 224 / 256)
+    resized = Image.fromarray(pixels).resize((341, 256), Image.Resampling.BICUBIC)
+    wanted = np.array(resized)[16 : 16 + 224, 58 : 58 + 224]
+    np.testing.assert_array_equal(view, wanted)
+    same = centre_view(data, (300, 400), 1.0)
+    np.testing.assert_array_equal(same, pixels)
