@@ -33,7 +33,7 @@ _SPLIT_SEED = 0
 class Digits:
     """An `ImageSource` of one part, in memory; `labels` int64 (n,). Named as on top of this file.
 
-    Raises ValueError for a name that is none, a class with too few images, and without scikit-learn.
+    Raises ValueError for a name that is none, a class of too few images, and without scikit-learn.
     """
 
     def __init__(self, name: str):
