@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from beit_fast.data.augment import AugmentConfig
 from beit_fast.model.config import beit_config
+from beit_fast.recipes_digits import finetune_digits
 from beit_fast.tasks.finetune import FinetuneConfig, LabelledDataConfig
 from beit_fast.train.config import OptimConfig, RunConfig
 
@@ -30,4 +31,7 @@ def small_data() -> FinetuneConfig:
     )
 
 
-FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {"small_data": small_data}
+FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {
+    "digits": finetune_digits,
+    "small_data": small_data,
+}

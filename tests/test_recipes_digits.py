@@ -1,0 +1,32 @@
+"""Pre-training without labels gives features that tell digits apart: the evidence, shortened."""
+
+from dataclasses import replace
+
+import pytest
+
+from beit_fast.recipes_digits import digits, finetune_digits, probe_digits
+from beit_fast.tasks.pipeline import run_pretraining
+from beit_fast.tasks.probe import run_probe
+
+
+def test_pretrained_features_beat_random_ones_by_nearest_neighbours(tmp_path):
+    config = digits()
+    training = config.tokenizer_training
+    run_pretraining(
+        replace(
+            config,
+            run=replace(config.run, output=str(tmp_path / "run"), steps=STEPS, device="cpu"),
+            tokenizer_training=replace(training, run=replace(training.run, steps=100)),
+        )
+    )
+    probe = replace(probe_digits(), checkpoint=str(tmp_path / "run"), epochs=1, device="cpu")
+    accuracy = {}
+    for weights in ("model", "random"):
+        result = run_probe(replace(probe, output=str(tmp_path / weights), weights=weights))
+        accuracy[weights] = result["chosen"]["knn"]["accuracy"]
+    assert accuracy["model"] > accuracy["random"] + MARGIN
+
+
+@pytest.mark.parametrize("config", [digits().data, finetune_digits().data])
+def test_no_recipe_learns_from_test_images(config):
+    assert config.path.startswith("digits:train")
