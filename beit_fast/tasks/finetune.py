@@ -71,11 +71,6 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}: give 0 < decay <= 1")
-        if self.run.evaluate_every is not None and not self.data.test:
-            raise ValueError(
-                "run.evaluate_every is set and there are no test images: pass --data.test with a "
-                "folder of the same classes, or --run.evaluate_every null"
-            )
 
 
 @dataclass(frozen=True)
@@ -101,6 +96,11 @@ class FinetuneTask:
         data = config.data
         if not data.path:
             raise ValueError("no images were named: pass --data.path with a folder of classes")
+        if config.run.evaluate_every is not None and not data.test:
+            raise ValueError(
+                "run.evaluate_every is set and there are no test images: pass --data.test with a "
+                "folder of the same classes, or --run.evaluate_every null"
+            )
         source, self._labels, self.classes = class_folders(data.path)
         self._test = class_folders(data.test) if data.test else None
         if self._test is not None:
