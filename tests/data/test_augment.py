@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from labelled_images import write_class_folders
 
 from beit_fast.data.augment import AugmentConfig, AugmentedSample
 from beit_fast.data.class_folders import class_folders
 from beit_fast.data.loader import Loader
 from beit_fast.data.views import HALF_MEAN
+from labelled_images import write_class_folders
 
 SIZE = (24, 32)
 

@@ -9,7 +9,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-from beit_fast.data.mixing import draw_erase, draw_mix, erase, mix, mixed_loss
+from beit_fast.data.mixing import draw_erase, draw_mix, erase_boxes, mix, mixed_loss
 
 
 class Fixed:
@@ -46,7 +46,7 @@ def test_erased_boxes_are_timms_for_the_same_seed(size):
 def test_noise_fills_the_boxes_and_nothing_else():
     images = torch.full((3, 3, 60, 60), 7.0)
     boxes = torch.tensor([[0, 0, 0, 0], [10, 20, 30, 40], [0, 0, 59, 59]], dtype=torch.int32)
-    erased = erase(images, boxes)
+    erased = erase_boxes(images, boxes)
     assert torch.equal(erased[0], images[0])
     noise = erased[1, :, 10:40, 20:60]
     assert (erased[1] == 7).sum() == images[1].numel() - noise.numel()
