@@ -59,7 +59,7 @@ def beit_plus_large_in1k() -> FinetuneConfig:
 
 
 def beit_plus_base_in22k() -> FinetuneConfig:
-    """BEiT+ B on ImageNet-22K with its labels, 90 epochs: the intermediate step, no top-1 given.
+    """BEiT+ B on ImageNet-22K with its labels, 90 epochs: the intermediate step.
 
     torchrun --nproc_per_node=16 --no-python \\
         beit-fast finetune beit_plus_base_in22k --init RUN --data.path TRAIN
@@ -79,7 +79,7 @@ def beit_plus_base_in22k() -> FinetuneConfig:
 
 
 def beit_plus_large_in22k() -> FinetuneConfig:
-    """BEiT+ L on ImageNet-22K with its labels, 90 epochs: the intermediate step, no top-1 given.
+    """BEiT+ L on ImageNet-22K with its labels, 90 epochs: the intermediate step.
 
     torchrun --nproc_per_node=16 --no-python \\
         beit-fast finetune beit_plus_large_in22k --init RUN --data.path TRAIN

@@ -105,7 +105,7 @@ class FinetuneTask:
         self._test = class_folders(data.test) if data.test else None
         if self._test is not None:
             _check_classes(data, self.classes, self._test[2])
-        _check_statistics(config)
+        check_statistics(config)
         self.start = starting_point(
             config.model, config.init, config.init_key, self.classes, config.run.seed
         )
@@ -267,7 +267,7 @@ def _check_classes(data: LabelledDataConfig, train: list[str], test: list[str]) 
         )
 
 
-def _check_statistics(config: FinetuneConfig) -> None:
+def check_statistics(config: FinetuneConfig) -> None:
     """Raise ValueError where the checkpoint is known to have seen pixels in other units."""
     stated = stated_statistics(config.init) if config.init is not None else None
     ours = STATISTICS[config.statistics]
