@@ -280,20 +280,17 @@ def _at(pixels: int, config: FinetuneConfig) -> FinetuneConfig:
 
 
 FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {
-    recipe.__name__: recipe
-    for recipe in (
-        small_data,
-        beit_plus_base_in1k,
-        beit_plus_large_in1k,
-        beit_plus_base_in22k,
-        beit_plus_large_in22k,
-        beit_plus_base_in22k_in1k,
-        beit_plus_large_in22k_in1k,
-        beit_plus_base_in22k_in1k_384,
-        beit_plus_large_in22k_in1k_384,
-        beit_plus_large_in22k_in1k_512,
-        beit_base_in1k,
-        beit_large_in1k,
-        beit_base_cifar100,
-    )
+    "small_data": small_data,
+    "beit_plus_base_in1k": beit_plus_base_in1k,
+    "beit_plus_large_in1k": beit_plus_large_in1k,
+    "beit_plus_base_in22k": beit_plus_base_in22k,
+    "beit_plus_large_in22k": beit_plus_large_in22k,
+    "beit_plus_base_in22k_in1k": beit_plus_base_in22k_in1k,
+    "beit_plus_large_in22k_in1k": beit_plus_large_in22k_in1k,
+    "beit_plus_base_in22k_in1k_384": beit_plus_base_in22k_in1k_384,
+    "beit_plus_large_in22k_in1k_384": beit_plus_large_in22k_in1k_384,
+    "beit_plus_large_in22k_in1k_512": beit_plus_large_in22k_in1k_512,
+    "beit_base_in1k": beit_base_in1k,
+    "beit_large_in1k": beit_large_in1k,
+    "beit_base_cifar100": beit_base_cifar100,
 }

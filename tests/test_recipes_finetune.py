@@ -71,7 +71,7 @@ def test_a_recipe_says_its_command_and_result_and_survives_the_parser(name):
     check_statistics(config)  # those of the weights it starts from
     if "ranks" in recipe.__doc__:
         assert f"ranks x {config.data.batch_size} images" in recipe.__doc__
-    if config.init.startswith("runs/"):
+    if config.init is not None and config.init.startswith("runs/"):
         assert config.init in {known().run.output for known in recipes.PRETRAIN.values()}
 
 
