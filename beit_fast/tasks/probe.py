@@ -26,6 +26,7 @@ from torch import Tensor
 from beit_fast.data.class_folders import class_folders
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig
+from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.features import Features, cached_features
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import knn_accuracy, linear_probes, split
@@ -114,7 +115,7 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
     statistics = checkpoint.manifest["settings"]["statistics"]
     crop_pct = config.crop_pct
     if crop_pct is None:
-        crop_pct = 224 / 256 if max(model.config.image_pixels) < 384 else 1.0
+        crop_pct = default_crop_pct(model.config.image_pixels)
     features = {}
     for name, (source, labels, _) in data.items():
         folder = Path(config.output) / "features" / name

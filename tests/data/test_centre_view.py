@@ -16,3 +16,14 @@ def test_the_evaluation_view_is_the_centre_of_the_resized_image(tmp_path):
     np.testing.assert_array_equal(view, wanted)
     same = centre_view(data, (300, 400), 1.0)
     np.testing.assert_array_equal(same, pixels)
+
+
+def test_a_squashed_view_is_the_whole_image_at_that_size(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "image.png")
+    data = (tmp_path / "image.png").read_bytes()
+    view = centre_view(data, (16, 24), 1.0, "bilinear", "squash")
+    np.testing.assert_array_equal(view, image.resize((24, 16), Image.Resampling.BILINEAR))
+    assert not np.array_equal(view, centre_view(data, (16, 24), 1.0, "bicubic", "squash"))
+    assert not np.array_equal(view, centre_view(data, (16, 24), 1.0, "bilinear"))
