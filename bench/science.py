@@ -174,13 +174,22 @@ def train_and_judge(arm: Arm) -> dict:
     return {"grid": grid, "probes": probed(arm)}
 
 
+def test_accuracy(arm: Arm, chosen: dict[str, tuple[float, float]]) -> float:
+    """Of the run that is there already, with the setting that was chosen."""
+    return finetuned_accuracy(arm, *chosen[arm.name], "test")
+
+
 def run_all(pool: ProcessPoolExecutor, work: Callable[[Arm], object], arms: Iterable[Arm]) -> dict:
     """arm -> result, with a line for each as it is done."""
     futures = {arm: pool.submit(quietly, work, arm) for arm in arms}
     results = {}
-    for arm, future in futures.items():
-        results[arm], seconds = future.result()
-        print(f"  {arm.name}, seed {arm.seed}: {seconds:.0f} s", flush=True)
+    try:
+        for arm, future in futures.items():
+            results[arm], seconds = future.result()
+            print(f"  {arm.name}, seed {arm.seed}: {seconds:.0f} s", flush=True)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     return results
 
 
@@ -207,11 +216,7 @@ def measure(names: list[str], options: argparse.Namespace) -> list[dict]:
                 judged |= run_all(pool, train_and_judge, some)
         print("test images, with the settings that validation chose")
         chosen = {name: choose(name, judged) for name in names}
-        jobs = [
-            (arm, pool.submit(quietly, partial(_tested, setting=chosen[arm.name]), arm))
-            for arm in arms
-        ]
-        tested = {arm: job.result()[0] for arm, job in jobs}
+        tested = run_all(pool, partial(test_accuracy, chosen=chosen), arms)
     rows = []
     for arm in arms:
         lr, decay = chosen[arm.name]
@@ -232,10 +237,6 @@ def measure(names: list[str], options: argparse.Namespace) -> list[dict]:
                 | {"validation": "", "setting": kept}
             )
     return rows
-
-
-def _tested(arm: Arm, setting: tuple[float, float]) -> float:
-    return finetuned_accuracy(arm, *setting, "test")
 
 
 def choose(name: str, judged: dict) -> tuple[float, float]:
