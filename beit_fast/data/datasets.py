@@ -6,7 +6,6 @@ the same four methods.
 
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -87,26 +86,6 @@ class ImageFolder:
             index = number * len(self) // min(_SIZES_IN_DIGEST, len(self))
             digest.update(b"%d\0" % os.stat(self.name(index)).st_size)
         return digest.hexdigest()
-
-
-class Subset:
-    """The images of `source` with these numbers, numbered anew."""
-
-    def __init__(self, source: ImageSource, numbers: Sequence[int]):
-        self._source, self._numbers = source, [int(number) for number in numbers]
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def read(self, index: int) -> bytes:
-        return self._source.read(self._numbers[index])
-
-    def name(self, index: int) -> str:
-        return self._source.name(self._numbers[index])
-
-    def digest(self) -> str:
-        numbers = ",".join(map(str, self._numbers))
-        return hashlib.sha256(f"{self._source.digest()} {numbers}".encode()).hexdigest()
 
 
 def _scan(root: Path, follow_links: bool) -> tuple[list[str], int]:

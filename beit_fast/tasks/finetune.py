@@ -16,9 +16,10 @@ from torch import Tensor
 
 from beit_fast.data.augment import AugmentConfig, AugmentedSample
 from beit_fast.data.class_folders import class_folders
-from beit_fast.data.datasets import ImageSource, Subset
+from beit_fast.data.datasets import ImageSource
 from beit_fast.data.loader import Loader
 from beit_fast.data.mixing import erase_boxes, mix, mixed_loss
+from beit_fast.data.subset import Subset
 from beit_fast.data.views import normalize
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
