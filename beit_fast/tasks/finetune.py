@@ -299,14 +299,12 @@ def open_labelled(
 def check_statistics(config: FinetuneConfig) -> None:
     """Raise ValueError where the checkpoint is known to have seen pixels in other units."""
     stated = stated_statistics(config.init) if config.init is not None else None
-    ours = STATISTICS[config.statistics]
-    if stated is None or STATISTICS.get(stated, stated) == ours:
-        return
-    name = next((name for name, value in STATISTICS.items() if stated in (name, value)), None)
-    raise ValueError(
-        f"{config.init} was trained with statistics {name or stated} and this run has "
-        f"{config.statistics}: pass --statistics {name}"
-    )
+    theirs = next((name for name, value in STATISTICS.items() if stated in (name, value)), None)
+    if theirs not in (None, config.statistics):
+        raise ValueError(
+            f"{config.init} was trained with statistics {theirs} and this run has "
+            f"{config.statistics}: pass --statistics {theirs}"
+        )
 
 
 def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) -> None:
