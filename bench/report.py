@@ -178,12 +178,12 @@ def science_table(results: dict[str, list[Row]]) -> str:
             pages += [_not_measured(name), ""]
             continue
         seeds = len({row["seed"] for row in rows})
-        first_row = rows[0]
+        shown = rows[0]
         lines = _sentence(
             f"Test accuracy in %, mean and standard error over {seeds} seeds; "
-            f"{first_row['minutes']} minutes in {first_row['processes']} processes of "
-            f"{first_row['threads']} thread, {first_row['machine']}, torch {first_row['torch']} "
-            f"(`bench/results/{name}.csv`, commit {first_row['commit']})."
+            f"{shown['minutes']} minutes in {shown['processes']} processes with "
+            f"{shown['threads']} thread each, {shown['machine']}, torch {shown['torch']} "
+            f"(`bench/results/{name}.csv`, commit {shown['commit']})."
         )
         groups: dict[str, dict[str, list[float]]] = {}
         for row in rows:

@@ -10,13 +10,16 @@ from beit_fast.tasks.probe import run_probe
 
 
 def test_pretrained_features_beat_random_ones_by_nearest_neighbours(tmp_path):
+    """In 500 steps without crops, see them win by MARGIN_NOTE points; five are asked for."""
     config = digits()
     training = config.tokenizer_training
     run_pretraining(
         replace(
             config,
-            run=replace(config.run, output=str(tmp_path / "run"), steps=STEPS, device="cpu"),
-            tokenizer_training=replace(training, run=replace(training.run, steps=100)),
+            views=replace(config.views, scale=(1.0, 1.0)),
+            optim=replace(config.optim, lr=6e-3),
+            run=replace(config.run, output=str(tmp_path / "run"), steps=500, device="cpu"),
+            tokenizer_training=replace(training, run=replace(training.run, steps=60)),
         )
     )
     probe = replace(probe_digits(), checkpoint=str(tmp_path / "run"), epochs=1, device="cpu")
@@ -24,7 +27,7 @@ def test_pretrained_features_beat_random_ones_by_nearest_neighbours(tmp_path):
     for weights in ("model", "random"):
         result = run_probe(replace(probe, output=str(tmp_path / weights), weights=weights))
         accuracy[weights] = result["chosen"]["knn"]["accuracy"]
-    assert accuracy["model"] > accuracy["random"] + MARGIN
+    assert accuracy["model"] > accuracy["random"] + 0.05
 
 
 @pytest.mark.parametrize("config", [digits().data, finetune_digits().data])
