@@ -36,7 +36,7 @@ from beit_fast.tasks.dvae import TOKENIZER, run_dvae
 from beit_fast.tasks.finetune import FinetuneConfig, run_finetuning
 from beit_fast.tasks.pipeline import run_pretraining
 from beit_fast.tasks.pretrain import PretrainConfig
-from beit_fast.tasks.probe import run_probe
+from beit_fast.tasks.probe import ProbeConfig, run_probe
 from beit_fast.train.config import RunConfig
 
 LABELS = 10  # of each class
@@ -135,18 +135,22 @@ def finetuned_accuracy(arm: Arm, lr: float, decay: float, part: str) -> float:
     return run_finetuning(finetuning_of(arm, lr, decay, part)).raw.top1
 
 
-def probed(arm: Arm) -> dict[str, dict]:
-    """What the probes chose, and its accuracy: by measure. Random weights need shapes alone."""
-    with_shapes = replace(arm, name=BEIT)
-    config = replace(
+def probing_of(arm: Arm) -> ProbeConfig:
+    """Of the arm's own weights; random ones take their shapes from the run of BEiT."""
+    run = arm if arm.is_trained else replace(arm, name=BEIT)
+    return replace(
         probe_digits(),
-        checkpoint=str(with_shapes.folder),
+        checkpoint=str(run.folder),
         output=str(arm.folder / "probe"),
         weights="model" if arm.is_trained else "random",
         seed=arm.seed,
         device="cpu",
     )
-    chosen = run_probe(config)["chosen"]
+
+
+def probed(arm: Arm) -> dict[str, dict]:
+    """What the probes chose, and its accuracy: by measure."""
+    chosen = run_probe(probing_of(arm))["chosen"]
     return {"linear": chosen["linear"], "kNN": chosen["knn"]}
 
 

@@ -49,6 +49,16 @@ def test_variants_differ_in_what_the_paper_changes_and_nothing_else(science):
         assert config.run.output != ours.run.output or name == science.BEIT
 
 
+def test_every_arm_is_judged_by_its_own_weights(science):
+    for name in science.VARIANTS:
+        trained = arm(science, name, 2)
+        ours = science.pretraining_of(trained).run.output
+        probe = science.probing_of(trained)
+        assert science.finetuning_of(trained, 1e-3, 1.0, "test").init == ours
+        assert (probe.checkpoint, probe.weights) == (ours, "model")
+    assert science.probing_of(arm(science, science.SCRATCH, 2)).weights == "random"
+
+
 def test_the_table_has_means_errors_and_paired_differences(bench):
     report = bench("report")
     shared = {"paper": "", "machine": "CPU", "threads": "1", "processes": "2", "minutes": "9.9",
