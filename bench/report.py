@@ -179,10 +179,10 @@ def science_table(results: dict[str, list[Row]]) -> str:
             continue
         seeds = len({row["seed"] for row in rows})
         shown = rows[0]
+        took = f"{shown['minutes']} minutes in " if shown["minutes"] else ""
         lines = _sentence(
-            f"Test accuracy in %, mean and standard error over {seeds} seeds; "
-            f"{shown['minutes']} minutes in {shown['processes']} processes with "
-            f"{shown['threads']} thread each, {shown['machine']}, torch {shown['torch']} "
+            f"Test accuracy in %, mean and standard error over {seeds} seeds; {took}"
+            f"{shown['processes']} processes, {shown['machine']}, torch {shown['torch']} "
             f"(`bench/results/{name}.csv`, commit {shown['commit']})."
         )
         groups: dict[str, dict[str, list[float]]] = {}

@@ -10,9 +10,10 @@ same net, fine-tuned the same way with the same labels in the same order; frozen
 weights. Every seed has a tokenizer of its own, which the variants of Table 4 share.
 
 What is chosen is chosen without test images: learning rate and layer decay of fine-tuning from one
-grid for both sides, and a smaller one for all variants, by the mean over seeds of the accuracy on 300 validation images;
-the probes' rate, block and k on held-out training images. Then the 500 test images are counted.
-Finished runs are kept below --work and not repeated; the picture is of all that was measured.
+grid for both sides, and a smaller one for all variants, by the mean over seeds of the accuracy on
+300 validation images; the probes' rate, block and k on held-out training images. Then the 500 test
+images are counted. Finished runs are kept below --work and not repeated: then no time is stated.
+The picture is of all that was measured.
 """
 
 import argparse
@@ -44,7 +45,7 @@ RATES = (3e-3, 1e-2)  # learning rates of fine-tuning; 1e-3 was behind for both 
 DECAYS = (0.75, 1.0)  # of the rate, from a layer to the one before
 GRIDS = {
     "evidence": tuple(itertools.product(RATES, DECAYS)),
-    "table4": ((3e-3, 1.0), (1e-2, 0.75)),  # the two that were best for a seed of BEiT, mostly
+    "table4": ((3e-3, 1.0), (1e-2, 0.75)),  # the best two of BEiT on validation images
 }
 SCRATCH = "from scratch"
 MEASURES = ("fine-tuned", "linear", "kNN")
@@ -305,14 +306,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the CSV files")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    begun = time.perf_counter()
+    resumed, begun = options.work.exists(), time.perf_counter()
     names = [BEIT, SCRATCH] if options.what == "evidence" else list(VARIANTS)
     rows = measure(names, options)
     values = conditions(
         torch.device("cpu"),
         ("scikit-learn",),
         processes=options.processes,
-        minutes=f"{(time.perf_counter() - begun) / 60:.1f}",
+        minutes="" if resumed else f"{(time.perf_counter() - begun) / 60:.1f}",
         labels_per_class=LABELS,
         shorten=options.shorten,
     )
