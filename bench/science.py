@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import csv
 import itertools
+import json
 import multiprocessing
 import statistics
 import time
@@ -176,11 +177,21 @@ def quietly(work: Callable[[Arm], object], arm: Arm) -> tuple[object, float]:
 
 
 def train_and_judge(arm: Arm, settings: Sequence[tuple[float, float]]) -> dict:
-    """Pre-train, if the arm is trained at all; probe; fine-tune over the grid, to choose by."""
-    if arm.is_trained:
-        run_pretraining(pretraining_of(arm))
-    grid = {setting: finetuned_accuracy(arm, *setting, "valid") for setting in settings}
-    return {"grid": grid, "probes": probed(arm)}
+    """Pre-train, if the arm is trained at all; probe; fine-tune over the grid, to choose by.
+
+    What came out is kept, and read the next time.
+    """
+    kept = arm.folder / "judged.json"
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    grid = {(lr, decay): top1 for lr, decay, top1 in known.get("grid", [])}
+    if missing := [setting for setting in settings if setting not in grid]:
+        if arm.is_trained:
+            run_pretraining(pretraining_of(arm))
+        grid |= {setting: finetuned_accuracy(arm, *setting, "valid") for setting in missing}
+    probes = known.get("probes") or probed(arm)
+    content = {"grid": [[*setting, top1] for setting, top1 in grid.items()], "probes": probes}
+    kept.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return {"grid": {setting: grid[setting] for setting in settings}, "probes": probes}
 
 
 def test_accuracy(arm: Arm, chosen: dict[str, tuple[float, float]]) -> float:
