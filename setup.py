@@ -36,6 +36,7 @@ setup(
         "test": [
             "pytest",
             "pytest-benchmark",  # bench/test_kernels.py
+            "pytest-xdist",  # tests on several cores
             "ruff",
             "scikit-learn",  # oracle of the probes: nearest neighbours, logistic regression
             "transformers>=5.17",  # numerical peer, as is timm
