@@ -4,6 +4,7 @@ Parameters have the names and shapes of timm's `Beit` and of unilm's checkpoints
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from beit_fast.model.layers import (
     run_blocks,
     select_rows,
 )
+from beit_fast.model.resize import resize_pos_embed
 
 # What selective checkpointing keeps: products, and attention in each way that it is computed.
 KEPT = frozenset(
@@ -44,6 +46,9 @@ class Beit(nn.Module):
     """The encoder alone: images (B, C, height, width), normalised, to tokens (B, N, D).
 
     Wherever images go in, so do their patches (B, L, P), as `kernels.patches` makes them of uint8.
+    With `config.dynamic_img_size` images may have any size that patches divide: positions are
+    resized from the model's grid at every call, as `model.resize` does it, and their gradients go
+    back through that.
 
     >>> Beit(BeitConfig(depth=2))(torch.zeros(1, 3, 224, 224)).shape
     torch.Size([1, 197, 768])
@@ -92,19 +97,9 @@ class Beit(nn.Module):
 
     def _encode(self, images: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """`forward_features`, or of listed rows alone, (I, 1, D) as `select_rows` gives them."""
-        x_BND = self._embed(images, mask)
-        shared_bias_HNN = None
-        if self.rel_pos_bias is not None:
-            shared_bias_HNN = self.rel_pos_bias()
         skips = rows is not None and rowwise_after_attention(self.blocks[-1])
-        listed = (rows,) if skips else ()
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            *blocks, last = self.blocks
-            for block in blocks:
-                x_BND = self._recompute(block, x_BND, shared_bias_HNN)
-            x = self._recompute(last, x_BND, shared_bias_HNN, *listed)
-        else:
-            x = run_blocks(self.blocks, x_BND, shared_bias_HNN, *listed)
+        listed = rows if skips else None
+        x = self._run(self.blocks, images, mask, listed)
         if rows is None or skips:
             return x
         warn_once(
@@ -113,7 +108,25 @@ class Beit(nn.Module):
         )
         return select_rows(x, rows)
 
-    def _recompute(self, block: nn.Module, *arguments: Tensor | None) -> Tensor:
+    def _run(
+        self,
+        blocks: Sequence[nn.Module],
+        images: Tensor,
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        tap: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """The sequence through these blocks; `rows` and `tap` as for `run_blocks`."""
+        grid = self.patch_embed.grid_of(images)
+        x_BND = self._embed(images, mask)
+        shared_bias_HNN = None
+        if self.rel_pos_bias is not None:
+            shared_bias_HNN = self.rel_pos_bias(grid)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            blocks = [functools.partial(self._recompute, block) for block in blocks]
+        return run_blocks(blocks, x_BND, shared_bias_HNN, rows, grid=grid, tap=tap)
+
+    def _recompute(self, block: nn.Module, *arguments: Any) -> Tensor:
         options = {}
         if self.grad_checkpointing == "selective":
             options["context_fn"] = functools.partial(
@@ -162,7 +175,11 @@ class Beit(nn.Module):
         if mask is not None:
             self._check_mask(mask, x_BLD)
             mask_token = self.mask_token.flatten()
-        pos = None if self.pos_embed is None else self.pos_embed.flatten(0, 1)
+        pos = self.pos_embed
+        if pos is not None:
+            grid = self.patch_embed.grid_of(images)
+            pos = pos if grid is None else resize_pos_embed(pos, self.config.grid, grid)
+            pos = pos.flatten(0, 1)
         return mask_embed(x_BLD, self.cls_token.flatten(), mask_token, mask, pos)
 
     def _check_mask(self, mask: Tensor, x: Tensor) -> None:

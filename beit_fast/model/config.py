@@ -20,6 +20,8 @@ class BeitConfig:
 
     img_size: int | tuple[int, int] = 224  # pixels; (height, width) unless square
     patch_size: int | tuple[int, int] = 16
+    # Images of any size that patches divide: positions are resized as they are used.
+    dynamic_img_size: bool = False
     in_chans: int = 3
     embed_dim: int = 768
     depth: int = 12

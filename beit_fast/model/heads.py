@@ -91,7 +91,7 @@ class BeitForMaskedImageModeling(Beit):
         All tokens (B, N, D), or if the config says so and it is less, the listed ones (I, 1, D).
         """
         # Patch b L + l is row b N + 1 + l of the sequence, N = L + 1; floor: -1 // L is -1.
-        rows = masked_index + masked_index // self.config.num_patches + 1
+        rows = masked_index + masked_index // mask.shape[1] + 1
         if not self.config.skip_unread_rows or len(rows) >= mask.numel():
             return self.forward_features(images, mask), rows
         places = torch.arange(len(rows), dtype=rows.dtype, device=rows.device)
