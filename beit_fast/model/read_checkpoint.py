@@ -91,6 +91,7 @@ def read_checkpoint(source: Source, *, key: str | None = None, **stated: Any) ->
             stated = _published_fields(str(source), entry) | stated
         file = read_weights(path, key=key)
         tensors, where, hf_config = file.tensors, str(file.path), file.hf_config
+        labels = file.classes
         stated = _own_fields(file.config, where) | stated
     try:
         layout = find_layout(tensors)

@@ -46,6 +46,7 @@ class WeightFile:
     config: dict[str, Any] | None = None  # fields of our BeitConfig
     hf_config: dict[str, Any] | None = None  # config.json
     path: Path = field(default_factory=Path)
+    classes: tuple[str, ...] | None = None  # their names, of a run of ours
 
 
 def read_weights(path: str | Path, *, key: str | None = None) -> WeightFile:
@@ -150,7 +151,13 @@ def _read_run_step(path: Path, key: str) -> WeightFile:
             )
     weights = _read_safetensors(path / name, None)
     model = settings.get("model")
-    return WeightFile(weights.tensors, model if isinstance(model, dict) else None, None, path)
+    classes = settings.get("classes")
+    return WeightFile(
+        weights.tensors,
+        model if isinstance(model, dict) else None,
+        path=path,
+        classes=tuple(map(str, classes)) if isinstance(classes, list) else None,
+    )
 
 
 def _read_safetensors(path: Path, key: str | None) -> WeightFile:
