@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from beit_fast import recipes
+from beit_fast import recipes, recipes_finetune
 from beit_fast.data.loader import BadDataError
 from beit_fast.model.checkpoint import convert
 from beit_fast.tasks.dvae import run_dvae
 from beit_fast.tasks.evaluate import EvaluateConfig, run_evaluation
+from beit_fast.tasks.finetune import run_finetuning
 from beit_fast.tasks.pipeline import run_pretraining
 from beit_fast.tasks.predict import PredictConfig, run_prediction
 from beit_fast.tasks.pretokenize import run_pretokenize
@@ -29,6 +30,7 @@ USAGE = """usage: beit-fast <verb> ...
 
   pretrain RECIPE        train a BEiT on a folder of images
   pretokenize RECIPE     write the visual tokens that `pretrain RECIPE --token_cache DIR` reads
+  finetune RECIPE        train a classifier on class folders, from a pre-trained BEiT
   probe RECIPE           linear and nearest-neighbour accuracy of every block of a pre-trained BEiT
   tokenizer RECIPE       train a dVAE on a folder of images
   evaluate CHECKPOINT FOLDER
@@ -45,6 +47,7 @@ and `--print_config` its values as YAML for `--config FILE`."""
 VERBS: dict[str, tuple[dict[str, Callable[[], Any]], Callable[[Any], None]]] = {
     "pretrain": (recipes.PRETRAIN, run_pretraining),
     "pretokenize": (recipes.PRETOKENIZE, run_pretokenize),
+    "finetune": (recipes_finetune.FINETUNE, run_finetuning),
     "probe": (recipes.PROBE, run_probe),
     "tokenizer": (recipes.TOKENIZER, run_dvae),
 }

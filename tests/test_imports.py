@@ -18,7 +18,8 @@ ALLOWED = {
     "viz": {"model", "tokenizer"},
     "tasks": {"kernels", "model", "tokenizer", "data", "train", "viz"},
     "recipes": {"model", "tokenizer", "data", "train", "tasks"},
-    "cli": {"recipes", "model", "tasks", "tokenizer", "train", "data"},
+    "recipes_finetune": {"model", "data", "tasks", "train"},
+    "cli": {"recipes", "recipes_finetune", "model", "tasks", "tokenizer", "train", "data"},
 }
 
 

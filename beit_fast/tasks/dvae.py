@@ -157,7 +157,7 @@ class DvaeTask:
         return {}
 
     @torch.no_grad()
-    def evaluate(self, model: Dvae, num_batches: int = 8) -> tuple[ReconstructionError, Tensor]:
+    def reconstruct(self, model: Dvae, num_batches: int = 8) -> tuple[ReconstructionError, Tensor]:
         """Errors on crops that training never saw, and how often each code occurs there: (V,).
 
         Discrete codes, as BEiT will see them, not the relaxed ones of training.
@@ -169,6 +169,10 @@ class DvaeTask:
             counts = counts + count_codes(ids, model.vocab_size)
         mae, mse = (torch.stack(values).mean() for values in zip(*errors, strict=True))
         return ReconstructionError(mae, mse), counts
+
+    def evaluate(self, model: Dvae) -> dict[str, float]:
+        error, _ = self.reconstruct(model)
+        return {"mae": float(error.mae), "mse": float(error.mse)}
 
     @torch.no_grad()
     def picture(self, model: Dvae, path: Path) -> None:
@@ -204,7 +208,7 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
     if world.is_main:
         save_tokenizer(outcome.model, path)
         curve = draw_curves(read_metrics(output / METRICS), output / "curve.png")
-        error, counts = task.evaluate(outcome.model)
+        error, counts = task.reconstruct(outcome.model)
         console = Console(highlight=False, soft_wrap=True)
         console.print(
             f"tokenizer: absolute error {float(error.mae):.4f}, squared {float(error.mse):.5f} on "

@@ -58,6 +58,7 @@ class RunConfig:
     save_every: int = 1000  # steps between checkpoints; one more at the end
     keep: int = 2  # newest checkpoints that stay
     picture_every: int | None = None  # steps between pictures; one more at the end
+    evaluate_every: float | None = None  # epochs between evaluations, the end not counted
     resume: Literal["auto", "must", "never"] = "auto"  # auto: from the newest checkpoint, if any
     fallback: bool = False  # resume from an older checkpoint where the newest is damaged
 
@@ -74,6 +75,10 @@ class RunConfig:
             raise ValueError(f"run.cpu_threads is {self.cpu_threads}: give at least 1, or null")
         if self.picture_every is not None and self.picture_every < 1:
             raise ValueError(f"run.picture_every is {self.picture_every}: give at least 1, or null")
+        if self.evaluate_every is not None and self.evaluate_every <= 0:
+            raise ValueError(
+                f"run.evaluate_every is {self.evaluate_every}: give epochs above 0, or null"
+            )
         if self.cuda_graph and self.compile == "reduce-overhead":
             raise ValueError(
                 "run.cuda_graph captures the whole step, and run.compile reduce-overhead makes "

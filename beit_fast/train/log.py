@@ -4,9 +4,10 @@
 none is doubled.
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,13 @@ class Log:
         self._images += num_images
         if self._progress is not None:
             self._progress.update(self._bar, completed=self._done)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent in here does not count against the training's speed."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
 
     def line(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the means of the steps since the last line; call after a device sync."""

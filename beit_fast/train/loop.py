@@ -1,4 +1,4 @@
-"""The one training loop: fetch, schedule, take a step, log, save.
+"""The one training loop: fetch, schedule, take a step, log, evaluate, save.
 
 A task says what is trained; the loop knows nothing of it but the methods of `Task`. Randomness is a
 function of (seed, step, rank), data of the micro-batch's number, so a resumed run is the same run:
@@ -52,6 +52,7 @@ HABITS = frozenset(
         "save_every",
         "keep",
         "picture_every",
+        "evaluate_every",
         "resume",
         "fallback",
         "compile",  # as a change of device: other rounding, other random numbers
@@ -100,6 +101,9 @@ class Task(Protocol):
 
     def report(self) -> dict[str, Tensor]:
         """Scalars read at each log line besides the means of the metrics."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """What `model` comes to on data that it is not trained on; called on every rank."""
 
     def picture(self, model: nn.Module, path: Path) -> None:
         """Draw what `model` (the raw or the averaged one) does, as a PNG."""
@@ -216,7 +220,10 @@ def train(
                 log.tick(images_per_step)
 
                 signum = world.any_of(stop.received)
-                prints = done % run.log_every == 0 or done == num_steps
+                evaluates = done < num_steps and _falls_due(
+                    run.evaluate_every, done, images_per_step, task.num_images
+                )
+                prints = done % run.log_every == 0 or done == num_steps or evaluates
                 saves = done % run.save_every == 0 or done == num_steps or signum
                 if prints or saves:
                     sentinel.check(world, output, checked, done)
@@ -227,6 +234,9 @@ def train(
                     line = dict(zip(scalars, values.tolist(), strict=True))
                     line["lr"] = lr_at(step, optim, num_steps, warmup)
                     line["epoch"] = done * images_per_step / task.num_images
+                    if evaluates:
+                        with log.aside():
+                            line |= _evaluate(task, ema)
                     log.line(done, line)
                 if saves:
                     save(done)
@@ -244,6 +254,22 @@ def train(
             picture=picture,
             num_steps=num_steps,
         )
+
+
+def _falls_due(every: float | None, done: int, images_per_step: int, num_images: int) -> bool:
+    """Whether the last of `done` steps reached a multiple of `every` epochs."""
+    if every is None:
+        return False
+    before, now = (int(step * images_per_step / (every * num_images)) for step in (done - 1, done))
+    return now > before
+
+
+def _evaluate(task: Task, ema: ModelEmaV3 | None) -> dict[str, float]:
+    values = {f"test_{name}": value for name, value in task.evaluate(task.model).items()}
+    if ema:
+        averaged = task.evaluate(ema.module)
+        values |= {f"test_ema_{name}": value for name, value in averaged.items()}
+    return values
 
 
 def compile_mode(run: RunConfig, device: torch.device) -> str:

@@ -226,11 +226,11 @@ def test_a_training_step_never_waits_for_the_device(config):
 def test_evaluation_is_on_discrete_codes_and_changes_nothing(config):
     task = DvaeTask(config(), ALONE)
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
-    error, counts = task.evaluate(task.model, num_batches=2)
+    error, counts = task.reconstruct(task.model, num_batches=2)
     assert counts.sum() == 2 * 8 * 16
     assert codebook_use(counts).perplexity >= 1
     assert 0 < error.mse < error.mae < 1
-    assert task.evaluate(task.model, num_batches=2)[0] == error
+    assert task.reconstruct(task.model, num_batches=2)[0] == error
     for name, value in task.model.state_dict().items():
         assert torch.equal(value, before[name]), name
 

@@ -1,0 +1,312 @@
+"""Fine-tuning a pre-trained encoder as a classifier (BEiT section 3.1).
+
+loss = cross-entropy of the mean of the patches, normed, under labels smoothed and mixed; learning
+rates fall from the head down to the embeddings.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from beit_fast.data.augment import AugmentConfig, AugmentedSample
+from beit_fast.data.class_folders import class_folders
+from beit_fast.data.loader import Loader
+from beit_fast.data.mixing import erase_boxes, mix, mixed_loss
+from beit_fast.data.views import normalize
+from beit_fast.model.config import BeitConfig
+from beit_fast.model.fp8 import use_fp8
+from beit_fast.model.heads import BeitForImageClassification
+from beit_fast.tasks.evaluation import Classification, default_crop_pct, evaluate_classifier
+from beit_fast.tasks.finetune_init import starting_point, stated_statistics
+from beit_fast.tasks.layer_decay import layer_decay_groups
+from beit_fast.tasks.pretrain import STATISTICS
+from beit_fast.tasks.sources import lasting_settings, unseen_batches
+from beit_fast.train.config import OptimConfig, RunConfig
+from beit_fast.train.log import METRICS, read_metrics
+from beit_fast.train.loop import Outcome, train
+from beit_fast.train.parallel import World, open_world
+from beit_fast.viz.curves import draw_curves
+from beit_fast.viz.reconstruction import draw_columns
+
+NUM_PICTURES = 8
+RESULT = "result.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledDataConfig:
+    """Labelled images and the batches made of them."""
+
+    path: str = ""  # folder with a sub-folder of images for each class
+    test: str = ""  # the same classes, to evaluate on; "": nothing is evaluated
+    batch_size: int = 128  # images per micro-batch on each rank
+    num_threads: int = 4  # decoding threads; batches do not depend on it
+    max_bad_share: float = 0.001  # of the training images; see `Loader`. Of the test's: none
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Everything a fine-tuning run depends on."""
+
+    # With `init` the architecture is the checkpoint's (finetune_init.py). num_classes 0: as many as
+    # there are class folders; any other number must be theirs.
+    model: BeitConfig
+    data: LabelledDataConfig
+    optim: OptimConfig
+    run: RunConfig
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    init: str | None = None  # file, folder, run or published name; null: from scratch
+    init_key: str | None = None  # which of several weights: ema of a run, model_ema of unilm's
+    layer_decay: float = 0.65  # of the learning rate, from a layer to the one before; 1: none
+    statistics: Literal["half", "imagenet"] = "half"  # mean and std of pixels
+    crop_pct: float | None = None  # of test images; None: timm's for their size
+    # Less memory, as in pre-training.
+    grad_checkpointing: bool | Literal["selective"] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}: give 0 < decay <= 1")
+
+
+@dataclass(frozen=True)
+class FinetuneOutcome:
+    """Where a finished run left things, and what it came to on the test images."""
+
+    train: Outcome
+    classes: list[str]
+    raw: Classification | None  # None without test images
+    ema: Classification | None  # of the averaged weights, where the run keeps them
+
+
+class FinetuneTask:
+    """Classification as a task of the loop.
+
+    Raises ValueError for folders that do not fit each other or the model, and as `starting_point`
+    does.
+    """
+
+    name = "finetune"
+
+    def __init__(self, config: FinetuneConfig, world: World) -> None:
+        data = config.data
+        if not data.path:
+            raise ValueError("no images were named: pass --data.path with a folder of classes")
+        if config.run.evaluate_every is not None and not data.test:
+            raise ValueError(
+                "run.evaluate_every is set and there are no test images: pass --data.test with a "
+                "folder of the same classes, or --run.evaluate_every null"
+            )
+        source, self._labels, self.classes = class_folders(data.path)
+        self._test = class_folders(data.test) if data.test else None
+        if self._test is not None:
+            _check_classes(data, self.classes, self._test[2])
+        check_statistics(config)
+        self.start = starting_point(
+            config.model, config.init, config.init_key, self.classes, config.run.seed
+        )
+        self.model = self.start.model
+        self.model.set_grad_checkpointing(config.grad_checkpointing)
+        self.config = replace(config, model=self.model.config)
+        self.world, self.counters = world, {}
+        self._statistics = STATISTICS[config.statistics]
+        self._loss = self._loss_of
+        self.loader = Loader(
+            source,
+            AugmentedSample(self.config.model.image_pixels, config.augment, self._statistics[0]),
+            batch_size=data.batch_size,
+            seed=config.run.seed,
+            rank=world.rank,
+            world_size=world.size,
+            num_threads=data.num_threads,
+            max_bad_share=data.max_bad_share,
+        )
+        self.batches_per_epoch = self.loader.batches_per_epoch
+        self.num_images = len(source)
+        self.images_per_batch = data.batch_size
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        if self.config.run.precision == "fp8":
+            use_fp8(self.model, device)
+        self._labels = self._labels.to(device)
+
+    def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
+        return self.loader.batches(start)
+
+    def compile(self, mode: str) -> None:
+        self._loss = torch.compile(self._loss_of, fullgraph=True, mode=mode)
+
+    def begin_step(self, step: int) -> None:
+        """Nothing here changes over the run."""
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Pixels normalised, and labels: of the images really read, where one replaced another."""
+        prepared = {k: v for k, v in batch.items() if k not in ("images", "sample_index")}
+        prepared["pixels"] = normalize(batch["images"], *self._statistics)
+        return prepared | {"labels": self._labels[batch["sample_index"]]}
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, num_correct = self._loss(**batch)
+        if self.config.augment.mixes:
+            return loss, {}  # an image of two classes is neither right nor wrong
+        return loss, {"accuracy": num_correct / len(batch["labels"])}
+
+    def _loss_of(
+        self, pixels: Tensor, labels: Tensor, mix_weights: Tensor | None = None, **drawn: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss, and how many images are predicted right."""
+        logits = self.model(spoil(pixels, mix_weights=mix_weights, **drawn))
+        loss = mixed_loss(logits, labels, self.config.augment.label_smoothing, mix_weights)
+        return loss, (logits.argmax(dim=1) == labels).sum()
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return layer_decay_groups(self.model, weight_decay, self.config.layer_decay)
+
+    def report(self) -> dict[str, Tensor]:
+        return {}
+
+    def classify(self, model: BeitForImageClassification) -> Classification:
+        """Evaluate `model` on every test image once, over all ranks."""
+        assert self._test is not None, "a run without test images evaluates nothing"
+        source, labels, _ = self._test
+        crop_pct = self.config.crop_pct
+        if crop_pct is None:
+            crop_pct = default_crop_pct(self.config.model.image_pixels)
+        return evaluate_classifier(
+            model,
+            source,
+            labels,
+            num_classes=len(self.classes),
+            statistics=self._statistics,
+            crop_pct=crop_pct,
+            precision="fp32" if self.config.run.precision == "fp32" else "bf16",
+            batch_size=self.config.data.batch_size,
+            num_threads=self.config.data.num_threads,
+            world=self.world,
+        )
+
+    def evaluate(self, model: BeitForImageClassification) -> dict[str, float]:
+        found = self.classify(model)
+        return {"top1": found.top1, "top5": found.top5, "loss": found.loss}
+
+    @torch.no_grad()
+    def picture(self, model: BeitForImageClassification, path: Path) -> None:
+        """Training images as they are read, and as the model gets them."""
+        device = next(model.parameters()).device
+        (batch,) = unseen_batches(self.loader, 1, device)
+        prepared = self.prepare(batch)
+        generators = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(generators):  # noise of no step
+            torch.manual_seed(self.config.run.seed)
+            pixels = spoil(**{k: v for k, v in prepared.items() if k != "labels"})
+        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in self._statistics)
+        columns = {
+            "augmented": batch["images"].permute(0, 3, 1, 2).float() / 255,
+            "as the model gets it": pixels * std + mean,
+        }
+        draw_columns({k: v[:NUM_PICTURES] for k, v in columns.items()}, path)
+
+
+def spoil(
+    pixels: Tensor,
+    *,
+    erase: Tensor | None = None,
+    mix_weights: Tensor | None = None,
+    mix_box: Tensor | None = None,
+) -> Tensor:
+    """Normalised images (B, 3, height, width) erased and mixed, as far as numbers for it came."""
+    if erase is not None:
+        pixels = erase_boxes(pixels, erase)
+    return pixels if mix_weights is None else mix(pixels, mix_weights, mix_box)
+
+
+def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
+    """Train as `config` says, resume where it was left, evaluate, and print where the results are.
+
+    There is no best checkpoint: the last one counts, for one chosen on the test images would have
+    seen them. Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, Interrupted.
+    """
+    with open_world(config.run.device, config.run.cpu_threads) as world:
+        task = FinetuneTask(config, world)
+        console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
+        console.print(task.start.report, markup=False)
+        outcome = train(task, config.optim, config.run, settings=settings_of(task), world=world)
+        raw = ema = None
+        if config.data.test:
+            raw = task.classify(task.model)
+            if config.run.ema_decay is not None:
+                ema = task.classify(outcome.model)
+        result = FinetuneOutcome(train=outcome, classes=task.classes, raw=raw, ema=ema)
+        if world.is_main:
+            _summarise(task, result, console)
+        return result
+
+
+def settings_of(task: FinetuneTask) -> dict[str, Any]:
+    """What the weights depend on; the checkpoint they start from by its weights, for it may move.
+
+    With the classes it is also what `beit-fast evaluate` and `predict` need to know.
+    """
+    settings = lasting_settings(task.config)
+    for name in ("init_key", "grad_checkpointing", "crop_pct"):
+        del settings[name]
+    del settings["data"]["test"]
+    return settings | {"init": task.start.digest, "classes": task.classes}
+
+
+def _check_classes(data: LabelledDataConfig, train: list[str], test: list[str]) -> None:
+    if different := sorted(set(train) ^ set(test)):
+        raise ValueError(
+            f"{data.path} has {len(train)} classes and {data.test} {len(test)}; only one has "
+            f"{', '.join(different[:5])}: give folders of the same classes"
+        )
+
+
+def check_statistics(config: FinetuneConfig) -> None:
+    """Raise ValueError where the checkpoint is known to have seen pixels in other units."""
+    stated = stated_statistics(config.init) if config.init is not None else None
+    ours = STATISTICS[config.statistics]
+    if stated is None or STATISTICS.get(stated, stated) == ours:
+        return
+    name = next((name for name, value in STATISTICS.items() if stated in (name, value)), None)
+    raise ValueError(
+        f"{config.init} was trained with statistics {name or stated} and this run has "
+        f"{config.statistics}: pass --statistics {name}"
+    )
+
+
+def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) -> None:
+    output = Path(task.config.run.output)
+    found = {name: getattr(result, name) for name in ("raw", "ema")}
+    found = {name: value for name, value in found.items() if value is not None}
+    plain = {name: _plain(value) for name, value in found.items()}
+    content = {"classes": result.classes, "num_steps": result.train.num_steps, **plain}
+    (output / RESULT).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    curve = draw_curves(read_metrics(output / METRICS), output / "curve.png")
+    console.print(f"\n[bold]After {result.train.num_steps} steps[/]")
+    for name, value in found.items():
+        console.print(
+            f"  {'weights' if name == 'raw' else 'averaged weights':18}top-1 {value.top1:.2%}  "
+            f"top-5 {value.top5:.2%}  loss {value.loss:.4f}  on {value.num_images} test images"
+        )
+    if not found:
+        console.print("  not evaluated: no --data.test was given")
+    if bad := task.loader.bad_samples:
+        console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
+    for name, path in (
+        ("checkpoint", result.train.checkpoint),
+        ("result", output / RESULT),
+        ("metrics", output / METRICS),
+        ("curve", curve),
+        ("picture", result.train.picture),
+    ):
+        console.print(f"  {name:10} {path}")
+
+
+def _plain(found: Classification) -> dict[str, Any]:
+    return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(found).items()}

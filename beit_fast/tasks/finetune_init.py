@@ -1,0 +1,110 @@
+"""Where fine-tuning starts: the classifier of the folders' classes, and what a checkpoint gives it.
+
+The checkpoint decides the architecture, for its weights fit no other; the recipe decides what can
+be chosen: the size of the images, to which positions are resized, drop path, pooling, and for a
+checkpoint with one table of relative positions whether blocks share it (fine-tuning gives each its
+own copy). A head stays only if it was trained on the same classes.
+"""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit_fast.model.checkpoint import load_pretrained
+from beit_fast.model.config import BeitConfig
+from beit_fast.model.heads import BeitForImageClassification
+from beit_fast.model.published import PUBLISHED
+from beit_fast.model.read_checkpoint import Weights, read_checkpoint
+from beit_fast.model.weight_files import read_json
+from beit_fast.train.state import MANIFEST, checkpoint_paths
+
+ARCHITECTURE = (
+    *("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "attn_head_dim", "mlp_ratio"),
+    *("init_values", "use_abs_pos_emb", "norm_eps"),
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model to fine-tune. `digest` is that of the weights it came from (None: from scratch)."""
+
+    model: BeitForImageClassification
+    digest: str | None
+    report: str  # what came from where, in a few lines
+
+
+def starting_point(
+    wanted: BeitConfig, init: str | None, key: str | None, classes: list[str], seed: int
+) -> Start:
+    """The classifier of `wanted` with the weights of `init`, anything `read_checkpoint` reads.
+
+    What the checkpoint lacks starts as `seed` draws it, the head near 0. Raises ValueError where
+    the folders do not have the classes that `wanted` counts, and as `read_checkpoint` does.
+    """
+    if wanted.num_classes not in (0, len(classes)):
+        raise ValueError(
+            f"there are {len(classes)} class folders and the model has {wanted.num_classes} "
+            f"classes: complete the folders, or pass --model.num_classes {len(classes)} (0: as "
+            "many as there are folders)"
+        )
+    wanted = dataclasses.replace(wanted, num_classes=len(classes))
+    torch.manual_seed(seed)
+    if init is None:
+        return Start(BeitForImageClassification(wanted), None, "from scratch: no init was given")
+    weights = read_checkpoint(init, key=key)
+    digest = _digest(weights.state)
+    notes = [f"{init}: a {weights.task} checkpoint"]
+    if weights.labels is not None and list(weights.labels) != classes:
+        notes.append("its classes are not those of the folders: the head starts anew")
+        kept = {n: t for n, t in weights.state.items() if not n.startswith("head.")}
+        weights = dataclasses.replace(weights, state=kept)
+    config = architecture(wanted, weights)
+    if followed := [
+        f"{name} {getattr(config, name)} (the recipe has {getattr(wanted, name)})"
+        for name in ARCHITECTURE
+        if getattr(config, name) != getattr(wanted, name)
+    ]:
+        notes.append(f"the model is the checkpoint's: {', '.join(followed)}")
+    model = BeitForImageClassification(config)
+    report = load_pretrained(model, weights)
+    return Start(model, digest, "\n".join([*notes, str(report)]))
+
+
+def architecture(wanted: BeitConfig, weights: Weights) -> BeitConfig:
+    """`wanted` with the architecture of the weights."""
+    theirs = weights.config
+    fields: dict[str, Any] = {name: getattr(theirs, name) for name in ARCHITECTURE}
+    own, shared = theirs.use_rel_pos_bias, theirs.use_shared_rel_pos_bias
+    if shared and not own and (wanted.use_rel_pos_bias or not wanted.use_shared_rel_pos_bias):
+        own, shared = True, False
+    fields |= {"use_rel_pos_bias": own, "use_shared_rel_pos_bias": shared}
+    return dataclasses.replace(wanted, **fields)
+
+
+def stated_statistics(init: str) -> tuple[tuple[float, ...], tuple[float, ...]] | str | None:
+    """Mean and std, or the name of them, that a checkpoint was trained with; None: it does not say.
+
+    Known of runs of ours and of published names.
+    """
+    path = Path(init)
+    steps = [path] if (path / MANIFEST).is_file() else checkpoint_paths(path)
+    if steps:
+        settings = read_json(steps[-1] / MANIFEST).get("settings")
+        return settings.get("statistics") if isinstance(settings, dict) else None
+    for name, entry in PUBLISHED.items():
+        if not path.exists() and init in (name, entry.hf_id):
+            return entry.mean, entry.std
+    return None
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,50 @@
+"""Layer-wise learning rates: early layers, which pre-training has finished, move little.
+
+    scale(id) = decay^(depth + 1 - id)
+    id   0          patch embedding, [CLS], mask token, positions
+         k + 1      block k, with its own relative-position table
+         depth + 1  the rest: norms, head, and the table that blocks share
+
+Own code because timm's `param_groups_layer_decay` sorts by `group_matcher`, which puts the shared
+table with the embeddings; unilm gives it the head's rate.
+
+Source: unilm beit `optim_factory.py` (spec 7.2)
+"""
+
+from typing import Any
+
+from torch import nn
+
+EMBEDDINGS = ("cls_token", "mask_token", "pos_embed", "patch_embed")
+
+
+def layer_id(name: str, depth: int) -> int:
+    """The layer of the parameter of this name, 0 to depth + 1."""
+    part, *rest = name.split(".")
+    if part in EMBEDDINGS:
+        return 0
+    return int(rest[0]) + 1 if part == "blocks" else depth + 1
+
+
+def layer_decay_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW with `lr_scale`, one for each layer and kind, by layer.
+
+    Not decayed: what has one axis, and `model.no_weight_decay()`. Relative-position tables are, as
+    in the original. `name` says layer and kind.
+    """
+    depth, spared = len(model.blocks), model.no_weight_decay()
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer, decays = layer_id(name, depth), parameter.ndim > 1 and name not in spared
+        new = {
+            "name": f"layer_{layer}_{'decay' if decays else 'no_decay'}",
+            "params": [],
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_scale": layer_decay ** (depth + 1 - layer),
+        }
+        groups.setdefault((layer, decays), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
