@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from beit_fast import recipes, recipes_finetune
 from beit_fast.data.loader import BadDataError
 from beit_fast.model.checkpoint import convert
+from beit_fast.tasks.checkpoints import write_image_processor
 from beit_fast.tasks.dvae import run_dvae
 from beit_fast.tasks.evaluate import EvaluateConfig, run_evaluation
 from beit_fast.tasks.finetune import run_finetuning
@@ -124,7 +125,10 @@ def _convert(arguments: Sequence[str]) -> None:
     parser.add_argument("target", help="file to write; for hf a folder")
     parser.add_argument("--to", type=Literal["unilm", "timm", "hf"], required=True)
     parser.add_argument("--key", type=str, help="which of several weights: model_ema, ema ...")
-    print(convert(**vars(parser.parse_args(list(arguments)))))
+    chosen = parser.parse_args(list(arguments))
+    print(convert(**vars(chosen)))
+    if chosen.to == "hf" and (file := write_image_processor(chosen.source, chosen.target)):
+        print(f"{file}: how its images are made")
 
 
 def _evaluate(arguments: Sequence[str]) -> None:

@@ -7,6 +7,9 @@ where nothing does, the original's are taken, and what was taken is said.
 
 import dataclasses
 import hashlib
+import json
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +31,9 @@ from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.train.state import MANIFEST, checkpoint_paths
 
+PREPROCESSOR = "preprocessor_config.json"
 Which = Literal["model", "ema"]
+logger = logging.getLogger("beit_fast.tasks")
 _PILLOW = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as transformers writes them
 _SHIPPED = ("model", "pytorch_model")  # how weights are called that a configuration lies beside
 
@@ -108,7 +113,7 @@ def open_weights(source: str | Path, which: Which = "model") -> Weights:
         if not (step / "ema.safetensors").is_file():
             raise ValueError(f"{step} has no average of the weights: pass --weights model")
         return read_checkpoint(step, key="ema")
-    if path.is_dir() or path.suffix == ".safetensors" or not path.exists():
+    if path.is_dir() or path.suffix == ".safetensors" or _published_entry(source) is not None:
         raise ValueError(
             f"{source} has no average beside its weights: pass --weights model, or a run or a .pth "
             "file with model_ema"
@@ -157,6 +162,44 @@ def view_of(
                 fields["crop_pct"] = usual
             return View(**{"crop_pct": usual} | fields)
     return View(crop_pct=usual, origin="nothing says otherwise")
+
+
+def write_image_processor(source: str | Path, folder: str | Path) -> Path | None:
+    """Beside a checkpoint written for transformers, what it needs to make images as here.
+
+    Returns preprocessor_config.json, or None with a warning where transformers has no such
+    transform: a centre that is not square.
+    """
+    config = read_checkpoint(source).config
+    view, (height, width) = view_of(source, config), config.image_pixels
+    if height != width and view.crop_mode == "center":
+        logger.warning(
+            "transformers resizes no image to cover %dx%d: no preprocessor_config.json was written",
+            height,
+            width,
+        )
+        return None
+    squashes = view.crop_mode == "squash"
+    resized = [math.floor(side / view.crop_pct + 1e-6) for side in (height, width)]
+    content = {
+        "image_processor_type": "BitImageProcessor",  # resizes to the shortest edge, and crops
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": dict(zip(("height", "width"), resized, strict=True))
+        if squashes
+        else {"shortest_edge": resized[0]},
+        "resample": next(n for n, name in _PILLOW.items() if name == view.interpolation),
+        "do_center_crop": view.crop_pct < 1 or not squashes,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(view.mean),
+        "image_std": list(view.std),
+    }
+    file = Path(folder) / PREPROCESSOR
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return file
 
 
 def run_step(path: Path) -> Path | None:
@@ -225,7 +268,7 @@ def _of_folder(source: str | Path) -> dict[str, Any] | None:
     if path.is_file() and not path.name.startswith(_SHIPPED):
         return None
     folder = path if path.is_dir() else path.parent
-    if (file := folder / "preprocessor_config.json").is_file():
+    if (file := folder / PREPROCESSOR).is_file():
         return _of_image_processor(read_json(file)) | {"origin": f"of {file.name}"}
     if (file := folder / "config.json").is_file():
         stated = read_json(file).get("pretrained_cfg")

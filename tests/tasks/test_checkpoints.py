@@ -1,12 +1,16 @@
 """What a checkpoint says of its images and classes, in every layout, and what it lacks."""
 
+import io
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from beit_fast.data.views import HALF_MEAN, IMAGENET_MEAN
+from beit_fast.data.centre_view import centre_view
+from beit_fast.data.views import HALF_MEAN, IMAGENET_MEAN, normalize
 from beit_fast.model.beit import Beit
 from beit_fast.model.checkpoint import convert, from_pretrained, save_pretrained
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
@@ -17,6 +21,7 @@ from beit_fast.tasks.checkpoints import (
     open_weights,
     view_of,
     weights_digest,
+    write_image_processor,
 )
 from beit_fast.train.state import save_checkpoint
 from tiny_classifier import TINY_CLASSIFIER, tiny_classifier
@@ -149,6 +154,39 @@ def test_timms_and_transformers_folders_say_how_their_images_are_made(tmp_path):
     # A file of another name may lie beside anything.
     torch.save({}, tmp_path / "mine.pth")
     assert view_of(tmp_path / "mine.pth", TINY_CLASSIFIER).origin == "nothing says otherwise"
+
+
+@pytest.mark.parametrize(
+    "view", [{}, {"crop_pct": 1.0, "interpolation": "bilinear", "crop_mode": "squash"}]
+)
+def test_transformers_makes_the_same_images_of_what_is_written_for_it(view, tmp_path):
+    from transformers import AutoImageProcessor
+
+    save_pretrained(tiny_classifier(replace(TINY_CLASSIFIER, img_size=32)), tmp_path)
+    config = {"pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.2], **view}}
+    source = tmp_path / "source"
+    convert(tmp_path, source, to="hf")
+    theirs = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(theirs | config))
+    wanted = view_of(source, replace(TINY_CLASSIFIER, img_size=32))
+    assert write_image_processor(source, tmp_path).name == "preprocessor_config.json"
+    pixels = np.random.default_rng(0).integers(0, 256, (57, 44, 3), dtype=np.uint8)
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    image.save(file, "PNG")
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    got = processor(image, return_tensors="pt")["pixel_values"]
+    for mine in (wanted, view_of(tmp_path, replace(TINY_CLASSIFIER, img_size=32))):
+        made = centre_view(
+            file.getvalue(), (32, 32), mine.crop_pct, mine.interpolation, mine.crop_mode
+        )
+        made = normalize(torch.from_numpy(made)[None], mine.mean, mine.std)
+        torch.testing.assert_close(got, made, rtol=0, atol=1e-6)
+
+
+def test_a_centre_that_transformers_cannot_cut_is_said(tmp_path, caplog):
+    save_pretrained(tiny_classifier(replace(TINY_CLASSIFIER, img_size=(16, 32))), tmp_path)
+    assert write_image_processor(tmp_path, tmp_path) is None
+    assert "no preprocessor_config.json was written" in caplog.text
 
 
 @pytest.mark.parametrize(
