@@ -31,6 +31,7 @@ from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.train.state import MANIFEST, checkpoint_paths
 
+UNSTATED = "nothing says otherwise"
 PREPROCESSOR = "preprocessor_config.json"
 Which = Literal["model", "ema"]
 logger = logging.getLogger("beit_fast.tasks")
@@ -161,7 +162,7 @@ def view_of(
             if img_size is not None and fields.get("crop_mode") != "squash":
                 fields["crop_pct"] = usual
             return View(**{"crop_pct": usual} | fields)
-    return View(crop_pct=usual, origin="nothing says otherwise")
+    return View(crop_pct=usual, origin=UNSTATED)
 
 
 def write_image_processor(source: str | Path, folder: str | Path) -> Path | None:
