@@ -131,26 +131,28 @@ def _convert(arguments: Sequence[str]) -> None:
         print(f"{file}: how its images are made")
 
 
-def _evaluate(arguments: Sequence[str]) -> None:
+def parse_evaluate(arguments: Sequence[str]) -> EvaluateConfig:
+    """`beit-fast evaluate` with these arguments."""
     parser = ArgumentParser(prog="beit-fast evaluate", description=inspect.getdoc(EvaluateConfig))
     parser.add_argument("checkpoint", help="run or step, file, folder, or published name")
     parser.add_argument("folder", help="labelled images: a sub-folder for each class")
     parser.add_class_arguments(EvaluateConfig, skip={"checkpoint", "folder"})
-    run_evaluation(EvaluateConfig(**vars(parser.parse_args(list(arguments)))))
+    return EvaluateConfig(**vars(parser.parse_args(list(arguments))))
 
 
-def _predict(arguments: Sequence[str]) -> None:
+def parse_predict(arguments: Sequence[str]) -> PredictConfig:
+    """`beit-fast predict` with these arguments."""
     parser = ArgumentParser(prog="beit-fast predict", description=inspect.getdoc(PredictConfig))
     parser.add_argument("checkpoint", help="run or step, file, folder, or published name")
     parser.add_argument("images", nargs="+", help="files, folders, patterns")
     parser.add_argument("--json", action="store_true", help="one JSON array, and nothing else")
     parser.add_class_arguments(PredictConfig, skip={"checkpoint", "images", "json"})
-    run_prediction(PredictConfig(**vars(parser.parse_args(list(arguments)))))
+    return PredictConfig(**vars(parser.parse_args(list(arguments))))
 
 
-WITHOUT_RECIPE: dict[str, Callable[[Sequence[str]], None]] = {
-    "evaluate": _evaluate,
-    "predict": _predict,
+WITHOUT_RECIPE: dict[str, Callable[[Sequence[str]], Any]] = {
+    "evaluate": lambda arguments: run_evaluation(parse_evaluate(arguments)),
+    "predict": lambda arguments: run_prediction(parse_predict(arguments)),
     "convert": _convert,
     "convert-dalle": _convert_dalle,
 }
