@@ -18,7 +18,7 @@ from beit_fast import (
     beit_config,
     recipes,
 )
-from beit_fast.cli import VERBS, parse
+from beit_fast.cli import VERBS, parse, parse_evaluate, parse_predict
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +49,9 @@ def test_a_command_parses(command):
     if verb == "convert":
         assert [arguments[2], *arguments[4:]] == ["--to"]
         assert arguments[3] in ("unilm", "timm", "hf")
+        return
+    if verb in ("evaluate", "predict"):
+        {"evaluate": parse_evaluate, "predict": parse_predict}[verb](arguments)
         return
     known, _ = VERBS[verb]
     parse(verb, arguments[0], known[arguments[0]], arguments[1:])

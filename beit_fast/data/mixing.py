@@ -66,7 +66,7 @@ def draw_mix(
     return np.array((share, 1.0), np.float32), np.array(box, np.int32)
 
 
-def erase(images: Tensor, boxes: Tensor) -> Tensor:
+def erase_boxes(images: Tensor, boxes: Tensor) -> Tensor:
     """N(0, 1) for every value of normalised images (B, C, height, width) within their boxes (B, 4).
 
     From torch's generator of the device.

@@ -8,10 +8,10 @@ No norm is applied (as in unilm's run_linear_eval.py). The two arrays are rename
 before the manifest: without one, a folder does not count.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from beit_fast.data.centre_view import centre_view
 from beit_fast.data.datasets import ImageFolder
-from beit_fast.data.decode import BadImageError
+from beit_fast.data.in_order import batches_in_order
 from beit_fast.kernels.patches import normalized_patches
 from beit_fast.model.beit import Beit
 
@@ -90,12 +90,16 @@ def cached_features(
     array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
     was_training = model.training
     model.eval()
+    view = functools.partial(centre_view, size=model.config.image_pixels, crop_pct=crop_pct)
+    batches = batches_in_order(
+        source, range(len(source)), view, batch_size=batch_size, num_threads=num_threads
+    )
     try:
-        for first, batch in _batches(source, model, crop_pct, batch_size, num_threads):
+        for rows, batch in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 pixels = normalized_patches(batch.to(device), model.config.patch_pixels, mean, std)
                 features = block_features(model, pixels)
-            array[first : first + len(batch)] = features.cpu().numpy()
+            array[rows] = features.cpu().numpy()
         array.flush()
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -141,35 +145,6 @@ def _open(folder: Path, made_from: Mapping[str, Any], shape: tuple[int, ...]) ->
             f"float32 {shape}): {remedy}"
         )
     return Features(features, torch.from_numpy(labels))
-
-
-def _batches(
-    source: ImageFolder, model: Beit, crop_pct: float, batch_size: int, num_threads: int
-) -> Iterator[tuple[int, Tensor]]:
-    """(number of the first image, uint8 (B, height, width, 3)), the next batch being decoded."""
-
-    def view(index: int) -> np.ndarray:
-        try:
-            return centre_view(source.read(index), model.config.image_pixels, crop_pct)
-        except (BadImageError, OSError) as error:
-            raise ValueError(
-                f"cannot use {source.name(index)} ({error}): repair or remove it; a probe counts "
-                "every image"
-            ) from error
-
-    with ThreadPoolExecutor(num_threads) as pool:
-
-        def submit(first: int) -> list[Future[np.ndarray]]:
-            last = min(first + batch_size, len(source))
-            return [pool.submit(view, index) for index in range(first, last)]
-
-        ahead = submit(0)
-        try:
-            for first in range(0, len(source), batch_size):
-                now, ahead = ahead, submit(first + batch_size)
-                yield first, torch.from_numpy(np.stack([future.result() for future in now]))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager

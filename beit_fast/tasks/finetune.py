@@ -17,7 +17,7 @@ from torch import Tensor
 from beit_fast.data.augment import AugmentConfig, AugmentedSample
 from beit_fast.data.class_folders import class_folders
 from beit_fast.data.loader import Loader
-from beit_fast.data.mixing import erase, mix, mixed_loss
+from beit_fast.data.mixing import erase_boxes, mix, mixed_loss
 from beit_fast.data.views import normalize
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
@@ -71,11 +71,6 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}: give 0 < decay <= 1")
-        if self.run.evaluate_every is not None and not self.data.test:
-            raise ValueError(
-                "run.evaluate_every is set and there are no test images: pass --data.test with a "
-                "folder of the same classes, or --run.evaluate_every null"
-            )
 
 
 @dataclass(frozen=True)
@@ -101,11 +96,16 @@ class FinetuneTask:
         data = config.data
         if not data.path:
             raise ValueError("no images were named: pass --data.path with a folder of classes")
+        if config.run.evaluate_every is not None and not data.test:
+            raise ValueError(
+                "run.evaluate_every is set and there are no test images: pass --data.test with a "
+                "folder of the same classes, or --run.evaluate_every null"
+            )
         source, self._labels, self.classes = class_folders(data.path)
         self._test = class_folders(data.test) if data.test else None
         if self._test is not None:
             _check_classes(data, self.classes, self._test[2])
-        _check_statistics(config)
+        check_statistics(config)
         self.start = starting_point(
             config.model, config.init, config.init_key, self.classes, config.run.seed
         )
@@ -145,8 +145,9 @@ class FinetuneTask:
         """Nothing here changes over the run."""
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with its labels: of the images really read, where one replaced a bad one."""
-        prepared = {name: value for name, value in batch.items() if name != "sample_index"}
+        """Pixels normalised, and labels: of the images really read, where one replaced another."""
+        prepared = {k: v for k, v in batch.items() if k not in ("images", "sample_index")}
+        prepared["pixels"] = normalize(batch["images"], *self._statistics)
         return prepared | {"labels": self._labels[batch["sample_index"]]}
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -156,31 +157,12 @@ class FinetuneTask:
         return loss, {"accuracy": num_correct / len(batch["labels"])}
 
     def _loss_of(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        erase: Tensor | None = None,
-        mix_weights: Tensor | None = None,
-        mix_box: Tensor | None = None,
+        self, pixels: Tensor, labels: Tensor, mix_weights: Tensor | None = None, **drawn: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Loss of uint8 images as the sample has them, and how many are predicted right."""
-        pixels = self._pixels(images, erase, mix_weights, mix_box)
-        logits = self.model(pixels)
+        """Loss, and how many images are predicted right."""
+        logits = self.model(spoil(pixels, mix_weights=mix_weights, **drawn))
         loss = mixed_loss(logits, labels, self.config.augment.label_smoothing, mix_weights)
         return loss, (logits.argmax(dim=1) == labels).sum()
-
-    def _pixels(
-        self,
-        images: Tensor,
-        boxes: Tensor | None,
-        mix_weights: Tensor | None,
-        mix_box: Tensor | None,
-    ) -> Tensor:
-        """What the model gets, (B, 3, height, width)."""
-        pixels = normalize(images, *self._statistics)
-        if boxes is not None:
-            pixels = erase(pixels, boxes)
-        return pixels if mix_weights is None else mix(pixels, mix_weights, mix_box)
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return layer_decay_groups(self.model, weight_decay, self.config.layer_decay)
@@ -217,17 +199,30 @@ class FinetuneTask:
         """Training images as they are read, and as the model gets them."""
         device = next(model.parameters()).device
         (batch,) = unseen_batches(self.loader, 1, device)
-        images = batch["images"]
-        mixing = (batch.get(name) for name in ("erase", "mix_weights", "mix_box"))
+        prepared = self.prepare(batch)
         generators = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(generators):  # noise of no step
-            pixels = self._pixels(images, *mixing)
+            torch.manual_seed(self.config.run.seed)
+            pixels = spoil(**{k: v for k, v in prepared.items() if k != "labels"})
         mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in self._statistics)
         columns = {
-            "augmented": images.permute(0, 3, 1, 2).float() / 255,
+            "augmented": batch["images"].permute(0, 3, 1, 2).float() / 255,
             "as the model gets it": pixels * std + mean,
         }
         draw_columns({k: v[:NUM_PICTURES] for k, v in columns.items()}, path)
+
+
+def spoil(
+    pixels: Tensor,
+    *,
+    erase: Tensor | None = None,
+    mix_weights: Tensor | None = None,
+    mix_box: Tensor | None = None,
+) -> Tensor:
+    """Normalised images (B, 3, height, width) erased and mixed, as far as numbers for it came."""
+    if erase is not None:
+        pixels = erase_boxes(pixels, erase)
+    return pixels if mix_weights is None else mix(pixels, mix_weights, mix_box)
 
 
 def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
@@ -272,7 +267,7 @@ def _check_classes(data: LabelledDataConfig, train: list[str], test: list[str]) 
         )
 
 
-def _check_statistics(config: FinetuneConfig) -> None:
+def check_statistics(config: FinetuneConfig) -> None:
     """Raise ValueError where the checkpoint is known to have seen pixels in other units."""
     stated = stated_statistics(config.init) if config.init is not None else None
     ours = STATISTICS[config.statistics]

@@ -8,7 +8,6 @@ own copy). A head stays only if it was trained on the same classes.
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.model.published import PUBLISHED
 from beit_fast.model.read_checkpoint import Weights, read_checkpoint
+from beit_fast.model.weight_files import read_json
 from beit_fast.train.state import MANIFEST, checkpoint_paths
 
 ARCHITECTURE = (
@@ -94,8 +94,8 @@ def stated_statistics(init: str) -> tuple[tuple[float, ...], tuple[float, ...]] 
     path = Path(init)
     steps = [path] if (path / MANIFEST).is_file() else checkpoint_paths(path)
     if steps:
-        settings = json.loads((steps[-1] / MANIFEST).read_text(encoding="utf-8"))["settings"]
-        return settings.get("statistics")
+        settings = read_json(steps[-1] / MANIFEST).get("settings")
+        return settings.get("statistics") if isinstance(settings, dict) else None
     for name, entry in PUBLISHED.items():
         if not path.exists() and init in (name, entry.hf_id):
             return entry.mean, entry.std

@@ -220,9 +220,8 @@ def train(
                 log.tick(images_per_step)
 
                 signum = world.any_of(stop.received)
-                epochs_per_step = images_per_step / task.num_images
                 evaluates = done < num_steps and _falls_due(
-                    done, epochs_per_step, run.evaluate_every
+                    run.evaluate_every, done, images_per_step, task.num_images
                 )
                 prints = done % run.log_every == 0 or done == num_steps or evaluates
                 saves = done % run.save_every == 0 or done == num_steps or signum
@@ -257,11 +256,12 @@ def train(
         )
 
 
-def _falls_due(done: int, epochs_per_step: float, every: float | None) -> bool:
-    """Whether a multiple of `every` epochs was reached in the last of `done` steps."""
+def _falls_due(every: float | None, done: int, images_per_step: int, num_images: int) -> bool:
+    """Whether the last of `done` steps reached a multiple of `every` epochs."""
     if every is None:
         return False
-    return int(done * epochs_per_step / every) > int((done - 1) * epochs_per_step / every)
+    before, now = (int(step * images_per_step / (every * num_images)) for step in (done - 1, done))
+    return now > before
 
 
 def _evaluate(task: Task, ema: ModelEmaV3 | None) -> dict[str, float]:

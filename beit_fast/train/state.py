@@ -20,6 +20,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
     off = {key: value for key, value in ours.items() if value is False or value is None}
     theirs = off | theirs
     different = [
-        f"{key} was {theirs.get(key, 'absent')!r}, is {ours.get(key, 'absent')!r}"
+        _difference(key, theirs.get(key, "absent"), ours.get(key, "absent"))
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key) != ours.get(key)
     ]
@@ -185,6 +186,17 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
             f"{checkpoint.path} belongs to a run with other settings ({'; '.join(different)}): "
             "restore them, or give another --run.output"
         )
+
+
+def _difference(key: str, theirs: Any, ours: Any) -> str:
+    """How a setting differs; of long lists, as the names of a thousand classes, where."""
+    if isinstance(theirs, list) and isinstance(ours, list) and max(len(theirs), len(ours)) > 8:
+        pairs = enumerate(zip_longest(theirs, ours, fillvalue="absent"))
+        place, (a, b) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        return (
+            f"{key} had {len(theirs)} entries, has {len(ours)}; number {place} was {a!r}, is {b!r}"
+        )
+    return f"{key} was {theirs!r}, is {ours!r}"
 
 
 def environment() -> dict[str, str | None]:

@@ -16,15 +16,20 @@ def draw_curves(
 
     if not records:
         raise ValueError("no metrics were logged: train first, or lower run.log_every")
-    steps = [r["step"] for r in records]
-    panels = [name for name in ("loss", "accuracy", "lr") if name in records[-1]]
+    panels = [
+        name
+        for name in ("loss", "accuracy", "test_top1", "lr")
+        if any(name in record for record in records)
+    ]
     figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        axes.plot(steps, [r[name] for r in records], label=name)
+        lines = [record for record in records if name in record]  # not every one is of the test
+        steps = [line["step"] for line in lines]
+        axes.plot(steps, [line[name] for line in lines], label=name)
         if name == "loss" and "marginal_entropy" in records[-1]:
             axes.plot(
                 steps,
-                [r["marginal_entropy"] for r in records],
+                [line["marginal_entropy"] for line in lines],
                 linestyle="--",
                 label="entropy of the token marginals",
             )

@@ -178,3 +178,17 @@ def test_two_runs_do_not_share_a_folder(tmp_path, run_toy, toy_task):
 def test_step_seeds_differ_by_every_coordinate():
     seeds = {step_seed(a, b, c) for a in range(3) for b in range(9) for c in range(3)}
     assert len(seeds) == 3 * 9 * 3
+
+
+def test_evaluation_falls_due_by_epochs_and_changes_no_weight(undisturbed, tmp_path, run_toy):
+    _, outcome = run_toy(tmp_path / "evaluated", evaluate_every=1.2)
+    steps = {}
+    for line in read_metrics(tmp_path / "evaluated" / "metrics.jsonl"):
+        if "test_weight" in line:
+            assert line["test_weight"] != line["test_ema_weight"]
+            steps[line["step"]] = line["epoch"]
+    # 8 of 20 images a step: 1.2, 2.4 and 3.6 epochs; the end, at 4.8, has its own evaluation.
+    assert steps == {3: pytest.approx(1.2), 6: pytest.approx(2.4), 9: pytest.approx(3.6)}
+    expected = load_checkpoint(checkpoint_paths(undisturbed)[-1]).tensors["model"]
+    saved = load_checkpoint(outcome.checkpoint).tensors["model"]
+    assert all(torch.equal(saved[name], value) for name, value in expected.items())

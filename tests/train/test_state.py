@@ -119,3 +119,13 @@ def test_settings_of_another_run_are_listed_and_a_new_switch_that_is_off_is_none
         CheckpointError, match=r"depth was 2, is 3; .*fold\w* was 'absent', is True"
     ):
         check_settings(stored, {"model": {"depth": 3, "fold_layer_scale": True}})
+
+
+def test_a_long_list_is_told_apart_by_its_first_difference(tmp_path):
+    classes = [f"class {number}" for number in range(1000)]
+    path = save_checkpoint(tmp_path, 1, TENSORS, {"classes": classes}, keep=1)
+    with pytest.raises(CheckpointError) as refused:
+        check_settings(load_checkpoint(path), {"classes": [*classes[:700], "x", *classes[701:]]})
+    assert "1000 entries, has 1000; number 700 was 'class 700', is 'x'" in str(refused.value)
+    with pytest.raises(CheckpointError, match="has 999; number 999 was 'class 999', is 'absent'"):
+        check_settings(load_checkpoint(path), {"classes": classes[:-1]})

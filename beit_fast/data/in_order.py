@@ -1,0 +1,53 @@
+"""Every image once, in order, as one batch of views after another: how anything is counted."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from beit_fast.data.datasets import ImageSource
+from beit_fast.data.decode import BadImageError
+
+
+def batches_in_order(
+    source: ImageSource,
+    indices: Sequence[int],
+    view: Callable[[bytes], np.ndarray],
+    *,
+    batch_size: int,
+    num_threads: int,
+    replace_bad: Callable[[int, Exception], np.ndarray] | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """(which of `indices`, uint8 (B, height, width, 3)), the next batch being read meanwhile.
+
+    `view` makes pixels of one size from an image's bytes. An image that cannot be used, where each
+    counts, is a ValueError that names it; `replace_bad` is told its index and the reason, in a
+    thread, and gives pixels in its place.
+    """
+
+    def read(index: int) -> np.ndarray:
+        try:
+            return view(source.read(index))
+        except (BadImageError, OSError) as error:
+            if replace_bad is not None:
+                return replace_bad(index, error)
+            raise ValueError(
+                f"cannot use {source.name(index)} ({error}): repair or remove it; every image "
+                "counts, so none is left out"
+            ) from error
+
+    with ThreadPoolExecutor(num_threads) as pool:
+
+        def submit(first: int) -> list[Future[np.ndarray]]:
+            return [pool.submit(read, index) for index in indices[first : first + batch_size]]
+
+        ahead = submit(0)
+        try:
+            for first in range(0, len(indices), batch_size):
+                now, ahead = ahead, submit(first + batch_size)
+                images = torch.from_numpy(np.stack([future.result() for future in now]))
+                yield slice(first, first + len(now)), images
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,56 @@
+"""Every image once, in order."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from beit_fast.data.decode import BadImageError
+from beit_fast.data.in_order import batches_in_order
+
+
+class Numbers:
+    """Image n is the byte n; 7 cannot be read."""
+
+    def __init__(self):
+        self.reads = []
+
+    def read(self, index):
+        self.reads.append(index)
+        if index == 7:
+            raise BadImageError("is broken")
+        return bytes([index])
+
+    def name(self, index):
+        return f"number {index}"
+
+
+def view(data):
+    return np.full((1, 2, 3), data[0], np.uint8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 6, 100])
+def test_every_listed_image_comes_once_and_in_order(batch_size):
+    source, indices = Numbers(), [5, 0, 4, 6, 2, 1]
+    parts = list(batches_in_order(source, indices, view, batch_size=batch_size, num_threads=3))
+    got = torch.full((len(indices),), -1)
+    for where, images in parts:
+        assert images.shape[1:] == (1, 2, 3)
+        got[where] = images[:, 0, 0, 0].long()
+    assert got.tolist() == indices
+    assert sorted(source.reads) == sorted(indices)
+    assert len(parts) == -(-len(indices) // batch_size)
+
+
+def test_no_images_make_no_batches():
+    assert list(batches_in_order(Numbers(), range(0), view, batch_size=4, num_threads=1)) == []
+
+
+def test_an_image_that_cannot_be_used_is_named_and_no_thread_stays():
+    before = threading.active_count()
+    batches = batches_in_order(Numbers(), range(9), view, batch_size=4, num_threads=2)
+    assert len(next(batches)[1]) == 4
+    with pytest.raises(ValueError, match=r"cannot use number 7 \(is broken\): repair or remove it"):
+        next(batches)
+    assert threading.active_count() == before
