@@ -51,13 +51,17 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
-        self.image_shape = (config.in_chans, *config.image_pixels)
-        self.patches_shape = (config.num_patches, config.patch_dim)
+        self.set_input_size(config)
         self.patch_pixels = config.patch_pixels
         self.dynamic_img_size = config.dynamic_img_size
         self.proj = nn.Conv2d(
             config.in_chans, config.embed_dim, config.patch_pixels, stride=config.patch_pixels
         )
+
+    def set_input_size(self, config: BeitConfig) -> None:
+        """Take images of the size of this configuration."""
+        self.image_shape = (config.in_chans, *config.image_pixels)
+        self.patches_shape = (config.num_patches, config.patch_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         return linear(self.patches(images), self.proj.weight.flatten(1), self.proj.bias)
