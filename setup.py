@@ -22,7 +22,7 @@ setup(
         "safetensors",  # weight files that can hold no code
         "huggingface-hub",  # published checkpoints, push_to_hub
         "scipy",  # interpolating cubic spline for relative-position tables
-        "timm>=1.0.20",  # parameter groups, EMA of the weights
+        "timm>=1.0.20",  # parameter groups, EMA of the weights, the operations of RandAugment
         "torchcodec>=0.17",  # JPEG decode in threads; earlier versions corrupt memory on CUDA
         "pillow",  # every other image format, and the reference transform
         "grain>=0.2.18",  # order, shuffle, split over ranks, prefetch threads, exact resume

@@ -105,8 +105,9 @@ def _list_recipes(verb: str, known: dict[str, Callable[[], Any]], rest: Sequence
     asked = bool(rest) and rest[0] not in ("-h", "--help")
     lines = [f"beit-fast: there is no recipe {rest[0]!r}"] if asked else []
     lines.append(f"usage: beit-fast {verb} RECIPE [--section.field value ...]\n")
+    width = max(map(len, known))
     for name, recipe in known.items():
-        lines.append(f"  {name:22} {(inspect.getdoc(recipe) or '').splitlines()[0]}")
+        lines.append(f"  {name:{width}}  {(inspect.getdoc(recipe) or '').splitlines()[0]}")
     print("\n".join(lines), file=sys.stderr if asked or not rest else sys.stdout)
     return 0 if rest and not asked else 2
 

@@ -246,6 +246,8 @@ def small_data() -> FinetuneConfig:
 
     beit-fast finetune small_data --data.path TRAIN --data.test TEST
 
+    With one folder alone: `--data.held_out 0.2` in place of `--data.test`. Not run by us yet.
+
     Starts from weights that have seen the labels of ImageNet-22K, for few labels teach little;
     `--init RUN` takes a pre-trained BEiT of yours, of any size. The settings of ImageNet-1K from
     MIM weights, with these reasons: small batches, for 3,000 images make 47 steps an epoch of them

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from beit_fast.data.augment import AugmentConfig, AugmentedSample
 from beit_fast.data.class_folders import class_folders
+from beit_fast.data.datasets import ImageSource
 from beit_fast.data.loader import Loader
 from beit_fast.data.mixing import erase_boxes, mix, mixed_loss
+from beit_fast.data.subset import Subset
 from beit_fast.data.views import normalize
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
@@ -26,6 +28,7 @@ from beit_fast.tasks.evaluation import Classification, default_crop_pct, evaluat
 from beit_fast.tasks.finetune_init import starting_point, stated_statistics
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.pretrain import STATISTICS
+from beit_fast.tasks.probes import split
 from beit_fast.tasks.sources import lasting_settings, unseen_batches
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import METRICS, read_metrics
@@ -43,10 +46,18 @@ class LabelledDataConfig:
     """Labelled images and the batches made of them."""
 
     path: str = ""  # folder with a sub-folder of images for each class
-    test: str = ""  # the same classes, to evaluate on; "": nothing is evaluated
+    test: str = ""  # the same classes, to evaluate on
+    held_out: float | None = None  # without `test`: this share of each class, never trained on
     batch_size: int = 128  # images per micro-batch on each rank
     num_threads: int = 4  # decoding threads; batches do not depend on it
     max_bad_share: float = 0.001  # of the training images; see `Loader`. Of the test's: none
+
+    def __post_init__(self) -> None:
+        if self.held_out is not None and (self.test or not 0 < self.held_out < 1):
+            raise ValueError(
+                f"data.held_out is {self.held_out}: give a share between 0 and 1 of the training "
+                "images to evaluate on, and then no data.test"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +105,13 @@ class FinetuneTask:
 
     def __init__(self, config: FinetuneConfig, world: World) -> None:
         data = config.data
-        if not data.path:
-            raise ValueError("no images were named: pass --data.path with a folder of classes")
-        if config.run.evaluate_every is not None and not data.test:
+        source, self._labels, self.classes, self._test = open_labelled(data)
+        if config.run.evaluate_every is not None and self._test is None:
             raise ValueError(
                 "run.evaluate_every is set and there are no test images: pass --data.test with a "
-                "folder of the same classes, or --run.evaluate_every null"
+                "folder of the same classes, --data.held_out 0.2 to keep a fifth of them out of "
+                "training, or --run.evaluate_every null"
             )
-        source, self._labels, self.classes = class_folders(data.path)
-        self._test = class_folders(data.test) if data.test else None
-        if self._test is not None:
-            _check_classes(data, self.classes, self._test[2])
         check_statistics(config)
         self.start = starting_point(
             config.model, config.init, config.init_key, self.classes, config.run.seed
@@ -160,7 +167,7 @@ class FinetuneTask:
         self, pixels: Tensor, labels: Tensor, mix_weights: Tensor | None = None, **drawn: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Loss, and how many images are predicted right."""
-        logits = self.model(spoil(pixels, mix_weights=mix_weights, **drawn))
+        logits = self.model(erase_and_mix(pixels, mix_weights=mix_weights, **drawn))
         loss = mixed_loss(logits, labels, self.config.augment.label_smoothing, mix_weights)
         return loss, (logits.argmax(dim=1) == labels).sum()
 
@@ -170,10 +177,14 @@ class FinetuneTask:
     def report(self) -> dict[str, Tensor]:
         return {}
 
+    @property
+    def has_test(self) -> bool:
+        return self._test is not None
+
     def classify(self, model: BeitForImageClassification) -> Classification:
         """Evaluate `model` on every test image once, over all ranks."""
-        assert self._test is not None, "a run without test images evaluates nothing"
-        source, labels, _ = self._test
+        assert self.has_test, "a run without test images evaluates nothing"
+        source, labels = self._test
         crop_pct = self.config.crop_pct
         if crop_pct is None:
             crop_pct = default_crop_pct(self.config.model.image_pixels)
@@ -203,7 +214,7 @@ class FinetuneTask:
         generators = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(generators):  # noise of no step
             torch.manual_seed(self.config.run.seed)
-            pixels = spoil(**{k: v for k, v in prepared.items() if k != "labels"})
+            pixels = erase_and_mix(**{k: v for k, v in prepared.items() if k != "labels"})
         mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in self._statistics)
         columns = {
             "augmented": batch["images"].permute(0, 3, 1, 2).float() / 255,
@@ -212,7 +223,7 @@ class FinetuneTask:
         draw_columns({k: v[:NUM_PICTURES] for k, v in columns.items()}, path)
 
 
-def spoil(
+def erase_and_mix(
     pixels: Tensor,
     *,
     erase: Tensor | None = None,
@@ -237,7 +248,7 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
         console.print(task.start.report, markup=False)
         outcome = train(task, config.optim, config.run, settings=settings_of(task), world=world)
         raw = ema = None
-        if config.data.test:
+        if task.has_test:
             raw = task.classify(task.model)
             if config.run.ema_decay is not None:
                 ema = task.classify(outcome.model)
@@ -259,25 +270,41 @@ def settings_of(task: FinetuneTask) -> dict[str, Any]:
     return settings | {"init": task.start.digest, "classes": task.classes}
 
 
-def _check_classes(data: LabelledDataConfig, train: list[str], test: list[str]) -> None:
-    if different := sorted(set(train) ^ set(test)):
-        raise ValueError(
-            f"{data.path} has {len(train)} classes and {data.test} {len(test)}; only one has "
-            f"{', '.join(different[:5])}: give folders of the same classes"
-        )
+def open_labelled(
+    data: LabelledDataConfig,
+) -> tuple[ImageSource, Tensor, list[str], tuple[ImageSource, Tensor] | None]:
+    """Images to train on, their labels (n,), the classes, and images and labels to test on.
+
+    Which images are held out depends on them alone, so runs of other seeds compare. Raises
+    ValueError as `class_folders` does, and for folders of other classes.
+    """
+    if not data.path:
+        raise ValueError("no images were named: pass --data.path with a folder of classes")
+    source, labels, classes = class_folders(data.path)
+    if data.test:
+        test, test_labels, test_classes = class_folders(data.test)
+        if different := sorted(set(classes) ^ set(test_classes)):
+            raise ValueError(
+                f"{data.path} has {len(classes)} classes and {data.test} {len(test_classes)}; only "
+                f"one has {', '.join(different[:5])}: give folders of the same classes"
+            )
+        return source, labels, classes, (test, test_labels)
+    if data.held_out is None:
+        return source, labels, classes, None
+    kept, held_out = split(labels, data.held_out)
+    test = Subset(source, held_out), labels[held_out]
+    return Subset(source, kept), labels[kept], classes, test
 
 
 def check_statistics(config: FinetuneConfig) -> None:
     """Raise ValueError where the checkpoint is known to have seen pixels in other units."""
     stated = stated_statistics(config.init) if config.init is not None else None
-    ours = STATISTICS[config.statistics]
-    if stated is None or STATISTICS.get(stated, stated) == ours:
-        return
-    name = next((name for name, value in STATISTICS.items() if stated in (name, value)), None)
-    raise ValueError(
-        f"{config.init} was trained with statistics {name or stated} and this run has "
-        f"{config.statistics}: pass --statistics {name}"
-    )
+    theirs = next((name for name, value in STATISTICS.items() if stated in (name, value)), None)
+    if theirs not in (None, config.statistics):
+        raise ValueError(
+            f"{config.init} was trained with statistics {theirs} and this run has "
+            f"{config.statistics}: pass --statistics {theirs}"
+        )
 
 
 def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) -> None:
@@ -295,7 +322,7 @@ def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) ->
             f"top-5 {value.top5:.2%}  loss {value.loss:.4f}  on {value.num_images} test images"
         )
     if not found:
-        console.print("  not evaluated: no --data.test was given")
+        console.print("  not evaluated: neither --data.test nor --data.held_out was given")
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
     for name, path in (

@@ -95,7 +95,8 @@ def stated_statistics(init: str) -> tuple[tuple[float, ...], tuple[float, ...]] 
     steps = [path] if (path / MANIFEST).is_file() else checkpoint_paths(path)
     if steps:
         settings = read_json(steps[-1] / MANIFEST).get("settings")
-        return settings.get("statistics") if isinstance(settings, dict) else None
+        stated = settings.get("statistics") if isinstance(settings, dict) else None
+        return stated if isinstance(stated, str) else None
     for name, entry in PUBLISHED.items():
         if not path.exists() and init in (name, entry.hf_id):
             return entry.mean, entry.std

@@ -277,6 +277,29 @@ def test_an_image_that_takes_a_bad_ones_place_brings_its_own_label(finetune_conf
     assert batch["labels"].bincount().tolist() == [4, 6, 5]
 
 
+def test_held_out_images_are_a_share_of_each_class_and_never_trained_on(
+    finetune_config, photographs
+):
+    config = finetune_config(data={"test": "", "held_out": 0.34}, run={"seed": 5})
+    task = FinetuneTask(config, ALONE)
+    test, labels = task._test
+    assert labels.bincount().tolist() == [2, 2, 2]
+    held_out = {test.name(index) for index in range(len(test))}
+    trained_on = {task.loader.source.name(index) for index in range(task.num_images)}
+    assert not held_out & trained_on
+    assert held_out | trained_on == set(map(str, photographs.glob("train/*/*.png")))
+    for source, truth in ((test, labels), (task.loader.source, task._labels)):
+        for index, label in enumerate(truth.tolist()):
+            assert Path(source.name(index)).parent.name == CLASSES[label]
+            assert source.read(index) == Path(source.name(index)).read_bytes()
+    assert test.digest() != task.loader.source.digest()
+    other = FinetuneTask(replace(config, run=replace(config.run, seed=6)), ALONE)
+    assert other._test[0].digest() == test.digest()  # seeds are compared on the same images
+    assert 0 <= task.evaluate(task.model)["top1"] <= 1
+    with pytest.raises(ValueError, match=r"and then no data\.test"):
+        finetune_config(data={"held_out": 0.34})
+
+
 class RefuseSyncs(TorchDispatchMode):
     """Fails on whatever makes the host wait for a value of the device."""
 

@@ -8,7 +8,7 @@ import torch
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.published import PUBLISHED
-from beit_fast.model.resize import resize_rel_pos_table
+from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 from beit_fast.tasks.finetune_init import starting_point, stated_statistics
 from beit_fast.train.state import save_checkpoint
 
@@ -86,6 +86,21 @@ def test_positions_are_resized_to_the_recipes_pixels(mim):
     expected = resize_rel_pos_table(theirs.state_dict()[SHARED], (4, 4), (6, 5))
     assert torch.equal(begun.model.state_dict()[OWN.format(1)], expected)
     assert "resized: " in begun.report
+
+
+def test_a_vanilla_checkpoint_stays_vanilla_whatever_the_recipe_is_for(tmp_path):
+    config = replace(TINY, use_abs_pos_emb=True, use_shared_rel_pos_bias=False, init_values=None)
+    theirs = BeitForMaskedImageModeling(config).state_dict()
+    torch.save(theirs, tmp_path / "vanilla.pth")
+    with pytest.raises(ValueError, match="heads"):  # no table says how many
+        start(str(tmp_path / "vanilla.pth"))
+    settings = {"model": vars(config)}
+    save_checkpoint(tmp_path, 1, {"model": theirs}, settings, keep=1)
+    model = start(str(tmp_path), replace(RECIPE, img_size=48)).model
+    assert not any("relative_position" in name for name in model.state_dict())
+    assert not any("gamma" in name for name in model.state_dict())
+    expected = resize_pos_embed(theirs["pos_embed"], (4, 4), (6, 6))
+    assert torch.equal(model.pos_embed, expected)
 
 
 def test_what_is_fresh_follows_the_seed_and_the_digest_the_weights(mim, run):

@@ -173,7 +173,7 @@ def test_two_micro_batches_learn_what_one_of_twice_the_size_does(pretrain_config
 
 
 def test_bf16_and_averaged_weights_train_and_draw_on_the_way(pretrain_config, tmp_path):
-    run = {"precision": "bf16", "ema_decay": 0.5, "picture_every": 3}
+    run = {"precision": "bf16", "ema_decay": 0.5, "picture_every": 3, "evaluate_every": 1}
     outcome = run_pretraining(pretrain_config(run=run))
     assert (tmp_path / "run" / "picture_00000003.png").exists()
     saved = load_checkpoint(outcome.checkpoint).tensors
@@ -181,6 +181,8 @@ def test_bf16_and_averaged_weights_train_and_draw_on_the_way(pretrain_config, tm
     assert not torch.equal(saved["ema"]["lm_head.weight"], saved["model"]["lm_head.weight"])
     assert all(v.dtype == torch.float32 for v in saved["model"].values())
     assert all(math.isfinite(record["loss"]) for record in records_of(tmp_path / "run"))
+    evaluated = [record for record in records_of(tmp_path / "run") if "test_ema_loss" in record]
+    assert [record["step"] for record in evaluated] == [3]  # the pass in the middle of two
 
 
 class RefuseSyncs(TorchDispatchMode):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -192,3 +193,12 @@ def test_evaluation_falls_due_by_epochs_and_changes_no_weight(undisturbed, tmp_p
     expected = load_checkpoint(checkpoint_paths(undisturbed)[-1]).tensors["model"]
     saved = load_checkpoint(outcome.checkpoint).tensors["model"]
     assert all(torch.equal(saved[name], value) for name, value in expected.items())
+
+
+def test_evaluation_takes_nothing_from_the_speed_of_training(tmp_path, run_toy, toy_task):
+    task = toy_task()
+    task.evaluate = lambda model: time.sleep(1) or {}
+    run_toy(tmp_path, task, evaluate_every=4.0, log_every=12)
+    # Ten steps of eight images and two seconds of evaluation: 40 images a second, would it count.
+    (speed, _) = (line["images_per_second"] for line in read_metrics(tmp_path / "metrics.jsonl"))
+    assert speed > 80
