@@ -55,7 +55,7 @@ class View:
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"{name} {self.origin} is {getattr(self, name)!r}: images here are made by "
-                    f"{' or '.join(get_args(kind))}, choose one"
+                    f"{' or '.join(get_args(kind))}, pass --{name}"
                 )
 
     def __str__(self) -> str:
@@ -135,7 +135,7 @@ def open_classifier(config: ClassifierConfig) -> Classifier:
     shape = weights.config
     if shape.in_chans != 3:
         raise ValueError(f"{source} takes {shape.in_chans} channels: images here have 3")
-    view = _changed(view_of(source, shape, config.img_size), config)
+    view = view_of(source, shape, config.img_size, **_chosen(config))
     if config.img_size is not None:
         shape = dataclasses.replace(shape, img_size=config.img_size)
     model = BeitForImageClassification(shape).eval()
@@ -150,19 +150,24 @@ def open_classifier(config: ClassifierConfig) -> Classifier:
 
 
 def view_of(
-    source: str | Path, config: BeitConfig, img_size: int | tuple[int, int] | None = None
+    source: str | Path,
+    config: BeitConfig,
+    img_size: int | tuple[int, int] | None = None,
+    **chosen: Any,
 ) -> View:
     """What the checkpoint, or the folder it lies in, says of its images; else the original's.
 
-    `img_size` is another size than the checkpoint's: its crop is then the original's.
+    `img_size` is another size than the checkpoint's: its crop is then the original's. `chosen` are
+    fields of `View` that are wanted otherwise. Raises ValueError for what no view here can be.
     """
     usual = default_crop_pct(config.image_pixels if img_size is None else img_size)
-    for stated in (_of_run, _of_published, _of_folder):
-        if fields := stated(source):
-            if img_size is not None and fields.get("crop_mode") != "squash":
-                fields["crop_pct"] = usual
-            return View(**{"crop_pct": usual} | fields)
-    return View(crop_pct=usual, origin=UNSTATED)
+    views = (stated(source) for stated in (_of_run, _of_published, _of_folder))
+    fields = next(filter(None, views), {"origin": UNSTATED})
+    if img_size is not None and fields.get("crop_mode") != "squash":
+        fields["crop_pct"] = usual
+    if chosen:
+        fields["origin"] += ", changed by flags"
+    return View(**{"crop_pct": usual} | fields | chosen)
 
 
 def write_image_processor(source: str | Path, folder: str | Path) -> Path | None:
@@ -231,14 +236,13 @@ _NO_CLASSES = {
 }
 
 
-def _changed(view: View, config: ClassifierConfig) -> View:
-    chosen = {name: getattr(config, name) for name in ("crop_pct", "interpolation", "crop_mode")}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+def _chosen(config: ClassifierConfig) -> dict[str, Any]:
+    """The fields of `View` that flags choose."""
+    names = ("crop_pct", "interpolation", "crop_mode")
+    chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if config.statistics is not None:
         chosen["mean"], chosen["std"] = STATISTICS[config.statistics]
-    if not chosen:
-        return view
-    return dataclasses.replace(view, **chosen, origin=f"{view.origin}, changed by flags")
+    return chosen
 
 
 def _of_run(source: str | Path) -> dict[str, Any] | None:

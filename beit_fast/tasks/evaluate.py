@@ -36,7 +36,9 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     Returns what the file holds, on every rank. Raises ValueError, OSError.
     """
     with open_world(config.device) as world:
-        console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
+        console = Console(
+            highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not world.is_main
+        )
         classifier = open_classifier(config)
         view = classifier.view
         source, labels, folders = class_folders(config.folder)
@@ -46,8 +48,8 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
         )
         output = Path(config.output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        console.print(f"{len(source)} images of {len(folders)} classes: {how}", markup=False)
-        console.print(f"images: {view}", markup=False)
+        console.print(f"{len(source)} images of {len(folders)} classes: {how}")
+        console.print(f"images: {view}")
         found = evaluate_classifier(
             classifier.model.to(world.device),
             source,
@@ -115,7 +117,7 @@ def _show(result: dict[str, Any], output: Path, console: Console) -> None:
         name = describe_class(row["name"], len(result["classes"]))
         name = name if name == row["name"] else f"{row['name']} {name}"
         table.add_row(name, str(row["images"]), str(row["correct"]), f"{row['top1']:.1%}")
-    console.print(table, markup=False)
+    console.print(table)
     height, width = result["img_size"]
     say = console.out
     say(f"{result['checkpoint']}, {result['weights']} weights, {height}x{width} px")

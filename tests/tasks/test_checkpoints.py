@@ -146,6 +146,8 @@ def test_timms_and_transformers_folders_say_how_their_images_are_made(tmp_path):
     assert stated(**crop, size={"shortest_edge": 256}) == (0.875, "bicubic", "center")
     with pytest.raises(ValueError, match=r"interpolation of preprocessor_config\.json is None"):
         stated(resample=5)
+    view = view_of(tmp_path, TINY_CLASSIFIER, interpolation="bicubic")
+    assert view.origin == "of preprocessor_config.json, changed by flags"
     file.unlink()
     timm = {"mean": mean, "std": mean, "crop_pct": 0.9, "interpolation": "bicubic"}
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": timm}))

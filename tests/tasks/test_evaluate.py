@@ -135,3 +135,31 @@ def test_a_class_folder_without_images_is_named(run_folder, tmp_path, capsys):
     (folder / "pink").mkdir()
     assert main(["evaluate", str(run_folder), str(folder), *ALONE]) == 1
     assert "no images in the class 'pink'" in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_as_it_evaluated_itself_and_so_is_its_conversion(
+    folder, tmp_path, capsys
+):
+    tiny = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    flags = [f"--model.{name}={value}" for name, value in tiny.items()]
+    flags += ["--init=null", "--statistics=imagenet", "--data.batch_size=5", "--optim.lr=1e-2"]
+    flags += ["--run.epochs=2", "--optim.warmup_epochs=0", "--run.evaluate_every=null"]
+    flags += ["--run.precision=fp32", "--run.device=cpu", f"--run.output={tmp_path / 'run'}"]
+    folders = ["--data.path", str(folder), "--data.test", str(folder)]
+    assert main(["finetune", "small_data", *folders, *flags]) == 0
+    own = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    assert "preprocessor_config.json" in capsys.readouterr().out
+    for checkpoint, weights, wanted in (
+        ("run", "model", own["raw"]),
+        ("run", "ema", own["ema"]),
+        ("hf", "model", own["raw"]),
+    ):
+        found = evaluate(
+            tmp_path / checkpoint, folder, "--weights", weights, output=tmp_path / "e.json"
+        )
+        assert [found["top1"], found["top5"]] == [wanted["top1"], wanted["top5"]]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+        assert [row["correct"] for row in found["classes"]] == wanted["correct_per_class"]
+        assert [row["name"] for row in found["classes"]] == own["classes"]
+    assert own["raw"]["loss"] != own["ema"]["loss"]
