@@ -19,6 +19,7 @@ ALLOWED = {
     "tasks": {"kernels", "model", "tokenizer", "data", "train", "viz"},
     "recipes": {"model", "tokenizer", "data", "train", "tasks"},
     "recipes_finetune": {"model", "data", "tasks", "train"},
+    "timm": {"model"},
     "cli": {"recipes", "recipes_finetune", "model", "tasks", "tokenizer", "train", "data"},
 }
 
