@@ -139,7 +139,8 @@ def test_a_segmentation_checkpoint_of_unilm_gives_its_backbone(config, randomize
 @pytest.mark.parametrize("kind", [BeitForImageClassification, BeitForMaskedImageModeling])
 def test_other_checkpoints_leave_the_pyramid_fresh(config, kind, caplog):
     source = kind(config())
-    model = from_pretrained(dict(source.state_dict()), BeitFeaturePyramid, img_size=96)
+    overrides = {"dynamic_img_size": True, **OWN}
+    model = from_pretrained(dict(source.state_dict()), BeitFeaturePyramid, **overrides)
     assert torch.equal(model.blocks[5].attn.qkv.weight, source.blocks[5].attn.qkv.weight)
     assert "fpn1.0.weight" in caplog.text
     assert model(torch.randn(1, 3, 96, 96))[2].shape == (1, 32, 6, 6)
