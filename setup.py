@@ -33,6 +33,7 @@ setup(
     ],
     extras_require={
         "fp8": ["torchao>=0.18"],  # run.precision fp8
+        "onnx": ["onnxscript>=0.7"],  # torch.onnx.export; 0.8 MB, brings onnx (9 MB)
         "test": [
             "pytest",
             "pytest-benchmark",  # bench/test_kernels.py
@@ -41,6 +42,7 @@ setup(
             "scikit-learn",  # oracle of the probes: nearest neighbours, logistic regression
             "transformers>=5.17",  # numerical peer, as is timm
             "torchao>=0.18",  # the extra fp8
+            "onnxscript>=0.7",  # the extra onnx, whose evaluator is the peer
         ],
     },
     entry_points={"console_scripts": ["beit-fast=beit_fast.cli:main"]},

@@ -115,7 +115,9 @@ def attention_sdpa(
         out_BHNK = F.scaled_dot_product_attention(
             q_BHNK, k_BHMK, v_BHMK, attn_mask=mask, dropout_p=dropout_p, scale=scale
         )
-        return out_BHNK.transpose(1, 2)
+        out_BNHK = out_BHNK.transpose(1, 2)
+        # Strides are the implementation's, and a program may run on another one: ONNX does.
+        return out_BNHK.clone(memory_format=torch.contiguous_format) if exporting() else out_BNHK
     # The groups become heads: image b has the bias of group b mod G.
     G = len(bias)
     q_IXNK, k_IXMK, v_IXMK = (

@@ -126,6 +126,25 @@ def test_under_autocast_tables_are_resized_as_precisely(tiny, randomize):
         assert torch.equal(model(images), fixed(images))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_captured_model_follows_its_table(tiny, randomize, assert_agree):
+    model, fixed = (m.cuda().eval() for m in pair_of(Beit, tiny, randomize, **POSITIONS["own"]))
+    images = torch.randn(2, 3, *SIZE, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            model(images)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            out = model(images)
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        load_pretrained(fixed, dict(model.state_dict()))
+        graph.replay()
+        assert_agree(out, fixed(images))
+
+
 def test_sizes_that_do_not_fit_are_refused_with_what_to_do(tiny):
     fixed, model = Beit(tiny()), Beit(tiny(dynamic_img_size=True))
     with pytest.raises(ValueError, match="dynamic_img_size=True"):
