@@ -97,10 +97,16 @@ def test_checkpoints_are_moved_as_the_page_moves_them(tmp_path, monkeypatch):
 
 
 def test_accelerating_runs_as_the_page_has_it():
-    names = run_python_block("timm.create_model")
+    names = run_python_block("beit_fast.accelerate(model)")
     assert len(names["report"].replaced) == 73
     assert not names["report"].left
     assert not any(hasattr(m, "_bias_cache") for m in names["model"].modules())
+
+
+def test_timm_makes_the_models_of_the_page():
+    names = run_python_block("import beit_fast.timm")
+    assert (names["model"].num_classes, names["model"].config.grid) == (10, (12, 12))
+    assert names["features"].feature_info.channels() == [768, 768]
 
 
 def test_the_pyramid_has_the_sizes_on_the_page():
