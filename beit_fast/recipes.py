@@ -12,6 +12,7 @@ from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.single_view import SingleViewConfig
 from beit_fast.data.views import ViewConfig
 from beit_fast.model.config import BeitConfig, beit_config
+from beit_fast.recipes_digits import digits, probe_digits, tokenizer_digits
 from beit_fast.tasks.dvae import DvaeTrainingConfig
 from beit_fast.tasks.pretokenize import PretokenizeConfig
 from beit_fast.tasks.pretrain import PretrainConfig
@@ -286,6 +287,7 @@ def _tokens_of(recipe: Callable[[], PretrainConfig]) -> Callable[[], Pretokenize
 
 PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {
     "demo": demo,
+    "digits": digits,
     "small": small,
     "beit_base_in1k": beit_base_in1k,
     "beit_plus_base_in1k": beit_plus_base_in1k,
@@ -295,11 +297,13 @@ PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {
 }
 PRETOKENIZE = {name: _tokens_of(recipe) for name, recipe in PRETRAIN.items()}
 PROBE: dict[str, Callable[[], ProbeConfig]] = {
+    "digits": probe_digits,
     "small": probe_small,
     "imagenet": probe_imagenet,
 }
 TOKENIZER: dict[str, Callable[[], DvaeTrainingConfig]] = {
     "demo": demo_tokenizer,
+    "digits": tokenizer_digits,
     "small": small_tokenizer,
     "dalle": dalle_tokenizer,
 }

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from beit_fast.data.augment import AugmentConfig
 from beit_fast.model.config import beit_config
+from beit_fast.recipes_digits import finetune_digits
 from beit_fast.tasks.finetune import FinetuneConfig, LabelledDataConfig
 from beit_fast.train.config import OptimConfig, RunConfig
 
@@ -282,6 +283,7 @@ def _at(pixels: int, config: FinetuneConfig) -> FinetuneConfig:
 
 
 FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {
+    "digits": finetune_digits,
     "small_data": small_data,
     "beit_plus_base_in1k": beit_plus_base_in1k,
     "beit_plus_large_in1k": beit_plus_large_in1k,

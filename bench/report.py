@@ -13,6 +13,7 @@ import csv
 import html
 import io
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ EXPECTED = {
     "kernels-pieces-cuda": "python bench/kernels.py pieces",
     "tokenizer-speed-random-cuda": "python bench/tokenizer.py speed",
     "data": "python bench/data.py",
+    "science-evidence": "python bench/science.py evidence",
+    "science-table4": "python bench/science.py table4",
 }
 SIZES = {"small": "S", "base": "B", "large": "L"}
 STAGES = (
@@ -176,10 +179,60 @@ def utilisation(row: Row) -> str:
     return ", ".join(shares)
 
 
+def science_table(results: dict[str, list[Row]]) -> str:
+    """Test accuracies on digits: mean and standard error over seeds."""
+    pages = []
+    measures = ("fine-tuned", "linear", "kNN")
+    titles = ("fine-tuned, {labels_per_class} labels a class", "linear probe", "kNN")
+    for name, corner in (
+        ("science-evidence", "weights at the start"),
+        ("science-table4", "pre-training"),
+    ):
+        rows = results.get(name)
+        if not rows:
+            pages += [_not_measured(name), ""]
+            continue
+        seeds = len({row["seed"] for row in rows})
+        shown = rows[0]
+        lines = _sentence(
+            f"Test accuracy in %, mean and standard error over {seeds} seeds; "
+            f"{shown['minutes']} minutes in {shown['processes']} processes with "
+            f"{shown['threads']} thread each, {shown['machine']}, torch {shown['torch']} "
+            f"(`bench/results/{name}.csv`, commit {shown['commit']})."
+        )
+        groups: dict[str, dict[str, list[float]]] = {}
+        for row in rows:
+            of_variant = groups.setdefault(row["variant"], {})
+            of_variant.setdefault(row["measure"], []).append(100 * float(row["accuracy"]))
+        cells = []
+        for variant, found in groups.items():
+            paper = next(row["paper"] for row in rows if row["variant"] == variant)
+            beside = [paper] if name == "science-table4" else []
+            cells.append([variant, *beside, *(mean_and_error(found[m]) for m in measures)])
+        heads = [corner, *(title.format(**rows[0]) for title in titles)]
+        if name == "science-table4":
+            heads.insert(1, "paper, ImageNet-1K")
+        else:
+            first, second = groups.values()
+            gains = [
+                mean_and_error([a - b for a, b in zip(first[m], second[m], strict=True)])
+                for m in measures
+            ]
+            cells.append(["difference, seed by seed", *gains])
+        pages += [*lines, "", *_table(heads, cells), ""]
+    return "\n".join(pages[:-1])
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):.1f} ± {error:.1f}"
+
+
 TABLES: dict[str, Callable[[dict[str, list[Row]]], str]] = {
     "model": model_table,
     "finetune": finetune_table,
     "pretrain": pretrain_table,
+    "science": science_table,
 }
 
 

@@ -17,9 +17,10 @@ ALLOWED = {
     "train": set(),
     "viz": {"model", "tokenizer"},
     "tasks": {"kernels", "model", "tokenizer", "data", "train", "viz"},
-    "recipes": {"model", "tokenizer", "data", "train", "tasks"},
-    "recipes_finetune": {"model", "data", "tasks", "train"},
     "timm": {"model"},
+    "recipes_digits": {"model", "tokenizer", "data", "train", "tasks"},
+    "recipes": {"recipes_digits", "model", "tokenizer", "data", "train", "tasks"},
+    "recipes_finetune": {"recipes_digits", "model", "data", "tasks", "train"},
     "cli": {"recipes", "recipes_finetune", "model", "tasks", "tokenizer", "train", "data"},
 }
 

@@ -6,14 +6,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from beit_fast.data.datasets import ImageFolder
+from beit_fast.data.datasets import ImageFolder, ImageSource
+from beit_fast.data.digits import is_digits, labelled_digits
 
 
-def class_folders(path: str | Path) -> tuple[ImageFolder, Tensor, list[str]]:
+def class_folders(path: str | Path) -> tuple[ImageSource, Tensor, list[str]]:
     """Images below `path`, their labels int64 (n,), and the classes: its sub-folders by name.
+
+    `path` may also name scikit-learn's digits, see digits.py.
 
     Raises ValueError for a folder without classes, an image outside them, a class without images.
     """
+    if is_digits(path):
+        return labelled_digits(str(path))
     source = ImageFolder(path)
     below = [os.path.relpath(source.name(index), path) for index in range(len(source))]
     if stray := next((name for name in below if os.sep not in name), None):

@@ -92,6 +92,12 @@ class BeitFeaturePyramid(Beit):
             maps.append(self.get_submodule(f"fpn{level}")(map_BDGG))
         return tuple(maps) if self.names is None else dict(zip(self.names, maps, strict=True))
 
+    def prune_intermediate_layers(self, *_: object, **__: object) -> list[int]:
+        """Raises ValueError: the maps need their taps, and no block behind the last is computed."""
+        raise ValueError(
+            f"a pyramid needs its taps {self.taps}: build one with other taps, or prune a Beit"
+        )
+
     def output_shape(self) -> dict[str, LevelShape]:
         """Channels and stride of each map by its name, or where it has none by its stride."""
         names = self.names or [f"stride{stride}" for stride in STRIDES]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import beit_fast.data
-from beit_fast.data.datasets import ImageFolder
+from beit_fast.data.datasets import ImageFolder, ImageSource
+from beit_fast.data.digits import Digits, is_digits
 from beit_fast.data.loader import Loader
 from beit_fast.data.samples import Sample
 from beit_fast.train.parallel import World
@@ -23,7 +24,8 @@ class DataConfig:
     """A folder of images and the batches made of it."""
 
     path: str = (
-        ""  # folder of images, flat or in class folders; "photographs" ship with the package
+        ""  # folder of images, flat or in class folders; "photographs" ship with the package,
+        # "digits:train" comes with scikit-learn (data/digits.py)
     )
     batch_size: int = 128  # images per micro-batch on each rank
     num_threads: int = 4  # decoding threads; batches do not depend on it
@@ -32,13 +34,14 @@ class DataConfig:
     )
 
 
-def open_source(path: str) -> ImageFolder:
-    """The images below `path`. Raises ValueError for a folder that is missing or has none."""
+def open_source(path: str) -> ImageSource:
+    """The images below `path`. Raises ValueError for a folder that is missing or has none, and as
+    `Digits` does."""
     if not path:
         raise ValueError("no images were named: pass --data.path with a folder of images")
     if path == PHOTOGRAPHS:
         return ImageFolder(Path(beit_fast.data.__file__).parent / PHOTOGRAPHS)
-    return ImageFolder(Path(path))
+    return Digits(path) if is_digits(path) else ImageFolder(Path(path))
 
 
 def open_loader(data: DataConfig, sample: Sample, *, seed: int, world: World) -> Loader:

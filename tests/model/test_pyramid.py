@@ -168,3 +168,5 @@ def test_what_makes_no_pyramid_is_refused(config, tiny):
         BeitFeaturePyramid(config(), taps=(3, 5, 7, 11))
     with pytest.raises(ValueError, match="pass 4 different ones"):
         BeitFeaturePyramid(config(), names=["p2", "p2", "p4", "p5"])
+    with pytest.raises(ValueError, match="a pyramid needs its taps"):
+        BeitFeaturePyramid(config()).prune_intermediate_layers(2)

@@ -1,0 +1,324 @@
+"""Does pre-training pay? The method and the paper's Table 4 in small, on real digits, on a CPU.
+
+    python bench/science.py evidence             # pre-trained against from scratch
+    python bench/science.py table4               # variants of the objective; after `evidence`
+
+A net of `beit-fast pretrain digits` learns from 997 images without labels, and is then judged three
+ways, each with several seeds: fine-tuned with 10 labels a class (every seed draws its own), and
+frozen, by a linear probe and by nearest neighbours, both with all 997 labels. From scratch is the
+same net, fine-tuned the same way with the same labels in the same order; frozen, it has its random
+weights. Every seed has a tokenizer of its own, which the variants of Table 4 share.
+
+What is chosen is chosen without test images: learning rate and layer decay of fine-tuning from one
+grid for each side and variant, by the mean over seeds of the accuracy on 300 validation images;
+the probes' rate, block and k on held-out training images. Then the 500 test images are counted.
+Finished runs are kept below --work and not repeated; the picture is of all that was measured.
+"""
+
+import argparse
+import contextlib
+import csv
+import itertools
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from timing import RESULTS, conditions, conditions_line, format_table, write_results
+
+from beit_fast.recipes_digits import digits, finetune_digits, probe_digits, tokenizer_digits
+from beit_fast.tasks.dvae import TOKENIZER, run_dvae
+from beit_fast.tasks.finetune import FinetuneConfig, run_finetuning
+from beit_fast.tasks.pipeline import run_pretraining
+from beit_fast.tasks.pretrain import PretrainConfig
+from beit_fast.tasks.probe import ProbeConfig, run_probe
+from beit_fast.train.config import RunConfig
+
+LABELS = 10  # of each class
+RATES = (3e-3, 1e-2)  # learning rates of fine-tuning; 1e-3 was behind for both sides
+DECAYS = (0.75, 1.0)  # of the rate, from a layer to the one before
+SCRATCH = "from scratch"
+MEASURES = ("fine-tuned", "linear", "kNN")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the paper's Table 4, and what it changes."""
+
+    paper: float  # top-1 on ImageNet-1K
+    masking: str = "block"
+    predict: str = "tokens"
+    objective: str = "masked"
+
+
+BEIT = "BEiT"
+VARIANTS = {
+    BEIT: Variant(82.86),
+    "random masking": Variant(82.77, masking="random"),
+    "pixels": Variant(81.04, predict="pixels"),
+    "pixels, random masking": Variant(80.50, masking="random", predict="pixels"),
+    "all tokens": Variant(82.59, objective="all"),
+    "all tokens, no masking": Variant(81.67, objective="all_unmasked"),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is judged: a variant's weights with one seed, or with no variant random ones."""
+
+    name: str
+    seed: int
+    work: Path
+    shorten: int  # every run takes one step in so many
+
+    @property
+    def folder(self) -> Path:
+        return self.work / f"seed{self.seed}" / self.name.replace(", ", "_").replace(" ", "_")
+
+    @property
+    def is_trained(self) -> bool:
+        return self.name != SCRATCH
+
+
+def tokenizer_of(arm: Arm) -> Path:
+    """The file of the seed's tokenizer."""
+    return arm.work / f"seed{arm.seed}" / "tokenizer" / TOKENIZER
+
+
+def train_tokenizer_of(arm: Arm) -> None:
+    config = tokenizer_digits()
+    output = str(tokenizer_of(arm).parent)
+    run_dvae(replace(config, run=shortened(config.run, arm, output)))
+
+
+def shortened(run: RunConfig, arm: Arm, output: str) -> RunConfig:
+    """The run in its own folder, with the arm's seed; one picture, one checkpoint."""
+    length = {"steps": run.steps // arm.shorten} if run.steps else {"epochs": run.epochs}
+    return replace(run, output=output, seed=arm.seed, device="cpu", save_every=10**9, **length)
+
+
+def pretraining_of(arm: Arm) -> PretrainConfig:
+    config, variant = digits(), VARIANTS[arm.name]
+    predicts_tokens = variant.predict == "tokens"
+    return replace(
+        config,
+        model=replace(config.model, predict=variant.predict),
+        masking=replace(config.masking, strategy=variant.masking),
+        objective=variant.objective,
+        tokenizer=str(tokenizer_of(arm)) if predicts_tokens else None,
+        tokenizer_training=None,
+        run=shortened(config.run, arm, str(arm.folder)),
+    )
+
+
+def finetuning_of(arm: Arm, lr: float, decay: float, part: str) -> FinetuneConfig:
+    """Counted on `part`; a finished run is only counted again."""
+    config = finetune_digits()
+    output = str(arm.folder / f"finetuned_{lr:g}_{decay:g}")
+    data = replace(config.data, path=f"digits:train:{LABELS}:{arm.seed}", test=f"digits:{part}")
+    return replace(
+        config,
+        data=data,
+        init=str(arm.folder) if arm.is_trained else None,
+        optim=replace(config.optim, lr=lr),
+        layer_decay=decay,
+        run=shortened(config.run, arm, output),
+    )
+
+
+def finetuned_accuracy(arm: Arm, lr: float, decay: float, part: str) -> float:
+    return run_finetuning(finetuning_of(arm, lr, decay, part)).raw.top1
+
+
+def probing_of(arm: Arm) -> ProbeConfig:
+    """Of the arm's own weights; random ones take their shapes from the run of BEiT."""
+    run = arm if arm.is_trained else replace(arm, name=BEIT)
+    return replace(
+        probe_digits(),
+        checkpoint=str(run.folder),
+        output=str(arm.folder / "probe"),
+        weights="model" if arm.is_trained else "random",
+        seed=arm.seed,
+        device="cpu",
+    )
+
+
+def probed(arm: Arm) -> dict[str, dict]:
+    """What the probes chose, and its accuracy: by measure."""
+    chosen = run_probe(probing_of(arm))["chosen"]
+    return {"linear": chosen["linear"], "kNN": chosen["knn"]}
+
+
+# --- what runs in the workers ---------------------------------------------------------------------
+
+
+def quietly(work: Callable[[Arm], object], arm: Arm) -> tuple[object, float]:
+    """The result of a piece of work, whose output goes to a log, and its seconds."""
+    torch.set_num_threads(1)
+    arm.folder.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
+    with (arm.folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        result = work(arm)
+    return result, time.perf_counter() - begun
+
+
+def train_and_judge(arm: Arm) -> dict:
+    """Pre-train, if the arm is trained at all; probe; fine-tune over the grid, to choose by."""
+    if arm.is_trained:
+        run_pretraining(pretraining_of(arm))
+    grid = {
+        setting: finetuned_accuracy(arm, *setting, "valid")
+        for setting in itertools.product(RATES, DECAYS)
+    }
+    return {"grid": grid, "probes": probed(arm)}
+
+
+def test_accuracy(arm: Arm, chosen: dict[str, tuple[float, float]]) -> float:
+    """Of the run that is there already, with the setting that was chosen."""
+    return finetuned_accuracy(arm, *chosen[arm.name], "test")
+
+
+def run_all(pool: ProcessPoolExecutor, work: Callable[[Arm], object], arms: Iterable[Arm]) -> dict:
+    """arm -> result, with a line for each as it is done."""
+    futures = {arm: pool.submit(quietly, work, arm) for arm in arms}
+    results = {}
+    try:
+        for arm, future in futures.items():
+            results[arm], seconds = future.result()
+            print(f"  {arm.name}, seed {arm.seed}: {seconds:.0f} s", flush=True)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    return results
+
+
+# --- the experiments ------------------------------------------------------------------------------
+
+
+def measure(names: list[str], options: argparse.Namespace) -> list[dict]:
+    """A row for each arm, seed and measure."""
+    arms = [
+        Arm(name, seed, options.work, options.shorten)
+        for seed in range(options.seeds)
+        for name in names
+    ]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+        print("tokenizers")
+        run_all(pool, train_tokenizer_of, dict.fromkeys(replace(arm, name=BEIT) for arm in arms))
+        # Random weights take their shapes from a run, so trained arms go first.
+        trained = [arm for arm in arms if arm.is_trained]
+        judged = {}
+        for some in (trained, [arm for arm in arms if not arm.is_trained]):
+            if some:
+                print(f"pre-training, {len(RATES) * len(DECAYS)} fine-tuning settings, probes")
+                judged |= run_all(pool, train_and_judge, some)
+        print("test images, with the settings that validation chose")
+        chosen = {name: choose(name, judged) for name in names}
+        tested = run_all(pool, partial(test_accuracy, chosen=chosen), arms)
+    rows = []
+    for arm in arms:
+        lr, decay = chosen[arm.name]
+        paper = VARIANTS[arm.name].paper if arm.is_trained else ""
+        shared = {"variant": arm.name, "paper": paper, "seed": arm.seed}
+        setting = f"lr {lr:g} decay {decay:g}"
+        valid = judged[arm]["grid"][lr, decay]
+        rows.append(
+            shared
+            | {"measure": "fine-tuned", "accuracy": tested[arm]}
+            | {"validation": valid, "setting": setting}
+        )
+        for name, found in judged[arm]["probes"].items():
+            kept = " ".join(f"{k} {v}" for k, v in found.items() if k != "accuracy")
+            rows.append(
+                shared
+                | {"measure": name, "accuracy": found["accuracy"]}
+                | {"validation": "", "setting": kept}
+            )
+    return rows
+
+
+def choose(name: str, judged: dict) -> tuple[float, float]:
+    """The setting with the best mean on validation images; the first of equally good ones."""
+    grids = [result["grid"] for arm, result in judged.items() if arm.name == name]
+    return max(grids[0], key=lambda setting: statistics.fmean(grid[setting] for grid in grids))
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Mean, standard deviation and standard error over seeds of each variant and measure."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["variant"], row["measure"]), []).append(float(row["accuracy"]))
+    return [
+        {"variant": variant, "measure": name, "seeds": len(values)}
+        | {"mean": statistics.fmean(values)}
+        | {"std": statistics.stdev(values) if len(values) > 1 else float("nan")}
+        for (variant, name), values in groups.items()
+    ]
+
+
+def draw(folder: Path) -> Path:
+    """A panel for each measure and a row for each variant, every seed a dot, as science.png."""
+    from matplotlib.figure import Figure
+
+    rows = []
+    for what in ("table4", "evidence"):
+        if (path := folder / f"science-{what}.csv").exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                known = {row["variant"] for row in rows}
+                rows += [row for row in csv.DictReader(file) if row["variant"] not in known]
+    names = list(dict.fromkeys(row["variant"] for row in rows))[::-1]
+    figure = Figure(figsize=(9, 1.0 + 0.3 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(MEASURES), sharey=True)
+    for axes, name in zip(panels, MEASURES, strict=True):
+        mine = [row for row in rows if row["measure"] == name]
+        axes.plot(
+            [100 * float(row["accuracy"]) for row in mine],
+            [names.index(row["variant"]) for row in mine],
+            "o",
+            alpha=0.4,
+        )
+        for found in summary(mine):
+            axes.plot(100 * found["mean"], names.index(found["variant"]), "k|", markersize=14)
+        axes.set_title(name, fontsize="medium")
+        axes.set_xlabel("test accuracy, %")
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(names)), names)
+    figure.savefig(path := folder / "science.png", dpi=100)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=("evidence", "table4"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument("--work", type=Path, default=Path("runs/science"), help="folder of runs")
+    parser.add_argument("--shorten", type=int, default=1, help="train one step in so many, to try")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the CSV files")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    begun = time.perf_counter()
+    names = [BEIT, SCRATCH] if options.what == "evidence" else list(VARIANTS)
+    rows = measure(names, options)
+    values = conditions(
+        torch.device("cpu"),
+        ("scikit-learn",),
+        processes=options.processes,
+        minutes=f"{(time.perf_counter() - begun) / 60:.1f}",
+        labels_per_class=LABELS,
+        shorten=options.shorten,
+    )
+    print(f"\n{conditions_line(values)}\n\n{format_table(summary(rows))}")
+    path = options.output / f"science-{options.what}.csv"
+    write_results(path, rows, values)
+    print(path, draw(options.output), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
