@@ -33,13 +33,16 @@ setup(
     ],
     extras_require={
         "fp8": ["torchao>=0.18"],  # run.precision fp8
+        "onnx": ["onnxscript>=0.7"],  # torch.onnx.export; 0.8 MB, brings onnx (9 MB)
         "test": [
             "pytest",
             "pytest-benchmark",  # bench/test_kernels.py
+            "pytest-xdist",  # tests on several cores
             "ruff",
             "scikit-learn",  # oracle of the probes: nearest neighbours, logistic regression
             "transformers>=5.17",  # numerical peer, as is timm
             "torchao>=0.18",  # the extra fp8
+            "onnxscript>=0.7",  # the extra onnx, whose evaluator is the peer
         ],
     },
     entry_points={"console_scripts": ["beit-fast=beit_fast.cli:main"]},

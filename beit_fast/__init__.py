@@ -12,12 +12,14 @@ from beit_fast.model.checkpoint import (
 from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.published import PUBLISHED, published
+from beit_fast.model.pyramid import BeitFeaturePyramid
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 
 __all__ = [
     "PUBLISHED",
     "Beit",
     "BeitConfig",
+    "BeitFeaturePyramid",
     "BeitForImageClassification",
     "BeitForMaskedImageModeling",
     "accelerate",

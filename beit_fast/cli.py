@@ -15,9 +15,12 @@ from jsonargparse import ArgumentParser
 from beit_fast import recipes, recipes_finetune
 from beit_fast.data.loader import BadDataError
 from beit_fast.model.checkpoint import convert
+from beit_fast.tasks.checkpoints import write_image_processor
 from beit_fast.tasks.dvae import run_dvae
+from beit_fast.tasks.evaluate import EvaluateConfig, run_evaluation
 from beit_fast.tasks.finetune import run_finetuning
 from beit_fast.tasks.pipeline import run_pretraining
+from beit_fast.tasks.predict import PredictConfig, run_prediction
 from beit_fast.tasks.pretokenize import run_pretokenize
 from beit_fast.tasks.probe import run_probe
 from beit_fast.tokenizer.dalle import convert_dalle
@@ -31,6 +34,10 @@ USAGE = """usage: beit-fast <verb> ...
   finetune RECIPE        train a classifier on class folders, from a pre-trained BEiT
   probe RECIPE           linear and nearest-neighbour accuracy of every block of a pre-trained BEiT
   tokenizer RECIPE       train a dVAE on a folder of images
+  evaluate CHECKPOINT FOLDER
+                         accuracy of a classifier on a folder of labelled images, class by class
+  predict CHECKPOINT IMAGE...
+                         the likeliest classes of images
   convert SRC DST --to unilm|timm|hf
                          a BEiT under other names: file, folder, run or published name
   convert-dalle          OpenAI's encoder.pkl and decoder.pkl -> one safetensors file
@@ -55,12 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         print(USAGE)
         return 0
-    if verb not in CONVERSIONS and verb not in VERBS:
+    if verb not in WITHOUT_RECIPE and verb not in VERBS:
         print(f"{USAGE}\n\nbeit-fast: there is no verb {verb!r}", file=sys.stderr)
         return 2
     try:
-        if verb in CONVERSIONS:
-            CONVERSIONS[verb](rest)
+        if verb in WITHOUT_RECIPE:
+            WITHOUT_RECIPE[verb](rest)
         else:
             known, run = VERBS[verb]
             if not rest or rest[0] not in known:
@@ -119,10 +126,34 @@ def _convert(arguments: Sequence[str]) -> None:
     parser.add_argument("target", help="file to write; for hf a folder")
     parser.add_argument("--to", type=Literal["unilm", "timm", "hf"], required=True)
     parser.add_argument("--key", type=str, help="which of several weights: model_ema, ema ...")
-    print(convert(**vars(parser.parse_args(list(arguments)))))
+    chosen = parser.parse_args(list(arguments))
+    print(convert(**vars(chosen)))
+    if chosen.to == "hf" and (file := write_image_processor(chosen.source, chosen.target)):
+        print(f"{file}: how its images are made")
 
 
-CONVERSIONS: dict[str, Callable[[Sequence[str]], None]] = {
+def parse_evaluate(arguments: Sequence[str]) -> EvaluateConfig:
+    """`beit-fast evaluate` with these arguments."""
+    parser = ArgumentParser(prog="beit-fast evaluate", description=inspect.getdoc(EvaluateConfig))
+    parser.add_argument("checkpoint", help="run or step, file, folder, or published name")
+    parser.add_argument("folder", help="labelled images: a sub-folder for each class")
+    parser.add_class_arguments(EvaluateConfig, skip={"checkpoint", "folder"})
+    return EvaluateConfig(**vars(parser.parse_args(list(arguments))))
+
+
+def parse_predict(arguments: Sequence[str]) -> PredictConfig:
+    """`beit-fast predict` with these arguments."""
+    parser = ArgumentParser(prog="beit-fast predict", description=inspect.getdoc(PredictConfig))
+    parser.add_argument("checkpoint", help="run or step, file, folder, or published name")
+    parser.add_argument("images", nargs="+", help="files, folders, patterns")
+    parser.add_argument("--json", action="store_true", help="one JSON array, and nothing else")
+    parser.add_class_arguments(PredictConfig, skip={"checkpoint", "images", "json"})
+    return PredictConfig(**vars(parser.parse_args(list(arguments))))
+
+
+WITHOUT_RECIPE: dict[str, Callable[[Sequence[str]], Any]] = {
+    "evaluate": lambda arguments: run_evaluation(parse_evaluate(arguments)),
+    "predict": lambda arguments: run_prediction(parse_predict(arguments)),
     "convert": _convert,
     "convert-dalle": _convert_dalle,
 }

@@ -10,6 +10,10 @@ optimiser. The ratio is the peer's time or memory by ours: above 1, ours is bett
     python bench/model.py --accelerate --size base --batch 4 --tasks classifier
 
 compares the libraries' models with themselves after `beit_fast.accelerate`: above 1, it helps.
+
+    python bench/model.py --finetune --size base --batch 4
+
+times whole steps of fine-tuning, optimiser included (finetune.py), with or without `--accelerate`.
 """
 
 import argparse
@@ -23,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from finetune import FinetuneStep, Peer, check, make_step
 from timing import (
     RESULTS,
     conditions,
@@ -43,6 +48,7 @@ PEERS = {
     "features": ("timm", "transformers"),
     "mim": ("transformers",),
 }
+FINETUNE = "finetune"  # whole steps of the classifier, with --finetune
 NUM_MASKED = 75
 
 
@@ -58,7 +64,7 @@ class Setting:
     threads: int
 
     def config(self, task: str) -> BeitConfig:
-        suffix = "" if task == "classifier" else "_8k_vocab"
+        suffix = "" if task in ("classifier", FINETUNE) else "_8k_vocab"
         return beit_config(f"beit_{self.size}_patch16_{self.img_size}{suffix}")
 
 
@@ -171,8 +177,21 @@ class Candidate:
     forward: Callable[[], object]
 
 
+def build_peer(name: str, config: BeitConfig) -> Peer | None:
+    """A library's classifier for finetune.py, after `accelerate` where the name says so."""
+    if name == "ours":
+        return None
+    model, _ = build(name, "classifier", config)
+    if name.endswith("timm"):
+        return Peer(model, lambda model, images: model(images), "house")
+    return Peer(model, lambda model, images: model(images).logits, "hf5")
+
+
 def make_candidate(name: str, task: str, setting: Setting, compiled: bool = False) -> Candidate:
     torch.manual_seed(0)
+    if task == FINETUNE:
+        step = finetune_step(name, setting, compiled)
+        return Candidate(step, step.forward)
     with torch.device(setting.device):
         model, loss = build(name, task, setting.config(task))
     model.train()
@@ -195,6 +214,18 @@ def make_candidate(name: str, task: str, setting: Setting, compiled: bool = Fals
             loss(inputs)
 
     return Candidate(train_step, forward)
+
+
+def finetune_step(name: str, setting: Setting, compiled: bool) -> FinetuneStep:
+    config = setting.config(FINETUNE)
+    return make_step(
+        config,
+        build_peer(name, config),
+        batch=setting.batch,
+        device=setting.device,
+        precision=setting.dtype,
+        compiled=compiled,
+    )
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -279,6 +310,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tasks", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument(
+        "--finetune", action="store_true", help="whole steps of fine-tuning, in place of --tasks"
+    )
+    parser.add_argument(
         "--accelerate", action="store_true", help="each library before and after accelerate()"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -286,7 +320,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--output", type=Path, help="CSV; default results/<model or accelerate>-<size>-<device>.csv"
+        "--output", type=Path, help="CSV; default results/<what>-<size>-<device>.csv"
     )
     options = parser.parse_args()
 
@@ -310,15 +344,21 @@ def main() -> None:
     )
     print(conditions_line(values))
     rows: list[dict] = []
-    for task in options.tasks:
-        runs = [("ours", *PEERS[task])]
+    for task in (FINETUNE,) if options.finetune else options.tasks:
+        peers = PEERS["classifier" if task == FINETUNE else task]
+        runs = [("ours", *peers)]
         if options.accelerate:
-            runs = [(ACCELERATED + peer, peer) for peer in PEERS[task]]
+            runs = [(ACCELERATED + peer, peer) for peer in peers]
+        if task == FINETUNE:
+            for name in {name for names in runs for name in names} - {"ours"}:
+                check(functools.partial(build_peer, name), name, setting.device)
         for compiled in (False, True) if setting.device == "cuda" else (False,):
             for names in runs:
                 rows += bench(task, names, setting, compiled, options.rounds)
                 print(format_table(rows[-2 * len(names) :]), flush=True)
     stem = "accelerate" if options.accelerate else "model"
+    if options.finetune:
+        stem = "finetune-accelerate" if options.accelerate else FINETUNE
     path = options.output or RESULTS / f"{stem}-{setting.size}-{setting.device}.csv"
     write_results(path, rows, values)
     print(f"written to {path}")

@@ -29,6 +29,8 @@ EXPECTED = {
     "pretrain-base-cpu": "python bench/pretrain.py --size base --batch 4 --device cpu",
     "model-base-cuda": "python bench/model.py --device cuda --dtype bf16 --batch 128",
     "model-base-cpu": "python bench/model.py --size base --batch 4",
+    "finetune-base-cuda": "python bench/model.py --finetune --device cuda --dtype bf16 --batch 128",
+    "finetune-base-cpu": "python bench/model.py --finetune --size base --batch 4",
     "kernels-attention-cuda": "python bench/kernels.py attention",
     "kernels-residual-cuda": "python bench/kernels.py residual",
     "kernels-cross_entropy-cuda": "python bench/kernels.py cross_entropy",
@@ -91,7 +93,15 @@ def readme_with_tables(text: str, results: dict[str, list[Row]]) -> str:
 
 def model_table(results: dict[str, list[Row]]) -> str:
     """BEiT-B on a CPU against timm and transformers, by task and pass."""
-    name = "model-base-cpu"
+    return _against_libraries("model-base-cpu", results)
+
+
+def finetune_table(results: dict[str, list[Row]]) -> str:
+    """The same of whole fine-tuning steps."""
+    return _against_libraries("finetune-base-cpu", results)
+
+
+def _against_libraries(name: str, results: dict[str, list[Row]]) -> str:
     rows = results.get(name)
     if not rows:
         return _not_measured(name)
@@ -104,7 +114,12 @@ def model_table(results: dict[str, list[Row]]) -> str:
         "task, pass", "ours, ms", "timm / ours", "transformers / ours", "peak memory, the same"
     )  # fmt: skip
     cells = []
-    tasks = {"classifier": "classifier", "features": "features", "mim": "masked image modelling"}
+    tasks = {
+        "classifier": "classifier",
+        "features": "features",
+        "mim": "masked image modelling",
+        "finetune": "fine-tuning",
+    }
     passes = {"train_step": "training step", "forward": "forward"}
     for task, title in tasks.items():
         for kind, called in passes.items():
@@ -215,6 +230,7 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, list[Row]]], str]] = {
     "model": model_table,
+    "finetune": finetune_table,
     "pretrain": pretrain_table,
     "science": science_table,
 }
@@ -306,7 +322,7 @@ def charts(name: str, rows: list[Row]) -> list[tuple[str, bytes]]:
             _bars(case, group, float(next(iter(group.values()))["floor_ms"]), note)
             for case, group in cases.items()
         ]
-    if kind == "model":
+    if kind in ("model", "finetune", "accelerate"):
         groups: dict[str, dict[str, Row]] = {}
         for row in rows:
             title = f"{row['task']}, {row['pass']}, {row['mode']}"

@@ -89,6 +89,15 @@ def interpreting() -> bool:
     return HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def exporting() -> bool:
+    """Whether `torch.export` is at work, not strictly (its default, and that of ONNX).
+
+    A program then holds torch's own operators alone: it loads where this package is not, compiles
+    ahead of time and translates. Dynamo says that it exports whenever it compiles.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def can_launch(tensor: Tensor) -> bool:
     """Whether a kernel can run on this tensor: on CUDA, interpreted, or recorded."""
     if not HAS_TRITON:

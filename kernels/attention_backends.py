@@ -2,7 +2,8 @@
 
 triton      the kernels of this package, deterministic; the default on CUDA
 cpu         `attention_cpu`, deterministic; the default on a CPU for a bias that is trained
-sdpa        torch's scaled_dot_product_attention; the default on a CPU for all else
+sdpa        torch's scaled_dot_product_attention; the default on a CPU for all else, and in what
+            `torch.export` makes
 xformers    xformers' memory_efficient_attention, if it is installed
 reference   the formula, in fp32
 """
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import launch_obstacle, warn_once
+from beit_fast.kernels._triton import exporting, launch_obstacle, warn_once
 
 BACKENDS = ("triton", "cpu", "sdpa", "xformers", "reference")
 WIDEST_HEAD = 128
@@ -67,6 +68,8 @@ def choose_backend(
         _import_xformers()
     if backend is not None:
         return Choice(backend)
+    if exporting():
+        return Choice("sdpa")
     if q.device.type in ("cpu", "meta"):
         trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
         # SDPA has no dropout that the reference can repeat, and of an empty batch torch 2.15 gives
@@ -112,7 +115,9 @@ def attention_sdpa(
         out_BHNK = F.scaled_dot_product_attention(
             q_BHNK, k_BHMK, v_BHMK, attn_mask=mask, dropout_p=dropout_p, scale=scale
         )
-        return out_BHNK.transpose(1, 2)
+        out_BNHK = out_BHNK.transpose(1, 2)
+        # Strides are the implementation's, and a program may run on another one: ONNX does.
+        return out_BNHK.clone(memory_format=torch.contiguous_format) if exporting() else out_BNHK
     # The groups become heads: image b has the bias of group b mod G.
     G = len(bias)
     q_IXNK, k_IXMK, v_IXMK = (

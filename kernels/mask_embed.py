@@ -19,7 +19,16 @@ Source    arXiv:2106.08254, 2.1 and 2.3
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import cdiv, gpu_of, launch, launch_obstacle, tl, triton, warn_once
+from beit_fast.kernels._triton import (
+    cdiv,
+    exporting,
+    gpu_of,
+    launch,
+    launch_obstacle,
+    tl,
+    triton,
+    warn_once,
+)
 from beit_fast.kernels.scale_residual_forward import best_chunk, columns, there
 
 BACKENDS = ("triton", "torch")
@@ -39,7 +48,7 @@ def mask_embed_reference(
     x_BLD = patches
     if mask is not None:
         x_BLD = torch.where(mask[:, :, None], mask_token, x_BLD)
-    x_BND = torch.cat((cls_token.expand(len(x_BLD), 1, -1), x_BLD), dim=1)
+    x_BND = torch.cat((cls_token.expand(x_BLD.shape[0], 1, -1), x_BLD), dim=1)
     x_BND = x_BND if pos is None else x_BND + pos
     return x_BND if dtype is None else x_BND.to(dtype)
 
@@ -433,6 +442,8 @@ def mask_embed(
         dtype = patches.dtype
         for tensor in (cls_token, mask_token, pos):
             dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    if exporting() and backend is None:
+        return mask_embed_reference(patches, cls_token, mask_token, mask, pos).to(dtype)
     return torch.ops.beit_fast.mask_embed(
         patches, cls_token, mask_token, mask, pos, dtype, backend or ""
     )

@@ -21,7 +21,7 @@ import functools
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import HAS_TRITON, cdiv, launch, tl, triton
+from beit_fast.kernels._triton import HAS_TRITON, cdiv, exporting, launch, tl, triton
 
 
 def relative_position_index(grid: tuple[int, int]) -> Tensor:
@@ -265,6 +265,8 @@ def rel_pos_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
     Raises ValueError for a table that is not one of the grid (Gh, Gw).
     """
     check_table(table, grid)
+    if exporting():
+        return rel_pos_bias_reference(table, grid)
     return torch.ops.beit_fast.rel_pos_bias(table, list(grid))
 
 

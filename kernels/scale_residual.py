@@ -509,7 +509,7 @@ def _operator(
         norm_weight,
         norm_bias,
         None if norm_kept is None else norm_kept.slots,
-        len(x) if norm_kept is None else len(norm_kept.samples),
+        x.shape[0] if norm_kept is None else len(norm_kept.samples),
         eps,
         dtype,
         norm_dtype,
@@ -535,7 +535,7 @@ def _autocast_or(dtype: torch.dtype, x: Tensor) -> torch.dtype:
 
 
 def _check_branch(x, branch, gamma, keep, bias, dropout_p, drop_path_p, kept) -> None:
-    samples = len(x) if kept is None else len(kept.samples)
+    samples = x.shape[0] if kept is None else len(kept.samples)
     if x.ndim != 3 or branch.shape != (samples, *x.shape[1:]):
         wanted = "both as (B, N, D)" if kept is None else f"({samples}, N, D), the kept samples"
         raise ValueError(f"x is {tuple(x.shape)}, the branch {tuple(branch.shape)}: pass {wanted}")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import launch_obstacle, warn_once
+from beit_fast.kernels._triton import exporting, launch_obstacle, warn_once
 from beit_fast.kernels.drop_path import KeptSamples, drop_path_keep_reference
 from beit_fast.kernels.philox import keep_mask_reference
 
@@ -26,7 +26,7 @@ def choose_backend(
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
-    if backend == "torch" or (backend is None and x.device.type != "cuda"):
+    if backend == "torch" or (backend is None and (x.device.type != "cuda" or exporting())):
         return "torch"
     inputs = (x.dtype,) if branch is None else (x.dtype, branch.dtype)
     obstacle = _triton_obstacle(x, (*inputs, *dtypes))

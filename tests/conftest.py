@@ -13,6 +13,11 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)  # sums of two threads differ from sums of one in the last bits
 
+# torch lists the functions that obey `with torch.device(...)` at the first use, and some tests
+# replace one of them for their time.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 def _mend_interpreter() -> None:
     """Give Triton's interpreter bfloat16 as GPUs have it, and loops over run-time numbers.

@@ -4,6 +4,7 @@ import csv
 import functools
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from beit_fast import (
     beit_config,
     recipes,
 )
-from beit_fast.cli import VERBS, parse
+from beit_fast.cli import VERBS, parse, parse_evaluate, parse_predict
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +37,7 @@ def test_the_two_commands_are_the_ones_ci_runs():
     (demo,) = [c for c in COMMANDS if c.startswith("pip install -c constraints.txt -e . &&")]
     (test,) = [c for c in COMMANDS if c.startswith('pip install -c constraints.txt -e ".[test]"')]
     assert demo.endswith("&& beit-fast pretrain demo")
-    assert test.endswith("&& pytest")
+    assert "&& pytest -n 2" in test
     assert "README.md" in script
 
 
@@ -49,6 +50,9 @@ def test_a_command_parses(command):
     if verb == "convert":
         assert [arguments[2], *arguments[4:]] == ["--to"]
         assert arguments[3] in ("unilm", "timm", "hf")
+        return
+    if verb in ("evaluate", "predict"):
+        {"evaluate": parse_evaluate, "predict": parse_predict}[verb](arguments)
         return
     known, _ = VERBS[verb]
     parse(verb, arguments[0], known[arguments[0]], arguments[1:])
@@ -93,10 +97,57 @@ def test_checkpoints_are_moved_as_the_page_moves_them(tmp_path, monkeypatch):
 
 
 def test_accelerating_runs_as_the_page_has_it():
-    names = run_python_block("timm.create_model")
+    names = run_python_block("beit_fast.accelerate(model)")
     assert len(names["report"].replaced) == 73
     assert not names["report"].left
     assert not any(hasattr(m, "_bias_cache") for m in names["model"].modules())
+
+
+def test_timm_makes_the_models_of_the_page():
+    names = run_python_block("import beit_fast.timm")
+    assert (names["model"].num_classes, names["model"].config.grid) == (10, (12, 12))
+    assert names["features"].feature_info.channels() == [768, 768]
+
+
+def test_the_pyramid_has_the_sizes_on_the_page():
+    names = run_python_block("BeitFeaturePyramid")
+    sizes = ", ".join(f"{height} x {width}" for height, width in names["sizes"])
+    assert f"for m in maps]  # {sizes}\n" in README
+    assert names["shapes"]["p4"].stride == 16
+
+
+def tiny_classifier(**fields):
+    small = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
+    return BeitForImageClassification(beit_config("beit_base_patch16_224", **small, **fields))
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning")  # torch's own
+def test_a_model_is_exported_as_the_page_has_it(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="ONNX needs onnxscript: pip install onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    monkeypatch.chdir(tmp_path)
+    names = run_python_block("torch.onnx.export", model=tiny_classifier())
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(names["program"].module()(images), names["model"](images))
+    evaluator = ReferenceEvaluator(str(tmp_path / "beit.onnx"))
+    (logits,) = evaluator.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), names["model"](images).detach())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles with g++")
+# torch's own, at the first import of its compiler.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning")
+def test_a_program_is_compiled_ahead_of_time_as_the_page_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_classifier().eval()
+    program = torch.export.export(
+        model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    names = run_python_block("aoti_load_package", torch=torch, program=program)
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(names["compiled"](images), model(images))
 
 
 def test_swin_attention_on_the_page_is_timms():

@@ -28,13 +28,15 @@ def centre_view(
     """
     image = decode_pillow(data)
     height, width = size
-    scale = [height / image.height / crop_pct, width / image.width / crop_pct]
+    # Rounded down, as the original does: the short side first, and the long one in its proportion.
+    # A product that is whole but for rounding stays.
+    target = [math.floor(side / crop_pct + 1e-6) for side in size]
+    scale = [target[0] / image.height, target[1] / image.width]
     if crop_mode == "center":
         scale = [max(scale)] * 2
-    # Rounded down, as the original's short side is; a ratio that is whole but for rounding stays.
     resized = [
         max(side, math.floor(old * factor + 1e-6))
-        for side, old, factor in zip(size, (image.height, image.width), scale, strict=True)
+        for side, old, factor in zip(target, (image.height, image.width), scale, strict=True)
     ]
     image = image.resize((resized[1], resized[0]), _RESAMPLING[interpolation])
     top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)

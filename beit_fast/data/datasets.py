@@ -64,11 +64,7 @@ class ImageFolder:
         return len(self._paths)
 
     def read(self, index: int) -> bytes:
-        with open(self.name(index), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
-                raise BadImageError(f"the file has {size} bytes, more than {MAX_FILE_BYTES}")
-            return file.read()
+        return read_image_file(self.name(index))
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, self._paths[index])
@@ -86,6 +82,15 @@ class ImageFolder:
             index = number * len(self) // min(_SIZES_IN_DIGEST, len(self))
             digest.update(b"%d\0" % os.stat(self.name(index)).st_size)
         return digest.hexdigest()
+
+
+def read_image_file(path: str | Path) -> bytes:
+    """The bytes of one file. Raises OSError, and BadImageError for one too large for an image."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            raise BadImageError(f"the file has {size} bytes, more than {MAX_FILE_BYTES}")
+        return file.read()
 
 
 def _scan(root: Path, follow_links: bool) -> tuple[list[str], int]:

@@ -18,17 +18,21 @@ def batches_in_order(
     *,
     batch_size: int,
     num_threads: int,
+    replace_bad: Callable[[int, Exception], np.ndarray] | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """(which of `indices`, uint8 (B, height, width, 3)), the next batch being read meanwhile.
 
-    `view` makes pixels of one size from an image's bytes. Raises ValueError for an image that
-    cannot be used: each counts exactly once, so none is replaced.
+    `view` makes pixels of one size from an image's bytes. An image that cannot be used, where each
+    counts, is a ValueError that names it; `replace_bad` is told its index and the reason, in a
+    thread, and gives pixels in its place.
     """
 
     def read(index: int) -> np.ndarray:
         try:
             return view(source.read(index))
         except (BadImageError, OSError) as error:
+            if replace_bad is not None:
+                return replace_bad(index, error)
             raise ValueError(
                 f"cannot use {source.name(index)} ({error}): repair or remove it; every image "
                 "counts, so none is left out"

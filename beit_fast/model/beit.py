@@ -4,6 +4,8 @@ Parameters have the names and shapes of timm's `Beit` and of unilm's checkpoints
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,7 @@ from beit_fast.kernels._triton import warn_once
 from beit_fast.kernels.mask_embed import mask_embed
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.init import init_pretraining
+from beit_fast.model.intermediates import Layout, chosen_blocks, laid_out
 from beit_fast.model.layers import (
     Block,
     PatchEmbed,
@@ -26,6 +29,7 @@ from beit_fast.model.layers import (
     run_blocks,
     select_rows,
 )
+from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 
 # What selective checkpointing keeps: products, and attention in each way that it is computed.
 KEPT = frozenset(
@@ -44,6 +48,9 @@ class Beit(nn.Module):
     """The encoder alone: images (B, C, height, width), normalised, to tokens (B, N, D).
 
     Wherever images go in, so do their patches (B, L, P), as `kernels.patches` makes them of uint8.
+    With `config.dynamic_img_size` images may have any size that patches divide: positions are
+    resized from the model's grid at every call, as `model.resize` does it, and their gradients go
+    back through that.
 
     >>> Beit(BeitConfig(depth=2))(torch.zeros(1, 3, 224, 224)).shape
     torch.Size([1, 197, 768])
@@ -90,21 +97,134 @@ class Beit(nn.Module):
         """
         return self._encode(images, mask)
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Layout = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Any] | tuple[Tensor, list[Any]]:
+        """What chosen blocks give, and with it what `forward_features` does; timm's method.
+
+        x: images (B, C, height, width) or patches (B, L, P). indices: of blocks; n the last n, None
+        all. Each is (B, D, Gh, Gw), with output_fmt "NLC" (B, L, D); with `return_prefix_tokens` a
+        pair of that and [CLS], (B, 1, D). `norm` applies the model's last norm, where it has one
+        before pooling. `stop_early` computes no block that is not needed; the first value is then
+        what the last of them gives.
+        Raises ValueError for blocks that are not there, another format, and as `forward` does.
+        """
+        chosen = chosen_blocks(len(self.blocks), indices)
+        blocks = self.blocks[: max(chosen) + 1] if stop_early else self.blocks
+        given: list[Tensor] = []
+        out = self._run(blocks, x, tap=given.append)
+        grid = self.patch_embed.grid_of(x) or self.config.grid
+        # Each block once, in the order of the blocks, as timm gives them.
+        taps = [self._last_norm(given[i]) if norm else given[i] for i in sorted(set(chosen))]
+        pairs = [laid_out(tap, grid, output_fmt) for tap in taps]
+        intermediates = pairs if return_prefix_tokens else [patches for patches, _ in pairs]
+        if intermediates_only:
+            return intermediates
+        return self._last_norm(out), intermediates
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """`forward_intermediates` under the name and with the arguments of DINO's models."""
+        output_fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, output_fmt=output_fmt, intermediates_only=True
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks behind the last of those chosen, and on request norm and head.
+
+        Returns their numbers. Raises ValueError for blocks that are not there.
+        """
+        del prune_norm, prune_head  # the encoder has neither
+        chosen = chosen_blocks(len(self.blocks), indices)
+        self.blocks = self.blocks[: max(chosen) + 1]
+        self.config = replace(self.config, depth=len(self.blocks))
+        return sorted(set(chosen))
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Take images of another size from now on; positions are resized as `model.resize` does.
+
+        Raises ValueError for a size that patches do not divide, and for another patch size.
+        """
+        config = self.config
+        if patch_size is not None:
+            wanted = replace(config, img_size=img_size or config.img_size, patch_size=patch_size)
+            if wanted.patch_pixels != config.patch_pixels:
+                raise ValueError(
+                    f"patch_size {patch_size}: these weights are of patches of "
+                    f"{config.patch_pixels} px, build another model for another size"
+                )
+        if img_size is None:
+            return
+        self.config = replace(config, img_size=img_size)
+        grids = config.grid, self.config.grid
+        self.patch_embed.set_input_size(self.config)
+        with torch.no_grad():
+            if self.pos_embed is not None:
+                self.pos_embed = _like(self.pos_embed, resize_pos_embed(self.pos_embed, *grids))
+            holders = [block.attn for block in self.blocks]
+            for holder in filter(None, (self.rel_pos_bias, *holders)):
+                holder.grid = self.config.grid
+                table = holder.relative_position_bias_table
+                if table is not None:
+                    resized = resize_rel_pos_table(table, *grids)
+                    holder.relative_position_bias_table = _like(table, resized)
+
+    @property
+    def in_chans(self) -> int:
+        return self.config.in_chans
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.embed_dim
+
+    @property
+    def num_features(self) -> int:
+        """Channels of `forward_features`; timm's name."""
+        return self.config.embed_dim
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """[CLS]."""
+        return 1
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """timm's description of what each block gives."""
+        reduction = max(self.config.patch_pixels)
+        return [
+            {"module": f"blocks.{i}", "num_chs": self.config.embed_dim, "reduction": reduction}
+            for i in range(len(self.blocks))
+        ]
+
+    def _last_norm(self, x: Tensor) -> Tensor:
+        """What `forward_features` ends with: the encoder alone has no norm after its blocks."""
+        return x
+
     def _encode(self, images: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """`forward_features`, or of listed rows alone, (I, 1, D) as `select_rows` gives them."""
-        x_BND = self._embed(images, mask)
-        shared_bias_HNN = None
-        if self.rel_pos_bias is not None:
-            shared_bias_HNN = self.rel_pos_bias()
         skips = rows is not None and rowwise_after_attention(self.blocks[-1])
-        listed = (rows,) if skips else ()
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            *blocks, last = self.blocks
-            for block in blocks:
-                x_BND = self._recompute(block, x_BND, shared_bias_HNN)
-            x = self._recompute(last, x_BND, shared_bias_HNN, *listed)
-        else:
-            x = run_blocks(self.blocks, x_BND, shared_bias_HNN, *listed)
+        listed = rows if skips else None
+        x = self._run(self.blocks, images, mask, listed)
         if rows is None or skips:
             return x
         warn_once(
@@ -113,7 +233,25 @@ class Beit(nn.Module):
         )
         return select_rows(x, rows)
 
-    def _recompute(self, block: nn.Module, *arguments: Tensor | None) -> Tensor:
+    def _run(
+        self,
+        blocks: Sequence[nn.Module],
+        images: Tensor,
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        tap: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """The sequence through these blocks; `rows` and `tap` as for `run_blocks`."""
+        grid = self.patch_embed.grid_of(images)
+        x_BND = self._embed(images, mask)
+        shared_bias_HNN = None
+        if self.rel_pos_bias is not None:
+            shared_bias_HNN = self.rel_pos_bias(grid)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            blocks = [functools.partial(self._recompute, block) for block in blocks]
+        return run_blocks(blocks, x_BND, shared_bias_HNN, rows, grid=grid, tap=tap)
+
+    def _recompute(self, block: nn.Module, *arguments: Any) -> Tensor:
         options = {}
         if self.grad_checkpointing == "selective":
             options["context_fn"] = functools.partial(
@@ -162,7 +300,11 @@ class Beit(nn.Module):
         if mask is not None:
             self._check_mask(mask, x_BLD)
             mask_token = self.mask_token.flatten()
-        pos = None if self.pos_embed is None else self.pos_embed.flatten(0, 1)
+        pos = self.pos_embed
+        if pos is not None:
+            grid = self.patch_embed.grid_of(images)
+            pos = pos if grid is None else resize_pos_embed(pos, self.config.grid, grid)
+            pos = pos.flatten(0, 1)
         return mask_embed(x_BLD, self.cls_token.flatten(), mask_token, mask, pos)
 
     def _check_mask(self, mask: Tensor, x: Tensor) -> None:
@@ -176,6 +318,11 @@ class Beit(nn.Module):
                 f"the mask is {mask.dtype} {tuple(mask.shape)}: pass bool {tuple(x.shape[:2])}, "
                 "True where a patch is hidden"
             )
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """A parameter of this value, frozen where the other is."""
+    return nn.Parameter(value.detach().clone(), requires_grad=parameter.requires_grad)
 
 
 def _keep_products(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:

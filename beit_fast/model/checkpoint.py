@@ -40,7 +40,7 @@ from beit_fast.model.weight_files import CONFIG_KEY, replace_file, write_weights
 logger = logging.getLogger("beit_fast.model")
 
 # What a task adds to the encoder: absent as a whole it stays fresh, unwanted it is left out.
-_TASK_PARTS = ("mask_token", "norm", "fc_norm", "head", "lm_head")
+_TASK_PARTS = ("mask_token", "norm", "fc_norm", "head", "lm_head", "fpn1", "fpn2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +289,11 @@ def _fit(weights: Weights, model: Beit) -> tuple[dict[str, Tensor], LoadReport]:
             fresh |= ours
         if theirs and (not ours or other):
             left_out |= theirs
-    left_out |= {n for n in state if SEGMENTATION.match(n) or n.startswith("cls_pt_layers.")}
+    left_out |= {
+        name
+        for name in state.keys() - wanted.keys()
+        if SEGMENTATION.match(name) or name.startswith("cls_pt_layers.")
+    }
     _check_norm_of_head(wanted, fresh)
     state = {name: tensor for name, tensor in state.items() if name not in left_out}
     compare_tensors(state, {n: t for n, t in wanted.items() if n not in fresh}, "the model")

@@ -20,6 +20,8 @@ class BeitConfig:
 
     img_size: int | tuple[int, int] = 224  # pixels; (height, width) unless square
     patch_size: int | tuple[int, int] = 16
+    # Images of any size that patches divide: positions are resized as they are used.
+    dynamic_img_size: bool = False
     in_chans: int = 3
     embed_dim: int = 768
     depth: int = 12
@@ -40,7 +42,10 @@ class BeitConfig:
     skip_unread_rows: bool = False
     norm_eps: float = 1e-6
     num_classes: int = 1000  # of the classifier; 0: no head, pooled features
-    global_pool: Literal["avg", "token"] = "avg"  # patches' mean then norm, or norm then [CLS]
+    # Patches' mean then norm, norm then [CLS], or "": all tokens go to the head (timm's).
+    global_pool: Literal["avg", "token", ""] = "avg"
+    use_fc_norm: bool | None = None  # the norm after pooling and not before; None: with "avg"
+    drop_rate: float = 0.0  # dropout before the classifier
     vocab_size: int = 8192
     predict: Literal["tokens", "pixels"] = "tokens"  # of hidden patches; pixels: Table 4's ablation
 
@@ -66,16 +71,22 @@ class BeitConfig:
                 f"embed_dim {self.embed_dim} does not divide into num_heads {self.num_heads}: "
                 "change one of them or set attn_head_dim"
             )
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate is {self.drop_path_rate}: pass a rate in [0, 1)")
+        for name in ("drop_path_rate", "drop_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: pass a rate in [0, 1)")
         if (self.init_values or 0) < 0 or self.num_classes < 0:
             raise ValueError(
                 f"init_values {self.init_values}, num_classes {self.num_classes}: pass 0 for none"
             )
-        if self.global_pool not in ("avg", "token"):
-            raise ValueError(f"global_pool is {self.global_pool!r}: pass 'avg' or 'token'")
+        if self.global_pool not in ("avg", "token", ""):
+            raise ValueError(f"global_pool is {self.global_pool!r}: pass 'avg', 'token' or ''")
         if self.predict not in ("tokens", "pixels"):
             raise ValueError(f"predict is {self.predict!r}: pass 'tokens' or 'pixels'")
+
+    @property
+    def norm_follows_pooling(self) -> bool:
+        """Whether the classifier's norm is `fc_norm`."""
+        return self.global_pool == "avg" if self.use_fc_norm is None else self.use_fc_norm
 
     @property
     def image_pixels(self) -> tuple[int, int]:

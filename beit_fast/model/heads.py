@@ -1,5 +1,8 @@
 """What is asked of the encoder: the visual tokens of hidden patches, or the class of the image."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -91,7 +94,7 @@ class BeitForMaskedImageModeling(Beit):
         All tokens (B, N, D), or if the config says so and it is less, the listed ones (I, 1, D).
         """
         # Patch b L + l is row b N + 1 + l of the sequence, N = L + 1; floor: -1 // L is -1.
-        rows = masked_index + masked_index // self.config.num_patches + 1
+        rows = masked_index + masked_index // mask.shape[1] + 1
         if not self.config.skip_unread_rows or len(rows) >= mask.numel():
             return self.forward_features(images, mask), rows
         places = torch.arange(len(rows), dtype=rows.dtype, device=rows.device)
@@ -122,8 +125,9 @@ class BeitForImageClassification(Beit):
     def __init__(self, config: BeitConfig) -> None:
         super().__init__(config)
         norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
-        averages = config.global_pool == "avg"
-        self.norm, self.fc_norm = (nn.Identity(), norm) if averages else (norm, nn.Identity())
+        follows = config.norm_follows_pooling
+        self.norm, self.fc_norm = (nn.Identity(), norm) if follows else (norm, nn.Identity())
+        self.head_drop = nn.Dropout(config.drop_rate)
         self.head: nn.Module = nn.Identity()
         if config.num_classes:
             self.head = nn.Linear(config.embed_dim, config.num_classes)
@@ -142,7 +146,58 @@ class BeitForImageClassification(Beit):
         return self.norm(super().forward_features(images, mask))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, N, D) to logits (B, num_classes), or with `pre_logits` to features (B, D)."""
-        pooled_BD = x[:, 1:].mean(dim=1) if self.config.global_pool == "avg" else x[:, 0]
-        features_BD = self.fc_norm(pooled_BD)
-        return features_BD if pre_logits else self.head(features_BD)
+        """Tokens (B, N, D) to logits (B, num_classes), or with `pre_logits` to features (B, D).
+
+        Without pooling (global_pool "") the same of every token, (B, N, num_classes).
+        """
+        if self.config.global_pool:
+            x = x[:, 1:].mean(dim=1) if self.config.global_pool == "avg" else x[:, 0]
+        features = self.head_drop(self.fc_norm(x))
+        return features if pre_logits else self.head(features)
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def global_pool(self) -> str:
+        return self.config.global_pool
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels that the classifier takes."""
+        return self.config.embed_dim
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier of so many classes; 0: none. Pooling stays unless one is given, the
+        norm stays where it is.
+
+        Its weights are torch's, as timm's are. Raises ValueError for another pooling.
+        """
+        changes = {"num_classes": num_classes, "use_fc_norm": self.config.norm_follows_pooling}
+        if global_pool is not None:
+            changes["global_pool"] = global_pool
+        self.config = replace(self.config, **changes)
+        self.head = nn.Identity()
+        if num_classes:
+            like = self.cls_token
+            options = {"device": like.device, "dtype": like.dtype}
+            self.head = nn.Linear(self.config.embed_dim, num_classes, **options)
+        self.head.train(self.training)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        chosen = super().prune_intermediate_layers(indices)
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return chosen
+
+    def _last_norm(self, x: Tensor) -> Tensor:
+        return self.norm(x)

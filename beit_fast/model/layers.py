@@ -3,8 +3,8 @@
 x = x + keep_1 gamma_1 Attention(LN(x));  x = x + keep_2 gamma_2 Mlp(LN(x))
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from beit_fast.kernels.linear import linear
 from beit_fast.kernels.rel_pos_bias import rel_pos_bias, relative_position_rows
 from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
 from beit_fast.model.config import BeitConfig
+from beit_fast.model.resize import resize_rel_pos_table
 
 
 def patchify(images: Tensor, patch_pixels: tuple[int, int]) -> Tensor:
@@ -44,17 +45,23 @@ class PatchEmbed(nn.Module):
     A convolution whose kernel is its stride, kept as one for its parameters, computed as the
     matrix product it is: 10.8 ms against 12.3 (channels-last images: 14.3) forward and backward at
     B2-224 for Base, one core. Images that are patches already, (B, L, P), stay as they are.
-    Raises ValueError for images of another size than the model's.
+    Raises ValueError for images of another size than the model's, or with `dynamic_img_size` of one
+    that patches do not divide.
     """
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
-        self.image_shape = (config.in_chans, *config.image_pixels)
-        self.patches_shape = (config.num_patches, config.patch_dim)
+        self.set_input_size(config)
         self.patch_pixels = config.patch_pixels
+        self.dynamic_img_size = config.dynamic_img_size
         self.proj = nn.Conv2d(
             config.in_chans, config.embed_dim, config.patch_pixels, stride=config.patch_pixels
         )
+
+    def set_input_size(self, config: BeitConfig) -> None:
+        """Take images of the size of this configuration."""
+        self.image_shape = (config.in_chans, *config.image_pixels)
+        self.patches_shape = (config.num_patches, config.patch_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         return linear(self.patches(images), self.proj.weight.flatten(1), self.proj.bias)
@@ -63,15 +70,41 @@ class PatchEmbed(nn.Module):
         """(B, L, P), cut from images or as they came."""
         if tuple(images.shape[1:]) == self.patches_shape:
             return images
-        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
-            channels, height, width = self.image_shape
+        self._check(images)
+        return patchify(images, self.patch_pixels)
+
+    def grid_of(self, images: Tensor) -> tuple[int, int] | None:
+        """(Gh, Gw) of images that `patches` takes; None: the model's own."""
+        if images.ndim != 4 or tuple(images.shape[2:]) == self.image_shape[1:]:
+            return None
+        (height, width), (patch_height, patch_width) = images.shape[2:], self.patch_pixels
+        return height // patch_height, width // patch_width
+
+    def _check(self, images: Tensor) -> None:
+        channels, height, width = self.image_shape
+        num_patches, patch_dim = self.patches_shape
+        if not self.dynamic_img_size:
+            if images.ndim == 4 and tuple(images.shape[1:]) == self.image_shape:
+                return
             raise ValueError(
                 f"the images are {tuple(images.shape)}, the model takes (B, {channels}, {height}, "
-                f"{width}): resize the images, or build the model with another img_size and resize "
-                f"its positions with beit_fast.model.resize; patches are (B, "
-                f"{self.patches_shape[0]}, {self.patches_shape[1]})"
+                f"{width}): resize the images, or build the model with dynamic_img_size=True, or "
+                "with another img_size and positions resized by beit_fast.model.resize; patches "
+                f"are (B, {num_patches}, {patch_dim})"
             )
-        return patchify(images, self.patch_pixels)
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"the images are {tuple(images.shape)}, the model takes (B, {channels}, height, "
+                f"width); patches are (B, {num_patches}, {patch_dim}), for those of another grid "
+                "do not tell it: pass images"
+            )
+        (height, width), (patch_height, patch_width) = images.shape[2:], self.patch_pixels
+        if height % patch_height or width % patch_width or not height or not width:
+            raise ValueError(
+                f"{height}x{width} pixels do not divide into patches of "
+                f"{patch_height}x{patch_width}: pad or crop the images to multiples (nothing is "
+                "padded here: pixels that are not there would be attended to)"
+            )
 
 
 class RelativePositionBias(nn.Module):
@@ -82,8 +115,9 @@ class RelativePositionBias(nn.Module):
         self.grid = config.grid
         self.relative_position_bias_table = _table(config)
 
-    def forward(self) -> Tensor:
-        return rel_pos_bias(self.relative_position_bias_table, self.grid)
+    def forward(self, grid: tuple[int, int] | None = None) -> Tensor:
+        """Of another grid's patches where one is given."""
+        return rel_pos_bias(*_on_grid(self.relative_position_bias_table, self.grid, grid))
 
 
 class Attention(nn.Module):
@@ -104,8 +138,17 @@ class Attention(nn.Module):
         self.relative_position_bias_table = _table(config) if config.use_rel_pos_bias else None
         self.proj = Linear(width, config.embed_dim)
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """x (B, N, D); shared_bias (H, N, N) or None; rows (I,) as of `select_rows`, or None."""
+    def forward(
+        self,
+        x: Tensor,
+        shared_bias: Tensor | None,
+        rows: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """x (B, N, D); shared_bias (H, N, N) or None; rows (I,) as of `select_rows`, or None.
+
+        grid (Gh, Gw) of the patches in x; None: the model's own.
+        """
         # 3 us of 45 ms at B2-N197-D768: a packed bias would save nothing, and cost its own names.
         qkv_bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
         if is_plain(self.qkv, Linear):
@@ -116,10 +159,12 @@ class Attention(nn.Module):
         table = self.relative_position_bias_table
         if table is None:
             out_BNHK = attention_qkvpacked(qkv_BN3HK, shared_bias)
-        elif shared_bias is None:
-            out_BNHK = rel_pos_attention_qkvpacked(qkv_BN3HK, table, self.grid)
         else:
-            out_BNHK = attention_qkvpacked(qkv_BN3HK, rel_pos_bias(table, self.grid) + shared_bias)
+            table, grid = _on_grid(table, self.grid, grid)
+            if shared_bias is None:
+                out_BNHK = rel_pos_attention_qkvpacked(qkv_BN3HK, table, grid)
+            else:
+                out_BNHK = attention_qkvpacked(qkv_BN3HK, rel_pos_bias(table, grid) + shared_bias)
         return self.proj(select_rows(out_BNHK.flatten(2), rows))
 
 
@@ -183,9 +228,15 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
             self.gamma_2 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D); shared_bias (H, N, N) or None; rows as of `select_rows`."""
-        return self.step(x, self.enter(x), shared_bias, rows=rows)[0]
+    def forward(
+        self,
+        x: Tensor,
+        shared_bias: Tensor | None,
+        rows: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """x (B, N, D) -> (B, N, D); other arguments as of `Attention`."""
+        return self.step(x, self.enter(x), shared_bias, rows=rows, grid=grid)[0]
 
     def enter(self, x: Tensor) -> tuple[Tensor, DropPath]:
         """What attention sees of x, and which samples skip it."""
@@ -199,11 +250,12 @@ class Block(nn.Module):
         shared_bias: Tensor | None,
         following: "Block | None" = None,
         rows: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, DropPath] | None]:
         """`forward`, with what `enter` gave; also what enters the block that follows."""
         ln, path = entered
         branch_rows = None if rows is None else path.rows_of_branch(rows, x)
-        branch = self._attend(ln, shared_bias, branch_rows)
+        branch = self._attend(ln, shared_bias, branch_rows, grid)
         mlp_path = self._draw_path(x)
         if rows is not None:
             path, mlp_path = path.of_rows(rows, x), mlp_path.of_rows(rows, x)
@@ -249,7 +301,13 @@ class Block(nn.Module):
     def _affine(self, norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.config.fold_norm_affine else (norm.weight, norm.bias)
 
-    def _attend(self, ln: Tensor, shared_bias: Tensor | None, rows: Tensor | None) -> Tensor:
+    def _attend(
+        self,
+        ln: Tensor,
+        shared_bias: Tensor | None,
+        rows: Tensor | None,
+        grid: tuple[int, int] | None,
+    ) -> Tensor:
         attn, folded = self.attn, {}
         if self._folds(self.norm1):
             bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
@@ -258,8 +316,7 @@ class Block(nn.Module):
             folded["qkv.weight"] = weight
         if self.config.fold_layer_scale and self.gamma_1 is not None:
             folded |= _scaled("proj", attn.proj, self.gamma_1)
-        arguments = (ln, shared_bias) if rows is None else (ln, shared_bias, rows)
-        return _call(attn, folded, *arguments)
+        return _call(attn, folded, *_without_defaults(ln, shared_bias, rows, grid))
 
     def _feed_forward(self, ln: Tensor) -> Tensor:
         mlp, folded = self.mlp, {}
@@ -286,7 +343,7 @@ class Block(nn.Module):
     def _draw_keep(self, x: Tensor) -> Tensor:
         """Per sample 0 or 1 / (1 - p), from torch's default generator, as timm draws."""
         keep_rate = 1 - self.drop_path_rate
-        keep_B = torch.empty(len(x), device=x.device)
+        keep_B = torch.empty(x.shape[0], device=x.device)
         return keep_B.bernoulli_(keep_rate).div_(keep_rate)
 
 
@@ -295,24 +352,44 @@ def run_blocks(
     x: Tensor,
     shared_bias: Tensor | None,
     rows: Tensor | None = None,
+    *,
+    grid: tuple[int, int] | None = None,
+    tap: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Blocks one after another, each one's last residual in one pass with the next one's norm.
 
     The last one computes `rows` alone, see `select_rows`; it must be `rowwise_after_attention`.
-    A block that is hooked, compiled or replaced is called as the module it is.
+    grid (Gh, Gw) of the patches in x; None: the model's own. `tap` is called with what each block
+    gives. A block that is hooked, compiled or replaced is called as the module it is.
     """
+    tap = tap or _ignore
     blocks = list(blocks)
     entered = None
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-        if not is_plain(block, Block):
-            x = block(x, shared_bias)
-            continue
         listed = rows if following is None else None
+        if not is_plain(block, Block):
+            x = block(*_without_defaults(x, shared_bias, listed, grid))
+            tap(x)
+            continue
         if following is not None and not is_plain(following, Block):
             following = None
         entered = block.enter(x) if entered is None else entered
-        x, entered = block.step(x, entered, shared_bias, following, listed)
+        x, entered = block.step(x, entered, shared_bias, following, listed, grid)
+        tap(x)
     return x
+
+
+def _ignore(_: Tensor) -> None:
+    pass
+
+
+def _without_defaults(
+    x: Tensor, shared_bias: Tensor | None, rows: Tensor | None, grid: tuple[int, int] | None
+) -> tuple:
+    """Arguments of a block or an attention, short where a replaced one need not know the rest."""
+    if grid is not None:
+        return x, shared_bias, rows, grid
+    return (x, shared_bias) if rows is None else (x, shared_bias, rows)
 
 
 def select_rows(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -354,7 +431,7 @@ def _scaled(name: str, layer: nn.Linear, gamma: Tensor) -> dict[str, Tensor]:
     return {f"{name}.weight": weight, f"{name}.bias": bias}
 
 
-def _call(module: nn.Module, folded: dict[str, Tensor], *arguments: Tensor | None) -> Tensor:
+def _call(module: nn.Module, folded: dict[str, Tensor], *arguments: Any) -> Tensor:
     """The module with folded tensors in place of its own, for this call."""
     if not folded:
         return module(*arguments)
@@ -363,3 +440,10 @@ def _call(module: nn.Module, folded: dict[str, Tensor], *arguments: Tensor | Non
 
 def _table(config: BeitConfig) -> nn.Parameter:
     return nn.Parameter(torch.zeros(relative_position_rows(config.grid), config.num_heads))
+
+
+def _on_grid(
+    table: Tensor, own: tuple[int, int], grid: tuple[int, int] | None
+) -> tuple[Tensor, tuple[int, int]]:
+    """The table of a grid of patches, and that grid; None: as they are."""
+    return (table, own) if grid is None else (resize_rel_pos_table(table, own, grid), grid)

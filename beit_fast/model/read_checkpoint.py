@@ -105,7 +105,7 @@ def read_checkpoint(source: Source, *, key: str | None = None, **stated: Any) ->
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if labels is not None and task == "classifier" and len(labels) != config.num_classes:
-        raise ValueError(f"{where}: {len(labels)} labels in config.json, {config.num_classes} rows")
+        raise ValueError(f"{where}: {len(labels)} names of classes, {config.num_classes} rows")
     return Weights(
         state=state,
         config=config,

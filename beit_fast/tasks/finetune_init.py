@@ -7,13 +7,11 @@ own copy). A head stays only if it was trained on the same classes.
 """
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from beit_fast.model.checkpoint import load_pretrained
 from beit_fast.model.config import BeitConfig
@@ -21,7 +19,8 @@ from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.model.published import PUBLISHED
 from beit_fast.model.read_checkpoint import Weights, read_checkpoint
 from beit_fast.model.weight_files import read_json
-from beit_fast.train.state import MANIFEST, checkpoint_paths
+from beit_fast.tasks.checkpoints import run_step, weights_digest
+from beit_fast.train.state import MANIFEST
 
 ARCHITECTURE = (
     *("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "attn_head_dim", "mlp_ratio"),
@@ -57,7 +56,7 @@ def starting_point(
     if init is None:
         return Start(BeitForImageClassification(wanted), None, "from scratch: no init was given")
     weights = read_checkpoint(init, key=key)
-    digest = _digest(weights.state)
+    digest = weights_digest(weights.state)
     notes = [f"{init}: a {weights.task} checkpoint"]
     if weights.labels is not None and list(weights.labels) != classes:
         notes.append("its classes are not those of the folders: the head starts anew")
@@ -92,20 +91,11 @@ def stated_statistics(init: str) -> tuple[tuple[float, ...], tuple[float, ...]] 
     Known of runs of ours and of published names.
     """
     path = Path(init)
-    steps = [path] if (path / MANIFEST).is_file() else checkpoint_paths(path)
-    if steps:
-        settings = read_json(steps[-1] / MANIFEST).get("settings")
+    if step := run_step(path):
+        settings = read_json(step / MANIFEST).get("settings")
         stated = settings.get("statistics") if isinstance(settings, dict) else None
         return stated if isinstance(stated, str) else None
     for name, entry in PUBLISHED.items():
         if not path.exists() and init in (name, entry.hf_id):
             return entry.mean, entry.std
     return None
-
-
-def _digest(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -25,34 +25,35 @@ from torch import Tensor
 
 from beit_fast.data.class_folders import class_folders
 from beit_fast.model.beit import Beit
-from beit_fast.model.config import BeitConfig
+from beit_fast.model.read_checkpoint import Weights
+from beit_fast.tasks.checkpoints import (
+    UNSTATED,
+    open_weights,
+    run_step,
+    view_of,
+    weights_digest,
+)
 from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.features import Features, cached_features
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import knn_accuracy, linear_probes, split
 from beit_fast.train.parallel import World, open_world
-from beit_fast.train.state import (
-    Checkpoint,
-    CheckpointError,
-    checkpoint_paths,
-    environment,
-    load_checkpoint,
-)
+from beit_fast.train.state import environment
 from beit_fast.viz.layers import draw_layers
 
 POOLS = ("cls", "mean")  # the order in the features
-HEADS = ("mask_token", "norm.", "lm_head.", "fc_norm.", "head.")  # no part of the encoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
     """Encoder, labelled images, and what to train on its features."""
 
-    checkpoint: str = ""  # folder of a run, for its newest checkpoint, or of one step
+    checkpoint: str = ""  # of any task: run or one of its steps, file, folder, published name
     train: str = ""  # folder with a sub-folder for each class
     test: str = ""  # the same classes
     output: str  # folder of results, and of the features, which are kept
     weights: Literal["model", "ema", "random"] = "model"  # random: the same net untrained
+    statistics: Literal["half", "imagenet"] | None = None  # of pixels; null: the checkpoint's
     precision: Literal["fp32", "bf16"] = "bf16"  # of the encoder; features are stored in fp32
     crop_pct: float | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
     knn: tuple[int, ...] = (10, 20)  # neighbours
@@ -84,7 +85,7 @@ class ProbeConfig:
 def run_probe(config: ProbeConfig) -> dict[str, Any]:
     """Probe every block, print the table, write probe.json and probe.png to `config.output`.
 
-    Returns what probe.json holds. Raises ValueError (also CheckpointError), OSError.
+    Returns what probe.json holds. Raises ValueError OSError.
     """
     for name in ("checkpoint", "train", "test"):
         if not getattr(config, name):
@@ -97,8 +98,13 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
 
 def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
     console = Console(highlight=False, soft_wrap=True)
-    checkpoint = open_checkpoint(config.checkpoint)
-    model, digest = load_encoder(checkpoint, config.weights, config.seed)
+    random = config.weights == "random"
+    weights = open_weights(config.checkpoint, "model" if random else config.weights)
+    model, digest = load_encoder(weights, config.seed if random else None)
+    if model.config.in_chans != 3:
+        raise ValueError(
+            f"{config.checkpoint} takes {model.config.in_chans} channels, images have 3"
+        )
     model.to(world.device)
     data = {name: class_folders(getattr(config, name)) for name in ("train", "test")}
     names = data["train"][2]
@@ -112,7 +118,16 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
             f"--knn asks for {max(config.knn)} neighbours, more than the images of {config.train} "
             "without those held out: give a smaller number"
         )
-    statistics = checkpoint.manifest["settings"]["statistics"]
+    view = view_of(config.checkpoint, model.config)
+    statistics = (view.mean, view.std)
+    if config.statistics is not None:
+        statistics = STATISTICS[config.statistics]
+    elif view.origin == UNSTATED:
+        console.print(
+            f"{config.checkpoint} does not say the mean and std of its pixels: half is taken, as "
+            "nearly all published BEiTs have; --statistics imagenet is the other",
+            markup=False,
+        )
     crop_pct = config.crop_pct
     if crop_pct is None:
         crop_pct = default_crop_pct(model.config.image_pixels)
@@ -125,8 +140,8 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
             model,
             source,
             labels,
-            made_from={"weights": digest, "step": checkpoint.step, "classes": names},
-            statistics=STATISTICS[statistics],
+            made_from={"weights": digest, "classes": names},
+            statistics=statistics,
             crop_pct=crop_pct,
             precision=config.precision,
             batch_size=config.images_at_once,
@@ -135,7 +150,7 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
         )
     result = probe_layers(features["train"], features["test"], len(names), config, world.device)
     result |= {
-        "checkpoint": str(checkpoint.path),
+        "checkpoint": str(run_step(Path(config.checkpoint)) or config.checkpoint),
         "weights": config.weights,
         "classes": names,
         "num_train": len(features["train"].labels),
@@ -216,48 +231,18 @@ def split_rows(config: ProbeConfig, labels: Tensor) -> tuple[np.ndarray, np.ndar
     return split(labels, config.held_out, config.seed)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint of one step, or the newest of a run's folder. Raises CheckpointError."""
-    folder = Path(path)
-    if not (folder / "manifest.json").exists():
-        steps = checkpoint_paths(folder)
-        if not steps:
-            raise CheckpointError(
-                f"{folder} holds no checkpoint: give the --run.output of a pre-training run, or "
-                "one of its checkpoints/step_* folders"
-            )
-        folder = steps[-1]
-    return load_checkpoint(folder)
+def load_encoder(weights: Weights, seed: int | None = None) -> tuple[Beit, str]:
+    """The encoder of a checkpoint of any task, without its head, and what identifies its weights.
 
-
-def load_encoder(checkpoint: Checkpoint, weights: str, seed: int = 0) -> tuple[Beit, str]:
-    """The encoder without its head, in eval mode, and what identifies its weights.
-
-    weights: "model", "ema", or "random" for new ones of the same shape. Raises CheckpointError.
+    With a `seed` its weights are new ones. It is in eval mode and fp32.
     """
-    settings = checkpoint.manifest["settings"]
-    if "model" not in settings or settings.get("statistics") not in STATISTICS:
-        raise CheckpointError(
-            f"{checkpoint.path} is not of a BEiT's pre-training: give the folder of a run of "
-            "`beit-fast pretrain`"
-        )
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["model"].items()}
-    torch.manual_seed(seed)
-    model = Beit(BeitConfig(**fields)).eval()
-    if weights == "random":
+    torch.manual_seed(seed or 0)
+    model = Beit(weights.config).eval()
+    if seed is not None:
         return model, f"random, seed {seed}"
-    if weights not in checkpoint.tensors:
-        raise CheckpointError(
-            f"{checkpoint.path} has no average of the weights: pass --weights model"
-        )
-    encoder = {k: v for k, v in checkpoint.tensors[weights].items() if not k.startswith(HEADS)}
-    try:
-        model.load_state_dict(encoder)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: its {weights} weights do not fit its settings ({error})"
-        ) from error
-    return model, checkpoint.manifest["files"][f"{weights}.safetensors"]
+    encoder = {name: weights.state[name] for name in model.state_dict()}
+    model.load_state_dict(encoder)
+    return model, weights_digest(encoder)
 
 
 _TITLES = {"cls": "[CLS]", "mean": "patch mean"}

@@ -74,7 +74,10 @@ def open_world(device: str, cpu_threads: int | None = None) -> Iterator[World]:
     where cuda is asked for and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device is cuda and torch sees no GPU: pass --run.device cpu")
+        raise ValueError(
+            "the device is cuda and torch sees no GPU: pass --run.device cpu, or --device cpu "
+            "where that is the flag"
+        )
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))

@@ -41,6 +41,7 @@ def pretrain_rows():
 def test_a_table_is_written_between_its_markers_alone(report):
     page = (
         "before\n<!-- bench: model -->\nold\n<!-- end -->\nbetween\n"
+        "<!-- bench: finetune -->\n<!-- end -->\n"
         "<!-- bench: science -->\n<!-- end -->\n<!-- bench: pretrain -->\n<!-- end -->\nafter"
     )
     made = report.readme_with_tables(page, {"pretrain-base-cuda": pretrain_rows()})

@@ -1,7 +1,11 @@
 """The view of an image that is evaluated."""
 
+import io
+
 import numpy as np
+import pytest
 from PIL import Image
+from torchvision.transforms import v2
 
 from beit_fast.data.centre_view import centre_view
 
@@ -16,6 +20,18 @@ def test_the_evaluation_view_is_the_centre_of_the_resized_image(tmp_path):
     np.testing.assert_array_equal(view, wanted)
     same = centre_view(data, (300, 400), 1.0)
     np.testing.assert_array_equal(same, pixels)
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
+@pytest.mark.parametrize("shape", [(300, 401), (257, 199), (50, 60)])
+def test_the_view_is_torchvisions_resize_and_centre_crop(shape, crop_pct):
+    """0.9 is timm's: 248 pixels, not 248.9."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    image.save(file, "PNG")
+    bicubic = v2.InterpolationMode.BICUBIC
+    wanted = v2.CenterCrop(224)(v2.Resize(int(224 / crop_pct), interpolation=bicubic)(image))
+    np.testing.assert_array_equal(centre_view(file.getvalue(), (224, 224), crop_pct), wanted)
 
 
 def test_a_squashed_view_is_the_whole_image_at_that_size(tmp_path):

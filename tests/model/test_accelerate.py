@@ -571,3 +571,43 @@ def test_base_size_agrees(name, assert_agree):
     accelerate(model)
     ours = results(model, images)
     assert_agree(ours, theirs)
+
+
+REGISTERED = [
+    n for n in timm.list_models("beit*") if not n.startswith("beit3_")
+]  # 3 is a plain ViT
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_every_registered_variant_of_timm_agrees(randomize, assert_agree, name):
+    """At its own size of images, with few narrow blocks, also with MLPs that none is built with."""
+    images = torch.randn(1, 3, *timm.get_pretrained_cfg(name).input_size[1:])
+    others = {"swiglu": {"swiglu_mlp": True}, "normed": {"scale_mlp": True}}
+    others |= {"no qkv bias": {"qkv_bias": False}}
+    for fields in ({}, *(others.values() if name == REGISTERED[0] else ())):
+        narrow = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, **fields}
+        model = randomize(timm.create_model(name, **narrow)).eval()
+        accelerated = copy.deepcopy(model)
+        assert accelerate(accelerated).replaced
+        for training in (False, True):
+            theirs, ours = (results(m.train(training), images) for m in (model, accelerated))
+            assert_agree(ours, theirs)
+
+
+def test_every_registered_variant_is_among_these():
+    assert len(REGISTERED) >= 7
+    assert any(name.startswith("beitv2_") for name in REGISTERED)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@either
+def test_frozen_and_partly_frozen_in_bf16_are_as_exact_as_the_library(pair, kind, training):
+    images = torch.randn(2, 3, 32, 32).bfloat16()
+    for trained in (("head", "classifier"), ("head", "classifier", "1."), (TABLE,)):
+        model, accelerated = (m.bfloat16().train(training) for m in pair(kind))
+        for m in (model, accelerated):
+            for name, parameter in m.named_parameters():
+                parameter.requires_grad_(any(part in name for part in trained))
+        exact = results(copy.deepcopy(model).double(), images.double())
+        assert 1 < len(exact) < 40
+        assert_within(results(accelerated, images), results(model, images), exact)

@@ -319,7 +319,7 @@ def test_another_architecture_is_refused_by_name(classifier, mim, tiny):
         ({"hidden_dropout_prob": 0.1}, "trains without dropout"),
         ({"num_hidden_layers": 3}, "blocks.2.attn.proj.bias is missing"),
         ({"use_shared_relative_position_bias": True}, "rel_pos_bias.* is missing"),
-        ({"id2label": {"0": "a", "1": "b"}}, "2 labels in config.json, 5 rows"),
+        ({"id2label": {"0": "a", "1": "b"}}, "2 names of classes, 5 rows"),
         ({"id2label": {"1": "a"}}, "number them from 0"),
     ],
 )

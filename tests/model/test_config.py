@@ -53,7 +53,7 @@ def test_overrides_replace_fields_of_a_variant():
         ({"attn_head_dim": 0}, "attn_head_dim is 0: pass at least 1"),
         ({"drop_path_rate": 1.0}, r"pass a rate in \[0, 1\)"),
         ({"init_values": -1.0}, "pass 0 for none"),
-        ({"global_pool": "max"}, "pass 'avg' or 'token'"),
+        ({"global_pool": "max"}, "pass 'avg', 'token' or ''"),
         ({"predict": "depth"}, "pass 'tokens' or 'pixels'"),
     ],
 )

@@ -82,6 +82,16 @@ def test_batches_change_no_count(folder):
     assert whole.loss == pytest.approx(single.loss, rel=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_counts_what_the_cpu_counts(folder):
+    world = World(0, 1, torch.device("cuda"))
+    there = evaluate(tiny_classifier().to("cuda"), folder, world=world)
+    here = evaluate(tiny_classifier(), folder)
+    assert (there.top1, there.top5) == (here.top1, here.top5)
+    assert there.correct_per_class.equal(here.correct_per_class)
+    assert there.loss == pytest.approx(here.loss, rel=1e-5)
+
+
 def test_bf16_is_computed_in_bf16_and_its_loss_in_fp32(folder):
     model = tiny_classifier()
     kinds = []

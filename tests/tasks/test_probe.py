@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from beit_fast.cli import main
 from beit_fast.data.class_folders import class_folders
 from beit_fast.model.beit import Beit
+from beit_fast.model.checkpoint import convert
 from beit_fast.model.config import BeitConfig
-from beit_fast.model.heads import BeitForMaskedImageModeling
+from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.tasks import features as features_module
+from beit_fast.tasks.checkpoints import open_weights, weights_digest
 from beit_fast.tasks.features import block_features, cached_features
-from beit_fast.tasks.probe import ProbeConfig, load_encoder, open_checkpoint, run_probe
+from beit_fast.tasks.probe import ProbeConfig, load_encoder, run_probe
 from beit_fast.tasks.probes import knn_accuracy
-from beit_fast.train.state import CheckpointError, save_checkpoint
+from beit_fast.train.state import save_checkpoint
 from labelled_images import write_class_folders
 
 TINY = BeitConfig(
@@ -200,7 +202,6 @@ def test_a_net_that_was_trained_knows_more_than_a_random_one():
     ("change", "message"),
     [
         ({"checkpoint": ""}, "no checkpoint was named: pass --checkpoint"),
-        ({"checkpoint": "no/such"}, "no/such holds no checkpoint"),
         ({"train": "no/such"}, "no/such does not exist"),
         ({"weights": "ema"}, "no average of the weights"),
         ({"knn": (1, 22)}, "asks for 22 neighbours"),
@@ -216,6 +217,14 @@ def test_a_mistake_is_explained(config, change, message):
         run_probe(replace(config, **change))
 
 
+def test_a_checkpoint_that_is_none_says_what_is_read(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights at no/such: pass"):
+        run_probe(replace(config, checkpoint="no/such"))
+    save_checkpoint(tmp_path, 1, {"model": {"a": torch.zeros(2)}}, {"dvae": {}}, keep=1)
+    with pytest.raises(ValueError, match=r"no BEiT's \(a\): pass weights with"):
+        run_probe(replace(config, checkpoint=str(tmp_path)))
+
+
 def test_folders_of_other_classes_are_refused(config, tmp_path):
     folder = write_class_folders(tmp_path / "other", 1, seed=0)
     (folder / "red").rename(folder / "pink")
@@ -223,15 +232,35 @@ def test_folders_of_other_classes_are_refused(config, tmp_path):
         run_probe(replace(config, test=str(folder)))
 
 
-def test_the_encoder_is_the_checkpoints_without_its_head(run_folder, tmp_path):
+def test_the_encoder_is_the_checkpoints_without_its_head(run_folder):
     path = run_folder / "checkpoints" / "step_00000001"
-    model, digest = load_encoder(open_checkpoint(path), "ema")
+    model, digest = load_encoder(open_weights(path, "ema"))
     torch.manual_seed(1)
     wanted = BeitForMaskedImageModeling(TINY).eval()
     images = torch.randn(1, 3, 32, 48)
     torch.testing.assert_close(model(images), wanted.forward_features(images), rtol=0, atol=0)
-    manifest = json.loads((path / "manifest.json").read_text())
-    assert digest == manifest["files"]["ema.safetensors"]
-    save_checkpoint(tmp_path, 1, {"model": {}}, {"dvae": {}}, keep=1)
-    with pytest.raises(CheckpointError, match="not of a BEiT's pre-training"):
-        load_encoder(open_checkpoint(tmp_path), "model")
+    assert digest == weights_digest(model.state_dict())
+    random, _ = load_encoder(open_weights(path), seed=2)
+    assert not torch.equal(random(images), model(images))
+
+
+def test_every_layout_and_task_gives_the_encoders_features(config, run_folder, tmp_path, capsys):
+    """Fine-tuned, unilm's and transformers' checkpoints of one encoder, and a run's."""
+    wanted = run_probe(config)["layers"]
+    source = str(run_folder)
+    encoder = load_encoder(open_weights(source))[0].state_dict()
+    tuned = BeitForImageClassification(replace(TINY, num_classes=1))
+    tuned.load_state_dict(tuned.state_dict() | encoder)
+    settings = {"model": asdict(tuned.config), "statistics": "half", "classes": ["a"]}
+    save_checkpoint(tmp_path / "tuned", 1, {"model": tuned.state_dict()}, settings, keep=1)
+    convert(source, tmp_path / "hf", to="hf")
+    convert(source, tmp_path / "unilm.safetensors", to="unilm")
+    for name in ("tuned", "hf", "unilm.safetensors"):
+        capsys.readouterr()
+        result = run_probe(
+            replace(config, checkpoint=str(tmp_path / name), output=str(tmp_path / f"of {name}"))
+        )
+        assert result["layers"] == wanted
+        assert ("does not say the mean" in capsys.readouterr().out) == (name != "tuned")
+    with pytest.raises(ValueError, match=r"mean was \[0.5, 0.5, 0.5\], is \[0.485"):
+        run_probe(replace(config, statistics="imagenet"))

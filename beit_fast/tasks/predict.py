@@ -1,0 +1,171 @@
+"""Classes of single images, by a classifier of any layout."""
+
+import contextlib
+import functools
+import glob
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from beit_fast.data.centre_view import centre_view
+from beit_fast.data.datasets import ImageFolder, read_image_file
+from beit_fast.data.in_order import batches_in_order
+from beit_fast.kernels.patches import normalized_patches
+from beit_fast.tasks.checkpoints import Classifier, ClassifierConfig, open_classifier
+from beit_fast.tasks.classes import describe_class
+from beit_fast.train.parallel import open_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(ClassifierConfig):
+    """A classifier's checkpoint, images, and how many classes of each to say."""
+
+    images: tuple[str, ...]  # files, folders, patterns
+    top: int = 5
+    json: bool = False  # one JSON array on stdout, and nothing else
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top < 1:
+            raise ValueError(f"top is {self.top}: give at least 1")
+
+
+def run_prediction(config: PredictConfig) -> None:
+    """Print the likeliest classes of every image, in order.
+
+    Raises ValueError that names the images that cannot be used, after all others are printed; at
+    once where there is nothing to predict with or from.
+    """
+    files = find_images(config.images)
+    with open_world(config.device) as world:
+        if world.size > 1:
+            raise ValueError(f"torchrun started {world.size} processes: prediction runs in one")
+        classifier = open_classifier(config)
+        classifier.model.to(world.device)
+        answers = predict(classifier, files, config)
+    if config.json:
+        print(json.dumps(answers, indent=1, ensure_ascii=False))
+    else:
+        _show(answers, classifier.model.config.num_classes)
+    if bad := [f"{answer['image']} ({answer['error']})" for answer in answers if "error" in answer]:
+        raise ValueError(f"{len(bad)} of {len(files)} images cannot be used: {'; '.join(bad)}")
+
+
+@torch.no_grad()
+def predict(
+    classifier: Classifier, files: list[str], config: PredictConfig
+) -> list[dict[str, Any]]:
+    """For every file its likeliest classes, best first, or why there are none; JSON's types."""
+    model, view = classifier.model, classifier.view
+    device = model.cls_token.device
+    size = model.config.image_pixels
+    errors: dict[int, str] = {}
+
+    def blank(index: int, error: Exception) -> np.ndarray:
+        errors[index] = str(error)
+        return np.zeros((*size, 3), np.uint8)
+
+    batches = batches_in_order(
+        _Files(files),
+        range(len(files)),
+        functools.partial(
+            centre_view,
+            size=size,
+            crop_pct=view.crop_pct,
+            interpolation=view.interpolation,
+            crop_mode=view.crop_mode,
+        ),
+        batch_size=config.batch_size,
+        num_threads=config.num_threads,
+        replace_bad=blank,
+    )
+    answers: list[dict[str, Any]] = []
+    with (
+        contextlib.closing(batches),
+        torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
+    ):
+        for where, images in batches:
+            patches = normalized_patches(
+                images.to(device), model.config.patch_pixels, view.mean, view.std
+            )
+            scores = model(patches).float().softmax(dim=1)
+            best = scores.topk(min(config.top, scores.shape[1]))
+            for index in (where.start + scores.isnan().any(dim=1).nonzero()[:, 0]).tolist():
+                errors.setdefault(index, "the model's scores are not finite: are its weights?")
+            for index, *top in zip(
+                range(where.start, where.stop),
+                best.indices.tolist(),
+                best.values.tolist(),
+                strict=True,
+            ):
+                said = {"error": errors[index]} if index in errors else _named(classifier, *top)
+                answers.append({"image": files[index]} | said)
+    return answers
+
+
+def find_images(arguments: Sequence[str]) -> list[str]:
+    """Image files: those named, those below folders, those that patterns match (`**`: any depth).
+
+    What is not there stays in the list, to be told of with the images that cannot be read. Raises
+    ValueError for a folder without images.
+    """
+    if not arguments:
+        raise ValueError("no images were named: pass files, folders or patterns after CHECKPOINT")
+    files = []
+    for argument in arguments:
+        matches = [] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))
+        for path in matches or [argument]:
+            if Path(path).is_dir():
+                folder = ImageFolder(path)
+                files += [folder.name(index) for index in range(len(folder))]
+            else:
+                files.append(path)
+    return files
+
+
+class _Files:
+    """An `ImageSource` of files by their paths."""
+
+    def __init__(self, paths: Sequence[str]):
+        self._paths = paths
+
+    def read(self, index: int) -> bytes:
+        return read_image_file(self._paths[index])
+
+    def name(self, index: int) -> str:
+        return self._paths[index]
+
+
+def _named(
+    classifier: Classifier, classes: list[int], probabilities: list[float]
+) -> dict[str, Any]:
+    """JSON of the classes; "class" is null where the checkpoint says no names."""
+    names = classifier.classes
+    return {
+        "predictions": [
+            {
+                "index": index,
+                "class": None if names is None else names[index],
+                "probability": probability,
+            }
+            for index, probability in zip(classes, probabilities, strict=True)
+        ]
+    }
+
+
+def _show(answers: list[dict[str, Any]], num_classes: int) -> None:
+    for answer in answers:
+        if "error" in answer:
+            continue
+        print(answer["image"])
+        for row in answer["predictions"]:
+            name = f"class {row['index']}"
+            if row["class"] is not None:
+                name = describe_class(row["class"], num_classes)
+            print(f"  {row['probability']:7.2%}  {name}")
