@@ -194,11 +194,11 @@ def science_table(results: dict[str, list[Row]]) -> str:
             continue
         seeds = len({row["seed"] for row in rows})
         shown = rows[0]
-        took = f"{shown['minutes']} minutes in " if shown["minutes"] else ""
+        took = f"{shown['minutes']} minutes in {shown['processes']} processes, "
+        means = f"mean and standard error over {seeds} seeds" if seeds > 1 else "one seed"
         lines = _sentence(
-            f"Test accuracy in %, mean and standard error over {seeds} seeds; {took}"
-            f"{shown['processes']} processes, {shown['machine']}, torch {shown['torch']} "
-            f"(`bench/results/{name}.csv`, commit {shown['commit']})."
+            f"Test accuracy in %, {means}; {took if shown['minutes'] else ''}{shown['machine']}, "
+            f"torch {shown['torch']} (`bench/results/{name}.csv`, commit {shown['commit']})."
         )
         groups: dict[str, dict[str, list[float]]] = {}
         for row in rows:
@@ -224,6 +224,8 @@ def science_table(results: dict[str, list[Row]]) -> str:
 
 
 def mean_and_error(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
     error = statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.fmean(values):.1f} ± {error:.1f}"
 
