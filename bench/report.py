@@ -207,7 +207,7 @@ def science_table(results: dict[str, list[Row]]) -> str:
         cells = []
         for variant, found in groups.items():
             paper = next(row["paper"] for row in rows if row["variant"] == variant)
-            beside = [paper] if name == "science-table4" else []
+            beside = [f"{float(paper):.2f}"] if name == "science-table4" else []
             cells.append([variant, *beside, *(mean_and_error(found[m]) for m in measures)])
         heads = [corner, *(title.format(**rows[0]) for title in titles)]
         if name == "science-table4":
