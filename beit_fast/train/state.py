@@ -171,10 +171,11 @@ def load_newest(output: Path, *, fallback: bool = False) -> Checkpoint | None:
 def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
     """Raise CheckpointError listing every setting in which `checkpoint` is of another run.
 
-    A switch that is off and that the checkpoint's version did not have yet is no difference.
+    A switch or a rate that is off (False, None, 0) and that the checkpoint's version did not have
+    yet is no difference.
     """
     theirs, ours = _flatten(checkpoint.manifest["settings"]), _flatten(settings)
-    off = {key: value for key, value in ours.items() if value is False or value is None}
+    off = {key: value for key, value in ours.items() if value is None or value == 0}
     theirs = off | theirs
     different = [
         _difference(key, theirs.get(key, "absent"), ours.get(key, "absent"))

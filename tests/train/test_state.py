@@ -114,7 +114,8 @@ def test_no_checkpoint_is_no_error(tmp_path):
 
 def test_settings_of_another_run_are_listed_and_a_new_switch_that_is_off_is_none():
     stored = SimpleNamespace(path="run", manifest={"settings": {"model": {"depth": 2}}})
-    check_settings(stored, {"model": {"depth": 2, "fold_layer_scale": False}})
+    off = {"fold_layer_scale": False, "drop_rate": 0.0, "use_fc_norm": None}
+    check_settings(stored, {"model": {"depth": 2, **off}})
     with pytest.raises(
         CheckpointError, match=r"depth was 2, is 3; .*fold\w* was 'absent', is True"
     ):
