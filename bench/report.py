@@ -1,4 +1,4 @@
-"""One page of all that was measured, and the README's tables, from bench/results/*.csv.
+"""One page of all that was measured, and the README's tables, from bench/results.
 
     python bench/report.py --html report.html [--png FOLDER]
     python bench/report.py --readme [--check]         # write the tables, or only compare them
@@ -19,6 +19,8 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from facts import Fact
+from report_gpu import gpu_page, gpu_table, read_gpus
 from timing import RESULTS, conditions_line
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -70,10 +72,13 @@ def split_row(row: Row) -> tuple[Row, Row]:
 # --- the README -----------------------------------------------------------------------------------
 
 
-def readme_with_tables(text: str, results: dict[str, list[Row]]) -> str:
+def readme_with_tables(
+    text: str, results: dict[str, list[Row]], gpus: dict[str, list[Fact]] | None = None
+) -> str:
     """The page with what stands between `<!-- bench: NAME -->` and `<!-- end -->` written anew.
 
-    Raises ValueError for a name that is not in TABLES, and where one of them has no place.
+    `gpus` are the facts of bench/gpu.py by GPU. Raises ValueError for a name that is not in TABLES,
+    and where one of them has no place.
     """
     found = set()
 
@@ -82,7 +87,8 @@ def readme_with_tables(text: str, results: dict[str, list[Row]]) -> str:
         if name not in TABLES:
             raise ValueError(f"the README wants a table {name!r}: take one of {', '.join(TABLES)}")
         found.add(name)
-        return f"<!-- bench: {name} -->\n{TABLES[name](results)}\n<!-- end -->"
+        made = TABLES[name](gpus or {} if name == "gpu" else results)
+        return f"<!-- bench: {name} -->\n{made}\n<!-- end -->"
 
     text = re.sub(r"<!-- bench: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
     if missing := TABLES.keys() - found:
@@ -230,11 +236,17 @@ def mean_and_error(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.1f} ± {error:.1f}"
 
 
-TABLES: dict[str, Callable[[dict[str, list[Row]]], str]] = {
+def gpu_lines(gpus: dict[str, list[Fact]]) -> str:
+    """What bench/gpu.py found, beside floors, peers and predictions."""
+    return "\n".join(_table(*gpu_table(gpus)))
+
+
+TABLES: dict[str, Callable[[dict], str]] = {
     "model": model_table,
     "finetune": finetune_table,
     "pretrain": pretrain_table,
     "science": science_table,
+    "gpu": gpu_lines,
 }
 
 
@@ -276,9 +288,11 @@ def _not_measured(name: str) -> str:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def page(results: dict[str, list[Row]]) -> tuple[str, dict[str, bytes]]:
+def page(
+    results: dict[str, list[Row]], gpus: dict[str, list[Fact]] | None = None
+) -> tuple[str, dict[str, bytes]]:
     """The HTML, pictures included, and the pictures by name."""
-    parts, pictures = [], {}
+    parts, pictures = [gpu_page(gpus or {})], {}
     for name in [*EXPECTED, *(n for n in results if n not in EXPECTED)]:
         parts.append(f"<h2>{html.escape(name)}</h2>")
         rows = results.get(name)
@@ -404,16 +418,16 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.html or options.png or options.readme):
         parser.error("nothing to write: pass --html FILE, --png FOLDER or --readme")
-    results = read_results(options.results)
+    results, gpus = read_results(options.results), read_gpus(options.results)
     if options.readme:
         text = README.read_text(encoding="utf-8")
-        made = readme_with_tables(text, results)
+        made = readme_with_tables(text, results, gpus)
         if options.check and made != text:
             sys.exit("README.md is not what the results say: run python bench/report.py --readme")
         if not options.check:
             README.write_text(made, encoding="utf-8")
     if options.html or options.png:
-        text, pictures = page(results)
+        text, pictures = page(results, gpus)
         if options.html:
             options.html.write_text(text, encoding="utf-8")
         if options.png:

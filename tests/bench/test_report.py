@@ -1,6 +1,7 @@
 """What the report shows is what the files hold, and nothing else."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def test_a_table_is_written_between_its_markers_alone(report):
     page = (
         "before\n<!-- bench: model -->\nold\n<!-- end -->\nbetween\n"
         "<!-- bench: finetune -->\n<!-- end -->\n"
-        "<!-- bench: science -->\n<!-- end -->\n<!-- bench: pretrain -->\n<!-- end -->\nafter"
+        "<!-- bench: science -->\n<!-- end -->\n<!-- bench: pretrain -->\n<!-- end -->\n"
+        "<!-- bench: gpu -->\n<!-- end -->\nafter"
     )
     made = report.readme_with_tables(page, {"pretrain-base-cuda": pretrain_rows()})
     assert made.startswith("before\n<!-- bench: model -->\nnot measured: `python bench/model.py")
@@ -74,7 +76,7 @@ def test_the_page_needs_no_other_file_and_names_what_is_missing(report):
     assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
     sources = re.findall(r'(?:src|href)="(.{11})', text)
     assert sources == ["data:image/"] * 2
-    assert text.count("not measured: <code>") == len(report.EXPECTED) - 1
+    assert text.count("not measured: <code>") == len(report.EXPECTED) - 1 + 1  # and any GPU
     assert "Test GPU &lt;1&gt;" in text
     assert "<td>45</td>" in text
 
@@ -118,3 +120,57 @@ def test_the_command_writes_page_and_pictures(report, tmp_path, monkeypatch):
     report.main()
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
     assert len(list((tmp_path / "png").glob("pretrain-base-cuda-*.png"))) == 2
+
+
+def gpu_facts(run="2026-11-28T10:00:00", ms=0.15):
+    rest = {"run": run, "s": 1.0}
+    figure = {**rest, "kind": "figure", "stage": "kernels", "item": "attention N197"}
+    steps = {**rest, "kind": "figure", "stage": "steps", "item": "base", "unit": "images/s"}
+    return [
+        {**rest, "kind": "note", "stage": "machine", "item": "conditions", "machine":
+         "NVIDIA H100 <80GB>", "capability": "9.0", "torch": "2.11.0", "commit": "abc1234"},
+        {**figure, "figure": "forward", "value": ms, "unit": "ms", "floor": 0.09},
+        {**rest, "kind": "check", "stage": "kernels", "item": "attention N197",
+         "figure": "error of dq", "value": 1.0, "allowed": 0.1, "right": False},
+        {**steps, "figure": "ours", "value": 4400.0, "ratio": 1.0, "floor": 6000.0},
+        {**steps, "figure": "timm-compiled", "value": 4500.0, "ratio": 0.98, "floor": 6000.0},
+    ]  # fmt: skip
+
+
+def write_gpu(folder, *runs):
+    place = folder / "gpu-nvidia-h100"
+    place.mkdir(parents=True)
+    lines = [json.dumps(fact) for run in runs for fact in run]
+    (place / "facts.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_a_gpu_is_shown_beside_floor_peers_and_prediction_slower_cases_too(report, bench, tmp_path):
+    write_gpu(tmp_path, gpu_facts())
+    gpus = bench("report_gpu").read_gpus(tmp_path)
+    lines = report.gpu_lines(gpus).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert cells == [
+        ["attention, B 256, N 197, forward", "NVIDIA H100 <80GB>", "0.15 ms", "60 %", "",
+         "0.13 to 0.17 ms: as predicted"],
+        ["whole steps of BEiT-B, tokens given", "NVIDIA H100 <80GB>", "4400 images/s", "73 %", "",
+         "3.8e+03 to 4.75e+03 images/s: as predicted"],
+        ["whole steps of BEiT-B, tokens given: timm-compiled", "NVIDIA H100 <80GB>",
+         "4500 images/s", "75 %", "0.98", "1.12 to 1.45 times ours: worse"],
+    ]  # fmt: skip
+    text, _ = report.page({}, gpus)
+    assert "<h2>NVIDIA H100 &lt;80GB&gt;</h2>" in text
+    assert "0 of 1 checks" in text
+    assert "error of dq is 1.0, allowed 0.1" in text
+
+
+def test_the_newest_run_of_a_stage_counts(report, bench, tmp_path):
+    write_gpu(tmp_path, gpu_facts(ms=0.3), gpu_facts("2026-11-29T10:00:00", ms=0.15)[1:2])
+    (facts,) = bench("report_gpu").read_gpus(tmp_path).values()
+    table = report.gpu_lines({"NVIDIA H100": facts})
+    assert "0.15 ms" in table
+    assert "0.3 ms" not in table
+    assert "4400 images/s" in table  # of the run before, which had that stage
+
+
+def test_without_a_gpu_the_table_has_the_command(report):
+    assert "| all: `python bench/gpu.py` | | not measured | | | |" in report.gpu_lines({})
