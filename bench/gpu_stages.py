@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -276,6 +277,8 @@ def _setting(
     small = {} if room.is_cuda else {"depth": 1, "vocab_size": 512}
     if not room.is_cuda:
         size = {"base": "small", "large": "base"}[size]
+    dvae = encoder_of_width(256 if room.is_cuda else 16)
+    dvae = dataclasses.replace(dvae, vocab_size=small.get("vocab_size", dvae.vocab_size))
     return Setting(
         model=beit_config(
             f"beit_{size}_patch16_{img_size}_8k_vocab",
@@ -286,32 +289,34 @@ def _setting(
         batch=room.images(images),
         device=room.device,
         dtype="bf16" if room.is_cuda else "fp32",
-        tokenizer=encoder_of_width(256 if room.is_cuda else 16) if tokenizer else None,
+        tokenizer=dvae if tokenizer else None,
         input="synthetic",
     )
 
 
 # --- whole steps against what else a user could run -----------------------------------------------
 
+# What is built, and peers in groups: ours is compiled anew beside each group, and a peer that hangs
+# costs its group.
 SETTINGS = {
     "steps": ({"size": "base", "images": 256}, (
-        "ours-graph", "timm-compiled", "transformers-compiled", "official", "timm")),
+        ("ours-graph", "timm-compiled"), ("transformers-compiled", "official"), ("timm",))),
     "steps-tokenizer": ({"size": "base", "images": 256, "tokenizer": True}, (
-        "ours-graph", "timm-compiled", "official")),
-    "large": ({"size": "large", "images": 128}, ("ours-graph", "timm-compiled")),
-    "px384": ({"size": "base", "images": 64, "img_size": 384}, ("ours-graph", "timm-compiled")),
+        ("ours-graph", "timm-compiled"), ("official",))),
+    "large": ({"size": "large", "images": 128}, (("ours-graph", "timm-compiled"),)),
+    "px384": ({"size": "base", "images": 64, "img_size": 384}, (("ours-graph", "timm-compiled"),)),
 }  # fmt: skip
 
 
 def _whole_steps(room: Room, stage: str) -> None:
-    """Ours and one peer at a time, so that a peer that fails or takes long costs itself alone."""
+    """Ours beside a group of peers at a time; the stages of ours beside the first."""
     import torch
     from peers_pretrain import check
     from pretrain import DTYPES, measure, stated_peak
     from roofline import Machine
     from timing import measure_roof
 
-    options, peers = SETTINGS[stage]
+    options, groups = SETTINGS[stage]
     setting = _setting(room, **options)
     device = torch.device(room.device)
     tokens = "tokens given" if setting.tokenizer is None else setting.tokenizer_name
@@ -322,12 +327,12 @@ def _whole_steps(room: Room, stage: str) -> None:
     roof = measure_roof(device, DTYPES[setting.dtype])
     limits = Machine.of(roof, stated_peak(device, setting.dtype))
     if not room.is_cuda:
-        peers = ("timm",)
+        groups = (("timm",),)
 
-    def run(item: str, peer: str) -> None:
-        for row in measure(setting, [peer], 5 if room.is_cuda else 1, limits, memory=False):
+    def run(item: str, peers: tuple[str, ...]) -> None:
+        for row in measure(setting, list(peers), 5 if room.is_cuda else 1, limits, memory=False):
             if row["part"] != "step":
-                if peer == peers[0]:
+                if peers == groups[0]:
                     name = f"stage: {row['part']}"
                     floor = {"floor": row["floor_ms"]} if row["floor_ms"] else {}
                     room.facts.figure(item, name, row["ms"], "ms", spread=row["spread"], **floor)
@@ -337,9 +342,9 @@ def _whole_steps(room: Room, stage: str) -> None:
             rate = row["images_per_second"]
             room.facts.figure(item, row["candidate"], rate, "images/s", **more)
 
-    for peer in peers:
-        item = f"{name}, {peer}"
-        room.facts.attempt(item, lambda i=item, p=peer: run(i, p))
+    for peers in groups:
+        item = f"{name}, beside {' and '.join(peers)}"
+        room.facts.attempt(item, lambda i=item, p=peers: run(i, p))
 
 
 # --- the loader, a profile, the tests, tuning -----------------------------------------------------
@@ -432,11 +437,9 @@ def tests(room: Room) -> None:
         os.chdir(root)
         chosen = TESTS if room.is_cuda else ("tests/kernels/test_philox.py",)
         options = ["-p", "no:cacheprovider", "--tb=short", "--durations=0"]
-        with contextlib.suppress(ImportError):
-            import xdist  # noqa: F401
-
+        if room.is_cuda and importlib.util.find_spec("xdist"):
             workers = max(1, len(os.sched_getaffinity(0)) - 2)
-            options += ["-n", str(workers), "--dist", "worksteal"] if room.is_cuda else []
+            options += ["-n", str(workers), "--dist", "worksteal"]
         code = pytest.main([*chosen, *options], plugins=[Reports()])
         room.facts.say("note", item="tests", exit_code=int(code), **counts)
         room.facts.check("tests", "failed", counts.get("failed", 0), 0)
