@@ -291,6 +291,22 @@ def test_a_compiled_step_is_one_graph_and_learns_as_the_plain_one(
     assert losses["default"] == pytest.approx(losses["off"], rel=1e-5)
 
 
+def test_another_batch_size_is_compiled_for_itself(pretrain_config, compiled_sides):
+    task = task_of(pretrain_config())
+    task.compile("default")
+    batches = task.batches(0)
+    batch = next(batches)
+    batches.close()
+    listed = len(batch["masked_index"]) // len(batch["mask"])
+    for size in (4, 2):
+        part = {name: value[:size] for name, value in batch.items()}
+        index = batch["masked_index"][: size * listed]
+        part["masked_index"] = index.where(index < part["mask"].numel(), -1)
+        task.loss(task.prepare(part))
+    assert len(compiled_sides) == 2
+    assert all(type(side) is int for sides in compiled_sides for side in sides)
+
+
 def test_fp8_is_emulated_on_a_cpu_and_learns(pretrain_config, tmp_path):
     losses = {}
     for precision in ("fp32", "fp8"):
