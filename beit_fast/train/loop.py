@@ -31,7 +31,7 @@ from beit_fast.train.optim import (
     warmup_steps,
 )
 from beit_fast.train.parallel import World, data_parallel
-from beit_fast.train.prefetch import Batch, device_batches
+from beit_fast.train.prefetch import Batch, InFlight, device_batches
 from beit_fast.train.state import (
     Checkpoint,
     CheckpointError,
@@ -206,6 +206,7 @@ def train(
         micro_batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
         prepare = preparation(task, run, device)
         batches = device_batches(micro_batches, device, prepare, ahead=run.prepare_ahead)
+        in_flight = InFlight(device)
         checked = start
         try:
             for step in range(start, num_steps):
@@ -216,6 +217,7 @@ def train(
                 schedule.step()
                 if ema:
                     ema.update(task.model)
+                in_flight.add()
                 done = step + 1
                 log.tick(images_per_step)
 
