@@ -144,7 +144,7 @@ def train(
 
     `settings` is the whole resolved configuration of the task as plain data; it is saved with
     every checkpoint, and a resume under other settings is refused. Raises Interrupted after a stop
-    signal, NonFiniteLoss, CheckpointError, ValueError.
+    signal, NonFiniteLoss, CaptureError, CheckpointError, ValueError.
     """
     output, device = Path(run.output), world.device
     num_steps = run.num_steps(task.batches_per_epoch)
@@ -286,7 +286,8 @@ def preparation(task: Task, run: RunConfig, device: torch.device) -> Callable[[B
     prepare = autocast(run, device)(task.prepare)
     if not run.cuda_graph:
         return prepare
-    graph = Graphed(lambda batches: prepare(batches[0]), device, "the preparation of batches")
+    name = "the preparation of batches"
+    graph = Graphed(lambda batches: prepare(batches[0]), device, name, draws=False)
     return lambda batch: graph([batch])
 
 
@@ -301,7 +302,7 @@ def graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | Graphe
             world.size,
         )
         return step
-    return Graphed(step, world.device, "the step", clean=step.forget_gradients)
+    return Graphed(step, world.device, "the step")
 
 
 def _decisive(run: RunConfig, task: Task, world: World) -> dict[str, Any]:
