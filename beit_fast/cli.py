@@ -24,6 +24,7 @@ from beit_fast.tasks.predict import PredictConfig, run_prediction
 from beit_fast.tasks.pretokenize import run_pretokenize
 from beit_fast.tasks.probe import run_probe
 from beit_fast.tokenizer.dalle import convert_dalle
+from beit_fast.train.graph import CaptureError
 from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
 
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("beit-fast: interrupted; the last checkpoint is whole", file=sys.stderr)
         return 130
-    except (ValueError, OSError, BadDataError, NonFiniteLoss) as error:
+    except (ValueError, OSError, BadDataError, NonFiniteLoss, CaptureError) as error:
         print(f"beit-fast: {error}", file=sys.stderr)
         return 1
     return 0

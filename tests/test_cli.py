@@ -11,6 +11,7 @@ import yaml
 from beit_fast import recipes
 from beit_fast.cli import main, parse
 from beit_fast.tasks.pretrain import PretrainTask
+from beit_fast.train.graph import CaptureError
 
 TINY = [
     *["--run.steps", "2", "--run.log_every", "1", "--optim.warmup_steps", "1"],
@@ -149,6 +150,30 @@ def test_a_loss_that_is_not_finite_gives_one_line(tmp_path, capsys, monkeypatch)
     arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
     assert main(arguments) == 1
     assert "not finite between steps 1 and 1, first at step 1" in capsys.readouterr().err
+
+
+def test_a_failed_capture_gives_one_line_whose_remedy_resumes_the_run(
+    tmp_path, capsys, monkeypatch
+):
+    loss, calls = PretrainTask.loss, []
+
+    def fail_in_the_second_step(self, batch):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise CaptureError("the step", RuntimeError("CUDA error: not permitted\nmore"))
+        return loss(self, batch)
+
+    arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainTask, "loss", fail_in_the_second_step)
+        assert main([*arguments, "--run.save_every", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (line,) = said.strip().splitlines()
+    assert "CUDA error: not permitted. " in line
+    assert "pass --run.cuda_graph false" in line
+    assert main([*arguments, "--run.cuda_graph", "false"]) == 0
+    assert "resumes from" in capsys.readouterr().out
 
 
 def test_an_unknown_flag_is_named(capsys):

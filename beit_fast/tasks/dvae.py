@@ -118,7 +118,7 @@ class DvaeTask:
         return self.loader.batches(start)
 
     def compile(self, mode: str) -> None:
-        self._forward = torch.compile(self.model.forward, fullgraph=True, mode=mode)
+        self._forward = torch.compile(self.model.forward, fullgraph=True, dynamic=False, mode=mode)
 
     def begin_step(self, step: int) -> None:
         self._temperature.fill_(self.config.temperature(step))
@@ -198,7 +198,7 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
     """Train a tokenizer, resuming where it was left, and report what became of its codebook.
 
     Returns the safetensors file that `load_tokenizer` reads, in the run's folder. Raises ValueError
-    (also CheckpointError), OSError, NonFiniteLoss, Interrupted.
+    (also CheckpointError), OSError, NonFiniteLoss, CaptureError, Interrupted.
     """
     task = DvaeTask(config, world)
     settings = lasting_settings(config)

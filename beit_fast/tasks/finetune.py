@@ -146,7 +146,7 @@ class FinetuneTask:
         return self.loader.batches(start)
 
     def compile(self, mode: str) -> None:
-        self._loss = torch.compile(self._loss_of, fullgraph=True, mode=mode)
+        self._loss = torch.compile(self._loss_of, fullgraph=True, dynamic=False, mode=mode)
 
     def begin_step(self, step: int) -> None:
         """Nothing here changes over the run."""
@@ -240,7 +240,8 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
     """Train as `config` says, resume where it was left, evaluate, and print where the results are.
 
     There is no best checkpoint: the last one counts, for one chosen on the test images would have
-    seen them. Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, Interrupted.
+    seen them. Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, CaptureError,
+    Interrupted.
     """
     with open_world(config.run.device, config.run.cpu_threads) as world:
         task = FinetuneTask(config, world)

@@ -22,7 +22,7 @@ CLEAR_GAIN = 0.05  # share of the marginals' entropy; less could be positions, n
 def run_pretraining(config: PretrainConfig) -> Outcome:
     """Train as `config` says, resume where it was left, and print where the results are.
 
-    Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, Interrupted.
+    Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, CaptureError, Interrupted.
     """
     with open_world(config.run.device, config.run.cpu_threads) as world:
         tokenizer = None if config.token_cache is not None else open_tokenizer(config, world)

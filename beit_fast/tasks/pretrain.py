@@ -173,7 +173,7 @@ class PretrainTask:
         return self.loader.batches(start)
 
     def compile(self, mode: str) -> None:
-        self._loss = torch.compile(self._loss, fullgraph=True, mode=mode)
+        self._loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=mode)
 
     def begin_step(self, step: int) -> None:
         """Nothing here changes over the run."""

@@ -84,6 +84,13 @@ class RunConfig:
                 "run.cuda_graph captures the whole step, and run.compile reduce-overhead makes "
                 "graphs of its parts: choose one (run.compile default goes with run.cuda_graph)"
             )
+        if self.accumulate > 1 and self.compile == "reduce-overhead":
+            # pytorch issues 96693 and 169545
+            raise ValueError(
+                "run.compile reduce-overhead keeps gradients where its graphs of the next "
+                f"micro-batch write, and run.accumulate is {self.accumulate}: pass --run.compile "
+                "default (--run.cuda_graph true goes with it), or --run.accumulate 1"
+            )
         if (self.steps if self.steps is not None else self.epochs) <= 0:
             raise ValueError("the run has no step: give run.steps or run.epochs above 0")
 

@@ -31,7 +31,7 @@ from beit_fast.train.optim import (
     warmup_steps,
 )
 from beit_fast.train.parallel import World, data_parallel
-from beit_fast.train.prefetch import Batch, device_batches
+from beit_fast.train.prefetch import Batch, InFlight, device_batches
 from beit_fast.train.state import (
     Checkpoint,
     CheckpointError,
@@ -144,7 +144,7 @@ def train(
 
     `settings` is the whole resolved configuration of the task as plain data; it is saved with
     every checkpoint, and a resume under other settings is refused. Raises Interrupted after a stop
-    signal, NonFiniteLoss, CheckpointError, ValueError.
+    signal, NonFiniteLoss, CaptureError, CheckpointError, ValueError.
     """
     output, device = Path(run.output), world.device
     num_steps = run.num_steps(task.batches_per_epoch)
@@ -206,6 +206,7 @@ def train(
         micro_batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
         prepare = preparation(task, run, device)
         batches = device_batches(micro_batches, device, prepare, ahead=run.prepare_ahead)
+        in_flight = InFlight(device)
         checked = start
         try:
             for step in range(start, num_steps):
@@ -216,6 +217,7 @@ def train(
                 schedule.step()
                 if ema:
                     ema.update(task.model)
+                in_flight.add()
                 done = step + 1
                 log.tick(images_per_step)
 
@@ -284,7 +286,8 @@ def preparation(task: Task, run: RunConfig, device: torch.device) -> Callable[[B
     prepare = autocast(run, device)(task.prepare)
     if not run.cuda_graph:
         return prepare
-    graph = Graphed(lambda batches: prepare(batches[0]), device, "the preparation of batches")
+    name = "the preparation of batches"
+    graph = Graphed(lambda batches: prepare(batches[0]), device, name, draws=False)
     return lambda batch: graph([batch])
 
 
@@ -299,7 +302,7 @@ def graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | Graphe
             world.size,
         )
         return step
-    return Graphed(step, world.device, "the step", clean=step.forget_gradients)
+    return Graphed(step, world.device, "the step")
 
 
 def _decisive(run: RunConfig, task: Task, world: World) -> dict[str, Any]:

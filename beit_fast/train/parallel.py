@@ -99,7 +99,11 @@ def open_world(device: str, cpu_threads: int | None = None) -> Iterator[World]:
 
 
 def data_parallel(module: nn.Module, world: World) -> nn.Module:
-    """`module`, or its DDP wrapper where there are several ranks."""
+    """`module`, or its DDP wrapper where there are several ranks.
+
+    What `module` compiles for itself overlaps with the exchange all the same: inside DDP's forward
+    Dynamo splits a graph at the buckets, so one is sent while the backward of the next part runs.
+    """
     if world.size == 1:
         return module
     devices = [world.device.index] if world.device.type == "cuda" else None

@@ -4,12 +4,14 @@ The host launches a step and asks for the next batch at once, while the device i
 on a stream of its own, goes on beside it.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
+STEPS_IN_FLIGHT = 2  # one at work and one that waits behind it: the device is never idle
 
 
 def device_batches(
@@ -42,3 +44,25 @@ def device_batches(
     finally:
         if hasattr(batches, "close"):
             batches.close()
+
+
+class InFlight:
+    """Steps that were launched and are not known to be done, at most STEPS_IN_FLIGHT.
+
+    A graph is one launch, so without this the host would run some 30 steps ahead of the device,
+    each with its batch in device memory. A CPU runs ahead of nothing and has no events.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._counts = device.type == "cuda"
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def add(self) -> None:
+        """Note that a step was launched, and wait until there is room for the next."""
+        if not self._counts:
+            return
+        end = torch.cuda.Event(blocking=True)  # sleeps: the loader's threads want the core
+        end.record()
+        self._ends.append(end)
+        if len(self._ends) == STEPS_IN_FLIGHT:
+            self._ends.popleft().synchronize()

@@ -95,8 +95,5 @@ class TrainStep:
         norm = clip_gradients(self._parameters, self._clip_grad)
         self._sentinel.watch(sums["loss"], norm)
         self._optimizer.step()
-        self.forget_gradients()
-        return sums | {"grad_norm": norm}
-
-    def forget_gradients(self) -> None:
         self._optimizer.zero_grad()
+        return sums | {"grad_norm": norm}

@@ -1,5 +1,6 @@
 """A pre-training small enough to test: random images, an untrained tokenizer, two blocks."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,22 @@ from beit_fast.tasks.sources import DataConfig
 from beit_fast.tokenizer.checkpoint import save_tokenizer
 from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
 from beit_fast.train.config import OptimConfig, RunConfig
+
+
+@pytest.fixture
+def compiled_sides(monkeypatch):
+    """torch.compile makes nothing; here are all sides of its inputs' shapes, a list for each time
+    it was called upon. A side that it takes for variable is a SymInt."""
+    sides = []
+
+    def note(graph, inputs):
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        sides.append([side for tensor in tensors for side in tensor.shape])
+        sides[-1] += [value for value in inputs if isinstance(value, torch.SymInt)]
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=note))
+    return sides
 
 
 @pytest.fixture(scope="session")

@@ -276,3 +276,14 @@ def test_a_compiled_step_is_one_graph_with_the_plain_ones_loss(config, monkeypat
         task.begin_step(20)
         totals.append(task.loss(task.prepare(batch))[0])
     torch.testing.assert_close(totals[1], totals[0])
+
+
+def test_another_batch_size_is_compiled_for_itself(config, compiled_sides):
+    task = DvaeTask(config(), ALONE)
+    task.compile("default")
+    batch = first_batch(task)
+    for size in (8, 4):
+        task.begin_step(0)
+        task.loss(task.prepare({name: value[:size] for name, value in batch.items()}))
+    assert len(compiled_sides) == 2
+    assert all(type(side) is int for sides in compiled_sides for side in sides)

@@ -334,6 +334,17 @@ def test_a_compiled_step_is_one_graph_and_learns_as_the_plain_one(
     assert losses["default"] == pytest.approx(losses["off"], rel=1e-5)
 
 
+def test_another_batch_size_is_compiled_for_itself(finetune_config, compiled_sides):
+    task = FinetuneTask(finetune_config(augment=PLAIN), ALONE)
+    task.compile("default")
+    batch = first_batch(task)
+    for size in (5, 3):
+        task.begin_step(0)
+        task.loss(task.prepare({name: value[:size] for name, value in batch.items()}))
+    assert len(compiled_sides) == 2
+    assert all(type(side) is int for sides in compiled_sides for side in sides)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_step_as_a_cuda_graph_is_bitwise_the_plain_one(finetune_config, tmp_path):
     runs = []

@@ -3,8 +3,12 @@
 import functools
 import math
 import os
+import pickle
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,6 +293,40 @@ def test_a_compiled_step_is_one_graph_and_learns_as_the_plain_one(
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert graphs == (mode == "default")
     assert losses["default"] == pytest.approx(losses["off"], rel=1e-5)
+
+
+def test_a_compiled_backward_sends_gradients_before_it_ends(pretrain_config, tmp_path):
+    model = {"embed_dim": 256, "num_heads": 4, "depth": 1, "drop_path_rate": 0.0}  # 3 MiB
+    config = tmp_path / "config.pkl"
+    config.write_bytes(pickle.dumps(pretrain_config(model=model)))
+    script = Path(__file__).with_name("compiled_ranks.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(script), str(config), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    for rank in (0, 1):
+        traces = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        split, whole = traces["split"], traces["whole"]
+        # One compiled backward has all gradients at its end: nothing is sent beside it.
+        assert whole["events"] == ["backward"] + ["bucket"] * whole["events"].count("bucket")
+        assert split["events"][:4] == ["backward", "bucket"] * 2
+        for name, gradient in split["gradients"].items():
+            torch.testing.assert_close(gradient, whole["gradients"][name], rtol=1e-4, atol=1e-6)
+
+
+def test_another_batch_size_is_compiled_for_itself(pretrain_config, compiled_sides):
+    task = task_of(pretrain_config())
+    task.compile("default")
+    batches = task.batches(0)
+    batch = next(batches)
+    batches.close()
+    listed = len(batch["masked_index"]) // len(batch["mask"])
+    for size in (4, 2):
+        part = {name: value[:size] for name, value in batch.items()}
+        index = batch["masked_index"][: size * listed]
+        part["masked_index"] = index.where(index < part["mask"].numel(), -1)
+        task.loss(task.prepare(part))
+    assert len(compiled_sides) == 2
+    assert all(type(side) is int for sides in compiled_sides for side in sides)
 
 
 def test_fp8_is_emulated_on_a_cpu_and_learns(pretrain_config, tmp_path):
