@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 2, 4])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "data.csv", help="CSV")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -82,7 +83,7 @@ def main() -> None:
             lambda: bench_loader(source, args.threads),
         ),
     }
-    records = Records(RESULTS / "data.csv", values, ("bench", "case", "figure"))
+    records = Records(args.output, values, ("bench", "case", "figure"))
     for part in (part for part in PARTS if part in args.only):
         title, measure = measures[part]
         measured = measure()

@@ -21,6 +21,7 @@ import argparse
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from records import Records
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="default results/kernels-<area>-<device>.csv")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -175,7 +177,7 @@ def main() -> None:
     print(conditions_line(values))
     # A peer's file makes cases one at a time, so that one case's tensors are gone before the next.
     peers = importlib.import_module(f"peers_{arguments.area}")
-    path = RESULTS / f"kernels-{arguments.area}-{device.type}.csv"
+    path = arguments.output or RESULTS / f"kernels-{arguments.area}-{device.type}.csv"
     records = Records(path, values, ("case", "candidate"))
     measured = False
     for case in one_by_one(peers.cases(device, dtype, arguments.only)):

@@ -629,6 +629,7 @@ def profile(setting: Setting, names: list[str], source: "ManyTimes | None", fold
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ["ours", *names]:
+        fresh_compiler()
         candidate = build(name, setting)
         single = Input(setting, candidate, source)
         with single.open() as batches:

@@ -23,6 +23,7 @@ estimated; `--only eager ours Dvae` leaves it out and takes 2.
 import argparse
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="+", default=[""], help="candidates by a part of the name")
+    parser.add_argument("--output", type=Path, help="CSV; default in results/, by what and device")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if arguments.what == "agreement" and arguments.only != [""]:
@@ -246,7 +248,7 @@ def main() -> None:
     values = conditions(device, ["triton"], **settings)
     print(conditions_line(values))
     origin = "trained" if arguments.tokenizer else "random"
-    path = RESULTS / f"tokenizer-{arguments.what}-{origin}-{device.type}.csv"
+    path = arguments.output or RESULTS / f"tokenizer-{arguments.what}-{origin}-{device.type}.csv"
     records, rows = Records(path, values, names), []
     for row in made:
         records.add([row])

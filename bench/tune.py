@@ -160,13 +160,15 @@ def main() -> None:
     parser.add_argument("--only", choices=("forward", "backward"))
     parser.add_argument("--tokens", type=int, nargs="+", help="lengths N; default: all")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="JSON; default results/tune-<gpu>.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("tuning needs a GPU, and there is none: nothing was measured")
     device = torch.device("cuda")
     values = conditions(device, ["triton"], dtype="bfloat16", rounds=arguments.rounds)
     print(conditions_line(values))
-    path = RESULTS / f"tune-{values['machine'].lower().replace(' ', '-')}.json"
+    name = values["machine"].lower().replace(" ", "-")
+    path = arguments.output or RESULTS / f"tune-{name}.json"
     parts = ("forward", "backward") if arguments.only is None else (arguments.only,)
     shapes = [s for s in SHAPES if arguments.tokens is None or s[2] in arguments.tokens]
     for (B, H, N, K), part in itertools.product(shapes, parts):
