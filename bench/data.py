@@ -1,12 +1,13 @@
 """How fast images become batches, and how far the fast transform is from the reference.
 
-    python bench/data.py [--data FOLDER] [--rounds 5] [--threads 0 1 2 4]
+    python bench/data.py [--data FOLDER] [--rounds 5] [--threads 0 1 2 4] [--only masks jitter]
 
 Prints masks per second, images per second of both transforms, what the fast one leaves to the
-device, their distance in pixels, and the loader's throughput, and writes all of it to
-bench/results/data.csv. Rates are per second of CPU time of one thread, so other work on the machine
-matters less; candidates take turns every few images, and the median over rounds is printed with its
-range. Without --data it takes the photographs of the package.
+device, their distance in pixels, and the loader's throughput, and writes each of these to
+bench/results/data.csv as it is measured (records.py has the rule). Masks and jitter decode nothing;
+the rest needs torchcodec, and the loader Grain. Rates are per second of CPU time of one thread, so
+other work on the machine matters less; candidates take turns every few images, and the median over
+rounds is printed with its range. Without --data it takes the photographs of the package.
 
 The rate of `fast` is that of a loader thread: its jitter happens later, on the device that trains.
 Where that is a CPU too, its milliseconds, printed apart, come on top.
@@ -24,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timing import RESULTS, conditions, conditions_line, format_table, write_results
+from records import Records
+from timing import RESULTS, conditions, conditions_line, format_table
 
 import beit_fast.data
 from beit_fast.data.color_jitter import apply_jitter, jitter_views
@@ -37,6 +39,7 @@ from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.views import ViewConfig, make_views, normalize, two_views
 
 GRID = (14, 14)
+PARTS = ("masks", "jitter", "transforms", "distance", "loader")
 MAX_FILES = 256  # of a folder: enough to be even, few enough to sit in memory
 
 
@@ -45,6 +48,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 2, 4])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "data.csv", help="CSV")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -52,25 +57,46 @@ def main() -> None:
     values = conditions(
         torch.device("cpu"),
         ("torchcodec", "pillow", "numpy", "grain"),
+        rounds=args.rounds,
         images=f"{len(source)} of {source.kilobytes:.0f} kB from {source.origin}",
     )
     print(conditions_line(values))
-    rows = []
-    for title, measured in (
-        ("masks of 14x14, seeding included, per core second", bench_masks(args.rounds)),
-        ("images to two views, per core second", bench_transforms(source, args.rounds)),
-        ("jitter of fast on the device, here a CPU, batches of 64", bench_jitter(args.rounds)),
-        ("fast against reference, levels of 255 and dB", bench_distance(source)),
-        ("loader, two views and masks, batches of 64", bench_loader(source, args.threads)),
-    ):
+    measures: dict[str, tuple[str, Callable[[], list[dict]]]] = {
+        "masks": (
+            "masks of 14x14, seeding included, per core second",
+            lambda: bench_masks(args.rounds),
+        ),
+        "transforms": (
+            "images to two views, per core second",
+            lambda: bench_transforms(source, args.rounds),
+        ),
+        "jitter": (
+            "jitter of fast on the device, here a CPU, batches of 64",
+            lambda: bench_jitter(args.rounds),
+        ),
+        "distance": (
+            "fast against reference, levels of 255 and dB",
+            lambda: bench_distance(source),
+        ),
+        "loader": (
+            "loader, two views and masks, batches of 64",
+            lambda: bench_loader(source, args.threads),
+        ),
+    }
+    records = Records(args.output, values, ("bench", "case", "figure"))
+    for part in (part for part in PARTS if part in args.only):
+        title, measure = measures[part]
+        measured = measure()
         print(f"\n{title}\n{format_table(measured)}", flush=True)
-        rows += [
-            {"bench": title, "case": row["case"], "figure": figure, "value": value}
-            for row in measured
-            for figure, value in row.items()
-            if figure != "case"
-        ]
-    write_results(RESULTS / "data.csv", rows, values)
+        records.add(
+            [
+                {"bench": title, "case": row["case"], "figure": figure, "value": value}
+                for row in measured
+                for figure, value in row.items()
+                if figure != "case"
+            ]
+        )
+    print(f"written to {records.path}")
 
 
 def bench_masks(rounds: int) -> list[dict]:

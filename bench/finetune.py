@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from beit_fast.kernels.exact_fp32 import exact_fp32
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.layouts import from_house
 from beit_fast.tasks.finetune import FinetuneConfig, FinetuneTask, LabelledDataConfig
@@ -53,7 +54,7 @@ class PeerTask(FinetuneTask):
 
     def compile(self, mode: str) -> None:
         """Unlike ours, the graph may break where the library breaks it."""
-        self._loss = torch.compile(self._loss_of, mode=mode)
+        self._loss = torch.compile(self._loss_of, mode=mode, dynamic=False)
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         renamed = _HouseNames(self.model, self.config.model.depth)
@@ -166,8 +167,9 @@ def check(build_peer: Callable[[BeitConfig], Peer], name: str, device: str) -> N
         step = make_step(model, peer, batch=4, device=device, precision="fp32", compiled=False)
         # No noise of the eraser, which draws anew in each step.
         batch = {n: v for n, v in step.batch.items() if n != "erase"}
-        loss, _ = step.task.loss(batch)
-        loss.backward()
+        with exact_fp32():
+            loss, _ = step.task.loss(batch)
+            loss.backward()
         gradients = [p.grad for p in step.task.model.parameters() if p.grad is not None]
         found.append((loss.item(), nn.utils.get_total_norm(gradients).item()))
     for what, ours, theirs in zip(("loss", "gradient"), *found, strict=True):

@@ -6,26 +6,40 @@ All candidates of a case run interleaved in one process, behind the tests: no nu
 while a candidate disagrees with the reference. A ratio is the peer's time by ours: above 1, ours is
 faster. The floor is the larger of bytes / copy bandwidth and operations / matrix rate, both
 measured in the same run; `floor` is the share of it that a candidate reaches. Peak memory is what
-a call allocates beyond its inputs. On a CPU the shapes are small.
+a call allocates beyond its inputs. On a CPU the shapes are small. A peer that cannot run, or that
+torch.compile would leave eager, has a row without a time, and the reason in it.
+
+Results are written after each case, with `--only` too (records.py has the rule), so that an area
+may be measured in parts. On a GPU compilation takes nearly all of the time; as estimated, not
+measured: attention 20 to 30 minutes, of which `--only B256-H12-N197` 4 and `--only
+B256-H12-N197-forward` 1.5; cross_entropy 8 (`--only B256-D768`, `--only B256-D1024`, `--only
+argmax`), conv 6 (`--only g1` to `--only g4`), residual 5 (`--only D768`, `--only D1024`), pieces 4,
+input 3.
 """
 
 import argparse
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from records import Records
 from timing import (
     RESULTS,
     Roof,
     conditions,
     conditions_line,
-    format_table,
+    failed_row,
+    format_results,
+    fresh_compiler,
     measure_roof,
+    reason_of,
     time_interleaved,
-    write_results,
 )
 from torch import Tensor
+
+from beit_fast.kernels.exact_fp32 import exact_fp32
 
 AREAS = ("attention", "residual", "cross_entropy", "input", "conv", "pieces")
 
@@ -48,9 +62,13 @@ class Case:
 
 
 def measure(case: Case, device: torch.device, roof: Roof, rounds: int) -> list[dict]:
-    """One row for each candidate."""
+    """One row for each candidate; those that failed have nan for figures, and the reason."""
+    if case.ours not in case.candidates:
+        reason = case.failed.get(case.ours, "is not among the candidates")
+        raise RuntimeError(f"{case.name}: {case.ours}: {reason}: nothing to compare with")
     if case.check is not None:
-        case.check()
+        with exact_fp32():  # a reference in fp32 is not to be cuDNN's TF32
+            case.check()
     peaks_mb = {name: _peak_mb(run, device) for name, run in case.candidates.items()}
     timings = time_interleaved(
         case.candidates, device=device, rounds=rounds, calls=10 if device.type == "cuda" else 1
@@ -73,11 +91,23 @@ def measure(case: Case, device: torch.device, roof: Roof, rounds: int) -> list[d
                 "GB/s": case.num_bytes / seconds / 1e9,
                 "TFLOP/s": case.num_flops / seconds / 1e12,
                 "peak_MB": peaks_mb[name],
+                "error": "",
             }
         )
-    for name, reason in case.failed.items():
-        print(f"{case.name}: no {name}: {reason}")
-    return rows
+    known = {"case": case.name, "floor_ms": floor_ms}
+    failed = [failed_row(rows[0], why, candidate=n, **known) for n, why in case.failed.items()]
+    return rows + failed
+
+
+def one_by_one(cases: Iterator[Case]) -> Iterator[Case]:
+    """The cases, each made after all that was compiled for the last one is forgotten."""
+    while True:
+        fresh_compiler()
+        try:
+            case = next(cases)
+        except StopIteration:
+            return
+        yield case
 
 
 def gradients_of(out: Tensor, inputs: list[Tensor], dout: Tensor) -> Callable[[], object]:
@@ -109,7 +139,7 @@ def try_all(makers: dict[str, Callable[[], Callable]]) -> tuple[dict, dict[str, 
             candidate()
             made[name] = candidate
         except Exception as error:  # a peer that cannot run must not stop the others
-            failed[name] = f"{type(error).__name__}: {str(error)[:100]!r}"
+            failed[name] = reason_of(error)
     return made, failed
 
 
@@ -131,6 +161,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="default results/kernels-<area>-<device>.csv")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -139,24 +170,24 @@ def main() -> None:
         device,
         ["triton", "numpy"],
         dtype=str(dtype).removeprefix("torch."),
+        rounds=arguments.rounds,
         copy_GB_per_s=round(roof.bytes_per_second / 1e9),
         product_TFLOP_per_s=round(roof.flops_per_second / 1e12, 2),
     )
     print(conditions_line(values))
     # A peer's file makes cases one at a time, so that one case's tensors are gone before the next.
     peers = importlib.import_module(f"peers_{arguments.area}")
-    cases: Iterator[Case] = peers.cases(device, dtype, arguments.only)
-    rows = []
-    for case in cases:
-        new = measure(case, device, roof, arguments.rounds)
-        print(format_table(new), flush=True)
-        rows += new
-    if not rows:
+    path = arguments.output or RESULTS / f"kernels-{arguments.area}-{device.type}.csv"
+    records = Records(path, values, ("case", "candidate"))
+    measured = False
+    for case in one_by_one(peers.cases(device, dtype, arguments.only)):
+        rows = measure(case, device, roof, arguments.rounds)
+        records.add(rows)
+        print(format_results(rows, "candidate"), flush=True)
+        measured = True
+    if not measured:
         parser.error(f"no case contains {arguments.only!r}")
-    path = RESULTS / f"kernels-{arguments.area}-{device.type}.csv"
-    if not arguments.only:
-        write_results(path, rows, values)
-        print(f"written to {path}")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

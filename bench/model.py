@@ -5,7 +5,8 @@
 Three tasks: `classifier` (1000 classes, a position table per block), `features` (the encoder alone,
 shared table) and `mim` (75 of 196 patches hidden; timm has no such model, and transformers scores
 every patch where we score the hidden ones). A step is forward, loss and backward, without the
-optimiser. The ratio is the peer's time or memory by ours: above 1, ours is better.
+optimiser. The ratio is the peer's time or memory by ours: above 1, ours is better. A peer that
+cannot run, or that torch.compile would leave eager, has a row without a time, and the reason in it.
 
     python bench/model.py --accelerate --size base --batch 4 --tasks classifier
 
@@ -14,6 +15,11 @@ compares the libraries' models with themselves after `beit_fast.accelerate`: abo
     python bench/model.py --finetune --size base --batch 4
 
 times whole steps of fine-tuning, optimiser included (finetune.py), with or without `--accelerate`.
+
+Results are written after each task and mode, times before memory is measured, into the place of
+what the file had for the same models (records.py has the rule), so that a table may be measured by
+task. On a GPU all tasks compile for 15 to 20 minutes, as estimated and not measured;
+`--tasks classifier`, `--tasks features` and `--tasks mim` take about 6 each.
 """
 
 import argparse
@@ -28,13 +34,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from finetune import FinetuneStep, Peer, check, make_step
+from records import Records
 from timing import (
     RESULTS,
     conditions,
     conditions_line,
-    format_table,
+    failed_row,
+    format_results,
+    fresh_compiler,
+    reason_of,
     time_interleaved,
-    write_results,
 )
 from torch import Tensor, nn
 
@@ -197,7 +206,7 @@ def make_candidate(name: str, task: str, setting: Setting, compiled: bool = Fals
     model.train()
     inputs = make_inputs(setting)
     if compiled:
-        loss = torch.compile(loss)
+        loss = torch.compile(loss, dynamic=False)
     autocast = nullcontext
     if setting.dtype == "bf16":
         autocast = functools.partial(torch.autocast, setting.device, torch.bfloat16)
@@ -266,29 +275,40 @@ def peak_cuda_mib(candidate: Candidate) -> float:
 
 
 def bench(
-    task: str, names: tuple[str, ...], setting: Setting, compiled: bool, rounds: int
+    task: str,
+    names: tuple[str, ...],
+    setting: Setting,
+    compiled: bool,
+    rounds: int,
+    written: Callable[[list[dict]], object] = lambda rows: None,
 ) -> list[dict]:
-    """The candidates in one run; ratios are of each by the first."""
-    candidates = {name: make_candidate(name, task, setting, compiled) for name in names}
-    device = torch.device(setting.device)
-    memory = {}
+    """The candidates in one run; ratios are of each by the first.
+
+    `written` is given all rows when they are timed, and again with the peaks of memory.
+    """
+    fresh_compiler()
+    candidates, failed = {}, {}
     for name in names:
-        if device.type == "cuda":
-            memory[name] = peak_cuda_mib(candidates[name])
-        else:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                memory[name] = pool.submit(peak_cpu_mib, name, task, setting).result()
+        try:
+            candidate = make_candidate(name, task, setting, compiled)
+            candidate.train_step()
+            candidate.forward()
+            candidates[name] = candidate
+        except Exception as error:  # a peer that cannot run stops no other
+            if name == names[0]:
+                raise
+            failed[name] = reason_of(error)
     rows = []
+    device = torch.device(setting.device)
+    place = {"task": task, "mode": "compiled" if compiled else "eager"}
     for kind in ("train_step", "forward"):
         calls = {name: getattr(candidate, kind) for name, candidate in candidates.items()}
         timings = time_interleaved(calls, device=device, rounds=rounds)
         for name, timing in timings.items():
             ratio, ratio_spread = timings[names[0]].ratio(timing)
-            training = kind == "train_step"
             rows.append(
                 {
-                    "task": task,
-                    "mode": "compiled" if compiled else "eager",
+                    **place,
                     "pass": kind,
                     "model": name,
                     "ms": timing.median_ms,
@@ -296,11 +316,36 @@ def bench(
                     "images_per_second": 1e3 * setting.batch / timing.median_ms,
                     "ratio": ratio,
                     "ratio_spread": ratio_spread,
-                    "peak_mib": memory[name] if training else "",
-                    "memory_ratio": memory[name] / memory[names[0]] if training else "",
+                    "peak_mib": "",
+                    "memory_ratio": "",
+                    "error": "",
                 }
             )
+        place_of = {**place, "pass": kind}
+        rows += [failed_row(rows[0], why, model=name, **place_of) for name, why in failed.items()]
+    written(rows)
+    _add_memory([row for row in rows if row["pass"] == "train_step"], candidates, setting)
+    written(rows)
     return rows
+
+
+def _add_memory(rows: list[dict], candidates: dict[str, Candidate], setting: Setting) -> None:
+    """Peaks beside the times of rows, and by the first one's; where there is none, why."""
+    first = None
+    for row in rows:
+        if (name := row["model"]) not in candidates:
+            continue
+        try:
+            if setting.device == "cuda":
+                peak = peak_cuda_mib(candidates[name])
+            else:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    peak = pool.submit(peak_cpu_mib, name, row["task"], setting).result()
+        except Exception as error:  # the times are right
+            row["error"] = f"memory: {reason_of(error)}"
+            continue
+        first = peak if row is rows[0] else first
+        row["peak_mib"], row["memory_ratio"] = peak, peak / first if first else ""
 
 
 def main() -> None:
@@ -343,7 +388,11 @@ def main() -> None:
         rounds=options.rounds,
     )
     print(conditions_line(values))
-    rows: list[dict] = []
+    stem = "accelerate" if options.accelerate else "model"
+    if options.finetune:
+        stem = "finetune-accelerate" if options.accelerate else FINETUNE
+    path = options.output or RESULTS / f"{stem}-{setting.size}-{setting.device}.csv"
+    records = Records(path, values, ("task", "mode", "pass", "model"))
     for task in (FINETUNE,) if options.finetune else options.tasks:
         peers = PEERS["classifier" if task == FINETUNE else task]
         runs = [("ours", *peers)]
@@ -354,13 +403,8 @@ def main() -> None:
                 check(functools.partial(build_peer, name), name, setting.device)
         for compiled in (False, True) if setting.device == "cuda" else (False,):
             for names in runs:
-                rows += bench(task, names, setting, compiled, options.rounds)
-                print(format_table(rows[-2 * len(names) :]), flush=True)
-    stem = "accelerate" if options.accelerate else "model"
-    if options.finetune:
-        stem = "finetune-accelerate" if options.accelerate else FINETUNE
-    path = options.output or RESULTS / f"{stem}-{setting.size}-{setting.device}.csv"
-    write_results(path, rows, values)
+                rows = bench(task, names, setting, compiled, options.rounds, records.add)
+                print(format_results(rows, "model"), flush=True)
     print(f"written to {path}")
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.samples import PretrainSample
 from beit_fast.data.views import HALF_MEAN, HALF_STD, ViewConfig, normalize
+from beit_fast.kernels.exact_fp32 import exact_fp32
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForMaskedImageModeling
 from beit_fast.tokenizer.dvae import Dvae, map_pixels
@@ -210,8 +211,8 @@ def _today(model, tokenize, optim, device, dtype, *, compiled: bool) -> Candidat
     )
     loss_of = model
     if compiled:
-        loss_of = torch.compile(model, mode=COMPILE_MODE)
-        tokenize = torch.compile(tokenize, mode=COMPILE_MODE)
+        loss_of = torch.compile(model, mode=COMPILE_MODE, dynamic=False)
+        tokenize = torch.compile(tokenize, mode=COMPILE_MODE, dynamic=False)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     def step(batch: Batch) -> Tensor:
@@ -318,7 +319,7 @@ def check(device: torch.device) -> None:
         for parameter in ours.parameters():
             parameter.normal_(std=0.1)
     state, results = ours.state_dict(), {}
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with exact_fp32():
         loss = ours.loss(images, mask, index, tokens)[0]
         results["ours"] = (loss, _gradient_norm(ours, loss))
         for name, build in MODELS.items():

@@ -15,10 +15,22 @@ Model FLOP utilisation counts encoder and head without recomputation, not the to
 that the maker states, and of a matrix product measured in the same run. `floor` is the share of
 bench/roofline.py's least time, at the ceilings of this run, that is reached. Stages are those of
 ours, one after another in an instrumented step without graph. Memory is what one candidate takes in
-a process of its own. Rates are per GPU: one process, one device.
+a process of its own, measured when the times are written. Rates are per GPU: one process, one
+device. A candidate that cannot run, or that torch.compile would leave eager, has a row without a
+time, and the reason in it; so has one whose memory could not be measured.
+
+Results are written after each part of a setting, into the place of what the file had for the same
+candidates (records.py has the rule): `--peers`, `--batch` and `--tokenizer` split a table into
+runs. Compilation takes most of the time. On a GPU, as estimated and not measured,
+
+    python bench/pretrain.py --batch 256 --tokenizer none --peers timm ours-graph --no-memory
+
+takes 4 minutes, each of timm-compiled and transformers-compiled 5 to 8 for each batch, and all
+there is, `--batch 128 256` with memory, more than an hour.
 """
 
 import argparse
+import gc
 import itertools
 import multiprocessing
 import time
@@ -42,17 +54,21 @@ from peers_pretrain import (
     check,
     eager_tokens,
 )
+from records import Records
 from roofline import MACHINES, Machine, floors, model_flops_per_image
 from timing import (
     RESULTS,
     Timing,
     conditions,
     conditions_line,
+    failed_row,
+    format_results,
     format_table,
+    fresh_compiler,
     measure_roof,
+    reason_of,
     synchronize,
     time_interleaved,
-    write_results,
 )
 from torch import Tensor, nn
 
@@ -436,7 +452,7 @@ def build_staged(setting: Setting) -> Ours:
     _, ours = build_ours(setting, compile="off")
     if mode != "off":
         model = ours.task.model
-        model._encode = torch.compile(model._encode, mode=mode)
+        model._encode = torch.compile(model._encode, mode=mode, dynamic=False)
     return ours
 
 
@@ -475,22 +491,14 @@ def measure(
     machine: Machine,
     source: "ManyTimes | None" = None,
     memory: bool = True,
+    written: Callable[[list[dict]], object] = lambda rows: None,
 ) -> list[dict]:
-    """A row for each candidate's step, then one for each stage of ours."""
-    candidates, inputs, failed = {}, {}, {}
-    for name in ["ours", *names]:
-        try:
-            candidate = build(name, setting)
-            single = Input(setting, candidate, source)
-            with single.open() as batches:
-                candidate.step(next(batches))
-            candidates[name], inputs[name] = candidate, single
-        except (ImportError, RuntimeError) as error:  # a peer that cannot run stops no other
-            if name == "ours":
-                raise
-            failed[name] = f"{type(error).__name__}: {str(error)[:200]!r}"
-    timings = time_steps(candidates, inputs, rounds)
-    stages = time_stages(build_staged(setting), inputs["ours"], rounds)
+    """A row for each candidate's step, then one for each stage of ours.
+
+    `written` is given the rows of steps, of stages, and each candidate's again with its memory, as
+    soon as they are known.
+    """
+    fresh_compiler()
     floor_ms = floors(
         setting.model,
         setting.batch,
@@ -498,15 +506,53 @@ def measure(
         num_masked=num_masked(setting.model),
         tokenizer=setting.tokenizer,
         element_bytes=DTYPES[setting.dtype].itemsize,
-        residual_bytes=DTYPES[setting.dtype].itemsize,
     )
+    steps = measure_steps(setting, names, rounds, machine, source, sum(floor_ms.values()))
+    written(steps)
+    stages = measure_stages(setting, rounds, source, floor_ms, dict.fromkeys(steps[0], ""))
+    written(stages)
+    if memory:
+        release_memory()
+        for row in steps:
+            if not row["error"]:
+                row |= _memory_of(row["candidate"], setting)
+                written([row])
+    return [*steps, *stages]
+
+
+def measure_steps(
+    setting: Setting,
+    names: list[str],
+    rounds: int,
+    machine: Machine,
+    source: "ManyTimes | None",
+    floor_ms: float,
+) -> list[dict]:
+    """A row for each candidate; those that cannot run have nan for figures, and the reason."""
+    candidates, inputs, failed = {}, {}, {}
+    for name in ["ours", *names]:
+        try:
+            candidate = build(name, setting)
+            single = Input(setting, candidate, source)
+            with single.open() as batches:
+                # On a GPU graphs are captured by the second to the fourth.
+                for _ in range(5 if setting.device == "cuda" else 1):
+                    candidate.step(next(batches))
+            candidates[name], inputs[name] = candidate, single
+        except Exception as error:  # a peer that cannot run stops no other
+            if name == "ours":
+                raise
+            failed[name] = reason_of(error)
+            candidate = single = None
+            gc.collect()
+            torch.cuda.empty_cache()
+    timings = time_steps(candidates, inputs, rounds)
     flops = model_flops_per_image(setting.model, num_masked(setting.model))
     rows = []
     for name, timing in timings.items():
         ratio, ratio_spread = timings["ours"].ratio(timing)
         rate = 1e3 * setting.batch / timing.median_ms
         stated = machine.peak_flops
-        peak = _peak_mib_apart(name, setting, torch.get_num_threads()) if memory else ""
         rows.append(
             {
                 **_place(setting, "step", name),
@@ -517,21 +563,52 @@ def measure(
                 "ratio_spread": ratio_spread,
                 "mfu_stated": rate * flops / stated if stated else "not stated",
                 "mfu_measured": rate * flops / machine.flops_per_second,
-                "floor_ms": sum(floor_ms.values()),
-                "floor": sum(floor_ms.values()) / timing.median_ms,
-                "peak_mib": peak,
+                "floor_ms": floor_ms,
+                "floor": floor_ms / timing.median_ms,
+                "peak_mib": "",
+                "error": "",
             }
         )
-    empty = dict.fromkeys(rows[0], "")
+    for name, reason in failed.items():
+        known = {**_place(setting, "step", name), "floor_ms": floor_ms}
+        rows.append(failed_row(rows[0], reason, **known))
+    return rows
+
+
+def measure_stages(
+    setting: Setting,
+    rounds: int,
+    source: "ManyTimes | None",
+    floor_ms: dict[str, float],
+    empty: dict[str, str],
+) -> list[dict]:
+    """A row for each stage of ours, with the columns of `empty`."""
+    ours = build_staged(setting)
+    candidate = Candidate(model=ours.task.model, step=ours.step, ready=ours.ready)
+    stages = time_stages(ours, Input(setting, candidate, source), rounds)
+    rows = []
     for stage, timing in stages.items():
         row = {**empty, **_place(setting, stage, "ours")}
         row |= {"ms": timing.median_ms, "spread": timing.spread}
         if stage in floor_ms:
             row |= {"floor_ms": floor_ms[stage], "floor": floor_ms[stage] / timing.median_ms}
         rows.append(row)
-    for name, reason in failed.items():
-        print(f"no {name}: {reason}")
     return rows
+
+
+def release_memory() -> None:
+    """Give back what candidates had: another process is to find the device empty."""
+    fresh_compiler()  # compiled functions and pools of graphs hold on to models
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _memory_of(name: str, setting: Setting) -> dict:
+    """The columns of memory: a peak, or nothing and why."""
+    try:
+        return {"peak_mib": _peak_mib_apart(name, setting, torch.get_num_threads())}
+    except Exception as error:  # the times that stand beside it are right
+        return {"peak_mib": "", "error": f"memory: {reason_of(error)}"}
 
 
 def _place(setting: Setting, part: str, name: str) -> dict:
@@ -552,6 +629,7 @@ def profile(setting: Setting, names: list[str], source: "ManyTimes | None", fold
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ["ours", *names]:
+        fresh_compiler()
         candidate = build(name, setting)
         single = Input(setting, candidate, source)
         with single.open() as batches:
@@ -646,17 +724,16 @@ def main() -> None:
         product_TFLOP_per_s=round(roof.flops_per_second / 1e12, 3),
     )
     print(conditions_line(values))
-    rows: list[dict] = []
     path = options.output or RESULTS / f"pretrain-{options.size}-{device.type}.csv"
+    names = ("img_size", "batch", "tokenizer", "input", "part", "candidate")
+    records = Records(path, values, names)
     for setting in settings:
         memory = not options.no_memory
-        new = measure(setting, peers, options.rounds, machine, source, memory)
-        steps = [row for row in new if row["part"] == "step"]
+        rows = measure(setting, peers, options.rounds, machine, source, memory, records.add)
+        steps = [row for row in rows if row["part"] == "step"]
         shown = ("part", "ms", "spread", "floor_ms", "floor")
-        stages = [{n: row[n] for n in shown} for row in new if row["part"] != "step"]
-        print(f"\n{format_table(steps)}\n\n{format_table(stages)}", flush=True)
-        rows += new
-        write_results(path, rows, values)  # after each setting: a long sweep may be cut short
+        stages = [{n: row[n] for n in shown} for row in rows if row["part"] != "step"]
+        print(f"\n{format_results(steps, 'candidate')}\n\n{format_table(stages)}", flush=True)
     print(f"written to {path}")
 
 

@@ -6,7 +6,8 @@
 A piece of work is one kernel as this project fuses them: each operand read once, each result
 written once. Its floor is the largest of operations / matrix rate, bytes / bandwidth and
 exponentials / their rate; a stage's floor is the sum over its work, because kernels run one after
-another. Operations are two for a multiplication with its addition. `--savings` leaves out what need
+another. Operations are two for a multiplication with its addition. The stream between blocks is
+fp32, as autocast leaves it; `--residual bf16` counts half of it. `--savings` leaves out what need
 not be computed: beyond the last block's attention all but the hidden patches, scores of visible
 patches in the tokenizer, embeddings of hidden patches, and their q, k, v in the first block.
 
@@ -85,7 +86,8 @@ class Step:
     num_masked: int | None = None
     tokenizer: DvaeConfig | None = None
     element_bytes: int = 2  # activations and weights at work: 2 in bf16, 4 in fp32
-    residual_bytes: int = 2  # the stream between blocks
+    # The stream between blocks: fp32 under autocast too, for [CLS], which patches join, is fp32.
+    residual_bytes: int = 4
     savings: bool = False
 
     @property
@@ -333,7 +335,12 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
-    parser.add_argument("--residual", choices=["fp32", "bf16"], help="default: as --dtype")
+    parser.add_argument(
+        "--residual",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="the stream between blocks; default fp32, which it is under autocast",
+    )
     parser.add_argument("--savings", action="store_true", help="leave out what need not be done")
     parser.add_argument("--csv", type=Path, help="write the table here")
     parser.add_argument("--json", type=Path, help="write the table here")
@@ -347,7 +354,7 @@ def main() -> None:
         batch=options.batch,
         tokenizer=DvaeConfig() if options.tokenizer == "live" else None,
         element_bytes=num_bytes[options.dtype],
-        residual_bytes=num_bytes[options.residual or options.dtype],
+        residual_bytes=num_bytes[options.residual],
         savings=options.savings,
     )
     device = torch.device(options.device)

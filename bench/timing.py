@@ -5,6 +5,8 @@ medians over rounds, and the spread: half the distance between the quartiles, as
 """
 
 import csv
+import math
+import os
 import platform
 import statistics
 import subprocess
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -75,6 +78,30 @@ def time_interleaved(
     return {name: Timing(tuple(values)) for name, values in rounds_ms.items()}
 
 
+def fresh_compiler() -> None:
+    """Forget all that is compiled, and let a compiled function never run eagerly instead.
+
+    torch.compile gives a function eight versions in a process, however many of its wrappers share
+    them (a million where timm is imported); from then on it runs eagerly, with a line on stderr,
+    and its time is that of something else. So a case begins with none, and the ninth of one case
+    raises: the candidate is an error with its reason. Nor does a second size become a program of
+    any size. Call it before each case; what is wrapped already is compiled again when it is called.
+    """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.reset()
+
+
+def reason_of(error: Exception) -> str:
+    """Why a candidate has no time, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def failed_row(like: dict, reason: str, **known: object) -> dict:
+    """The row of a candidate without a time: figures are nan, what is `known` is said."""
+    figures = {n: math.nan if isinstance(v, float) else "" for n, v in like.items()}
+    return {**figures, **known, "error": reason}
+
+
 @dataclass(frozen=True)
 class Roof:
     """What the machine reaches: bytes copied (read and written) and operations, a second."""
@@ -112,7 +139,7 @@ def conditions(device: torch.device, packages: Iterable[str] = (), **settings: o
         "threads": torch.get_num_threads(),
         **settings,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", *packages)},
+        **{name: _version(name) for name in ("torch", *packages)},
         "commit": _commit(),
     }
 
@@ -131,13 +158,40 @@ def format_table(rows: list[dict]) -> str:
     )
 
 
+def format_results(rows: list[dict], name: str) -> str:
+    """`format_table` of what has a time, then the reasons of what is missing, by column `name`."""
+    timed = [row for row in rows if not math.isnan(row["ms"])]
+    lines = [format_table([{n: v for n, v in row.items() if n != "error"} for row in timed])]
+    for row in rows:
+        if row["error"]:
+            lines.append(f"{'' if row in timed else 'no '}{row[name]}: {row['error']}")
+    return "\n".join(lines)
+
+
 def write_results(path: Path, rows: list[dict], values: dict) -> None:
-    """CSV with the conditions in every row, so that a row can be quoted alone."""
+    """CSV with the conditions in every row, so that a row can be quoted alone.
+
+    A run that is killed meanwhile leaves the file as it was.
+    """
+    write_whole(path, lambda file: _write_csv(file, rows, values))
+
+
+def write_whole(path: Path, write: Callable[[TextIO], object]) -> None:
+    """`write` to a file that takes the place of `path` when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *values])
-        writer.writeheader()
-        writer.writerows({**row, **values} for row in rows)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("w", newline="", encoding="utf-8") as file:
+            write(file)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write_csv(file: TextIO, rows: list[dict], values: dict) -> None:
+    writer = csv.DictWriter(file, [*rows[0], *values])
+    writer.writeheader()
+    writer.writerows({**row, **values} for row in rows)
 
 
 def _spread(values: Iterable[float]) -> float:
@@ -181,18 +235,33 @@ def _cell(value: object) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
 
 
 def _commit() -> str:
-    here = Path(__file__).parent
-    commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"])
-    head, changes = (
-        subprocess.run(["git", *c], cwd=here, capture_output=True, text=True).stdout.strip()
-        for c in commands
-    )
+    """Short name of the commit, and whether there are changes; "unknown" without git or history."""
+    head, changes = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain")
     return (head or "unknown") + ("+changes" if changes else "")
+
+
+def _git(*command: str) -> str:
+    """What git answers, or nothing."""
+    try:
+        asked = subprocess.run(
+            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except OSError:  # it is not installed, or may not be run
+        return ""
+    return asked.stdout.strip() if asked.returncode == 0 else ""

@@ -5,36 +5,49 @@
 Images are crops of the package's photographs, 112 px. Without a file the dVAE has DALL-E's widths
 and random weights, each code's scores centred; `beit-fast tokenizer demo` trains a small one.
 
-speed        all candidates interleaved, as many positions scored as BEiT masks (75 of 196); those
-             marked "all" score every position. "eager" is what the reference does: weights cast at
-             each call, scores in fp32 (on a CPU everything), logits stored, arg-max. floor is the
-             larger of operations / matrix rate and bytes / copy bandwidth, both measured in the
-             same run; a convolution's bytes are input, output and residual once.
+speed        each candidate in turns with eager, whose time by its own is the speedup, as many
+             positions scored as BEiT masks (75 of 196); those marked "all" score every position.
+             "eager" is what the reference does: weights cast at each call, scores in fp32 (which
+             cuDNN takes for TF32, unless told not to; on a CPU everything), logits stored, arg-max.
+             floor is the larger of operations / matrix rate and bytes / copy bandwidth, both
+             measured in the same run; a convolution's bytes are input, output and residual once.
 agreement    share of tokens equal to those of eager fp32 for each precision, and for the
-             reference's own mixed precision. On a CPU products of rounded numbers are summed in
-             fp32, as on a GPU.
+             reference's own mixed precision; fp32 is fp32 here, without TF32. On a CPU products of
+             rounded numbers are summed in fp32, as on a GPU.
+
+Results are written after each candidate, with `--only` too (records.py has the rule). On a GPU
+"compile, channels last, all" searches kernels for 37 convolutions, five minutes or more as
+estimated; `--only eager ours Dvae` leaves it out and takes 2.
 """
 
 import argparse
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from records import Records
 from timing import (
     RESULTS,
     Roof,
+    Timing,
     conditions,
     conditions_line,
+    failed_row,
+    format_results,
     format_table,
+    fresh_compiler,
     measure_roof,
+    reason_of,
     time_interleaved,
-    write_results,
 )
 from torch import Tensor
 
-from beit_fast.data.single_view import SingleViewConfig, single_view
+from beit_fast.data.decode import decode_pillow
+from beit_fast.data.single_view import SingleViewConfig, crop_view
+from beit_fast.kernels.exact_fp32 import exact_fp32
 from beit_fast.kernels.linear_argmax import linear_argmax
 from beit_fast.tasks.sources import PHOTOGRAPHS, open_source
 from beit_fast.tokenizer.checkpoint import load_tokenizer
@@ -50,62 +63,73 @@ def eager(dvae: Dvae, images: Tensor, dtype: torch.dtype) -> Tensor:
         return dvae.encoder(map_pixels(images)).argmax(dim=1)
 
 
-def agreement(dvae: Dvae, images: Tensor) -> list[dict]:
+def agreement(dvae: Dvae, images: Tensor) -> Iterator[dict]:
     """One row for each precision: share of tokens equal to eager fp32's, in percent."""
-    exact = eager(dvae, images, torch.float32)
-    rows = []
+    with exact_fp32():
+        yield from _agreement(dvae, images)
 
-    def add(name: str, scores: str, ids: Tensor) -> None:
+
+def _agreement(dvae: Dvae, images: Tensor) -> Iterator[dict]:
+    exact = eager(dvae, images, torch.float32)
+
+    def row(name: str, scores: str, ids: Tensor) -> dict:
         changed = (ids != exact).sum().item()
         share = f"{100 * (1 - changed / max(1, exact.numel())):.2f}"
-        rows.append({"convolutions": name, "scores": scores, "changed": changed, "equal_%": share})
+        return {"convolutions": name, "scores": scores, "changed": changed, "equal_%": share}
 
-    add("reference's fp16", "fp32", eager(dvae, images, torch.float16))
+    yield row("reference's fp16", "fp32", eager(dvae, images, torch.float16))
     for precision, (_, scores) in PRECISIONS.items():
         frozen = FrozenTokenizer(dvae, precision)
         features = frozen.features(images)
         output = dvae.encoder.blocks["output"]["conv"]
         for other in dict.fromkeys((scores, "fp32", "tf32", "fp16", "bf16")):
             ids = linear_argmax(features, output.w.flatten(1), output.b, precision=other)
-            add(f"ours {precision}", other + " (chosen)" * (other == scores), ids)
-    return rows
+            yield row(f"ours {precision}", other + " (chosen)" * (other == scores), ids)
 
 
-def speed(dvae: Dvae, images: Tensor, roof: Roof, rounds: int, names: list[str]) -> list[dict]:
-    """One row for each candidate whose name contains one of `names`."""
+def speed(dvae: Dvae, images: Tensor, roof: Roof, rounds: int, names: list[str]) -> Iterator[dict]:
+    """One row for the yardstick, and for each candidate whose name contains one of `names`.
+
+    One that cannot run has nan for figures, and the reason.
+    """
     device = images.device
     h, w = (side // dvae.stride for side in images.shape[2:])
     positions = len(images) * h * w
     listed = int(positions * MASKED_SHARE)
     index = torch.randperm(positions, device=device)[:listed].sort().values.int()
     makers = _candidates(dvae, images, index)
-    candidates = {}
-    for name, make in makers.items():
-        if any(part in name for part in names):
-            try:
-                candidates[name] = make()
-                candidates[name]()
-            except Exception as error:  # a peer that cannot run must not stop the others
-                candidates.pop(name, None)
-                print(f"no {name}: {type(error).__name__}: {str(error)[:100]!r}")
-    timings = time_interleaved(candidates, device=device, rounds=rounds, warmup=1)
-    rows = []
-    for name, timing in timings.items():
-        floor_ms = _floor_ms(dvae, images, listed, roof)
-        speedup, spread = timing.ratio(timings[next(iter(timings))])
-        rows.append(
-            {
-                "candidate": name,
-                "ms": timing.median_ms,
-                "spread": timing.spread,
-                "images/s": 1e3 * len(images) / timing.median_ms,
-                "speedup": speedup,
-                "speedup_spread": spread,
-                "floor_ms": floor_ms,
-                "floor": floor_ms / timing.median_ms,
-            }
-        )
-    return rows
+    yardstick, *others = makers
+    run_yardstick = makers[yardstick]()
+    floor_ms = _floor_ms(dvae, images, listed, roof)
+
+    def row(name: str, timing: Timing, theirs: Timing) -> dict:
+        speedup, spread = timing.ratio(theirs)
+        return {
+            "candidate": name,
+            "ms": timing.median_ms,
+            "spread": timing.spread,
+            "images/s": 1e3 * len(images) / timing.median_ms,
+            "speedup": speedup,
+            "speedup_spread": spread,
+            "floor_ms": floor_ms,
+            "floor": floor_ms / timing.median_ms,
+            "error": "",
+        }
+
+    options = {"device": device, "rounds": rounds, "warmup": 1}
+    timing = time_interleaved({yardstick: run_yardstick}, **options)[yardstick]
+    yield (first := row(yardstick, timing, timing))
+    for name in others:
+        if not any(part in name for part in names):
+            continue
+        fresh_compiler()
+        try:
+            pair = {yardstick: run_yardstick, name: makers[name]()}
+            timings = time_interleaved(pair, **options)
+        except Exception as error:  # a peer that cannot run must not stop the others
+            yield failed_row(first, reason_of(error), candidate=name, floor_ms=floor_ms)
+        else:
+            yield row(name, timings[name], timings[yardstick])
 
 
 def _candidates(dvae: Dvae, images: Tensor, index: Tensor) -> dict[str, Callable[[], Callable]]:
@@ -124,7 +148,7 @@ def _candidates(dvae: Dvae, images: Tensor, index: Tensor) -> dict[str, Callable
 
     def compiled() -> Callable:
         mode = "max-autotune" if is_cuda else "default"
-        run = torch.compile(lambda x: eager(dvae, x, dtype), mode=mode)
+        run = torch.compile(lambda x: eager(dvae, x, dtype), mode=mode, dynamic=False)
         return no_grad(lambda: run(images))
 
     def under_autocast() -> Tensor:
@@ -182,7 +206,11 @@ def load_images(num_images: int, size: int = 112) -> Tensor:
     """(B, 3, size, size) uint8, channels last in memory."""
     source = open_source(PHOTOGRAPHS)
     views = [
-        single_view(source.read(i % len(source)), SingleViewConfig(size=size), random.Random(i))
+        crop_view(
+            np.asarray(decode_pillow(source.read(i % len(source)))),
+            SingleViewConfig(size=size),
+            random.Random(i),
+        )
         for i in range(num_images)
     ]
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
@@ -196,8 +224,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="+", default=[""], help="candidates by a part of the name")
+    parser.add_argument("--output", type=Path, help="CSV; default in results/, by what and device")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if arguments.what == "agreement" and arguments.only != [""]:
+        parser.error("--only names candidates of speed: agreement has all precisions in one run")
     num_images = arguments.images or (256 if device.type == "cuda" else 4)
     images = load_images(num_images).to(device)
     dvae = load_tokenizer(arguments.tokenizer, device) if arguments.tokenizer else None
@@ -205,22 +236,26 @@ def main() -> None:
     weights = f"{dvae.config.encoder_width} wide, {'trained' if arguments.tokenizer else 'random'}"
     settings = {"tokenizer": weights, "images": num_images}
     if arguments.what == "agreement":
-        values = conditions(device, ["triton"], **settings)
-        print(conditions_line(values))
-        rows = agreement(dvae, images)
+        names = ("convolutions", "scores")
+        made = agreement(dvae, images)
     else:
         roof = measure_roof(device, torch.float16 if device.type == "cuda" else torch.float32)
+        settings["rounds"] = arguments.rounds
         settings["copy_GB_per_s"] = round(roof.bytes_per_second / 1e9)
         settings["product_TFLOP_per_s"] = round(roof.flops_per_second / 1e12, 2)
-        values = conditions(device, ["triton"], **settings)
-        print(conditions_line(values))
-        rows = speed(dvae, images, roof, arguments.rounds, arguments.only)
-    print(format_table(rows))
-    if arguments.only == [""]:
-        origin = "trained" if arguments.tokenizer else "random"
-        path = RESULTS / f"tokenizer-{arguments.what}-{origin}-{device.type}.csv"
-        write_results(path, rows, values)
-        print(f"written to {path}")
+        names = ("candidate",)
+        made = speed(dvae, images, roof, arguments.rounds, arguments.only)
+    values = conditions(device, ["triton"], **settings)
+    print(conditions_line(values))
+    origin = "trained" if arguments.tokenizer else "random"
+    path = arguments.output or RESULTS / f"tokenizer-{arguments.what}-{origin}-{device.type}.csv"
+    records, rows = Records(path, values, names), []
+    for row in made:
+        records.add([row])
+        rows.append(row)
+        print(", ".join(map(str, row.values())), flush=True)
+    table = format_table(rows) if "error" not in rows[0] else format_results(rows, "candidate")
+    print(f"\n{table}\nwritten to {path}")
 
 
 if __name__ == "__main__":

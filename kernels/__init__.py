@@ -14,5 +14,6 @@ linear_argmax           arg-max over a linear layer's outputs, without the outpu
 conv                    convolution with ReLU, residual and pooling fused, channels last
 conv_pixels             the first convolution, from uint8 pixels
 linear                  x weight^T + bias, by the faster matrix library
+exact_fp32              fp32 of CUDA's libraries without TF32, around what promises fp32
 philox                  random numbers that are a function of where they are used
 """

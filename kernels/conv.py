@@ -8,7 +8,8 @@ maximum over 2 x 2 pixels.
 Shapes    x (B, h, w, C); weight (D, k, k, C), k odd, p = (k-1)/2; bias (D,); residual as the sum;
           out (B, h, w, D), with `pool` (B, h/2, w/2, D)
 Types     x, weight and residual in one floating dtype, which out has; bias fp32 (fp64 for fp64);
-          the kernel takes fp16 and bf16, and sums in fp32 with one rounding at the end
+          the kernel takes fp16 and bf16, and sums in fp32 with one rounding at the end; fp32 is
+          not rounded to TF32
 Back ends triton  implicit GEMM: blocks of pixels arrive by tensor descriptors, whose zeros beyond
                   the image are the padding; the rest of the formula is in its epilogue
           cudnn   torch's cuDNN operators, ReLU fused where they can; the rest are torch's
@@ -36,6 +37,7 @@ from beit_fast.kernels._triton import (
     triton,
     warn_once,
 )
+from beit_fast.kernels.exact_fp32 import exact_fp32
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -400,7 +402,7 @@ def _conv(x, weight, bias, residual, relu_input, relu, pool, backend):
         conv_triton(x, weight, bias, residual, relu_input, relu, out)
         return out
     residual = None if residual is None else residual.clone(memory_format=torch.contiguous_format)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), exact_fp32():
         out = conv_torch(x, weight, bias, residual, relu_input, relu, backend)
         return (_pool(out) if pool else out).contiguous()
 
@@ -412,7 +414,7 @@ def _conv_add_(x, weight, bias, out, relu_input, relu, backend):
     if backend == "triton":
         conv_triton(x, weight, bias, out, relu_input, relu, out)
         return
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), exact_fp32():
         conv_torch(x, weight, bias, out, relu_input, relu, backend)
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, launch_obstacle, tl, triton, warn_once
+from beit_fast.kernels.exact_fp32 import exact_fp32
 
 BACKENDS = ("triton", "torch")
 _STEP = 32  # of the sum over k^2 3
@@ -135,7 +136,7 @@ def conv_pixels_torch(
         else pixels.to(torch.promote_types(weight.dtype, torch.float32)) * scale
     )
     padded_B3hw, weight_D3kk = padded.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2)
-    with torch.autocast(pixels.device.type, enabled=False):
+    with torch.autocast(pixels.device.type, enabled=False), exact_fp32():
         if pixels.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16):
             # In fp32 with one rounding at the end, as the kernel does.
             out = F.conv2d(padded_B3hw.float(), weight_D3kk.float(), bias).to(weight.dtype)

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, launch_obstacle, tl, triton, warn_once
+from beit_fast.kernels.exact_fp32 import exact_fp32
 
 PRECISIONS = ("fp32", "tf32x3", "fp16x2", "tf32", "bf16", "fp16")
 BACKENDS = ("triton", "torch")
@@ -279,7 +280,7 @@ def _linear_argmax(x, weight, bias, index, precision, backend):
         return linear_argmax_triton(rows, weight, bias, listed, precision).view(shape)
     if x.device.type == "cpu" and index is not None:
         _check_index(x, index)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), exact_fp32():
         rows, listed = _as_matrix(x, index)
         return linear_argmax_torch(rows, weight, bias, listed, precision).view(shape)
 

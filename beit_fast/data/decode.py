@@ -16,7 +16,9 @@ What is decided here, the same for both:
 - bombs     an image of more than `max_pixels` is refused from its header, before decoding
 """
 
+import functools
 import io
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -70,7 +72,8 @@ def decode_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def decode_fast(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The image as uint8 (height, width, 3), contiguous. Raises as `decode_pillow` does.
+    """The image as uint8 (height, width, 3), contiguous. Raises as `decode_pillow` does, and
+    ImportError for a JPEG where torchcodec is not installed.
 
     Equal to `decode_pillow` for everything but CMYK JPEGs, which may differ by one level.
     """
@@ -86,9 +89,8 @@ def decode_fast(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 def _torchcodec_jpeg(data: bytes) -> np.ndarray | None:
     """Pixels, or None where torchcodec gives up: then Pillow says what is wrong, or copes, and
-    both decoders agree on which files are bad."""
-    from torchcodec.decoders import decode_jpeg
-
+    both decoders agree on which files are bad. Raises ImportError where there is no torchcodec."""
+    decode_jpeg = _import_decode_jpeg()
     # A bytearray is writable: torch would warn of a read-only buffer.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
@@ -96,6 +98,19 @@ def _torchcodec_jpeg(data: bytes) -> np.ndarray | None:
     except RuntimeError:
         return None
     return image.permute(1, 2, 0).contiguous().numpy()
+
+
+@functools.cache
+def _import_decode_jpeg() -> Callable[..., torch.Tensor]:
+    """Imported by the first JPEG: masks, models and benches run where it is not installed."""
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except (ImportError, OSError, RuntimeError) as error:  # it raises all three for its libraries
+        raise ImportError(
+            f"JPEGs are decoded by torchcodec, which cannot be imported ({error}): pip install "
+            "'torchcodec>=0.17', or decode with decode_pillow, as views of kind 'reference' do"
+        ) from error
+    return decode_jpeg
 
 
 def _open(data: bytes) -> Image.Image:

@@ -41,10 +41,17 @@ class SingleViewConfig:
 def single_view(data: bytes, config: SingleViewConfig, rng: random.Random) -> np.ndarray:
     """uint8 (size, size, 3) from the bytes of an image file.
 
-    Raises BadImageError if it cannot be decoded, or is smaller than the view: enlarging it would
-    teach the tokenizer blur.
+    Raises BadImageError if it cannot be decoded, and as `crop_view` does.
     """
-    image = decode_fast(data, config.max_pixels)
+    return crop_view(decode_fast(data, config.max_pixels), config, rng)
+
+
+def crop_view(image: np.ndarray, config: SingleViewConfig, rng: random.Random) -> np.ndarray:
+    """`single_view` of a decoded image, uint8 (height, width, 3).
+
+    Raises BadImageError if it is smaller than the view: enlarging it would teach the tokenizer
+    blur.
+    """
     height, width = image.shape[:2]
     size, short = config.size, min(height, width)
     if short < size:

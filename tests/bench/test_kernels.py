@@ -34,6 +34,28 @@ def test_a_wrong_operator_is_not_timed(kernels, bench):
         kernels.measure(case, CPU, bench("timing").Roof(1e9, 1e9), rounds=2)
 
 
+def test_a_check_is_against_fp32_without_tf32(kernels, bench):
+    seen = []
+
+    def check():
+        seen.append(
+            (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.allow_tf32)
+        )
+
+    case = kernels.Case("case", {"ours": list}, 1.0, 0.0, check=check)
+    before = torch.backends.cudnn.conv.fp32_precision
+    assert before == "tf32"
+    kernels.measure(case, CPU, bench("timing").Roof(1e9, 1e9), rounds=2)
+    assert seen == [("ieee", False)]
+    assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+def test_a_case_without_ours_says_why(kernels, bench):
+    case = kernels.Case("case", {"eager": list}, 1.0, 0.0, failed={"ours": "out of memory"})
+    with pytest.raises(RuntimeError, match="case: ours: out of memory: nothing to compare with"):
+        kernels.measure(case, CPU, bench("timing").Roof(1e9, 1e9), rounds=2)
+
+
 def test_every_case_of_a_cpu_has_a_check(bench):
     """Of the areas whose cases are cheap to make; attention's and the residual's have theirs."""
     peers = bench("peers_cross_entropy")

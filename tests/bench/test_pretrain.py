@@ -1,7 +1,11 @@
 """The bench of whole steps, on a small model: what it compares is the same, and all there."""
 
 import csv
+import gc
 import json
+import math
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +133,11 @@ def test_rows_carry_floors_and_utilisation(pretrain, setting, machine):
     stages = {row["part"]: row for row in rows if row["part"] != "step"}
     floors = [row["floor_ms"] for row in stages.values() if row["floor_ms"] != ""]
     assert sum(floors) == pytest.approx(steps["ours"]["floor_ms"])
+    # The stream between blocks is fp32, whatever the products are (tests/bench/test_roofline.py).
+    options = {"num_masked": pretrain.num_masked(MODEL), "tokenizer": DVAE, "element_bytes": 2}
+    wanted = sum(pretrain.floors(MODEL, 3, machine, residual_bytes=4, **options).values())
+    (in_bf16, *_) = pretrain.measure(setting(dtype="bf16"), [], 2, machine, memory=False)
+    assert in_bf16["floor_ms"] == pytest.approx(wanted)
     assert stages.keys() == {
         "input", "tokenizer", "encoder forward", "head", "backward", "optimiser"
     }  # fmt: skip
@@ -146,8 +155,93 @@ def test_a_peer_that_cannot_run_is_named_and_stops_no_other(
 
     monkeypatch.setattr(pretrain, "build", broken)
     rows = pretrain.measure(setting(), ["timm", "official"], 2, machine, memory=False)
-    assert {row["candidate"] for row in rows} == {"ours", "official"}
-    assert "no timm: ImportError: 'no timm here'" in capsys.readouterr().out
+    steps = {row["candidate"]: row for row in rows if row["part"] == "step"}
+    assert list(steps) == ["ours", "official", "timm"]
+    assert steps["timm"]["error"] == "ImportError: no timm here"
+    assert math.isnan(steps["timm"]["ms"])
+    assert math.isnan(steps["timm"]["ratio"])
+    assert not any(row["error"] for row in rows if row["candidate"] != "timm")
+    print(pretrain.format_results(list(steps.values()), "candidate"))
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last == "no timm: ImportError: no timm here"
+    assert not any("timm" in line for line in table)
+
+
+def test_a_peer_that_torch_would_leave_eager_is_no_time(pretrain, setting, machine, monkeypatch):
+    build = pretrain.build
+    compiled = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+
+    def many_shapes(name, setting):
+        candidate = build(name, setting)
+        if name == "timm":
+            step = candidate.step
+
+            def take(batch):
+                for size in range(1, 4):
+                    compiled(torch.ones(size))
+                return step(batch)
+
+            return replace(candidate, step=take)
+        return candidate
+
+    monkeypatch.setattr(pretrain, "build", many_shapes)
+    # Importing timm makes the limit a million.
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=False):
+        rows = pretrain.measure(setting(), ["timm"], 2, machine, memory=False)
+    (row,) = [row for row in rows if row["candidate"] == "timm"]
+    assert "FailOnRecompileLimitHit" in row["error"]
+
+
+def test_memory_is_measured_when_times_are_written_and_candidates_are_gone(
+    pretrain, setting, machine, bench, monkeypatch, tmp_path
+):
+    """On a GPU a child finds no room beside its parent's candidates: that must cost no time."""
+    path, build, models = tmp_path / "out.csv", pretrain.build, []
+
+    def remembered(name, setting):
+        candidate = build(name, setting)
+        candidate.model.itself = [candidate.model]  # as what a compiler keeps: no count frees it
+        models.append(weakref.ref(candidate.model))
+        return candidate
+
+    def measured(name, *_):
+        with path.open(newline="") as file:
+            timed = {row["candidate"] for row in csv.DictReader(file) if float(row["ms"]) > 0}
+        assert timed == {"ours", "official"}
+        assert len(models) == 2
+        assert not any(model() is not None for model in models)
+        if name == "official":
+            raise RuntimeError("CUDA out of memory")
+        return 321.0
+
+    monkeypatch.setattr(pretrain, "build", remembered)
+    monkeypatch.setattr(pretrain, "_peak_mib_apart", measured)
+    names = ("part", "candidate")
+    records = bench("records").Records(path, {"machine": "A"}, names)
+    gc.disable()  # so that it is the bench that collects
+    try:
+        pretrain.measure(setting(), ["official"], 2, machine, written=records.add)
+    finally:
+        gc.enable()
+    with path.open(newline="") as file:
+        rows = {tuple(row[n] for n in names): row for row in csv.DictReader(file)}
+    assert rows["step", "ours"]["peak_mib"] == "321.0"
+    assert rows["step", "official"]["peak_mib"] == ""
+    assert rows["step", "official"]["error"] == "memory: RuntimeError: CUDA out of memory"
+    assert float(rows["step", "official"]["ms"]) > 0
+    assert rows["head", "ours"]["peak_mib"] == ""
+
+
+def test_times_are_on_disk_before_stages_are_measured(pretrain, setting, machine, monkeypatch):
+    written = []
+
+    def fail(*_):
+        raise RuntimeError("the stages cannot be told apart")
+
+    monkeypatch.setattr(pretrain, "time_stages", fail)
+    with pytest.raises(RuntimeError, match="told apart"):
+        pretrain.measure(setting(), [], 2, machine, written=written.extend)
+    assert [row["candidate"] for row in written] == ["ours"]
 
 
 def test_files_are_decoded_while_each_candidate_trains(pretrain, setting, machine, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,11 +66,49 @@ def test_the_published_counts_come_out(roofline):
     ids=["base", "large"],
 )  # fmt: skip
 def test_the_designs_floors_come_out(roofline, config, expected):
+    """They are of a stream in bf16."""
     for name, ms in expected.items():
         machine = roofline.MACHINES[name]
-        assert sum(roofline.floors(config, 256, machine).values()) == pytest.approx(ms, abs=0.05)
+        floors = roofline.floors(config, 256, machine, residual_bytes=2)
+        assert sum(floors.values()) == pytest.approx(ms, abs=0.05)
         tokenizer = roofline.floors(config, 256, machine, tokenizer=DvaeConfig())["tokenizer"]
         assert tokenizer == pytest.approx({"A100": 42.8, "H100": 15.7, "H200": 17.1}[name], abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("absolute", [False, True], ids=["relative", "absolute"])
+def test_the_stream_between_blocks_has_the_bytes_that_are_counted(roofline, dtype, absolute):
+    """What each block of a model takes and gives in a training step, and their gradients."""
+    config = replace(SMALL, use_abs_pos_emb=absolute, drop_path_rate=0.1)
+    model = BeitForMaskedImageModeling(config).train()
+    seen = []
+
+    def watch(block, inputs, output):
+        seen.extend((inputs[0].dtype, output.dtype))
+        output.register_hook(lambda gradient: seen.append(gradient.dtype))
+
+    for block in model.blocks:
+        block.register_forward_hook(watch)
+    mask = torch.zeros(2, config.num_patches, dtype=torch.bool)
+    mask[:, :5] = True
+    index = mask.flatten().nonzero().flatten().int()
+    tokens = torch.zeros(mask.shape, dtype=torch.long)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss, _ = model.loss(torch.randn(2, 3, 64, 64), mask, index, tokens)
+    loss.backward()
+    assert len(seen) == 3 * config.depth
+    counted = roofline.Step(config=config, batch=2).residual_bytes
+    assert {stream.itemsize for stream in seen} == {counted}
+
+
+def test_a_stream_of_two_bytes_is_counted_where_it_is_asked_for(roofline, monkeypatch, capsys):
+    shown = {}
+    for options in ("", "--residual bf16"):
+        command = f"roofline.py --tokenizer none --machines H200 {options}"
+        monkeypatch.setattr("sys.argv", command.split())
+        roofline.main()
+        shown[options] = capsys.readouterr().out.splitlines()[-1].split()
+    assert float(shown[""][1]) > float(shown["--residual bf16"][1])  # floor ms
 
 
 def test_savings_shorten_every_stage_they_touch(roofline):
@@ -103,7 +142,10 @@ def test_the_table_adds_up(roofline):
 
 def test_the_command_writes_what_it_prints(roofline, tmp_path, monkeypatch, capsys):
     paths = {kind: tmp_path / f"floors.{kind}" for kind in ("csv", "json")}
-    command = f"roofline.py --batch 256 --machines H200 --csv {paths['csv']} --json {paths['json']}"
+    command = (
+        "roofline.py --batch 256 --machines H200 --residual bf16 "
+        f"--csv {paths['csv']} --json {paths['json']}"
+    )
     monkeypatch.setattr("sys.argv", command.split())
     roofline.main()
     assert "4384" in capsys.readouterr().out  # images a second with the tokenizer: the design's

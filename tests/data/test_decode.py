@@ -1,13 +1,25 @@
+import importlib.abc
 import io
+import random
+import re
 import struct
+import sys
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from beit_fast.data.decode import MAX_PIXELS, BadImageError, decode_fast, decode_pillow
+from beit_fast.data.decode import (
+    MAX_PIXELS,
+    BadImageError,
+    _import_decode_jpeg,
+    decode_fast,
+    decode_pillow,
+)
+from beit_fast.data.views import ViewConfig, two_views
 
 ORIENTATION = 0x0112
 
@@ -229,3 +241,36 @@ def test_the_limit_of_pixels_is_settable(make_image, make_file):
         for decode in (decode_pillow, decode_fast):
             with pytest.raises(BadImageError, match="20x10 pixels are more than max_pixels=199"):
                 decode(data, max_pixels=199)
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError, OSError, RuntimeError])
+def test_a_jpeg_without_torchcodec_says_what_to_do_and_that_works(
+    make_file, make_image, monkeypatch, error
+):
+    """Not installed, or its libraries do not load. Nothing else needs it."""
+
+    class Broken(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.startswith("torchcodec"):
+                raise error("cannot be loaded")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    _import_decode_jpeg.cache_clear()
+    jpeg = make_file(make_image(40, 32), "JPEG")
+    try:
+        with pytest.raises(ImportError, match="cannot be loaded") as raised:
+            decode_fast(jpeg)
+        message = str(raised.value)
+        requirement = re.search(r"pip install '([^']+)'", message)[1]
+        setup = Path(__file__).resolve().parents[2] / "setup.py"
+        assert f'"{requirement}"' in setup.read_text(encoding="utf-8")
+        assert "decode_pillow" in message
+        assert decode_pillow(jpeg).size == (32, 40)
+        assert "views of kind 'reference'" in message
+        config = ViewConfig(kind="reference", size=16, token_size=8)
+        assert two_views(jpeg, config, random.Random(0))["images"].shape == (16, 16, 3)
+        assert decode_fast(make_file(make_image(40, 32), "PNG")).shape == (40, 32, 3)
+    finally:
+        _import_decode_jpeg.cache_clear()
