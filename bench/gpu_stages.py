@@ -134,11 +134,13 @@ def kernels(room: Room) -> None:
     from exactness import Place, items
     from timing import measure_roof
 
+    from beit_fast.kernels.exact_fp32 import exact_fp32
+
     device, dtype = torch.device(room.device), torch.bfloat16 if room.is_cuda else torch.float32
     place = Place(device, measure_roof(device, dtype), room.images(256), dtype)
-    for item, run in items(place).items():
-        room.facts.attempt(item, lambda run=run, item=item: run(room.facts, item))
-        if room.is_cuda:
+    with exact_fp32():  # what ours is held against
+        for item, run in items(place).items():
+            room.facts.attempt(item, lambda run=run, item=item: run(room.facts, item))
             torch.cuda.empty_cache()
 
 
@@ -169,7 +171,7 @@ def _against_peers(room: Room, stage: str) -> None:
     import torch
     from timing import measure_roof
 
-    from kernels import measure
+    from kernels import measure, one_by_one
 
     device, dtype = torch.device(room.device), torch.bfloat16 if room.is_cuda else torch.float32
     roof = measure_roof(device, dtype)
@@ -177,14 +179,16 @@ def _against_peers(room: Room, stage: str) -> None:
 
     def run(part: str) -> None:
         found = False
-        for case in area.cases(device, dtype, part):
+        for case in one_by_one(area.cases(device, dtype, part)):
             found = True
-            for name, reason in case.failed.items():
-                room.facts.say("note", item=case.name, figure=name, missing=reason)
             for row in measure(case, device, roof, rounds=9 if room.is_cuda else 1):
+                name, reason = row["candidate"], row["error"]
+                if reason:
+                    room.facts.say("note", item=case.name, figure=name, missing=reason)
+                    continue
                 more = {n: row[n] for n in ("ratio", "ratio_spread", "spread", "peak_MB")}
                 more["floor"] = row["floor_ms"]
-                room.facts.figure(case.name, row["candidate"], row["ms"], "ms", **more)
+                room.facts.figure(case.name, name, row["ms"], "ms", **more)
         if not found:
             raise ValueError(f"no case of {stage} contains {part!r}: mend CASES")
 
@@ -219,8 +223,9 @@ def step(room: Room) -> None:
 def _steps(room: Room, item: str, run: dict) -> None:
     """Six steps with seeds of their own, and more against the clock."""
     import torch
-    from pretrain import build_ours, synthetic_batch, to_device
+    from pretrain import build_ours, release_memory, synthetic_batch, to_device
 
+    release_memory()
     setting = _setting(room, "base", images=256)
     is_cuda, B = room.is_cuda, setting.batch
     torch.manual_seed(0)
@@ -312,7 +317,14 @@ def _whole_steps(room: Room, stage: str) -> None:
     """Ours beside a group of peers at a time; the stages of ours beside the first."""
     import torch
     from peers_pretrain import check
-    from pretrain import DTYPES, measure, stated_peak
+    from pretrain import (
+        DTYPES,
+        floors_of,
+        measure_stages,
+        measure_steps,
+        release_memory,
+        stated_peak,
+    )
     from roofline import Machine
     from timing import measure_roof
 
@@ -329,22 +341,33 @@ def _whole_steps(room: Room, stage: str) -> None:
     if not room.is_cuda:
         groups = (("timm",),)
 
-    def run(item: str, peers: tuple[str, ...]) -> None:
-        for row in measure(setting, list(peers), 5 if room.is_cuda else 1, limits, memory=False):
-            if row["part"] != "step":
-                if peers == groups[0]:
-                    name = f"stage: {row['part']}"
-                    floor = {"floor": row["floor_ms"]} if row["floor_ms"] else {}
-                    room.facts.figure(item, name, row["ms"], "ms", spread=row["spread"], **floor)
+    floor_ms = floors_of(setting, limits)
+    rounds = 5 if room.is_cuda else 1
+
+    def steps(item: str, peers: tuple[str, ...]) -> None:
+        release_memory()
+        floor = sum(floor_ms.values())
+        for row in measure_steps(setting, list(peers), rounds, limits, None, floor):
+            if row["error"]:
+                room.facts.say("note", item=item, figure=row["candidate"], missing=row["error"])
                 continue
             more = {n: row[n] for n in ("ratio", "ratio_spread", "spread", "ms", "mfu_measured")}
-            more["floor"] = 1e3 * setting.batch / row["floor_ms"]
+            more["floor"] = 1e3 * setting.batch / floor
             rate = row["images_per_second"]
             room.facts.figure(item, row["candidate"], rate, "images/s", **more)
 
+    def stages(item: str) -> None:
+        release_memory()
+        for row in measure_stages(setting, rounds, None, floor_ms, {}):
+            floor = {"floor": row["floor_ms"]} if "floor_ms" in row else {}
+            name = f"stage: {row['part']}"
+            room.facts.figure(item, name, row["ms"], "ms", spread=row["spread"], **floor)
+
     for peers in groups:
         item = f"{name}, beside {' and '.join(peers)}"
-        room.facts.attempt(item, lambda i=item, p=peers: run(i, p))
+        room.facts.attempt(item, lambda i=item, p=peers: steps(i, p))
+        if peers == groups[0]:
+            room.facts.attempt(f"{name}, stages", lambda: stages(f"{name}, stages"))
 
 
 # --- the loader, a profile, the tests, tuning -----------------------------------------------------

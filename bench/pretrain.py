@@ -499,14 +499,7 @@ def measure(
     soon as they are known.
     """
     fresh_compiler()
-    floor_ms = floors(
-        setting.model,
-        setting.batch,
-        machine,
-        num_masked=num_masked(setting.model),
-        tokenizer=setting.tokenizer,
-        element_bytes=DTYPES[setting.dtype].itemsize,
-    )
+    floor_ms = floors_of(setting, machine)
     steps = measure_steps(setting, names, rounds, machine, source, sum(floor_ms.values()))
     written(steps)
     stages = measure_stages(setting, rounds, source, floor_ms, dict.fromkeys(steps[0], ""))
@@ -518,6 +511,18 @@ def measure(
                 row |= _memory_of(row["candidate"], setting)
                 written([row])
     return [*steps, *stages]
+
+
+def floors_of(setting: Setting, machine: Machine) -> dict[str, float]:
+    """Milliseconds of each stage at least."""
+    return floors(
+        setting.model,
+        setting.batch,
+        machine,
+        num_masked=num_masked(setting.model),
+        tokenizer=setting.tokenizer,
+        element_bytes=DTYPES[setting.dtype].itemsize,
+    )
 
 
 def measure_steps(
