@@ -77,8 +77,8 @@ def attention_reference(
 
 
 # The operators. `bias` is dense, or a table (R, H) where `grid` is [Gh, Gw] and not []; `backend`
-# is "triton" or "cpu", where lse is empty; `needs` says which gradients are wanted: of q, k, v or
-# the packed qkv, and of the bias. The others come back empty.
+# is "triton" or "cpu"; `needs` says which gradients are wanted: of q, k, v or the packed qkv, and
+# of the bias. The others come back empty.
 _OPTIONS = "Tensor? rng, SymInt[] grid, float scale, float dropout_p, str backend"
 torch.library.define(
     "beit_fast::attention",
@@ -103,12 +103,13 @@ _DEVICES = ("CPU", "CUDA")
 
 def _attention(q, k, v, bias, rng, grid, scale, dropout_p, backend):
     B, N, H, K = q.shape
-    lse_BHN = _empty_lse(q, backend)
+    lse_BHN = _empty_lse(q)
     if 0 in q.shape or k.shape[1] == 0:
         return q.new_zeros(B, N, H, K), lse_BHN.fill_(torch.inf)
     if backend == "cpu":
         with torch.autocast(q.device.type, enabled=False):
-            out_BNHK = attention_cpu(q, k, v, _dense(bias, grid), rng, scale, dropout_p)
+            bias = _dense(bias, grid)
+            out_BNHK = attention_cpu(q, k, v, bias, rng, scale, dropout_p, lse=lse_BHN)
         return out_BNHK, lse_BHN
     out_BNHK = q.new_empty(B, N, H, K)
     q, k, v = (_last_contiguous(t) for t in (q, k, v))
@@ -165,7 +166,7 @@ def _differentiate(
     if backend == "cpu":
         with torch.autocast(q.device.type, enabled=False):
             dense = _dense(bias, grid)
-            arguments = (dout, q, k, v, dense, rng, scale, dropout_p)
+            arguments = (dout, q, k, v, dense, lse, rng, scale, dropout_p)
             dbias = attention_cpu_backward(*arguments, dq, dk, dv, trained)
             if dbias is None:
                 return None
@@ -208,13 +209,13 @@ torch.library.impl(
 
 @torch.library.register_fake("beit_fast::attention")
 def _(q, k, v, bias, rng, grid, scale, dropout_p, backend):
-    return q.new_empty(q.shape), _empty_lse(q, backend)
+    return q.new_empty(q.shape), _empty_lse(q)
 
 
 @torch.library.register_fake("beit_fast::attention_qkvpacked")
 def _(qkv, bias, rng, grid, scale, dropout_p, backend):
     q = qkv.select(2, 0)
-    return q.new_empty(q.shape), _empty_lse(q, backend)
+    return q.new_empty(q.shape), _empty_lse(q)
 
 
 @torch.library.register_fake("beit_fast::attention_backward")
@@ -461,11 +462,10 @@ def _takes_tf32() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def _empty_lse(q: Tensor, backend: str) -> Tensor:
-    """Room for the base-2 log-sum-exp (B, H, N), which the Triton backward wants, the CPU's not."""
+def _empty_lse(q: Tensor) -> Tensor:
+    """Room for the log-sum-exp (B, H, N) that backward wants: of base 2 in Triton, e on a CPU."""
     B, N, H, _ = q.shape
-    shape = (B, H, N) if backend == "triton" else (0,)
-    return q.new_empty(shape, dtype=torch.float32)
+    return q.new_empty((B, H, N), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,20 +1,34 @@
-"""Attention with a trainable bias on a CPU: a few images at a time, so that scores stay in cache.
+"""Attention with a trainable bias on a CPU.
 
-The scores of one image (H N M: 1.8 MB for Base at 224) stay in the cache between the products and
-the softmax; nothing of that size is kept for backward, which computes P again from q and k; and
-dbias is summed image by image, without a (B, H, N, M) gradient of the scores.
-Where its mask wants a gradient torch's CPU attention runs unfused and keeps all of these.
+Forward is torch's own fused attention, as it runs without autograd: with a mask that wants a
+gradient torch runs unfused, and keeps P. Backward computes P again from the log-sum-exp, exp((bias
+- lse) + scale q k^T), a few heads at a time, so that nothing of size B H N M is ever stored.
+That is one product and one pass more than torch's, and why backward alone is the slower one: 0.67
+to 0.74 of SDPA-math's speed on one thread of an Intel Xeon (AVX512, no bf16; processor time, other
+work beside it), fp32, B2 and B4-H12-N197 and B64-H6-N49. Both passes: 0.98, 1.03, 0.91 in fp32;
+1.08, 1.15, 1.09 in bf16. Keeping P would save both, and cost 7 MiB a layer at B4-H12-N197.
 
-16-bit inputs are computed in fp32. Works on any device, made for CPUs.
+16-bit inputs: forward multiplies in their type and adds in fp32, as torch does there; backward is
+in fp32, as SDPA-math is: torch's fused backward in bf16 took 2.4 to 4.1 times as long there. Not
+measured on a processor with bf16 products of its own. Works on any device.
+
+Legend    G counts groups of images, image b in group b mod G; I images and X heads are computed
+          together, S = X I slices
 """
+
+import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from beit_fast.kernels.philox import keep_mask_reference
 
-# Images are taken together until their scores have this many values, 1 MiB in fp32.
-SCORES_AT_A_TIME = 2**18
+# So many scores are computed together for each thread: 2 MiB in fp32.
+SCORES_AT_A_TIME = 2**19
+# A bias beyond it is shifted, row by row, which changes no weight: the log-sum-exp of a row near
+# -1e9 does not tell in fp32 whether it saw one key or two, and backward goes by it alone.
+LARGEST_BIAS = 1e4
 
 
 def attention_cpu(
@@ -25,19 +39,64 @@ def attention_cpu(
     rng: Tensor | None,
     scale: float,
     dropout_p: float,
+    *,
+    lse: Tensor,
 ) -> Tensor:
-    """out (B, N, H, K) from q (B, N, H, K); k, v (B, M, H, K); bias (G, H, N, M) or None."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    """out (B, N, H, K) from q (B, N, H, K); k, v (B, M, H, K); bias (G, H, N, M) or None.
+
+    Writes lse (B, H, N), in fp32 or better, for `attention_cpu_backward` alone.
+    """
+    bias = _near_zero(bias, lse.dtype)
+    if not dropout_p and q.device.type == "cpu" and _has_flash():
+        return _attention_flash(q, k, v, bias, scale, lse)
     out_BNHK = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    bias = _Bias(bias, dtype)
-    scratch = _scratch(q, k, dtype)
-    for images in _chunks(q, k):
-        q_SNK, k_SMK, v_SMK = (_slices(t, images, dtype) for t in (q, k, v))
-        weights = _weights(q_SNK, k_SMK, bias, scale, images, scratch)
-        if dropout_p:
-            weights *= _keep(rng, dropout_p, q, k, images)
-        _put(out_BNHK, images, weights @ v_SMK)
+    plan = _Plan(q, k, bias, lse.dtype)
+    beta, lowest = 0 if bias is None else 1, torch.finfo(lse.dtype).min
+    for images in plan.images:
+        q_all, kT_all, v_all = images.take(q), images.take(k, transposed=True), images.take(v)
+        out_all, lse_all = torch.empty_like(q_all), q_all.new_empty((*q_all.shape[:2], 1))
+        inputs = (q_all, kT_all, v_all, out_all, lse_all)
+        parts = zip(plan.heads, *(images.parts(t) for t in inputs), strict=True)
+        for heads, q_SNK, k_SKM, v_SMK, out_SNK, lse_SN1 in parts:
+            weights_SNM = plan.scores[0, : len(q_SNK)]
+            if bias is not None:
+                images.grouped(weights_SNM).copy_(bias[images.group, heads, None])
+            weights_SNM.baddbmm_(q_SNK, k_SKM, beta=beta, alpha=scale)
+            # Where no key is seen all logits are -inf: the weights are 0 then, not NaN.
+            top_SN1 = weights_SNM.amax(dim=-1, keepdim=True).clamp_(min=lowest)
+            weights_SNM.sub_(top_SN1).exp_()
+            sum_SN1 = weights_SNM.sum(dim=-1, keepdim=True).clamp_(min=1)
+            torch.add(top_SN1, sum_SN1.log(), out=lse_SN1)
+            if dropout_p:
+                weights_SNM *= images.keep(rng, dropout_p, heads, q, k)
+            torch.bmm(weights_SNM, v_SMK, out=out_SNK).div_(sum_SN1)
+        images.put(out_BNHK, out_all)
+        images.put(lse.transpose(1, 2)[..., None], lse_all)
     return out_BNHK
+
+
+@functools.cache
+def _has_flash() -> bool:
+    # The operator is torch's, but private: a build without it still runs, on the products above.
+    return hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+
+
+def _attention_flash(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, lse: Tensor
+) -> Tensor:
+    B, N, H, K = q.shape
+    G = 1 if bias is None else len(bias)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    # The groups become heads: image b has the bias of group b mod G.
+    q_IXNK, k_IXMK, v_IXMK = (
+        t.unflatten(0, (-1, G)).transpose(2, 3).flatten(1, 2) for t in (q, k, v)
+    )
+    mask = None if bias is None else bias.flatten(0, 1)[None]
+    out_IXNK, lse_IXN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_IXNK, k_IXMK, v_IXMK, 0.0, False, attn_mask=mask, scale=scale
+    )
+    lse.copy_(lse_IXN.reshape(B, H, N))
+    return out_IXNK.unflatten(1, (G, H)).transpose(2, 3).reshape(B, N, H, K).contiguous()
 
 
 def attention_cpu_backward(
@@ -46,6 +105,7 @@ def attention_cpu_backward(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    lse: Tensor,
     rng: Tensor | None,
     scale: float,
     dropout_p: float,
@@ -55,113 +115,141 @@ def attention_cpu_backward(
     trains_bias: bool,
 ) -> Tensor | None:
     """Writes dq, dk, dv where they are tensors; returns dbias (G, H, N, M) if it is trained."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    dbias = torch.zeros(bias.shape, dtype=dtype, device=q.device) if trains_bias else None
-    bias = _Bias(bias, dtype)
-    scratch, dscratch = _scratch(q, k, dtype), _scratch(q, k, dtype)
-    for images in _chunks(q, k):
-        q_SNK, k_SMK, v_SMK, dout_SNK = (_slices(t, images, dtype) for t in (q, k, v, dout))
-        weights = _weights(q_SNK, k_SMK, bias, scale, images, scratch)
-        keep = _keep(rng, dropout_p, q, k, images) if dropout_p else None
-        if dv is not None:
-            kept = weights if keep is None else weights * keep
-            _put(dv, images, kept.transpose(1, 2) @ dout_SNK)
-        if dq is None and dk is None and not trains_bias:
-            continue
-        dscores = dscratch[: len(q_SNK)]
-        torch.bmm(dout_SNK, v_SMK.transpose(1, 2), out=dscores)
-        if keep is not None:
-            dscores *= keep
-        torch.ops.aten._softmax_backward_data(
-            dscores, weights, -1, dtype, grad_input=dscores
-        )  # weights (dscores - rowsum(dscores weights)), in one pass
-        if dbias is not None:
-            _add_images(dbias, dscores.view(-1, *dbias.shape[1:]), images)
-        if dq is not None:
-            _put(dq, images, (dscores @ k_SMK).mul_(scale))
-        if dk is not None:
-            _put(dk, images, (dscores.transpose(1, 2) @ q_SNK).mul_(scale))
+    dbias = torch.empty(bias.shape, dtype=lse.dtype, device=q.device) if trains_bias else None
+    bias = _near_zero(bias, lse.dtype)
+    plan = _Plan(q, k, bias, lse.dtype)
+    scores_wanted = dq is not None or dk is not None or trains_bias
+    for images in plan.images:
+        q_all, k_all, dout_all, lse_all = (
+            images.take(t) for t in (q, k, dout, lse.transpose(1, 2)[..., None])
+        )
+        # Small products are twice as fast in this layout.
+        kT_all, vT_all = (images.take(t, transposed=True) for t in (k, v))
+        # Gradients take the place of what is not needed any more.
+        dq_all, dk_all, dv_all = dout_all, kT_all.view_as(k_all), vT_all.view_as(k_all)
+        inputs = (q_all, k_all, dout_all, lse_all, kT_all, vT_all, dq_all, dk_all, dv_all)
+        parts = zip(plan.heads, *(images.parts(t) for t in inputs), strict=True)
+        for heads, q_SNK, k_SMK, dout_SNK, lse_SN1, k_SKM, v_SKM, dq_SNK, dk_SMK, dv_SMK in parts:
+            weights_SNM, dscores_SNM = plan.scores[:, : len(q_SNK)]
+            if bias is None:
+                torch.neg(lse_SN1.expand_as(weights_SNM), out=weights_SNM)
+            else:
+                bias_X1NM, lse_XIN1 = bias[images.group, heads, None], images.grouped(lse_SN1)
+                torch.sub(bias_X1NM, lse_XIN1, out=images.grouped(weights_SNM))
+            weights_SNM.baddbmm_(q_SNK, k_SKM, alpha=scale).exp_()
+            if k.shape[1] == 1:
+                weights_SNM.round_()  # the weight of an only key is 1, or 0 if it is hidden
+            keep_SNM = images.keep(rng, dropout_p, heads, q, k) if dropout_p else None
+            if scores_wanted:
+                torch.bmm(dout_SNK, v_SKM, out=dscores_SNM)
+            if dv is not None:
+                kept_SNM = weights_SNM if keep_SNM is None else weights_SNM * keep_SNM
+                torch.bmm(kept_SNM.transpose(1, 2), dout_SNK, out=dv_SMK)
+            if not scores_wanted:
+                continue
+            if keep_SNM is not None:
+                dscores_SNM *= keep_SNM
+            torch.ops.aten._softmax_backward_data(
+                dscores_SNM, weights_SNM, -1, lse.dtype, grad_input=dscores_SNM
+            )  # weights (dscores - rowsum(dscores weights)), in one pass
+            if dbias is not None:
+                images.add(dbias[images.group, heads], dscores_SNM)
+            if dk is not None:
+                dk_SMK.baddbmm_(dscores_SNM.transpose(1, 2), q_SNK, beta=0, alpha=scale)
+            if dq is not None:
+                dq_SNK.baddbmm_(dscores_SNM, k_SMK, beta=0, alpha=scale)
+        for gradient, values in ((dq, dq_all), (dk, dk_all), (dv, dv_all)):
+            if gradient is not None:
+                images.put(gradient, values)
     return dbias
 
 
-def _chunks(q: Tensor, k: Tensor) -> list[slice]:
-    B, N, H, _ = q.shape
-    size = max(SCORES_AT_A_TIME // max(H * N * k.shape[1], 1), 1)
-    return [slice(start, min(start + size, B)) for start in range(0, B, size)]
+class _Plan:
+    """Which images and heads are computed together, and room for their scores, twice.
+
+    Fresh memory for every part costs a tenth of the time.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        (B, N, H, _), M = q.shape, k.shape[1]
+        G = 1 if bias is None else len(bias)
+        most = SCORES_AT_A_TIME * torch.get_num_threads() // (N * M)
+        num_images = min(max(most, 1), B // G)
+        num_heads = min(max(most // num_images, 1), H)
+        self.heads = _pieces(H, num_heads)
+        self.images = [
+            _Images(g, G, piece, num_heads, dtype)
+            for g in range(G)
+            for piece in _pieces(B // G, num_images)
+        ]
+        self.scores = q.new_empty((2, num_images * num_heads, N, M), dtype=dtype)
 
 
-def _slices(tensor: Tensor, images: slice, dtype: torch.dtype) -> Tensor:
-    """(B, N, H, K) to (S, N, K), one slice for each head of each image; a view of one image."""
-    return tensor[images].transpose(1, 2).flatten(0, 1).to(dtype)
+@dataclass(frozen=True)
+class _Images:
+    """Some images of one group, and how many of their heads make a part."""
+
+    group: int
+    num_groups: int
+    images: slice  # counted within the group
+    num_heads: int
+    dtype: torch.dtype
+
+    def take(self, tensor: Tensor, transposed: bool = False) -> Tensor:
+        """(H I, N, K) or (H I, K, N), without gaps, from (B, N, H, K)."""
+        view = self._view(tensor)
+        view = view.transpose(2, 3) if transposed else view
+        packed = torch.empty(view.shape, dtype=self.dtype, device=tensor.device)
+        return packed.copy_(view).flatten(0, 1)
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """The opposite of `take`."""
+        self._view(tensor).copy_(self.grouped(values))
+
+    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """(S, ...) of each part."""
+        return tensor.split(self.num_heads * self._num_images)
+
+    def grouped(self, tensor: Tensor) -> Tensor:
+        """(X, I, ...) from (S, ...)."""
+        return tensor.unflatten(0, (-1, self._num_images))
+
+    def add(self, dbias_XNM: Tensor, dscores_SNM: Tensor) -> None:
+        """To the sum over images; the first ones begin it."""
+        if self.images.start == 0:
+            torch.sum(self.grouped(dscores_SNM), dim=1, out=dbias_XNM)
+        else:
+            dbias_XNM += self.grouped(dscores_SNM).sum(dim=1)
+
+    def keep(self, rng: Tensor, dropout_p: float, heads: slice, q: Tensor, k: Tensor) -> Tensor:
+        """The factor of each weight, (S, N, M)."""
+        _, N, H, _ = q.shape
+        image = torch.arange(self.images.start, self.images.stop, device=q.device)
+        head = torch.arange(heads.start, heads.stop, device=q.device)
+        streams = (image * self.num_groups + self.group) * H + head[:, None]
+        kept = keep_mask_reference(rng, dropout_p, N, k.shape[1], streams.flatten())
+        return kept / (1 - dropout_p)
+
+    @property
+    def _num_images(self) -> int:
+        return self.images.stop - self.images.start
+
+    def _view(self, tensor: Tensor) -> Tensor:
+        """(H, I, N, K) of (B, N, H, K)."""
+        return tensor[self.group :: self.num_groups][self.images].permute(2, 0, 1, 3)
 
 
-def _put(tensor: Tensor, images: slice, values_SNK: Tensor) -> None:
-    """The opposite of `_slices`: write (S, N, K) into (B, N, H, K)."""
-    H = tensor.shape[2]
-    tensor[images].copy_(values_SNK.unflatten(0, (-1, H)).transpose(1, 2))
+def _pieces(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _scratch(q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the scores of a chunk: fresh memory for every chunk costs a tenth of the time."""
-    _, N, H, _ = q.shape
-    chunks = _chunks(q, k)
-    num_images = chunks[0].stop if chunks else 0
-    return q.new_empty((num_images * H, N, k.shape[1]), dtype=dtype)
-
-
-class _Bias:
-    """The bias, and the queries that see no key: their logits are put aside, their weights 0."""
-
-    def __init__(self, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.values = self.masked = None
-        if bias is None:
-            return
-        self.values = bias.to(dtype)
-        # Not `(bias == -inf).all()`: 0.43 ms for H6-N197 on one core of an AMD EPYC, `amax` 0.03.
-        masked = bias.amax(dim=-1, keepdim=True) == -torch.inf
-        if masked.any():  # no device waits: this is for CPUs
-            self.masked = masked
-            self.values = self.values.masked_fill(masked, 0)
-
-    def of(self, values: Tensor, images: slice) -> Tensor:
-        """(S, N, ...) from (G, H, N, ...)."""
-        return values[_groups(values, images)].flatten(0, 1)
-
-
-def _weights(
-    q_SNK: Tensor, k_SMK: Tensor, bias: _Bias, scale: float, images: slice, scratch: Tensor
-) -> Tensor:
-    """softmax(scale q k^T + bias), (S, N, M), in the scratch memory."""
-    weights = scratch[: len(q_SNK)]
-    k_SKM = k_SMK.transpose(1, 2)
-    if bias.values is None:
-        torch.bmm(q_SNK, k_SKM, out=weights).mul_(scale)
-    else:
-        bias_SNM = bias.of(bias.values, images)
-        torch.baddbmm(bias_SNM, q_SNK, k_SKM, alpha=scale, out=weights)
-    torch.softmax(weights, dim=-1, out=weights)
-    if bias.masked is not None:
-        weights.masked_fill_(bias.of(bias.masked, images), 0)
-    return weights
-
-
-def _add_images(dbias_GHNM: Tensor, dscores_IHNM: Tensor, images: slice) -> None:
-    groups = _groups(dbias_GHNM, images)
-    if isinstance(groups, slice):
-        dbias_GHNM[groups] += dscores_IHNM
-    else:
-        dbias_GHNM.index_add_(0, groups, dscores_IHNM)
-
-
-def _groups(bias: Tensor, images: slice) -> Tensor | slice:
-    """Which biases these images have, image b the one of group b mod G."""
-    if images.stop - images.start == 1:
-        group = images.start % len(bias)
-        return slice(group, group + 1)
-    return torch.arange(images.start, images.stop, device=bias.device) % len(bias)
-
-
-def _keep(rng: Tensor, dropout_p: float, q: Tensor, k: Tensor, images: slice) -> Tensor:
-    _, N, H, _ = q.shape
-    streams = torch.arange(images.start * H, images.stop * H, device=q.device)
-    return keep_mask_reference(rng, dropout_p, N, k.shape[1], streams) / (1 - dropout_p)
+def _near_zero(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The bias, its rows shifted by their largest values where that is needed."""
+    if bias is None:
+        return None
+    bias = bias.detach().to(dtype)
+    low, high = bias.aminmax()
+    if max(-low, high) <= LARGEST_BIAS:  # no device waits: this is for CPUs
+        return bias
+    # The largest of a row is -inf where a query sees no key, and stays so.
+    return bias - bias.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
