@@ -12,6 +12,7 @@ import base64
 import csv
 import html
 import io
+import math
 import re
 import statistics
 import sys
@@ -137,7 +138,7 @@ def _against_libraries(name: str, results: dict[str, list[Row]]) -> str:
             if not who:
                 continue
             peers = [who.get(peer) for peer in ("timm", "transformers")]
-            ratios = [f"{float(p['ratio']):.2f}" if p else "has none" for p in peers]
+            ratios = [_ratio(p) if p else "has none" for p in peers]
             memory = ", ".join(
                 f"{float(p['memory_ratio']):.2f}" for p in peers if p and p["memory_ratio"]
             )
@@ -168,13 +169,18 @@ def pretrain_table(results: dict[str, list[Row]]) -> str:
         )
         for setting, group in pretrain_settings(rows):
             steps = {r["candidate"]: r for r in group if r["part"] == "step"}
-            ratios = [f"{float(steps[p]['ratio']):.2f}" if p in steps else "" for p in peers]
+            ratios = [_ratio(steps[p]) if p in steps else "" for p in peers]
             ours = steps["ours"]
             rate = short(ours["images_per_second"])
             title = f"BEiT-{SIZES[ours['size']]}, {setting}"
             cells.append([title, rate, *ratios, utilisation(ours)])
     blank = [""] if sentences else []
     return "\n".join([*sentences, *blank, *_table(titles, cells)])
+
+
+def _ratio(row: Row) -> str:
+    """A peer's time by ours, or that it has none: the page of the report has the reason."""
+    return "did not run" if math.isnan(float(row["ratio"])) else f"{float(row['ratio']):.2f}"
 
 
 def utilisation(row: Row) -> str:
@@ -350,7 +356,7 @@ def charts(name: str, rows: list[Row]) -> list[tuple[str, bytes]]:
 def _bars(title: str, rows: dict[str, Row], floor_ms: float | None, note: str) -> tuple[str, bytes]:
     """Milliseconds by candidate with their spread, and the floor as a line."""
     figure, axes = _axes(title, note, height=1.3 + 0.35 * len(rows))
-    names = list(rows)[::-1]
+    names = [name for name in rows if not math.isnan(float(rows[name]["ms"]))][::-1]
     values = [float(rows[name]["ms"]) for name in names]
     spreads = [v * float(rows[n]["spread"] or 0) for n, v in zip(names, values, strict=True)]
     colors = ["tab:blue" if name.startswith("ours") else "silver" for name in names]

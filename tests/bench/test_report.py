@@ -63,6 +63,21 @@ def test_a_slower_case_is_in_the_table_too(report):
     assert "| BEiT-L on a GPU | not measured | | | |" in table
 
 
+def test_a_peer_that_did_not_run_is_no_figure_and_its_reason_is_on_the_page(report):
+    rows = pretrain_rows()
+    for row in rows:
+        row["error"] = ""
+        if row["candidate"] == "timm":
+            row |= dict.fromkeys(("ms", "spread", "images_per_second", "ratio"), "nan")
+            row["error"] = "FailOnRecompileLimitHit: the limit is reached"
+    table = report.pretrain_table({"pretrain-base-cuda": rows})
+    assert "| did not run | 0.90 |" in table
+    assert "nan" not in table
+    text, pictures = report.page({"pretrain-base-cuda": rows})
+    assert "FailOnRecompileLimitHit: the limit is reached" in text
+    assert len(pictures) == 2
+
+
 def test_a_readme_without_a_place_for_a_table_is_refused(report):
     with pytest.raises(ValueError, match="no place for"):
         report.readme_with_tables("<!-- bench: model -->\n<!-- end -->", {})
