@@ -457,8 +457,12 @@ def _last_contiguous(tensor: Tensor) -> Tensor:
 
 
 def _takes_tf32() -> bool:
-    """Whether fp32 products may round to TF32: torch's own switch, off unless the user sets it."""
-    return torch.get_float32_matmul_precision() != "highest"
+    """Whether fp32 products may round to TF32: torch's own switch, off unless the user sets it.
+
+    torch has two APIs for it; only this getter answers whichever the user has called, the others
+    raise RuntimeError for a mix of both.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _empty_lse(q: Tensor, backend: str) -> Tensor:
