@@ -58,8 +58,7 @@ def forward_config(
     gpu: Gpu, dtype: torch.dtype, N: int, M: int, K: int, dropout: bool, tf32: bool = False
 ) -> WholeForward | FlashForward:
     """The forward kernel and its tiles. `tf32` matters to fp32 alone."""
-    # wgmma and tcgen05 read operands from shared memory; elsewhere they take registers.
-    from_shared = gpu.capability[0] in (9, 10)
+    from_shared = gpu.multiplies_from_shared
     if dtype == torch.float32:
         return _fp32_config(K, tf32)
     if dropout:
@@ -155,11 +154,42 @@ def general_config(
             dbias=tall if K <= 64 or rows == 128 else small,
         )
     tiles = {64: Tile(32, 64), 80: Tile(32, 64, num_stages=1), 112: Tile(16, 64, num_stages=1)}
+    takes_small = dropout or (K > 80 and rows == 64)
+    takes_small = takes_small or _dbias_bytes(gpu, dtype, K, tall, dropout) > gpu.shared_bytes
     return GeneralBackward(
         dq=small if (64 if dropout else 80) >= K else Tile(64, 16),
         dk_dv=_row_of({**tiles, 128: small}, K),
-        dbias=small if dropout or (K > 80 and rows == 64) else tall,
+        dbias=small if takes_small else tall,
     )
+
+
+def dbias_ctas(gpu: Gpu, dtype: torch.dtype, K: int, tile: Tile, dropout: bool) -> int:
+    """How many CTAs of the dbias kernel a multiprocessor holds, as its machine code has it.
+
+    By registers: 8 warps take more than 128 of each thread, 4 warps mostly more than 168.
+    """
+    if tile.num_warps == 8:
+        by_registers = 1
+    elif dtype == torch.float32:
+        by_registers = 4
+    elif tile.block_m == 32:
+        by_registers = 3 if not dropout or (gpu.multiplies_from_shared and K <= 64) else 2
+    else:
+        by_registers = 3 if gpu.capability[0] == 9 and K <= 64 else 2
+    # A CTA reserves 1 KiB more, and a multiprocessor has 1 KiB more than the most of one CTA.
+    taken = _dbias_bytes(gpu, dtype, K, tile, dropout) + 1024
+    return min(by_registers, (gpu.shared_bytes + 1024) // taken)
+
+
+def _dbias_bytes(gpu: Gpu, dtype: torch.dtype, K: int, tile: Tile, dropout: bool) -> int:
+    """Shared memory of the dbias kernel: q, k, v, dout once for each stage, and a tile of scores.
+
+    Where products read registers, the last stage is there.
+    """
+    stages = tile.num_stages if gpu.multiplies_from_shared else max(tile.num_stages - 1, 1)
+    operands = 2 * (tile.block_n + tile.block_m) * cdiv(K, 16) * 16 * dtype.itemsize
+    scores = 0 if dtype == torch.float32 else tile.block_n * tile.block_m * (4 if dropout else 2)
+    return stages * operands + scores
 
 
 def _fp32_backward_config(K: int, tf32: bool) -> GeneralBackward:
