@@ -166,16 +166,15 @@ def general_config(
 def dbias_ctas(gpu: Gpu, dtype: torch.dtype, K: int, tile: Tile, dropout: bool) -> int:
     """How many CTAs of the dbias kernel a multiprocessor holds, as its machine code has it.
 
-    By registers: 8 warps take more than 128 of each thread, 4 warps mostly more than 168.
+    It takes up to 255 registers of a thread, but for small tiles and where the operands of narrow
+    heads are none of them.
     """
-    if tile.num_warps == 8:
-        by_registers = 1
-    elif dtype == torch.float32:
-        by_registers = 4
-    elif tile.block_m == 32:
-        by_registers = 3 if not dropout or (gpu.multiplies_from_shared and K <= 64) else 2
-    else:
-        by_registers = 3 if gpu.capability[0] == 9 and K <= 64 else 2
+    registers = 256
+    if dtype == torch.float32 or (gpu.capability[0] == 9 and K <= 64 and tile.block_m == 64):
+        registers = 128
+    elif tile.block_m == 32 and (not dropout or (gpu.multiplies_from_shared and K <= 64)):
+        registers = 168
+    by_registers = 65536 // (registers * 32 * tile.num_warps)
     # A CTA reserves 1 KiB more, and a multiprocessor has 1 KiB more than the most of one CTA.
     taken = _dbias_bytes(gpu, dtype, K, tile, dropout) + 1024
     return min(by_registers, (gpu.shared_bytes + 1024) // taken)

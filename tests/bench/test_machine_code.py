@@ -1,7 +1,9 @@
 """Budgets of the machine code, for GPUs that are not here: a regression of the compiler's shows.
 
-Everything in `bench/launches.py` is compiled for sm_80, sm_90 and sm_100, in a process without the
-interpreter.
+Everything in `bench/launches.py` is compiled for sm_80, sm_90, sm_100 and sm_120, in a process
+without the interpreter. sm_86 and sm_89 are launched exactly what sm_80 is, which a test checks, so
+for them a share is compiled: it is the memory of a multiprocessor that differs, and sm_80's code is
+held to theirs.
 """
 
 import json
@@ -12,10 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from beit_fast.kernels._triton import A100, B200, H100, RTX5090, pretend, record
+from beit_fast.kernels.attention_configs import Tile, dbias_ctas
+
 pytest.importorskip("triton", reason="machine code needs Triton")
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+ARCHES = (80, 90, 100, 120)
+# Most shared memory of a CTA, in bytes: what the CUDA programming guide lists.
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 # What may spill, loads and stores, by kernel and architecture: values that a loop does not change,
 # and eight that it does in the kernel that holds a tile of dbias (64 x 208 fp32) in registers
@@ -63,11 +71,26 @@ BUDGETS = {
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     path = tmp_path_factory.mktemp("machine_code") / "all.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(BENCH / "machine_code.py"), "--json", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(str(BENCH / "machine_code.py"), "--json", str(path))
     return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def compiled_for_ada(tmp_path_factory):
+    path = tmp_path_factory.mktemp("machine_code") / "ada.json"
+    share = ("--only", "K128", "--arch", "86", "89")
+    run(str(BENCH / "machine_code.py"), *share, "--json", str(path))
+    return json.loads(path.read_text())
+
+
+def run(*arguments):
+    """What python prints with these arguments, without the interpreter of kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def name_of(code):
@@ -81,9 +104,63 @@ def complaints(compiled, is_wrong):
 
 
 def test_all_architectures_are_compiled(compiled):
-    assert {code["arch"] for code in compiled} == {80, 90, 100}
-    cases = {arch: {c["case"] for c in compiled if c["arch"] == arch} for arch in (80, 90, 100)}
-    assert cases[80] == cases[90] == cases[100]
+    assert {code["arch"] for code in compiled} == set(ARCHES)
+    cases = {arch: {c["case"] for c in compiled if c["arch"] == arch} for arch in ARCHES}
+    assert cases[80] == cases[90] == cases[100] == cases[120]
+
+
+def test_every_kernel_fits_the_shared_memory_of_its_gpu(compiled, compiled_for_ada):
+    assert {code["arch"] for code in compiled_for_ada} == {86, 89}
+    codes = compiled + compiled_for_ada
+    assert not complaints(codes, lambda code: code["shared_bytes"] > SHARED[code["arch"]])
+    assert not complaints(codes, lambda code: code["ctas_per_sm"] < 1)
+
+
+def test_ada_and_consumer_ampere_run_the_kernels_of_sm_80_within_their_memory(compiled):
+    """All cases but those for which they are launched less, of which a share is compiled."""
+    different = json.loads(run("-c", DIFFERENT_LAUNCHES, str(BENCH)))
+    assert different == {"86": ["attention-N197-K128"], "89": ["attention-N197-K128"]}
+    shared = [c for c in compiled if c["arch"] == 80 and c["case"] not in different["86"]]
+    assert not complaints(shared, lambda code: code["shared_bytes"] > SHARED[86])
+
+
+def test_dbias_is_chunked_for_the_ctas_that_its_machine_code_allows(compiled, bench):
+    gpus = {80: A100, 90: H100, 100: B200, 120: RTX5090}
+    cases = bench("launches").CASES
+    codes = [code for code in compiled if name_of(code) == "dbias"]
+    assert {code["arch"] for code in codes} == set(ARCHES)
+    counted = []
+    for code in codes:
+        with pretend(gpus[code["arch"]]), record() as launches:
+            cases[code["case"]]()
+        (launch,) = (one for one in launches if one.kernel.fn.__name__ == code["kernel"])
+        tile = Tile(
+            *(launch.arguments[name] for name in ("BLOCK_N", "BLOCK_M")),
+            *(launch.options[name] for name in ("num_warps", "num_stages")),
+        )
+        q, K, rng = (launch.arguments[name] for name in ("q_ptr", "K", "rng_ptr"))
+        counted.append(dbias_ctas(gpus[code["arch"]], q.dtype, K, tile, rng is not None))
+    wrong = [
+        f"{code['case']}, sm_{code['arch']}: {code['ctas_per_sm']}, chunked for {ctas}"
+        for code, ctas in zip(codes, counted, strict=True)
+        if ctas != code["ctas_per_sm"]
+    ]
+    assert not wrong
+
+
+# The cases whose kernels, specialised, are others than on sm_80.
+DIFFERENT_LAUNCHES = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from launches import CASES
+from machine_code import launches_of, specialization
+
+def kernels(case, arch):
+    return [specialization(launch, 80) for launch in launches_of(case, arch)]
+
+found = {a: [c for c in CASES if kernels(c, a) != kernels(c, 80)] for a in (86, 89)}
+print(json.dumps(found))
+"""
 
 
 def test_no_kernel_adds_atomically(compiled):
@@ -149,7 +226,7 @@ def test_the_hopper_backward_reads_through_the_copy_engine(compiled):
 
 def test_convolutions_move_their_tiles_by_the_copy_engine_where_there_is_one(compiled):
     convs = [code for code in compiled if name_of(code) == "conv"]
-    assert {code["arch"] for code in convs} == {90, 100}
+    assert {code["arch"] for code in convs} == {90, 100, 120}
 
     def is_wrong(code):
         return code["loads"].get("tma", 0) < 6 or set(code["stores"]) != {"tma"}
