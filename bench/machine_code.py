@@ -37,8 +37,7 @@ from beit_fast.kernels._triton import (
     record,
 )
 
-ARCHES = (80, 90, 100, 120)  # 86 and 89 are launched what 80 is
-ARCHES = (80, 90, 100, 120)  # 86 and 89 are launched what 80 is
+ARCHES = (80, 90, 100, 120)  # on 86 and 89 run tiles of 80 or 120
 GPUS = {80: A100, 86: RTX3090, 89: RTX4090, 90: H100, 100: B200, 120: RTX5090}
 # Of a multiprocessor: most threads and CTAs. Its registers are 65536 everywhere, its shared memory
 # is 1 KiB more than a CTA can have.
@@ -75,14 +74,9 @@ def launches_of(case: str, arch: int) -> list[Launch]:
         CASES[case]()
     distinct: dict[str, Launch] = {}
     for launch in launches:
-        distinct.setdefault(specialization(launch, arch), launch)
+        source, options = _source(launch, arch)
+        distinct.setdefault(f"{source.hash()} {sorted(options.items())}", launch)
     return list(distinct.values())
-
-
-def specialization(launch: Launch, arch: int) -> str:
-    """What tells the launch's compiled kernel from others of an architecture."""
-    source, options = _source(launch, arch)
-    return f"{source.hash()} {sorted(options.items())}"
 
 
 def compile_launch(case: str, launch: Launch, arch: int) -> MachineCode:

@@ -49,9 +49,11 @@ _KEY_GROUPS = {
     256: ((128,), (128,), None),
 }
 
-# Widest head: most keys that "whole" holds where products read shared memory, and elsewhere.
+# Widest head: most keys that "whole" holds where products read shared memory, and elsewhere; there
+# with two CTAs in 99 KiB, which is also where nothing spills on sm_120.
 _WHOLE_KEYS_FROM_SHARED = {64: 256, 80: 256, 96: 208, 128: 144}
 _WHOLE_KEYS = {64: 208, 128: 80}
+_WHOLE_KEYS_OF_99_KIB = {64: 144, 128: 80}
 
 
 def forward_config(
@@ -63,7 +65,9 @@ def forward_config(
         return _fp32_config(K, tf32)
     if dropout:
         return FlashForward(64, 32, num_warps=4, num_stages=2)
-    limits = _WHOLE_KEYS_FROM_SHARED if from_shared else _WHOLE_KEYS
+    limits = _WHOLE_KEYS_FROM_SHARED
+    if not from_shared:
+        limits = _WHOLE_KEYS if gpu.shared_bytes > 99 << 10 else _WHOLE_KEYS_OF_99_KIB
     if N <= 256 and _row_of(limits, K) >= M:
         first, second, maxnreg = _row_of(_KEY_GROUPS, M)
         capped = gpu.capability[0] == 9 and K <= 64 and sum(first + second) >= N
