@@ -240,7 +240,7 @@ def _sum_shares_kernel(
 ):
     vector = tl.program_id(1)
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
-    # In fp64, which costs nothing here: the time is that of reading the shares.
+    # In fp64: some hundred additions for a column are little beside reading the shares.
     total = tl.zeros((SHARES, COLS), tl.float64)
     first = tl.cast(vector, tl.int64) * num_shares
     for start in range(0, num_shares, SHARES):
