@@ -130,6 +130,7 @@ CASES |= {
     "attention-N197-fp16": lambda: attention(256, 197, dtype=FP16),
     "attention-N197-fp32": lambda: attention(64, 197, dtype=FP32),
     "attention-N197-dropout": lambda: attention(256, 197, dropout_p=0.1),
+    "attention-N197-K128": lambda: attention(256, 197, H=6, K=128),
     "attention-N49-K32": lambda: attention(8192, 49, H=3, K=32),
     "attention-N49-K32-masks": lambda: attention(8192, 49, H=3, K=32, G=64),
     "attention-N64": lambda: attention(4096, 64),

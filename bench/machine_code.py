@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel, for GPUs that need not be there.
 
-    python bench/machine_code.py [--only NAME] [--arch 80 90 100] [--json FILE]
+    python bench/machine_code.py [--only NAME] [--arch 80 90 100 120] [--json FILE]
 
 Each case of `launches.py` is run with tensors without memory on a pretended GPU; what it would
 have launched is compiled to machine code and counted: registers, spilled values, shared memory,
@@ -25,10 +25,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from beit_fast.kernels._triton import A100, B200, H100, Launch, pretend, record
+from beit_fast.kernels._triton import (
+    A100,
+    B200,
+    H100,
+    RTX3090,
+    RTX4090,
+    RTX5090,
+    Launch,
+    pretend,
+    record,
+)
 
-GPUS = {80: A100, 90: H100, 100: B200}
-SHARED_PER_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes; each CTA reserves 1 KiB
+ARCHES = (80, 90, 100, 120)  # on 86 and 89 run tiles of 80 or 120
+GPUS = {80: A100, 86: RTX3090, 89: RTX4090, 90: H100, 100: B200, 120: RTX5090}
+# Of a multiprocessor: most threads and CTAs. Its registers are 65536 everywhere, its shared memory
+# is 1 KiB more than a CTA can have.
+LIMITS = {80: (2048, 32), 86: (1536, 16), 89: (1536, 24), 90: (2048, 32), 100: (2048, 32),
+          120: (1536, 24)}  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "IMMA", "QGMMA")
 
@@ -134,9 +148,10 @@ def _source(launch: Launch, arch: int) -> tuple[ASTSource, dict]:
 
 
 def _ctas_per_sm(arch: int, registers: int, threads: int, shared_bytes: int) -> int:
+    most_threads, most_ctas = LIMITS[arch]
     by_registers = 65536 // (-(-registers // 8) * 8 * threads)
-    by_shared = SHARED_PER_SM[arch] // (shared_bytes + 1024)
-    return min(by_registers, by_shared, 2048 // threads, 32)
+    by_shared = (GPUS[arch].shared_bytes + 1024) // (shared_bytes + 1024)  # each reserves 1 KiB
+    return min(by_registers, by_shared, most_threads // threads, most_ctas)
 
 
 def _widths(names: list[str], stems: tuple[str, ...], tma: str) -> dict[str, int]:
@@ -181,7 +196,7 @@ def _row(code: MachineCode) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--arch", type=int, nargs="+", default=list(GPUS), choices=list(GPUS))
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHES, choices=list(GPUS))
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     parser.add_argument("--workers", type=int, default=2, help="compilations at a time")
     arguments = parser.parse_args()

@@ -35,16 +35,25 @@ HAS_TRITON = hasattr(triton, "compile")
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a launcher needs to know of a GPU: architecture, multiprocessors, L2 cache in bytes."""
+    """What a launcher needs to know of a GPU: architecture, multiprocessors, memories in bytes."""
 
     capability: tuple[int, int]
     num_sms: int
     l2_bytes: int
+    shared_bytes: int = 99 << 10  # most of a CTA; no GPU of capability 8.0 and newer has less
+
+    @property
+    def multiplies_from_shared(self) -> bool:
+        """Whether products read shared memory (wgmma, tcgen05) and not registers (mma)."""
+        return self.capability[0] in (9, 10)
 
 
-A100 = Gpu((8, 0), 108, 40 << 20)
-H100 = Gpu((9, 0), 132, 50 << 20)  # an H200 is the same with more memory
-B200 = Gpu((10, 0), 148, 126 << 20)
+A100 = Gpu((8, 0), 108, 40 << 20, 163 << 10)
+RTX3090 = Gpu((8, 6), 82, 6 << 20)
+RTX4090 = Gpu((8, 9), 128, 72 << 20)
+H100 = Gpu((9, 0), 132, 50 << 20, 227 << 10)  # an H200 is the same with more memory
+B200 = Gpu((10, 0), 148, 126 << 20, 227 << 10)
+RTX5090 = Gpu((12, 0), 170, 96 << 20)
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,12 @@ def gpu_of(tensor: Tensor) -> Gpu:
     if tensor.device.type != "cuda":
         return H100
     found = torch.cuda.get_device_properties(tensor.device)
-    return Gpu((found.major, found.minor), found.multi_processor_count, found.L2_cache_size)
+    return Gpu(
+        (found.major, found.minor),
+        found.multi_processor_count,
+        found.L2_cache_size,
+        found.shared_memory_per_block_optin,
+    )
 
 
 def launch_obstacle(tensor: Tensor, *dtypes: torch.dtype) -> str | None:

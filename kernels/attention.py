@@ -33,7 +33,7 @@ from beit_fast.kernels.attention_backends import (
     warn_of_fallback,
 )
 from beit_fast.kernels.attention_backward import attention_backward
-from beit_fast.kernels.attention_bias import pad_bias, sum_partials
+from beit_fast.kernels.attention_bias import pad_bias, pad_for, sum_partials
 from beit_fast.kernels.attention_cpu import attention_cpu, attention_cpu_backward
 from beit_fast.kernels.attention_forward import attention_forward
 from beit_fast.kernels.philox import draw_rng, keep_mask_reference
@@ -78,8 +78,9 @@ def attention_reference(
 
 # The operators. `bias` is dense, or a table (R, H) where `grid` is [Gh, Gw] and not []; `backend`
 # is "triton" or "cpu"; `needs` says which gradients are wanted: of q, k, v or the packed qkv, and
-# of the bias. The others come back empty.
-_OPTIONS = "Tensor? rng, SymInt[] grid, float scale, float dropout_p, str backend"
+# of the bias. The others come back empty. `padded` is the bias as the kernels read it, from where
+# several layers share it; where it is None they pad the bias themselves.
+_OPTIONS = "Tensor? rng, SymInt[] grid, float scale, float dropout_p, str backend, Tensor? padded"
 torch.library.define(
     "beit_fast::attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}) -> (Tensor out, Tensor lse)",
@@ -101,7 +102,7 @@ torch.library.define(
 _DEVICES = ("CPU", "CUDA")
 
 
-def _attention(q, k, v, bias, rng, grid, scale, dropout_p, backend):
+def _attention(q, k, v, bias, rng, grid, scale, dropout_p, backend, padded):
     B, N, H, K = q.shape
     lse_BHN = _empty_lse(q)
     if 0 in q.shape or k.shape[1] == 0:
@@ -117,7 +118,7 @@ def _attention(q, k, v, bias, rng, grid, scale, dropout_p, backend):
         q,
         k,
         v,
-        pad_bias(bias, grid, q, k.shape[1], scale),
+        pad_bias(bias, grid, q, k.shape[1], scale) if padded is None else padded,
         scale=scale,
         dropout_p=dropout_p,
         rng=rng,
@@ -128,33 +129,35 @@ def _attention(q, k, v, bias, rng, grid, scale, dropout_p, backend):
     return out_BNHK, lse_BHN
 
 
-def _attention_qkvpacked(qkv, bias, rng, grid, scale, dropout_p, backend):
-    return _attention(*qkv.unbind(2), bias, rng, grid, scale, dropout_p, backend)
+def _attention_qkvpacked(qkv, bias, rng, grid, scale, dropout_p, backend, padded):
+    return _attention(*qkv.unbind(2), bias, rng, grid, scale, dropout_p, backend, padded)
 
 
-def _attention_backward(dout, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, needs):
+def _attention_backward(
+    dout, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, needs
+):
     dq, dk, dv = (
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
         for t, needed in zip((q, k, v), needs, strict=False)
     )
-    options = (rng, grid, scale, dropout_p, backend)
+    options = (rng, grid, scale, dropout_p, backend, padded)
     dbias = _differentiate(dout, q, k, v, bias, out, lse, *options, dq, dk, dv, needs[3])
     return tuple(q.new_empty(0) if t is None else t for t in (dq, dk, dv, dbias))
 
 
 def _attention_qkvpacked_backward(
-    dout, qkv, bias, out, lse, rng, grid, scale, dropout_p, backend, needs
+    dout, qkv, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, needs
 ):
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if needs[0] else None
     dq, dk, dv = (None,) * 3 if dqkv is None else dqkv.unbind(2)
-    options = (rng, grid, scale, dropout_p, backend)
+    options = (rng, grid, scale, dropout_p, backend, padded)
     gradients = (dq, dk, dv, needs[1])
     dbias = _differentiate(dout, *qkv.unbind(2), bias, out, lse, *options, *gradients)
     return tuple(qkv.new_empty(0) if t is None else t for t in (dqkv, dbias))
 
 
 def _differentiate(
-    dout, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, dq, dk, dv, trained
+    dout, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, dq, dk, dv, trained
 ):
     """Write dq, dk, dv where they are tensors; return dbias in the bias's shape if it is wanted."""
     N, M = q.shape[1], k.shape[1]
@@ -179,7 +182,7 @@ def _differentiate(
         q,
         k,
         v,
-        pad_bias(bias, grid, q, M, scale),
+        pad_bias(bias, grid, q, M, scale) if padded is None else padded,
         out,
         lse,
         scale=scale,
@@ -208,24 +211,24 @@ torch.library.impl(
 
 
 @torch.library.register_fake("beit_fast::attention")
-def _(q, k, v, bias, rng, grid, scale, dropout_p, backend):
+def _(q, k, v, bias, rng, grid, scale, dropout_p, backend, padded):
     return q.new_empty(q.shape), _empty_lse(q)
 
 
 @torch.library.register_fake("beit_fast::attention_qkvpacked")
-def _(qkv, bias, rng, grid, scale, dropout_p, backend):
+def _(qkv, bias, rng, grid, scale, dropout_p, backend, padded):
     q = qkv.select(2, 0)
     return q.new_empty(q.shape), _empty_lse(q)
 
 
 @torch.library.register_fake("beit_fast::attention_backward")
-def _(dout, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, needs):
+def _(dout, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, needs):
     wanted = zip((q, k, v, bias), needs, strict=True)
     return tuple(_fake_gradient(q, t, needed) for t, needed in wanted)
 
 
 @torch.library.register_fake("beit_fast::attention_qkvpacked_backward")
-def _(dout, qkv, bias, out, lse, rng, grid, scale, dropout_p, backend, needs):
+def _(dout, qkv, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, needs):
     wanted = zip((qkv, bias), needs, strict=True)
     return tuple(_fake_gradient(qkv, t, needed) for t, needed in wanted)
 
@@ -236,8 +239,8 @@ def _fake_gradient(like: Tensor, tensor: Tensor | None, needed: bool) -> Tensor:
 
 def _save(ctx, inputs, output) -> None:
     # q, k, v or the packed qkv; bias, rng, and the options.
-    *tensors, rng, ctx.grid, ctx.scale, ctx.dropout_p, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output, rng)
+    *tensors, rng, ctx.grid, ctx.scale, ctx.dropout_p, ctx.backend, padded = inputs
+    ctx.save_for_backward(*tensors, *output, rng, padded)
     ctx.num_inputs = len(tensors)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -247,11 +250,11 @@ def _backward_of(name: str):
     def backward(ctx, dout: Tensor | None, _dlse: None):
         num_inputs = ctx.num_inputs
         needs = list(ctx.needs_input_grad[:num_inputs])
-        no_options = (None,) * 5
+        no_options = (None,) * 6
         if dout is None or not any(needs):
             return (None,) * num_inputs + no_options
-        *saved, rng = ctx.saved_tensors
-        options = (rng, ctx.grid, ctx.scale, ctx.dropout_p, ctx.backend)
+        *saved, rng, padded = ctx.saved_tensors
+        options = (rng, ctx.grid, ctx.scale, ctx.dropout_p, ctx.backend, padded)
         gradients = getattr(torch.ops.beit_fast, name)(dout, *saved, *options, needs)
         wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
         return (*wanted, *no_options)
@@ -422,10 +425,14 @@ class _Options:
         elif dropout_p and self.backend not in ("sdpa", "xformers"):
             rng = draw_rng(q.device)
         self.rng = rng if dropout_p else None
+        self.padded = None
+        # A table is padded in the operator, there and back: no other layer reads it.
+        if self.backend == "triton" and bias is not None and not grid and bias.numel():
+            self.padded = pad_for(q, bias, self.scale)
 
     @property
     def of_operator(self) -> tuple:
-        return self.rng, self.grid, self.scale, self.dropout_p, self.backend
+        return self.rng, self.grid, self.scale, self.dropout_p, self.backend, self.padded
 
     def run_elsewhere(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         if self.backend == "reference":
@@ -458,8 +465,12 @@ def _last_contiguous(tensor: Tensor) -> Tensor:
 
 
 def _takes_tf32() -> bool:
-    """Whether fp32 products may round to TF32: torch's own switch, off unless the user sets it."""
-    return torch.get_float32_matmul_precision() != "highest"
+    """Whether fp32 products may round to TF32: torch's own switch, off unless the user sets it.
+
+    torch has two APIs for it; only this getter answers whichever the user has called, the others
+    raise RuntimeError for a mix of both.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _empty_lse(q: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
 from beit_fast.kernels.attention_chunks import num_chunks
-from beit_fast.kernels.attention_configs import GeneralBackward, Tile, head_parts
+from beit_fast.kernels.attention_configs import GeneralBackward, Tile, dbias_ctas, head_parts
 from beit_fast.kernels.attention_descriptors import can_describe, describe
 from beit_fast.kernels.philox import random_tile, threshold_of
 
@@ -542,7 +542,9 @@ def general_backward(
     tile = config.dbias
     programs = cdiv(N, tile.block_n) * cdiv(M, tile.block_m) * H * G
     chunk_bytes = 4 * G * H * N * padded_cols
-    C = num_chunks(programs, B // G, chunk_bytes, 2 * gpu_of(q).num_sms)
+    gpu = gpu_of(q)
+    slots = dbias_ctas(gpu, q.dtype, K, tile, dropout_p > 0) * gpu.num_sms
+    C = num_chunks(programs, B // G, chunk_bytes, slots)
     partials = torch.empty((C, G, H, N, padded_cols), dtype=torch.float32, device=q.device)
     launch(
         _dbias_kernel,

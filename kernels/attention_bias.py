@@ -14,6 +14,10 @@ Types     padded is fp16 for 16-bit queries: it costs what bf16 costs and rounds
 Cost      bound by memory; 2 to 3 MB a layer for Base at 224
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -122,14 +126,20 @@ def pad_bias(
     if grid:
         table = expand_table(bias, tuple(grid), padded=padded_rows, dtype=dtype, factor=1 / scale)
         return table[None]
+    return pad_dense(bias, dtype, scale)
+
+
+def pad_dense(bias: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """The padded bias, in `dtype`, of a dense bias (H, N, M) or (G, H, N, M)."""
     bias_GHNM = bias if bias.ndim == 4 else bias[None]
-    G = len(bias_GHNM)
-    out = q.new_empty((G, H, padded_rows, padded_cols), dtype=dtype)
+    G, H, N, M = bias_GHNM.shape
+    padded_rows, padded_cols = padded_length(N), padded_length(M)
+    out = bias.new_empty((G, H, padded_rows, padded_cols), dtype=dtype)
     rows, cols = 16, 64
     launch(
         _pad_bias_kernel,
         (G * H * cdiv(padded_rows, rows), cdiv(padded_cols, cols)),
-        on=q,
+        on=bias,
         bias_ptr=bias_GHNM,
         out_ptr=out,
         stride_g=bias_GHNM.stride(0),
@@ -140,13 +150,56 @@ def pad_bias(
         limit=torch.finfo(dtype).max,
         H=H,
         N=N,
-        M=num_keys,
+        M=M,
         padded_rows=padded_rows,
         padded_cols=padded_cols,
         ROWS=rows,
         COLS=cols,
     )
     return out
+
+
+torch.library.define(
+    "beit_fast::pad_bias", "(Tensor bias, ScalarType dtype, float scale) -> Tensor"
+)
+# As a decorator `impl` would leave None behind in place of the function.
+torch.library.impl("beit_fast::pad_bias", ("CPU", "CUDA"), pad_dense)
+
+
+@torch.library.register_fake("beit_fast::pad_bias")
+def _(bias, dtype, scale):
+    G, (H, N, M) = len(bias) if bias.ndim == 4 else 1, bias.shape[-3:]
+    return bias.new_empty((G, H, padded_length(N), padded_length(M)), dtype=dtype)
+
+
+# Inside `padding_once`: the bias that was padded last, how, and the result.
+_last_padded: contextvars.ContextVar[list | None] = contextvars.ContextVar("padded", default=None)
+
+
+@contextlib.contextmanager
+def padding_once() -> Iterator[None]:
+    """Inside, a bias that is given to one call of attention after another is padded once.
+
+    Not needed in what torch.compile traces: there equal calls of an operator are one.
+    """
+    token = _last_padded.set([])
+    try:
+        yield
+    finally:
+        _last_padded.reset(token)
+
+
+def pad_for(q: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The padded bias of a dense bias for queries q, by an operator; it carries no gradient."""
+    dtype = padded_dtype(q.dtype, scale)
+    last = None if torch.compiler.is_compiling() else _last_padded.get()
+    if last is None:
+        return torch.ops.beit_fast.pad_bias(bias.detach(), dtype, scale)
+    version = None if bias.is_inference() else bias._version  # a bias may be written in between
+    if not last or last[0] is not bias or last[1] != (version, dtype, scale):
+        padded = torch.ops.beit_fast.pad_bias(bias.detach(), dtype, scale)
+        last[:] = bias, (version, dtype, scale), padded
+    return last[2]
 
 
 def sum_partials(partials: Tensor, num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor:

@@ -49,22 +49,25 @@ _KEY_GROUPS = {
     256: ((128,), (128,), None),
 }
 
-# Widest head: most keys that "whole" holds where products read shared memory, and elsewhere.
+# Widest head: most keys that "whole" holds where products read shared memory, and elsewhere; there
+# with two CTAs in 99 KiB, which is also where nothing spills on sm_120.
 _WHOLE_KEYS_FROM_SHARED = {64: 256, 80: 256, 96: 208, 128: 144}
 _WHOLE_KEYS = {64: 208, 128: 80}
+_WHOLE_KEYS_OF_99_KIB = {64: 144, 128: 80}
 
 
 def forward_config(
     gpu: Gpu, dtype: torch.dtype, N: int, M: int, K: int, dropout: bool, tf32: bool = False
 ) -> WholeForward | FlashForward:
     """The forward kernel and its tiles. `tf32` matters to fp32 alone."""
-    # wgmma and tcgen05 read operands from shared memory; elsewhere they take registers.
-    from_shared = gpu.capability[0] in (9, 10)
+    from_shared = gpu.multiplies_from_shared
     if dtype == torch.float32:
         return _fp32_config(K, tf32)
     if dropout:
         return FlashForward(64, 32, num_warps=4, num_stages=2)
-    limits = _WHOLE_KEYS_FROM_SHARED if from_shared else _WHOLE_KEYS
+    limits = _WHOLE_KEYS_FROM_SHARED
+    if not from_shared:
+        limits = _WHOLE_KEYS if gpu.shared_bytes > 99 << 10 else _WHOLE_KEYS_OF_99_KIB
     if N <= 256 and _row_of(limits, K) >= M:
         first, second, maxnreg = _row_of(_KEY_GROUPS, M)
         capped = gpu.capability[0] == 9 and K <= 64 and sum(first + second) >= N
@@ -155,11 +158,41 @@ def general_config(
             dbias=tall if K <= 64 or rows == 128 else small,
         )
     tiles = {64: Tile(32, 64), 80: Tile(32, 64, num_stages=1), 112: Tile(16, 64, num_stages=1)}
+    takes_small = dropout or (K > 80 and rows == 64)
+    takes_small = takes_small or _dbias_bytes(gpu, dtype, K, tall, dropout) > gpu.shared_bytes
     return GeneralBackward(
         dq=small if (64 if dropout else 80) >= K else Tile(64, 16),
         dk_dv=_row_of({**tiles, 128: small}, K),
-        dbias=small if dropout or (K > 80 and rows == 64) else tall,
+        dbias=small if takes_small else tall,
     )
+
+
+def dbias_ctas(gpu: Gpu, dtype: torch.dtype, K: int, tile: Tile, dropout: bool) -> int:
+    """How many CTAs of the dbias kernel a multiprocessor holds, as its machine code has it.
+
+    It takes up to 255 registers of a thread, but for small tiles and where the operands of narrow
+    heads are none of them.
+    """
+    registers = 256
+    if dtype == torch.float32 or (gpu.capability[0] == 9 and K <= 64 and tile.block_m == 64):
+        registers = 128
+    elif tile.block_m == 32 and (not dropout or (gpu.multiplies_from_shared and K <= 64)):
+        registers = 168
+    by_registers = 65536 // (registers * 32 * tile.num_warps)
+    # A CTA reserves 1 KiB more, and a multiprocessor has 1 KiB more than the most of one CTA.
+    taken = _dbias_bytes(gpu, dtype, K, tile, dropout) + 1024
+    return min(by_registers, (gpu.shared_bytes + 1024) // taken)
+
+
+def _dbias_bytes(gpu: Gpu, dtype: torch.dtype, K: int, tile: Tile, dropout: bool) -> int:
+    """Shared memory of the dbias kernel: q, k, v, dout once for each stage, and a tile of scores.
+
+    Where products read registers, the last stage is there.
+    """
+    stages = tile.num_stages if gpu.multiplies_from_shared else max(tile.num_stages - 1, 1)
+    operands = 2 * (tile.block_n + tile.block_m) * cdiv(K, 16) * 16 * dtype.itemsize
+    scores = 0 if dtype == torch.float32 else tile.block_n * tile.block_m * (4 if dropout else 2)
+    return stages * operands + scores
 
 
 def _fp32_backward_config(K: int, tf32: bool) -> GeneralBackward:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from beit_fast.kernels._triton import (
     HAS_TRITON,
+    Gpu,
     cdiv,
     gpu_of,
     launch,
@@ -258,8 +259,8 @@ def conv_triton(
     B, h, w, C = x.shape
     D, side = len(weight), weight.shape[1]
     pool = out.shape[1] < h
-    capability = gpu_of(x).capability
-    block_c, block_d, options = _config(C, D, side, capability)
+    gpu = gpu_of(x)
+    block_c, block_d, options = _config(C, D, side, gpu)
     NB, TH, TW = tile_of(B, h, w)
     shared = {
         "bias_ptr": bias,
@@ -277,7 +278,7 @@ def conv_triton(
         **options,
     }
     grid = (cdiv(B, NB) * shared["tiles_y"] * shared["tiles_x"] * cdiv(D, block_d),)
-    if capability < (9, 0):
+    if gpu.capability < (9, 0):
         tensors = {"x_ptr": x, "weight_ptr": weight, "residual_ptr": residual, "out_ptr": out}
         sizes = {"B": B, "h": h, "w": w, "C_EIGHTH": C // 8, "D_EIGHTH": D // 8}
         launch(_conv_addressed_kernel, grid, on=x, **tensors, **sizes, **shared)
@@ -314,16 +315,15 @@ def tile_of(B: int, h: int, w: int) -> tuple[int, int, int]:
     return _PIXELS // (th * tw), th, tw
 
 
-def _config(
-    C: int, D: int, side: int, capability: tuple[int, int]
-) -> tuple[int, int, dict[str, int]]:
+def _config(C: int, D: int, side: int, gpu: Gpu) -> tuple[int, int, dict[str, int]]:
     """(BLOCK_C, BLOCK_D, options) for the widths of DALL-E's encoder; none of it is measured.
 
     Widest outputs move least into shared memory for each product. A 1x1 convolution has few steps
-    and a long epilogue: two programs on a multiprocessor hide one behind the other.
+    and a long epilogue: two programs on a multiprocessor hide one behind the other. Where products
+    read registers the tiles must fit those, and 99 KiB, which is all that most such GPUs have.
     """
     block_c = 64 if C > 32 else 32 if C > 16 else 16
-    if capability < (9, 0):
+    if not gpu.multiplies_from_shared:
         block_d = min(128, max(16, triton.next_power_of_2(D)))
         warps = 8 if block_d == 128 else 4
         return min(block_c, 32), block_d, {"num_warps": warps, "num_stages": 4}

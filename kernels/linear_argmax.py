@@ -152,10 +152,10 @@ def _best_tile_kernel(
     tl.store(out_ptr + i, ids.to(tl.int64), mask=i < num_rows)
 
 
-# fp32 products run outside the tensor cores; tf32x3 holds both parts of its operands, which before
-# sm_90 are in registers.
-_TF32X3_SM80 = {"BLOCK_I": 64, "BLOCK_V": 128, "BLOCK_D": 16, "num_warps": 4, "num_stages": 3}
-_FP16X2_SM80 = {"BLOCK_I": 128, "BLOCK_V": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
+# fp32 products run outside the tensor cores; tf32x3 holds both parts of its operands, for which
+# there must be registers where products do not read shared memory.
+_TF32X3_REGISTERS = {"BLOCK_I": 64, "BLOCK_V": 128, "BLOCK_D": 16, "num_warps": 4, "num_stages": 3}
+_FP16X2_REGISTERS = {"BLOCK_I": 128, "BLOCK_V": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
 _TILES = {
     "fp32": {"BLOCK_I": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2},
     "tf32x3": {"BLOCK_I": 128, "BLOCK_V": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2},
@@ -167,18 +167,22 @@ _TILES = {
 
 
 def linear_argmax_triton(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, precision: str
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    precision: str,
+    rest: Tensor | None = None,
 ) -> Tensor:
     """ids of rows (R, D), or of those listed, by the kernels; last strides are 1."""
     num_rows = len(rows) if index is None else len(index)
     V, D = weight.shape
-    rest = split_fp16(weight)[1] if precision == "fp16x2" else None
+    if precision == "fp16x2":
+        weight, rest = split_fp16(weight) if rest is None else (weight, rest)
     weight = weight.to(_OPERANDS.get(precision, torch.float32))
-    if rest is not None:
-        weight = weight.contiguous()  # as the rest is
     tile = _TILES[precision]
-    if gpu_of(rows).capability < (9, 0):
-        tile = {"tf32x3": _TF32X3_SM80, "fp16x2": _FP16X2_SM80}.get(precision, tile)
+    if not gpu_of(rows).multiplies_from_shared:
+        tile = {"tf32x3": _TF32X3_REGISTERS, "fp16x2": _FP16X2_REGISTERS}.get(precision, tile)
     num_tiles = cdiv(V, tile["BLOCK_V"])
     best = rows.new_empty((num_tiles, num_rows), dtype=torch.float32)
     ids = rows.new_empty((num_tiles, num_rows), dtype=torch.int32)
@@ -222,13 +226,19 @@ def linear_argmax_triton(
 
 
 def linear_argmax_torch(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, precision: str
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    precision: str,
+    rest: Tensor | None = None,
 ) -> Tensor:
     """`linear_argmax_triton` in torch, some rows at a time; operands are rounded beforehand."""
     num_rows = len(rows) if index is None else len(index)
     out = torch.empty(num_rows, dtype=torch.int64, device=rows.device)
     if precision == "fp16x2":
-        weight_VD = sum(part.float() for part in split_fp16(weight))
+        weight, rest = split_fp16(weight) if rest is None else (weight, rest)
+        weight_VD = weight.float() + rest.float()
     else:
         weight_VD = round_operand(weight, precision)
     bias_V = None if bias is None else bias.to(weight_VD.dtype)
@@ -266,23 +276,24 @@ def round_operand(tensor: Tensor, precision: str) -> Tensor:
 
 torch.library.define(
     "beit_fast::linear_argmax",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? index, str precision, str backend) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? index, str precision, str backend, "
+    "Tensor? rest=None) -> Tensor",
 )
 
 
-def _linear_argmax(x, weight, bias, index, precision, backend):
+def _linear_argmax(x, weight, bias, index, precision, backend, rest=None):
     shape = x.shape[:-1] if index is None else index.shape
     if 0 in x.shape:
         return x.new_full(shape, -1, dtype=torch.int64)
     if _resolve(backend, x) == "triton":
         rows, listed = _as_matrix(x, index)
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        return linear_argmax_triton(rows, weight, bias, listed, precision).view(shape)
+        return linear_argmax_triton(rows, weight, bias, listed, precision, rest).view(shape)
     if x.device.type == "cpu" and index is not None:
         _check_index(x, index)
     with torch.autocast(x.device.type, enabled=False), exact_fp32():
         rows, listed = _as_matrix(x, index)
-        return linear_argmax_torch(rows, weight, bias, listed, precision).view(shape)
+        return linear_argmax_torch(rows, weight, bias, listed, precision, rest).view(shape)
 
 
 # As a decorator `impl` would leave None behind in place of the function.
@@ -290,7 +301,7 @@ torch.library.impl("beit_fast::linear_argmax", ("CPU", "CUDA"), _linear_argmax)
 
 
 @torch.library.register_fake("beit_fast::linear_argmax")
-def _(x, weight, bias, index, precision, backend):
+def _(x, weight, bias, index, precision, backend, rest=None):
     return x.new_empty(x.shape[:-1] if index is None else index.shape, dtype=torch.int64)
 
 
@@ -315,13 +326,15 @@ def linear_argmax(
     *,
     precision: str = "fp32",
     backend: str | None = None,
+    rest: Tensor | None = None,
 ) -> Tensor:
     """The best scored of V rows of the weight for each row of x, or for each one listed: int64 ids.
 
     x (..., D), any strides; weight (V, D); bias (V,) or None; index int32 or int64 (I,) into the
     rows of x, -1 is padding and gives -1. Without an index ids have x's leading axes. `precision`
     of the product, see above; autocast does not change it. `backend` "triton" is the default on
-    CUDA, "torch" on CPUs. Carries no gradient.
+    CUDA, "torch" on CPUs. With `rest`, it and weight are what `split_fp16` made of the weight, once
+    for many calls with fp16x2. Carries no gradient.
     Raises ValueError where shapes do not fit, and on a CPU for an index out of range.
 
     >>> linear_argmax(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.eye(2))
@@ -343,10 +356,21 @@ def linear_argmax(
         raise ValueError(f"precision is {precision!r}: pass one of {', '.join(PRECISIONS)}")
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
+    if rest is not None and (
+        precision != "fp16x2"
+        or {weight.dtype, rest.dtype} != {torch.float16}
+        or rest.shape != weight.shape
+        or not (weight.is_contiguous() and rest.is_contiguous())
+    ):
+        raise ValueError(
+            f"a rest {rest.dtype} {tuple(rest.shape)} of a weight {weight.dtype} "
+            f"{tuple(weight.shape)} at {precision}: pass both as split_fp16 gives them, with "
+            "precision='fp16x2'"
+        )
     index = None if index is None else index.contiguous()
     return torch.ops.beit_fast.linear_argmax(
         x.detach(), weight.detach(), bias if bias is None else bias.detach(), index, precision,
-        backend or "",
+        backend or "", None if rest is None else rest.detach(),
     )  # fmt: skip
 
 

@@ -240,13 +240,15 @@ def _sum_shares_kernel(
 ):
     vector = tl.program_id(1)
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
-    total = tl.zeros((SHARES, COLS), tl.float32)
+    # In fp64: some hundred additions for a column are little beside reading the shares.
+    total = tl.zeros((SHARES, COLS), tl.float64)
     first = tl.cast(vector, tl.int64) * num_shares
     for start in range(0, num_shares, SHARES):
         share = start + tl.arange(0, SHARES)[:, None]
         mask = (share < num_shares) & (cols < D)
-        total += tl.load(shares_ptr + (first + share) * D + cols, mask=mask, other=0.0)
-    total = tl.sum(total, axis=0)[None, :]
+        shares = tl.load(shares_ptr + (first + share) * D + cols, mask=mask, other=0.0)
+        total += shares.to(tl.float64)
+    total = tl.sum(total, axis=0).to(tl.float32)[None, :]
     number = 0
     if dbias_ptr is not None:
         tl.store(dbias_ptr + cols, total, mask=(cols < D) & (vector == number))
@@ -353,14 +355,23 @@ def scale_residual_backward(
         DROP_PATH_QUAD=DROP_PATH_QUAD,
         **tiles,
     )
+    sum_shares(shares, **vectors)
+
+
+def sum_shares(shares: Tensor, **vectors: Tensor | None) -> None:
+    """Write the sums of shares (vectors, num_shares, D) into what is there of the four, in order.
+
+    Summed in fp64, rounded once.
+    """
+    _, num_shares, D = shares.shape
     cols = 32
     launch(
         _sum_shares_kernel,
-        (cdiv(D, cols), len(wanted)),
-        on=on,
+        (cdiv(D, cols), len(shares)),
+        on=shares,
         shares_ptr=shares,
         **vectors,
-        num_shares=num_programs,
+        num_shares=num_shares,
         D=D,
         SHARES=128,
         COLS=cols,

@@ -3,6 +3,7 @@
 Parameters have the names and shapes of timm's `Beit` and of unilm's checkpoints.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 from beit_fast.kernels._triton import warn_once
+from beit_fast.kernels.attention_bias import padding_once
 from beit_fast.kernels.mask_embed import mask_embed
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.init import init_pretraining
@@ -249,7 +251,9 @@ class Beit(nn.Module):
             shared_bias_HNN = self.rel_pos_bias(grid)
         if self.grad_checkpointing and torch.is_grad_enabled():
             blocks = [functools.partial(self._recompute, block) for block in blocks]
-        return run_blocks(blocks, x_BND, shared_bias_HNN, rows, grid=grid, tap=tap)
+        is_compiled = torch.compiler.is_compiling()
+        with contextlib.nullcontext() if is_compiled else padding_once():
+            return run_blocks(blocks, x_BND, shared_bias_HNN, rows, grid=grid, tap=tap)
 
     def _recompute(self, block: nn.Module, *arguments: Any) -> Tensor:
         options = {}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from beit_fast.kernels.conv import conv, conv_backend
 from beit_fast.kernels.conv_pixels import conv_pixels, conv_pixels_backend
-from beit_fast.kernels.linear_argmax import linear_argmax
+from beit_fast.kernels.linear_argmax import linear_argmax, split_fp16
 from beit_fast.tokenizer.dvae import NUM_GROUPS, PIXEL_MARGIN, STRIDE, Conv, Dvae, check_images
 
 # Of features and of scores, by which tokens change least. Of 19,600 tokens of the demo's dVAE 44
@@ -74,7 +74,10 @@ class FrozenTokenizer:
         self.vocab_size = dvae.vocab_size
         self.dtype, self.score_precision = PRECISIONS[precision]
         self._convs = fold_encoder(dvae, self.dtype)
-        self._output = Folded.of(dvae.encoder.blocks["output"]["conv"], torch.float32)
+        output = Folded.of(dvae.encoder.blocks["output"]["conv"], torch.float32)
+        weight_VC = output.weight.flatten(1)
+        halves = split_fp16(weight_VC) if self.score_precision == "fp16x2" else (weight_VC, None)
+        self._scores = (*halves, output.bias)
         if backend is not None:
             self.backends()  # which raises for one that cannot run
 
@@ -82,7 +85,7 @@ class FrozenTokenizer:
         """Moves itself and its dVAE, and returns itself."""
         self.dvae.to(device)
         self._convs = {name: folded.to(device) for name, folded in self._convs.items()}
-        self._output = self._output.to(device)
+        self._scores = tuple(None if t is None else t.to(device) for t in self._scores)
         return self
 
     @torch.no_grad()  # not inference_mode: the ids become targets, which autograd saves
@@ -93,12 +96,13 @@ class FrozenTokenizer:
         costs no copy. int64 ids (B, h, w), or of the listed positions (I,), -1 for -1. Autocast
         does not change them. Raises ValueError as there.
         """
-        weight_VC = self._output.weight.flatten(1)
+        weight_VC, rest_VC, bias_V = self._scores
         return linear_argmax(
             self.features(images),
             weight_VC,
-            self._output.bias,
+            bias_V,
             index,
+            rest=rest_VC,
             precision=self.score_precision,
             backend=self.backend if self.backend == "triton" else None,
         )

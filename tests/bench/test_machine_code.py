@@ -1,9 +1,11 @@
 """Budgets of the machine code, for GPUs that are not here: a regression of the compiler's shows.
 
-Everything in `bench/launches.py` is compiled for sm_80, sm_90 and sm_100, in a process without the
-interpreter.
+Everything in `bench/launches.py` is compiled for sm_80, sm_90, sm_100 and sm_120, in a process
+without the interpreter. On sm_86 and sm_89 run the tiles of sm_80 or of sm_120, as a test checks
+that holds them to their memory: of theirs a share is compiled.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,10 +14,25 @@ from pathlib import Path
 
 import pytest
 
+from beit_fast.kernels._triton import (
+    A100,
+    B200,
+    H100,
+    RTX3090,
+    RTX4090,
+    RTX5090,
+    pretend,
+    record,
+)
+from beit_fast.kernels.attention_configs import Tile, dbias_ctas
+
 pytest.importorskip("triton", reason="machine code needs Triton")
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+ARCHES = (80, 90, 100, 120)
+# Most shared memory of a CTA, in bytes: what the CUDA programming guide lists.
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 # What may spill, loads and stores, by kernel and architecture: values that a loop does not change,
 # and eight that it does in the kernel that holds a tile of dbias (64 x 208 fp32) in registers
@@ -26,6 +43,9 @@ SPILLS = {
     ("window_backward", 80): (8, 8),
     ("window_backward", 90): (20, 20),
     ("window_backward", 100): (4, 4),
+    ("dk_dv", 120): (2, 2),
+    ("window_backward", 120): (16, 16),
+    ("conv", 120): (0, 9),  # written and never read
 }
 SPILLS_OF_CASES = {"residual-D8192-bf16": (32, 32), "residual-D384-bf16": (2, 2)}
 
@@ -63,11 +83,26 @@ BUDGETS = {
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     path = tmp_path_factory.mktemp("machine_code") / "all.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(BENCH / "machine_code.py"), "--json", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(str(BENCH / "machine_code.py"), "--json", str(path))
     return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def compiled_for_ada(tmp_path_factory):
+    path = tmp_path_factory.mktemp("machine_code") / "ada.json"
+    share = ("--only", "K128", "--arch", "86", "89")
+    run(str(BENCH / "machine_code.py"), *share, "--json", str(path))
+    return json.loads(path.read_text())
+
+
+def run(*arguments):
+    """What python prints with these arguments, without the interpreter of kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def name_of(code):
@@ -81,9 +116,68 @@ def complaints(compiled, is_wrong):
 
 
 def test_all_architectures_are_compiled(compiled):
-    assert {code["arch"] for code in compiled} == {80, 90, 100}
-    cases = {arch: {c["case"] for c in compiled if c["arch"] == arch} for arch in (80, 90, 100)}
-    assert cases[80] == cases[90] == cases[100]
+    assert {code["arch"] for code in compiled} == set(ARCHES)
+    cases = {arch: {c["case"] for c in compiled if c["arch"] == arch} for arch in ARCHES}
+    assert cases[80] == cases[90] == cases[100] == cases[120]
+
+
+def test_every_kernel_fits_the_shared_memory_of_its_gpu(compiled, compiled_for_ada):
+    assert {code["arch"] for code in compiled_for_ada} == {86, 89}
+    codes = compiled + compiled_for_ada
+    assert not complaints(codes, lambda code: code["shared_bytes"] > SHARED[code["arch"]])
+    assert not complaints(codes, lambda code: code["ctas_per_sm"] < 1)
+
+
+def test_ada_and_consumer_ampere_run_tiles_of_sm_80_or_120_within_their_memory(compiled, bench):
+    cases = bench("launches").CASES
+    gpus, tiles = (A100, RTX3090, RTX4090, RTX5090), {}
+    for case, gpu in itertools.product(cases, gpus):
+        with pretend(gpu), record() as launches:
+            cases[case]()
+        tiles[case, gpu] = tiles_of(launches)
+    of_80 = [case for case in cases if tiles[case, RTX3090] == tiles[case, A100]]
+    others = set(cases) - set(of_80)
+    assert "attention-N197-K128" in others  # its dbias takes 112 KiB on sm_80
+    assert all(tiles[case, RTX3090] == tiles[case, RTX5090] for case in others)
+    assert all(tiles[case, RTX3090] == tiles[case, RTX4090] for case in cases)
+    run_there = [code for code in compiled if code["arch"] == 80 and code["case"] in of_80]
+    assert not complaints(run_there, lambda code: code["shared_bytes"] > SHARED[86])
+
+
+def test_dbias_is_chunked_for_the_ctas_that_its_machine_code_allows(compiled, bench):
+    gpus = {80: A100, 90: H100, 100: B200, 120: RTX5090}
+    cases = bench("launches").CASES
+    codes = [code for code in compiled if name_of(code) == "dbias"]
+    assert {code["arch"] for code in codes} == set(ARCHES)
+    counted = []
+    for code in codes:
+        with pretend(gpus[code["arch"]]), record() as launches:
+            cases[code["case"]]()
+        (launch,) = (one for one in launches if one.kernel.fn.__name__ == code["kernel"])
+        tile = Tile(
+            *(launch.arguments[name] for name in ("BLOCK_N", "BLOCK_M")),
+            *(launch.options[name] for name in ("num_warps", "num_stages")),
+        )
+        q, K, rng = (launch.arguments[name] for name in ("q_ptr", "K", "rng_ptr"))
+        counted.append(dbias_ctas(gpus[code["arch"]], q.dtype, K, tile, rng is not None))
+    wrong = [
+        f"{code['case']}, sm_{code['arch']}: {code['ctas_per_sm']}, chunked for {ctas}"
+        for code, ctas in zip(codes, counted, strict=True)
+        if ctas != code["ctas_per_sm"]
+    ]
+    assert not wrong
+
+
+def tiles_of(launches):
+    """Each kernel with its compile-time arguments and options: what sizes its tiles and stages."""
+    return {
+        (
+            launch.kernel.fn.__name__,
+            *(str(launch.arguments.get(p)) for p in launch.kernel.fn.__annotations__),
+            *launch.options.items(),
+        )
+        for launch in launches
+    }
 
 
 def test_no_kernel_adds_atomically(compiled):
@@ -149,7 +243,7 @@ def test_the_hopper_backward_reads_through_the_copy_engine(compiled):
 
 def test_convolutions_move_their_tiles_by_the_copy_engine_where_there_is_one(compiled):
     convs = [code for code in compiled if name_of(code) == "conv"]
-    assert {code["arch"] for code in convs} == {90, 100}
+    assert {code["arch"] for code in convs} == {90, 100, 120}
 
     def is_wrong(code):
         return code["loads"].get("tma", 0) < 6 or set(code["stores"]) != {"tma"}

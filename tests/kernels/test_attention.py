@@ -16,6 +16,7 @@ from beit_fast.kernels.attention import (
     rel_pos_attention,
     rel_pos_attention_qkvpacked,
 )
+from beit_fast.kernels.attention_bias import pad_bias
 from beit_fast.kernels.philox import draw_rng
 from beit_fast.kernels.rel_pos_bias import (
     rel_pos_bias,
@@ -374,8 +375,9 @@ def test_the_operators_keep_what_they_promise_the_compiler(backend):
     table = torch.randn(relative_position_rows((3, 2)), 2, requires_grad=True)
     bias = torch.randn(2, 7, 7, requires_grad=True)
     ops = torch.ops.beit_fast
-    options = (torch.tensor([1, 2]), [], 0.25, 0.1, backend)
-    of_table = (None, [3, 2], 0.25, 0.0, backend)
+    padded = pad_bias(bias, [], q, 7, 0.25) if backend == "triton" else None
+    options = (torch.tensor([1, 2]), [], 0.25, 0.1, backend, padded)
+    of_table = (None, [3, 2], 0.25, 0.0, backend, None)
     torch.library.opcheck(ops.attention.default, (q, k, v, bias, *options))
     torch.library.opcheck(ops.attention_qkvpacked.default, (qkv, table, *of_table))
     out, lse = ops.attention(q, k, v, bias, *options)

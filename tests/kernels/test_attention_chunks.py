@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from beit_fast.kernels._triton import H100, pretend, record
+from beit_fast.kernels.attention_backward import attention_backward
 from beit_fast.kernels.attention_chunks import num_chunks, strides_of
 
 
@@ -19,6 +21,21 @@ from beit_fast.kernels.attention_chunks import num_chunks, strides_of
 )
 def test_chunks_fill_the_slots(programs, images, chunk_bytes, slots, chunks):
     assert num_chunks(programs, images, chunk_bytes, slots) == chunks
+
+
+def test_the_general_backward_counts_the_ctas_that_fit():
+    # 50 programs a chunk, of 225 registers and 256 threads: one on each of 132 multiprocessors.
+    # Two chunks run at once; four, which two on each would hold, would run in two rounds.
+    with torch.device("meta"):
+        q, k, v, out, dout, dq, dk, dv = torch.empty(8, 64, 577, 2, 64, dtype=torch.bfloat16)
+        bias = torch.empty(1, 2, 640, 640, dtype=torch.float16)
+        lse = torch.empty(64, 2, 577)
+    with pretend(H100), record() as launches:
+        partials = attention_backward(
+            dout, q, k, v, bias, out, lse, scale=0.125, dropout_p=0.0, rng=None, tf32=False,
+            dq=dq, dk=dk, dv=dv, trains_bias=True,
+        )  # fmt: skip
+    assert launches[-1].arguments["C"] == len(partials) == 2
 
 
 def test_strides_are_zero_where_there_is_no_tensor():

@@ -1,8 +1,19 @@
+import itertools
+
 import pytest
 import torch
 
 from beit_fast.kernels import conv as module
-from beit_fast.kernels._triton import A100, H100, pretend, record
+from beit_fast.kernels._triton import (
+    A100,
+    B200,
+    H100,
+    RTX3090,
+    RTX4090,
+    RTX5090,
+    pretend,
+    record,
+)
 from beit_fast.kernels.conv import conv, conv_backend, conv_obstacle, conv_reference, tile_of
 
 HALF = [torch.float16, torch.bfloat16]
@@ -158,6 +169,20 @@ def test_tiles_leave_no_pixel_out_and_few_beyond_the_edges():
         assert side % TH == side % TW == 256 % NB == 0  # DALL-E's grids: no waste
     assert tile_of(256, 112, 112) == (1, 8, 16)
     assert tile_of(1, 14, 14)[0] == 1
+
+
+@pytest.mark.parametrize("gpu", [A100, RTX3090, RTX4090, H100, B200, RTX5090], ids=str)
+def test_the_stages_of_every_tile_fit_the_shared_memory_of_the_gpu(gpu):
+    for C, D, side in itertools.product((8, 64, 1024), (8, 64, 128, 256, 2048), (1, 3)):
+        x, weight, bias, out = (
+            torch.empty(shape, dtype=torch.float16, device="meta")
+            for shape in ((2, 8, 8, C), (D, side, side, C), (D,), (2, 8, 8, D))
+        )
+        with pretend(gpu), record() as launches:
+            module.conv_triton(x, weight, bias, None, False, False, out)
+        tile = launches[0].arguments
+        stage = 2 * tile["BLOCK_C"] * (128 + tile["BLOCK_D"])
+        assert launches[0].options["num_stages"] * stage <= gpu.shared_bytes
 
 
 def test_indices_reach_beyond_two_to_the_31():

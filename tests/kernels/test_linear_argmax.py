@@ -10,6 +10,7 @@ from beit_fast.kernels.linear_argmax import (
     linear_argmax,
     linear_argmax_reference,
     round_operand,
+    split_fp16,
 )
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -212,6 +213,19 @@ def test_what_has_no_kernel_is_refused_by_name_and_runs_on_torch_without_one():
     assert torch.equal(linear_argmax(x, x), (x @ x.t()).argmax(dim=1))
 
 
+@backends
+def test_a_weight_that_was_split_before_gives_the_same_ids(backend):
+    x, weight, bias = torch.randn(30, 16).half(), torch.randn(50, 16), torch.randn(50)
+    half, rest = split_fp16(weight)
+    options = {"precision": "fp16x2", "backend": backend}
+    want = linear_argmax(x, weight, bias, **options)
+    assert torch.equal(linear_argmax(x, half, bias, rest=rest, **options), want)
+    torch.library.opcheck(
+        torch.ops.beit_fast.linear_argmax.default,
+        (x, half, bias, None, "fp16x2", backend, rest),
+    )
+
+
 def test_shapes_and_names_that_do_not_fit_are_refused():
     x, weight = torch.randn(4, 16), torch.randn(50, 16)
     with pytest.raises(ValueError, match=r"weight \(V, D\)"):
@@ -220,6 +234,12 @@ def test_shapes_and_names_that_do_not_fit_are_refused():
         linear_argmax(x, weight, torch.zeros(16))
     with pytest.raises(ValueError, match="int32 or int64"):
         linear_argmax(x, weight, None, torch.zeros(2))
+    for weight_, rest, precision in (
+        (weight, weight, "fp16x2"), (weight.half(), weight.half(), "fp16"),
+        (weight.half(), weight.half()[1:], "fp16x2"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="pass both as split_fp16 gives them"):
+            linear_argmax(x, weight_, rest=rest, precision=precision)
     with pytest.raises(ValueError, match="one of fp32, tf32x3"):
         linear_argmax(x, weight, precision="fp8")
     with pytest.raises(ValueError, match="one of triton, torch"):

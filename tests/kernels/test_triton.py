@@ -1,14 +1,19 @@
 """What launchers share: obstacles are named, fallbacks told once, empty grids not launched."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from beit_fast.kernels import _triton
 from beit_fast.kernels._triton import (
+    A100,
     B200,
     H100,
+    RTX3090,
+    RTX4090,
+    RTX5090,
     Gpu,
     gpu_of,
     launch,
@@ -60,6 +65,20 @@ def test_the_pretended_gpu_is_the_innermost():
         with pretend(H100):
             assert gpu_of(x) == H100
         assert gpu_of(x) == B200
+
+
+@pytest.mark.parametrize("gpu", [A100, RTX3090, RTX4090, H100, B200, RTX5090], ids=str)
+def test_the_gpu_is_read_from_the_properties_of_the_device(gpu, monkeypatch):
+    major, minor = gpu.capability
+    properties = SimpleNamespace(
+        major=major,
+        minor=minor,
+        multi_processor_count=gpu.num_sms,
+        L2_cache_size=gpu.l2_bytes,
+        shared_memory_per_block_optin=gpu.shared_bytes,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert gpu_of(SimpleNamespace(device=torch.device("cuda", 0))) == gpu
 
 
 def test_a_warning_is_told_once(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from beit_fast.data.single_view import SingleViewConfig, single_view
+from beit_fast.kernels import linear_argmax
 from beit_fast.kernels._triton import A100, H100, interpreting, pretend
 from beit_fast.tasks.sources import PHOTOGRAPHS, open_source
 from beit_fast.tokenizer import frozen as module
@@ -184,6 +185,21 @@ def test_autocast_changes_nothing(wide, photographs):
     want = tokenizer.features(photographs)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tokenizer.features(photographs), want)
+
+
+def test_the_weight_of_the_scores_is_split_once(tiny, photographs, monkeypatch):
+    calls, split = [], linear_argmax.split_fp16
+
+    def counted(weight):
+        calls.append(weight.shape)
+        return split(weight)
+
+    for place in (module, linear_argmax):
+        monkeypatch.setattr(place, "split_fp16", counted, raising=False)
+    tokenizer = FrozenTokenizer(tiny, "fp16").to("cpu")
+    for _ in range(3):
+        tokenizer.encode(photographs)
+    assert len(calls) == 1
 
 
 def test_an_empty_batch_has_no_tokens(tiny):
