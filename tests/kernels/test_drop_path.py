@@ -53,8 +53,8 @@ def test_a_seed_repeats_the_draw_and_the_shapes_compile_in_one_graph():
     assert torch.equal(slots[samples], torch.arange(24, dtype=torch.int32))
 
 
-def test_decisions_by_rng_have_the_rate_and_are_apart_from_dropped_elements():
-    rng = draw_rng(torch.device("cpu"))
+def test_decisions_by_rng_have_the_rate_and_are_apart_from_dropped_elements(device):
+    rng = draw_rng(device)
     B = 20_000
     keep = drop_path_keep_reference(rng, 0.3, B)
     assert abs(keep.double().mean() - 0.7) < 5 * (0.21 / B) ** 0.5

@@ -435,14 +435,15 @@ def test_the_operators_pass_opcheck(by, device, monkeypatch):
 
 def test_the_operator_on_a_cpu_is_the_reference(monkeypatch):
     monkeypatch.setattr("beit_fast.kernels.scale_residual.interpreting", lambda: False)
-    kept = draw_kept_samples(3, 0.4)
-    tensors = {"x": torch.randn(3, 4, 48), "branch": torch.randn(len(kept.samples), 4, 48)}
-    tensors |= {name: torch.randn(48) for name in VECTORS}
-    douts = torch.randn(3, 4, 48), torch.randn(len(kept.samples), 4, 48)
-    options = {"kept": kept, "norm_kept": kept, "dropout_p": 0.3, "rng": rng_on("cpu")}
-    device = torch.device("cpu")
-    ours = run(scale_residual_norm, tensors, douts, device, **options, backend="triton")
-    theirs = run(scale_residual_norm_reference, tensors, douts, device, **options)
+    cpu = torch.device("cpu")
+    with cpu:
+        kept = draw_kept_samples(3, 0.4)
+        tensors = {"x": torch.randn(3, 4, 48), "branch": torch.randn(len(kept.samples), 4, 48)}
+        tensors |= {name: torch.randn(48) for name in VECTORS}
+        douts = torch.randn(3, 4, 48), torch.randn(len(kept.samples), 4, 48)
+        options = {"kept": kept, "norm_kept": kept, "dropout_p": 0.3, "rng": rng_on(cpu)}
+        ours = run(scale_residual_norm, tensors, douts, cpu, **options, backend="triton")
+        theirs = run(scale_residual_norm_reference, tensors, douts, cpu, **options)
     assert_same_to_rounding(ours, theirs)
 
 
