@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from beit_fast.kernels._triton import launch, launch_obstacle, tl, triton
 from beit_fast.kernels.gather_rows import gather_rows
+from beit_fast.kernels.mask_embed import mask_embed
 from two_devices import CPU, GPU
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU to mix with")
@@ -146,9 +147,13 @@ def test_a_gradient_comes_back_to_where_its_tensor_is():
 
 
 def test_the_operators_of_the_package_are_checked_inside():
+    patches = torch.randn(2, 3, 8, device=GPU)
+    assert mask_embed(patches, torch.zeros(8, device=GPU), backend="triton").device == GPU
+    with pytest.raises((RuntimeError, ValueError), match=r"same device|from Triton"):
+        mask_embed(patches, torch.zeros(8), backend="triton")
     x, index = torch.randn(2, 3, 8, device=GPU), torch.tensor([1, 4], device=GPU)
     assert gather_rows(x, index, backend="triton").device == GPU
-    with pytest.raises((RuntimeError, ValueError), match="same device|from Triton"):
+    with pytest.raises((RuntimeError, ValueError), match=r"same device|from Triton"):
         gather_rows(x, index.cpu(), backend="triton")
 
 

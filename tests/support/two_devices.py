@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 GPU = torch.device("cpu", 0)
 CPU = torch.device("cpu")
 
+_CPU_KERNEL = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _true_device = torch._C.TensorBase.device.__get__
 _aten = torch.ops.aten
 _MOVES = {
@@ -55,8 +56,13 @@ def _lies_in_memory(value: object) -> bool:
     )
 
 
-def _on_gpu(tensor: Tensor) -> bool:
+def _on_gpu(tensor: Tensor) -> bool | None:
+    """Where it would be; None if C++ made it in a backward, which knows no index."""
     return getattr(tensor.untyped_storage(), "on_gpu", False)
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return _on_gpu(tensor) is False
 
 
 def _place(tensor: Tensor, on_gpu: bool) -> Tensor:
@@ -83,13 +89,13 @@ def _refuse_mixed(func: Any, args: tuple, kwargs: dict, tensors: list[Tensor]) -
     if func in _MOVES:
         return
     if func in _INDEXING:
-        if not _on_gpu(args[0]) and any(map(_on_gpu, _tensors(args[1]))):
+        if _on_cpu(args[0]) and any(map(_on_gpu, _tensors(args[1]))):
             raise RuntimeError(
                 "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
             )
         tensors = _tensors([args[0], *args[2:]])
-    if any(t.dim() and not _on_gpu(t) for t in tensors) or not all(
-        map(_on_gpu, _written(func, args, kwargs))
+    if any(t.dim() and _on_cpu(t) for t in tensors) or any(
+        map(_on_cpu, _written(func, args, kwargs))
     ):
         places = (f"{'cuda:0' if _on_gpu(t) else 'cpu'} {tuple(t.shape)}" for t in tensors)
         raise RuntimeError(
@@ -103,9 +109,9 @@ class TwoDevices(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "beit_fast":  # written in Python: what it calls is checked
+        if func.namespace == "beit_fast" and _tensors(args):  # Python: what it calls is checked
             with self:
-                return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
+                return func.redispatch(_CPU_KERNEL, *args, **kwargs)
         tensors = _tensors(args)
         if kwargs:
             tensors += _tensors(list(kwargs.values()))
@@ -114,6 +120,8 @@ class TwoDevices(TorchDispatchMode):
             _refuse_mixed(func, args, kwargs, tensors)
         out = func(*args, **kwargs)
         device = kwargs.get("device")
+        if not tensors and torch._C._current_graph_task_id() != -1:
+            on_gpu = None
         if device is not None and _means_gpu(device):
             on_gpu = True  # else the device of a factory, or of C++, which knows no index
         for tensor in _tensors(out):
@@ -250,8 +258,7 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
             given = _tensors(tree_leaves((args, kwargs)))
             if isinstance(owner, torch.nn.Module):
                 given += [*owner.parameters(), *owner.buffers()]
-            with _disable_current_modes():
-                out = compiled(*args, **kwargs)
+            out = compiled(*args, **kwargs)
             on_gpu = any(map(_on_gpu, given)) if given else _means_gpu(torch.get_default_device())
             for tensor in _tensors(tree_leaves(out)):
                 _place(tensor, on_gpu)
@@ -281,7 +288,7 @@ def _patch_triton(patch: pytest.MonkeyPatch) -> None:
     def check(number: int, value: Any) -> None:
         value = getattr(value, "base", value)  # of a tensor descriptor
         for each in value if isinstance(value, tuple) else (value,):
-            if _lies_in_memory(each) and not _on_gpu(each):
+            if _lies_in_memory(each) and _on_cpu(each):
                 raise ValueError(
                     f"Pointer argument (at {number}) cannot be accessed from Triton (cpu tensor?)"
                 )
@@ -298,9 +305,9 @@ def _patch_triton(patch: pytest.MonkeyPatch) -> None:
 
     def can_launch(tensor: Tensor) -> bool:
         able = true_can_launch(tensor)
-        if not _checking() or _triton._recorded or not _lies_in_memory(tensor):
+        if torch.compiler.is_compiling() or _triton._recorded or not _checking():
             return able
-        return able and _on_gpu(tensor)
+        return able and not (_lies_in_memory(tensor) and _on_cpu(tensor))
 
     true_can_launch = _triton.can_launch
     patch.setattr(_triton, "can_launch", can_launch)
