@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -104,11 +106,26 @@ def _refuse_mixed(func: Any, args: tuple, kwargs: dict, tensors: list[Tensor]) -
         )
 
 
+def _mark(out: object, on_gpu: bool | None) -> object:
+    """Let memory that is new say where it would be."""
+    for tensor in _tensors(out):
+        storage = tensor.untyped_storage()
+        if not hasattr(storage, "on_gpu"):
+            storage.on_gpu = on_gpu
+    return out
+
+
 class TwoDevices(TorchDispatchMode):
     """Within it every operation of this thread is checked, and what it makes is marked."""
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):  # of a compiled graph, which was checked
+            return _mark(
+                func(*args, **kwargs), any(map(_on_gpu, _tensors([*args, *kwargs.values()])))
+            )
         if func.namespace == "beit_fast" and _tensors(args):  # Python: what it calls is checked
             with self:
                 return func.redispatch(_CPU_KERNEL, *args, **kwargs)
@@ -124,11 +141,7 @@ class TwoDevices(TorchDispatchMode):
             on_gpu = None
         if device is not None and _means_gpu(device):
             on_gpu = True  # else the device of a factory, or of C++, which knows no index
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if not hasattr(storage, "on_gpu"):
-                storage.on_gpu = on_gpu
-        return out
+        return _mark(out, on_gpu)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -177,6 +190,7 @@ def two_devices() -> Iterator[None]:
 
 def _patch_torch(patch: pytest.MonkeyPatch) -> None:
     """The calls that name a device and never reach the dispatcher, or reach it without the name."""
+    get_torch_obj_rule_map()  # Dynamo looks the functions up by name at first use, then keeps them
 
     def device(self: Tensor) -> torch.device:
         true = _true_device(self)
@@ -234,7 +248,7 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
 
         return make
 
-    for name in ("tensor", "as_tensor", "asarray"):
+    for name in ("tensor", "as_tensor", "asarray", "from_file"):
         patch.setattr(torch, name, from_data(getattr(torch, name)))
     patch.setattr(Tensor, "new_tensor", from_data(Tensor.new_tensor))
     patch.setattr(torch, "Generator", _Generator)
