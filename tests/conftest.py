@@ -1,12 +1,24 @@
 """Seeds, threads and the interpreter: every test starts from the same state, on any machine."""
 
+import importlib
 import os
+import pkgutil
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Grain imports jax where jax is installed
 
 import numpy as np
 import pytest
 import torch
+
+from machine import (  # noqa: F401  hooks of pytest
+    pytest_configure,
+    pytest_make_collect_report,
+    pytest_report_header,
+    pytest_runtest_call,
+    pytest_runtest_setup,
+)
+from two_devices import GPU, two_devices
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
@@ -68,8 +80,30 @@ def _mend_interpreter() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _mend_interpreter()
+    # Triton reads the variable when a kernel is defined, and some tests have it off.
+    for kernels in pkgutil.iter_modules(importlib.import_module("beit_fast.kernels").__path__):
+        importlib.import_module(f"beit_fast.kernels.{kernels.name}")
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """Where kernels run: a GPU, or what stands for one and refuses the tensors of the CPU."""
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+    else:
+        with two_devices():
+            yield GPU
+
+
+@pytest.fixture(autouse=True)
+def _kernels_run_on_the_device_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test without the device sees no interpreter: on a GPU machine there is none."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "device" not in request.fixturenames:
+            patch.setenv("TRITON_INTERPRET", "0")
+        yield

@@ -1,6 +1,5 @@
 """The yardstick for kernels: no worse than what the reference itself loses in the same dtype."""
 
-import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -44,14 +43,8 @@ def assert_as_exact_as_reference():
     return check
 
 
-@pytest.fixture
-def device() -> torch.device:
-    """Where kernels run: a GPU where there is one, else a CPU under Triton's interpreter."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.fixture(autouse=True)
 def _tensors_are_made_where_kernels_run(device):
     """A test that is about a CPU says so where it makes its tensors."""
-    with device if device.type == "cuda" else contextlib.nullcontext():
+    with device:
         yield

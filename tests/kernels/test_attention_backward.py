@@ -23,7 +23,7 @@ def _poison():
     torch.use_deterministic_algorithms(False)
 
 
-def inputs(B, N, M, H=2, K=64, G=1, dtype=torch.bfloat16, std=1.0, device="cpu"):
+def inputs(B, N, M, H=2, K=64, G=1, dtype=torch.bfloat16, std=1.0, device=None):
     """dout, q, k, v in the dtype, and an fp32 bias (G, H, N, M) that padding does not round."""
     shapes = ((B, N, H, K), (B, N, H, K), (B, M, H, K), (B, M, H, K))
     tensors = [torch.randn(shape, device=device).to(dtype) for shape in shapes]

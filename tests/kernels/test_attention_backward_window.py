@@ -80,9 +80,9 @@ def test_what_is_not_wanted_changes_nothing_else(trains_bias, device):
             assert got is None or torch.equal(got, want)
 
 
-def test_nothing_wanted_launches_nothing():
+def test_nothing_wanted_launches_nothing(device):
     with record() as launches:
-        run(make(1, 49), trains_bias=False, wanted="")
+        run(make(1, 49, device=device), trains_bias=False, wanted="")
     assert launches == []
 
 

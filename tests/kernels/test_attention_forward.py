@@ -36,7 +36,7 @@ class Case:
 
 def make(
     N: int, M: int | None = None, K: int = 64, dtype: torch.dtype = BF16,
-    *, B: int = 1, H: int = 2, G: int = 1, std: float = 1.0, size: float = 1.0, device="cpu",
+    *, B: int = 1, H: int = 2, G: int = 1, std: float = 1.0, size: float = 1.0, device=None,
 ) -> Case:  # fmt: skip
     """Random queries, keys and values, packed in one tensor where N = M."""
     if M is None or M == N:

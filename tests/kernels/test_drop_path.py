@@ -42,19 +42,19 @@ def test_the_scale_makes_the_branch_unbiased():
     assert error.max() < 5 * (2 / 3 / draws) ** 0.5
 
 
-def test_a_seed_repeats_the_draw_and_the_shapes_compile_in_one_graph():
+def test_a_seed_repeats_the_draw_and_the_shapes_compile_in_one_graph(device):
     def draw():
         torch.manual_seed(2)
         return draw_kept_samples(32, 0.25)
 
     assert torch.equal(draw().samples, draw().samples)
     compiled = torch.compile(draw_kept_samples, fullgraph=True, backend="aot_eager")
-    samples, slots = compiled(32, 0.25)
+    samples, slots = compiled(32, 0.25, device)  # traced code asks no ambient device
     assert torch.equal(slots[samples], torch.arange(24, dtype=torch.int32))
 
 
-def test_decisions_by_rng_have_the_rate_and_are_apart_from_dropped_elements():
-    rng = draw_rng(torch.device("cpu"))
+def test_decisions_by_rng_have_the_rate_and_are_apart_from_dropped_elements(device):
+    rng = draw_rng(device)
     B = 20_000
     keep = drop_path_keep_reference(rng, 0.3, B)
     assert abs(keep.double().mean() - 0.7) < 5 * (0.21 / B) ** 0.5

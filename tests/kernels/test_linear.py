@@ -27,18 +27,22 @@ def test_as_exact_as_the_reference(assert_as_exact_as_reference, shape, width, w
 
 
 @pytest.mark.parametrize(
-    ("x", "weight", "dout"),
+    "strided",
     [
-        (torch.randn(16, 9, 3).permute(2, 1, 0), torch.randn(7, 16), torch.randn(3, 9, 7)),
-        (torch.randn(3, 18, 32)[:, ::2, ::2], torch.randn(7, 16), torch.randn(3, 9, 7)),
-        (torch.randn(3, 9, 16), torch.randn(16, 7).t(), torch.randn(3, 9, 7)),
-        (torch.randn(3, 9, 16), torch.randn(7, 16), torch.ones(1).expand(3, 9, 7)),
-        (torch.randn(3, 9, 16), torch.randn(7, 16), torch.randn(7, 9, 3).permute(2, 1, 0)),
-        (torch.randn(1, 1, 16).expand(3, 9, 16), torch.randn(7, 16), torch.randn(3, 9, 7)),
+        {"x": lambda: torch.randn(16, 9, 3).permute(2, 1, 0)},
+        {"x": lambda: torch.randn(3, 18, 32)[:, ::2, ::2]},
+        {"weight": lambda: torch.randn(16, 7).t()},
+        {"dout": lambda: torch.ones(1).expand(3, 9, 7)},
+        {"dout": lambda: torch.randn(7, 9, 3).permute(2, 1, 0)},
+        {"x": lambda: torch.randn(1, 1, 16).expand(3, 9, 16)},
     ],
     ids=["x-turned", "x-sliced", "weight-turned", "dout-constant", "dout-turned", "x-expanded"],
 )
-def test_any_strides_give_what_contiguous_tensors_give(x, weight, dout):
+def test_any_strides_give_what_contiguous_tensors_give(strided):
+    shapes = {"x": (3, 9, 16), "weight": (7, 16), "dout": (3, 9, 7)}
+    x, weight, dout = (
+        strided[name]() if name in strided else torch.randn(shape) for name, shape in shapes.items()
+    )
     bias = torch.randn(7)
     results = []
     for tensors, gradient in (
@@ -56,7 +60,7 @@ def test_onednn_multiplies_in_fp32_and_torch_otherwise(monkeypatch):
     taken = []
     original = module._product
     monkeypatch.setattr(module, "_product", lambda *a: taken.append(1) or original(*a))
-    x, weight = torch.randn(2, 9, 8), torch.randn(4, 8)
+    x, weight = torch.randn(2, 9, 8, device="cpu"), torch.randn(4, 8, device="cpu")
     linear(x, weight)
     assert len(taken) == torch.backends.mkldnn.is_available()
     taken.clear()
@@ -79,7 +83,8 @@ def test_only_an_input_that_wants_its_gradient_costs_a_product(monkeypatch):
     products = []
     original = module._product
     monkeypatch.setattr(module, "_product", lambda *a: products.append(1) or original(*a))
-    x, weight = torch.randn(2, 9, 8), torch.randn(4, 8, requires_grad=True)
+    x = torch.randn(2, 9, 8, device="cpu")
+    weight = torch.randn(4, 8, requires_grad=True, device="cpu")
     linear(x, weight).sum().backward()
     frozen = len(products)
     linear(x.requires_grad_(), weight).sum().backward()

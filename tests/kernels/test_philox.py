@@ -52,8 +52,8 @@ def test_kernel_and_reference_draw_the_same(rng, device):
     assert torch.equal(words.long(), want)
 
 
-def test_words_are_uniform_and_streams_apart():
-    rng = draw_rng(torch.device("cpu"))
+def test_words_are_uniform_and_streams_apart(device):
+    rng = draw_rng(device)
     words = random_words_reference(rng, torch.arange(50_000)[:, None], torch.arange(2)[None, :])
     kept = (words >= threshold_of(0.3)).double()
     assert abs(kept.mean() - 0.7) < 5 * (0.21 / kept.numel()) ** 0.5
@@ -61,9 +61,9 @@ def test_words_are_uniform_and_streams_apart():
     assert abs(torch.corrcoef(torch.stack((first, second)))[0, 1]) < 5 / first.numel() ** 0.5
 
 
-def test_each_draw_differs_and_a_seed_repeats_it():
+def test_each_draw_differs_and_a_seed_repeats_it(device):
     torch.manual_seed(3)
-    first, second = draw_rng(torch.device("cpu")), draw_rng(torch.device("cpu"))
+    first, second = draw_rng(device), draw_rng(device)
     torch.manual_seed(3)
-    assert torch.equal(draw_rng(torch.device("cpu")), first)
+    assert torch.equal(draw_rng(device), first)
     assert not torch.equal(first, second)

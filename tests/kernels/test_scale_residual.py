@@ -435,14 +435,16 @@ def test_the_operators_pass_opcheck(by, device, monkeypatch):
 
 def test_the_operator_on_a_cpu_is_the_reference(monkeypatch):
     monkeypatch.setattr("beit_fast.kernels.scale_residual.interpreting", lambda: False)
-    kept = draw_kept_samples(3, 0.4)
-    tensors = {"x": torch.randn(3, 4, 48), "branch": torch.randn(len(kept.samples), 4, 48)}
-    tensors |= {name: torch.randn(48) for name in VECTORS}
-    douts = torch.randn(3, 4, 48), torch.randn(len(kept.samples), 4, 48)
-    options = {"kept": kept, "norm_kept": kept, "dropout_p": 0.3, "rng": rng_on("cpu")}
-    device = torch.device("cpu")
-    ours = run(scale_residual_norm, tensors, douts, device, **options, backend="triton")
-    theirs = run(scale_residual_norm_reference, tensors, douts, device, **options)
+    monkeypatch.setattr(_triton, "can_launch", lambda tensor: True)  # chosen where kernels run
+    cpu = torch.device("cpu")
+    with cpu:
+        kept = draw_kept_samples(3, 0.4)
+        tensors = {"x": torch.randn(3, 4, 48), "branch": torch.randn(len(kept.samples), 4, 48)}
+        tensors |= {name: torch.randn(48) for name in VECTORS}
+        douts = torch.randn(3, 4, 48), torch.randn(len(kept.samples), 4, 48)
+        options = {"kept": kept, "norm_kept": kept, "dropout_p": 0.3, "rng": rng_on(cpu)}
+        ours = run(scale_residual_norm, tensors, douts, cpu, **options, backend="triton")
+        theirs = run(scale_residual_norm_reference, tensors, douts, cpu, **options)
     assert_same_to_rounding(ours, theirs)
 
 
@@ -507,7 +509,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name():
         scale_residual(x, branch, kept=draw_kept_samples(3, 0.4))
     with pytest.raises(ValueError, match="drawn from 4, x has 3"):
         layer_norm(x, kept=draw_kept_samples(4, 0.4))
-    with pytest.raises(ValueError, match=r"rng is torch.int32 \(2,\) on cpu: pass int64"):
+    with pytest.raises(ValueError, match=rf"rng is torch.int32 \(2,\) on {x.device}: pass int64"):
         scale_residual(x, branch, dropout_p=0.1, rng=torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match="pass one of triton, torch, or None"):
         scale_residual(x, branch, backend="cuda")

@@ -81,7 +81,7 @@ def results(model, images, dout=None, seed=3, **options):
     torch.manual_seed(seed)
     out = run(model, images, **options)
     generator = torch.Generator().manual_seed(1)
-    out.backward(torch.randn(out.shape, generator=generator).to(out.dtype))
+    out.backward(torch.randn(out.shape, generator=generator).to(out))
     named = model.named_parameters()
     return {"out": out.detach(), **{n: p.grad for n, p in named if p.grad is not None}}
 
@@ -134,9 +134,9 @@ def test_autocast_is_as_exact_as_the_library(pair, kind):
 
 
 @either
-def test_the_triton_kernels_take_an_accelerated_model(pair, kind):
-    model, accelerated = pair(kind, num_heads=2, img_size=16, depth=1)
-    images = torch.randn(2, 3, 16, 16)
+def test_the_triton_kernels_take_an_accelerated_model(pair, kind, device):
+    model, accelerated = (m.to(device) for m in pair(kind, num_heads=2, img_size=16, depth=1))
+    images = torch.randn(2, 3, 16, 16, device=device)
     exact = results(copy.deepcopy(model).double(), images.double())
     with use_backend("triton"):
         ours = results(accelerated, images)

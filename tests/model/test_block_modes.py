@@ -24,15 +24,16 @@ IMAGES = (3, 3, 32, 32)
 
 
 @pytest.fixture
-def with_kernels(monkeypatch):
-    """Residuals and norms of whole models by the Triton kernels, on a CPU in the interpreter."""
+def with_kernels(monkeypatch, device):
+    """Residuals and norms of whole models by the Triton kernels, with tensors where these run."""
 
     def switch(on=True):
         for function in (scale_residual, scale_residual_norm, layer_norm):
             called = functools.partial(function, backend="triton") if on else function
             monkeypatch.setattr(layers, function.__name__, called)
 
-    return switch
+    with device:
+        yield switch
 
 
 def outputs_and_gradients(model, images, gradients, function=None, seed=1):

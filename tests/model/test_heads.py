@@ -288,7 +288,7 @@ def test_a_loss_takes_patches_for_images(tiny, randomize, gradients, predict):
         assert torch.equal(value, results[1][name]), name
 
 
-def test_a_tiny_beit_trains_by_the_kernels_as_by_the_reference(tiny, monkeypatch):
+def test_a_tiny_beit_trains_by_the_kernels_as_by_the_reference(tiny, monkeypatch, device):
     def train(backend):
         head = functools.partial(masked_linear_cross_entropy, backend=backend)
         monkeypatch.setattr(heads, "masked_linear_cross_entropy", head)
@@ -305,7 +305,7 @@ def test_a_tiny_beit_trains_by_the_kernels_as_by_the_reference(tiny, monkeypatch
             losses.append(loss.detach())
         return torch.stack(losses)
 
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with device:
         ours, theirs = train("triton"), train("reference")
     assert ours[-1] < 0.9 * ours[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)

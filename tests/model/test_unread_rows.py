@@ -233,9 +233,11 @@ def test_evaluation_skips_as_well(tiny, randomize):
     torch.testing.assert_close(*results)
 
 
-def test_the_kernels_give_the_same_gradients(tiny, randomize, gradients, assert_agree, monkeypatch):
+def test_the_kernels_give_the_same_gradients(
+    tiny, randomize, gradients, assert_agree, monkeypatch, device
+):
     _, model = pair(tiny, randomize, torch.float32, drop_path_rate=0.5)
-    arguments = inputs()
+    model, arguments = model.to(device), [x.to(device) for x in inputs()]
     expected = loss_and_gradients(model, arguments, gradients)
     for function in (scale_residual, scale_residual_norm, layer_norm, layers.gather_rows):
         called = functools.partial(function, backend="triton")
