@@ -58,5 +58,5 @@ def draw_kept_samples(
 def drop_path_keep_reference(rng: Tensor, drop_path_p: float, num_samples: int) -> Tensor:
     """Which samples the second way keeps, bool (B,)."""
     streams = torch.arange(num_samples, device=rng.device)
-    quad = torch.tensor(DROP_PATH_QUAD, device=rng.device)
+    quad = torch.full((), DROP_PATH_QUAD, device=rng.device)  # filled there: nothing is copied
     return random_words_reference(rng, quad, streams)[:, 0] >= threshold_of(drop_path_p)
