@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.trace_rules import get_torch_obj_rule_map
+from torch._dynamo.trace_rules import get_tensor_method, get_torch_obj_rule_map
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -190,7 +190,8 @@ def two_devices() -> Iterator[None]:
 
 def _patch_torch(patch: pytest.MonkeyPatch) -> None:
     """The calls that name a device and never reach the dispatcher, or reach it without the name."""
-    get_torch_obj_rule_map()  # Dynamo looks the functions up by name at first use, then keeps them
+    # Dynamo looks torch's functions up by name at first use, and keeps what it found.
+    get_torch_obj_rule_map(), get_tensor_method()
 
     def device(self: Tensor) -> torch.device:
         true = _true_device(self)
@@ -250,8 +251,10 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
 
         return make
 
-    for name in ("tensor", "as_tensor", "asarray", "from_file"):
-        patch.setattr(torch, name, from_data(getattr(torch, name)))
+    names = ("tensor", "as_tensor", "asarray", "from_file")
+    true_factories = {name: getattr(torch, name) for name in names}
+    for name, true in true_factories.items():
+        patch.setattr(torch, name, from_data(true))
     patch.setattr(Tensor, "new_tensor", from_data(Tensor.new_tensor))
     patch.setattr(torch, "Generator", _Generator)
 
@@ -274,7 +277,12 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
             given = _tensors(tree_leaves((args, kwargs)))
             if isinstance(owner, torch.nn.Module):
                 given += [*owner.parameters(), *owner.buffers()]
-            out = compiled(*args, **kwargs)
+            with pytest.MonkeyPatch.context() as bare:  # Dynamo knows torch's own functions
+                for name in ("to", "cpu", "numpy", "new_tensor"):
+                    bare.delattr(Tensor, name)  # they are inherited
+                for name, true in true_factories.items():
+                    bare.setattr(torch, name, true)
+                out = compiled(*args, **kwargs)
             on_gpu = any(map(_on_gpu, given)) if given else _means_gpu(torch.get_default_device())
             for tensor in _tensors(tree_leaves(out)):
                 _place(tensor, on_gpu)
