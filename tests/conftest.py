@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+# Before Triton is imported, which Dynamo does, which `two_devices` needs.
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+
 from machine import (  # noqa: F401  hooks of pytest
     pytest_configure,
     pytest_make_collect_report,
@@ -19,9 +22,6 @@ from machine import (  # noqa: F401  hooks of pytest
     pytest_runtest_setup,
 )
 from two_devices import GPU, two_devices
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
 
 torch.set_num_threads(1)  # sums of two threads differ from sums of one in the last bits
 
