@@ -9,6 +9,7 @@ kind:
                                                     a peer's time by ours (above 1, ours is faster)
     check     item figure value allowed right       an error against fp64, bits that must be equal
     error     item error                            what went wrong, in a line
+    cut       item                                  what was at work when the time was over
     note      item and whatever is told             machine, versions, commit, a kernel's share
     end       ended seconds limit                   how a stage ended, from the driver
 
@@ -17,6 +18,7 @@ Units are ms, s, images/s, GB/s, TFLOP/s, GiB and launches. Which way is better 
 
 import json
 import math
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -43,10 +45,17 @@ class Facts:
         fact = {"run": self._run, "s": spent, "kind": kind, "stage": self._stage, **rest}
         line = json.dumps({name: _plain(value) for name, value in fact.items()})
         print(line, flush=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with self._path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                line = line if file.read(1) == b"\n" else "\n" + line  # behind one cut short
+            file.write(f"{line}\n".encode())
 
     def figure(self, item: str, figure: str, value: float, unit: str, **rest: object) -> None:
+        """Raises ValueError for a value that is no number; what is none beside it is left out."""
+        if not math.isfinite(value):
+            raise ValueError(f"{figure} of {item} is {value}: no figure")
+        rest = {n: v for n, v in rest.items() if not isinstance(v, float) or math.isfinite(v)}
         self.say("figure", item=item, figure=figure, value=value, unit=unit, **rest)
 
     def check(self, item: str, figure: str, value: float, allowed: float) -> None:
@@ -54,22 +63,25 @@ class Facts:
         right = bool(value <= allowed)
         self.say("check", item=item, figure=figure, value=value, allowed=allowed, right=right)
 
-    def attempt(self, item: str, run: Callable[[], object], *, alone: bool = False) -> None:
-        """Run one item; an error is a fact, and the next item goes on.
+    def attempt(self, item: str, run: Callable[[], object], *, alone: bool = False) -> bool:
+        """Run one item; an error is a fact, and the next item goes on. Whether it was run to its
+        end.
 
         Raises SystemExit where the process cannot run a next one: the device's context is gone,
         or the item says that it breaks the process where it fails (`alone`).
         """
         if item in self._skip:
-            return
+            return False
         self.say("begin", item=item)
         try:
             run()
-        except Exception as error:  # whatever it is, it is this item's alone
+        except (Exception, SystemExit) as error:  # whatever it is, it is this item's alone
             traceback.print_exc()
             self.say("error", item=item, error=f"{type(error).__name__}: {error}"[:600])
             if alone or is_fatal(error):
                 raise SystemExit(f"{item} failed, and its process cannot go on") from error
+            return False
+        return True
 
 
 def is_fatal(error: BaseException) -> bool:
@@ -80,18 +92,17 @@ def is_fatal(error: BaseException) -> bool:
 
 
 def read_facts(path: Path) -> list[Fact]:
-    """All whole lines of a file; a line cut short by a kill is left out."""
+    """All whole lines of a file; one that a kill cut short, or that is no fact, is left out."""
     facts = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
-            facts.append(json.loads(line))
+            fact = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(fact, dict) and {"run", "kind", "stage"} <= fact.keys():
+            facts.append(fact)
     return facts
-
-
-def last_run(facts: list[Fact]) -> list[Fact]:
-    return [fact for fact in facts if fact["run"] == facts[-1]["run"]] if facts else []
 
 
 # --- predictions ----------------------------------------------------------------------------------
@@ -136,7 +147,7 @@ def expected(fact: Fact, prediction: Fact | None, gpu: str) -> Expected | None:
     if prediction is None or not gpu:
         return None
     for known, (low, high) in prediction.get("on", {}).items():
-        if known in gpu:
+        if is_called(gpu, known):
             return Expected("", fact["value"], low, high, fact["unit"] in HIGHER_IS_BETTER)
     share = share_of_floor(fact)
     if "of_floor" in prediction and share is not None:
@@ -144,6 +155,12 @@ def expected(fact: Fact, prediction: Fact | None, gpu: str) -> Expected | None:
     if "ratio" in prediction and fact.get("ratio"):
         return Expected("times ours", fact["ratio"], *prediction["ratio"], True)
     return None
+
+
+def is_called(gpu: str, known: str) -> bool:
+    """Whether a prediction for `known` is one for this GPU: an H100 is the SXM module, whole."""
+    lesser = known != "NVIDIA" and re.search(r"PCIe|NVL|MIG|40GB", gpu)
+    return bool(re.search(rf"\b{known}\b", gpu)) and not lesser
 
 
 def share_of_floor(fact: Fact) -> float | None:

@@ -7,7 +7,9 @@ FOLDER/facts.jsonl before the next thing begins (bench/facts.py says what is in 
 crashes its process, or says nothing for too long, is noted and left out, and the stage goes on
 behind it; a stage that hangs costs itself alone. The end is a table of stages, of figures beside
 what was predicted of them (bench/predictions.json) and beside the least time that the machine
-allows, and what to do next. Exit code 1: something was wrong, or did not end.
+allows, and what to do next. With more minutes stages have longer limits, and all of them are
+reached: with 9 those that say most, with 60 also the peers whose compilation takes minutes. Exit
+code 1: something was wrong, or nothing was found out; what had no time is no fault.
 
 FOLDER is bench/results/gpu-<name> on a GPU, where bench/report.py finds it, and gpu-cpu in the
 current folder on a CPU, where all stages run small to show that they run.
@@ -28,8 +30,6 @@ from facts import (
     Fact,
     Facts,
     expected,
-    gpu_of,
-    machine_of,
     of_kind,
     prediction_of,
     read_facts,
@@ -39,6 +39,8 @@ from facts import (
 )
 
 HERE = Path(__file__).resolve().parent
+MINUTES = 9.0  # for which the limits of the stages are stated
+NO_TIME = "no time left"
 LEAST_SECONDS = 15  # a stage that has less is not begun: torch alone takes some to import
 
 
@@ -54,26 +56,26 @@ STAGES = (
     Stage("machine", 45, "versions, clocks; copy and product rates, the products of a block"),
     Stage("kernels", 170, "every kernel at its real shape: fp64, poisoned memory, same bits twice"),
     Stage("attention", 110, "against flash, cuDNN, efficient, Flex and xformers"),
-    Stage("step", 160, "a whole step eager, in a graph, compiled, compiled in a graph: same losses",
-          120),
+    Stage("step", 180, "a whole step eager, in a graph, compiled, compiled in a graph: same losses",
+          150),
     Stage("residual", 60, "residual and norm against compiled torch, Liger, flash-attention, apex"),
     Stage("head", 90, "masked loss against compiled torch, Liger and cut cross-entropy"),
     Stage("input", 45, "patches and sequence against compiled torch"),
     Stage("tokenizer", 60, "convolutions of the dVAE against cuDNN and compiled torch"),
     Stage("pieces", 60, "the small operators against torch"),
-    Stage("steps", 240, "whole steps against compiled timm, transformers, the official way", 150),
-    Stage("steps-tokenizer", 150, "the same with the tokenizer in the step", 120),
-    Stage("large", 120, "whole steps of BEiT-L", 100),
-    Stage("px384", 120, "whole steps at 384 px", 100),
+    Stage("steps", 240, "whole steps against the official way, timm, transformers, compiled", 240),
+    Stage("steps-tokenizer", 180, "the same with the tokenizer in the step", 180),
+    Stage("large", 150, "whole steps of BEiT-L", 150),
+    Stage("px384", 150, "whole steps at 384 px", 150),
     Stage("loader", 45, "image pairs a second by threads"),
-    Stage("profile", 60, "where a step's time goes, kernel by kernel"),
-    Stage("tests", 240, "the tests of the kernels, of graphs and of prefetching", 200),
-    Stage("tuning", 300, "every configuration of the attention kernels at N = 197", 200),
+    Stage("profile", 90, "where a step's time goes, kernel by kernel"),
+    Stage("tests", 300, "the tests of the kernels, of graphs and of prefetching", 240),
+    Stage("tuning", 300, "every configuration of the attention kernels at N = 197", 300),
 )  # fmt: skip
 
 
-def run_stage(stage: Stage, seconds: float, folder: Path, facts: Facts, options) -> Fact:
-    """Run the stage for at most so many seconds and return how it ended; the fact is written too.
+def run_stage(stage: Stage, limit: float, folder: Path, facts: Facts, options) -> Fact:
+    """Run the stage for at most `limit` seconds and return how it ended; the fact is written too.
 
     A process that dies, or is silent for the stage's patience, is begun again behind the item that
     it was at.
@@ -81,7 +83,7 @@ def run_stage(stage: Stage, seconds: float, folder: Path, facts: Facts, options)
     path, log = folder / "facts.jsonl", folder / "logs" / f"{stage.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    limit, skipped, ended = min(stage.limit_s, seconds), [], ""
+    skipped, ended = [], ""
     while True:
         left = limit - (time.monotonic() - begun)
         code, why = _run_once(stage, left, path, log, options, skipped)
@@ -90,14 +92,15 @@ def run_stage(stage: Stage, seconds: float, folder: Path, facts: Facts, options)
             break
         tried = [f["item"] for f in of_kind(_mine(path, options.run, stage.name), "begin")]
         at = tried[-1] if tried and tried != skipped else None
+        told = Facts(path, options.run, stage.name)
+        if why == NO_TIME:
+            told.say("cut", item=at or "before its first item")
+            ended = "cut short"
+            break
         known = {f["item"] for f in of_kind(_mine(path, options.run, stage.name), "error")}
         if at not in known:
             what = why or f"its process ended with {_code(code)}, its log with {_last_line(log)!r}"
-            stage_facts = Facts(path, options.run, stage.name)
-            stage_facts.say("error", item=at or "before its first item", error=what)
-        if why == "no time left":
-            ended = "cut short"
-            break
+            told.say("error", item=at or "before its first item", error=what)
         if at is None:  # it cannot begin, or dies between items: it would again
             ended = "failed"
             break
@@ -134,12 +137,11 @@ def _run_once(
                 if (grown := path.stat().st_size if path.exists() else 0) != size:
                     size, last = grown, now
                 if now - begun > seconds:
-                    return _kill(process), "no time left"
+                    return _kill(process), NO_TIME
                 if now - last > stage.patience_s:
-                    return _kill(process), f"silent for {stage.patience_s} s: it hangs"
-        except BaseException:  # Ctrl-C above all: no stage goes on alone
+                    return _kill(process), f"silent for {stage.patience_s:.0f} s: it hangs"
+        finally:  # whatever ends it, Ctrl-C too: neither it nor what it started goes on alone
             _kill(process)
-            raise
     return process.returncode, ""
 
 
@@ -160,7 +162,8 @@ def _code(code: int) -> str:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+    lines = (line.strip()[:200] for line in reversed(lines))
+    return next((line for line in lines if line and not line.startswith('{"run"')), "")
 
 
 def _mine(path: Path, run: str, stage: str) -> list[Fact]:
@@ -170,11 +173,14 @@ def _mine(path: Path, run: str, stage: str) -> list[Fact]:
 # --- the end --------------------------------------------------------------------------------------
 
 
-def summary(facts: list[Fact], not_begun: list[str]) -> str:
-    """Stages, what is wrong, figures beside prediction and floor, what to do next."""
-    predictions, gpu = read_predictions(), gpu_of(facts)
+def summary(facts: list[Fact], not_begun: list[str], gpu: str, again: str) -> str:
+    """Stages, what is wrong, figures beside prediction and floor, what to do next.
+
+    `again` is the command without its stages, `gpu` the name, "" for a CPU.
+    """
+    predictions = read_predictions()
     lines = [
-        f"{machine_of(facts)}: {len(facts)} facts",
+        f"{gpu or 'a CPU'}: {len(facts)} facts",
         "",
         "stage            ended      seconds  figures  right",
     ]
@@ -198,7 +204,8 @@ def summary(facts: list[Fact], not_begun: list[str]) -> str:
     for fact in of_kind(facts, "figure"):
         found = expected(fact, prediction_of(fact, predictions), gpu)
         lines.append(f"  {figure_line(fact, found)}")
-    return "\n".join([*lines, "", "next", *(f"  {line}" for line in next_steps(facts, not_begun))])
+    steps = next_steps(facts, not_begun, gpu, again)
+    return "\n".join([*lines, "", "next", *(f"  {line}" for line in steps)])
 
 
 def figure_line(fact: Fact, found: Expected | None) -> str:
@@ -218,34 +225,34 @@ def _what(fact: Fact) -> str:
     return f"{fact['figure']} is {fact['value']}, allowed {fact['allowed']}"
 
 
-def next_steps(facts: list[Fact], not_begun: list[str]) -> list[str]:
+def next_steps(facts: list[Fact], not_begun: list[str], gpu: str, again: str) -> list[str]:
     """What the facts ask for, most pressing first."""
     wrong = {f["stage"] for f in wrong_facts(facts)}
     steps = []
-    if "kernels" in wrong:
+    if gpu and "kernels" in wrong:
         steps.append(
             "a kernel is wrong: compute-sanitizer --tool memcheck python bench/gpu_stages.py "
             "kernels --facts sanitizer.jsonl --batch 2, then --tool racecheck"
         )
-    if "step" in wrong:
+    if gpu and "step" in wrong:
         steps.append(
             "a step failed or differs: TORCH_SHOW_CPP_STACKTRACES=1 python bench/gpu_stages.py "
             "step --facts step.jsonl --batch 32"
         )
-    if others := sorted(wrong - {"kernels", "step"}):
+    if others := sorted(wrong - {"kernels", "step"} if gpu else wrong):
         steps.append(f"see the logs of {', '.join(others)}")
-    if _slower_attention(facts) and "tuning" not in {f["stage"] for f in facts}:
-        steps.append("attention is slower than predicted: python bench/gpu.py --only tuning")
+    if _slower_attention(facts, gpu) and "tuning" not in {f["stage"] for f in facts}:
+        steps.append(f"attention is slower than predicted: {again} --only tuning")
     cut = [f["item"] for f in of_kind(facts, "end") if f["ended"] == "cut short"]
-    if again := [*cut, *not_begun]:
-        steps.append(f"what had no time: python bench/gpu.py --only {' '.join(again)}")
-    if not steps:
-        steps.append("commit the folder, then python bench/report.py --html report.html")
-    return steps
+    if rest := [*cut, *not_begun]:
+        steps.append(f"what had no time: {again} --only {' '.join(rest)}")
+    if gpu:
+        steps.append("commit bench/results, then python bench/report.py --html report.html")
+    return steps or ["nothing: all stages run; on a GPU they measure"]
 
 
-def _slower_attention(facts: list[Fact]) -> bool:
-    predictions, gpu = read_predictions(), gpu_of(facts)
+def _slower_attention(facts: list[Fact], gpu: str) -> bool:
+    predictions = read_predictions()
     for fact in of_kind(facts, "figure"):
         if fact["stage"] == "kernels" and fact["item"] == "attention N197":
             found = expected(fact, prediction_of(fact, predictions), gpu)
@@ -270,42 +277,76 @@ def device_name() -> str:
     return made.stdout.strip()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all stages together")
     parser.add_argument("--list", action="store_true", help="print the stages and stop")
     names = [stage.name for stage in STAGES]
     parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", default=names)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batch", type=int, help="images, in place of each stage's own number")
     parser.add_argument("--output", type=Path, metavar="FOLDER")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.list:
         for stage in STAGES:
             print(f"{stage.name:16} up to {stage.limit_s:3} s  {stage.about}")
         return
-    if options.minutes <= 0:
+    if not options.minutes > 0:
         parser.error(f"--minutes is {options.minutes}: give some time")
+    if options.batch is not None and options.batch < 1:
+        parser.error(f"--batch is {options.batch}: give at least 1")
     end = time.monotonic() + 60 * options.minutes
-    options.run = time.strftime("%Y-%m-%dT%H:%M:%S")
-    folder = Path("gpu-cpu")
-    if options.device == "cuda":
-        folder = HERE / "results" / f"gpu-{slug(device_name())}"
-    folder = options.output or folder
-    folder.mkdir(parents=True, exist_ok=True)
+    # Two runs may begin in one second.
+    options.run = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {os.getpid()}"
+    gpu = device_name() if options.device == "cuda" else ""
+    folder = options.output or (HERE / "results" / f"gpu-{slug(gpu)}" if gpu else Path("gpu-cpu"))
+    folder = folder.resolve()  # stages may work elsewhere
     path = folder / "facts.jsonl"
-    facts, not_begun = Facts(path, options.run, "gpu"), []
-    for stage in (stage for stage in STAGES if stage.name in options.only):
-        left = end - time.monotonic()
-        if left < LEAST_SECONDS:
-            not_begun.append(stage.name)
-            continue
-        run_stage(stage, left, folder, facts, options)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        parser.error(f"cannot write to {folder}: {error}; pass --output with another folder")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a stage of which nobody knows holds the GPU
+        signal.signal(number, _interrupt)
+    facts, not_begun = Facts(path, options.run, "gpu"), list(options.only)
+    stopped = False
+    try:
+        for stage in (stage for stage in STAGES if stage.name in options.only):
+            left = end - time.monotonic()
+            if left < LEAST_SECONDS:
+                break
+            not_begun.remove(stage.name)
+            print(f"{stage.name}: {stage.about}", flush=True)
+            more = max(1.0, options.minutes / MINUTES)
+            stage = dataclasses.replace(
+                stage, limit_s=more * stage.limit_s, patience_s=more * stage.patience_s
+            )
+            run_stage(stage, min(stage.limit_s, left), folder, facts, options)
+    except KeyboardInterrupt:
+        stopped = True
     found = [fact for fact in read_facts(path) if fact["run"] == options.run]
-    text = summary(found, not_begun)
+    text = summary(found, not_begun, gpu, _command(options))
     print(f"\n{text}\n\nfacts in {path}, logs in {folder / 'logs'}")
     (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    sys.exit(bool(wrong_facts(found)) or any(f["ended"] == "failed" for f in of_kind(found, "end")))
+    if stopped:
+        sys.exit(130)
+    failed = any(f["ended"] == "failed" for f in of_kind(found, "end"))
+    sys.exit(bool(wrong_facts(found)) or failed or not any(of_kind(found, "end")))
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command of this run without its stages."""
+    parts = ["python bench/gpu.py"]
+    parts += ["--device cpu"] if options.device == "cpu" else []
+    parts += [f"--minutes {options.minutes:g}"] if options.minutes != MINUTES else []
+    parts += [f"--batch {options.batch}"] if options.batch else []
+    parts += [f"--output {options.output}"] if options.output else []
+    return " ".join(parts)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,17 @@ from peer_cudnn import cudnn_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from beit_fast.kernels.attention import attention_qkvpacked, rel_pos_attention_qkvpacked
+from beit_fast.kernels.attention import (
+    attention_qkvpacked,
+    attention_reference,
+    rel_pos_attention_qkvpacked,
+)
 from beit_fast.kernels.rel_pos_bias import (
     rel_pos_bias,
     relative_position_index,
     relative_position_rows,
 )
-from kernels import Case, gradients_of, try_all
+from kernels import Case, gradients_of, require_as_exact, try_all
 
 K = 64
 # B, H, grid: the batch that the goals are stated for, then smaller and larger ones, other lengths.
@@ -185,9 +189,17 @@ def _check(makers: dict, qkv: Tensor, trained: dict[str, Tensor], dout: Tensor) 
     """Ours against the reference on two images: no time is printed for wrong numbers."""
     small, dsmall = qkv.detach()[:2].requires_grad_(), dout[:2]
     results = {}
+    if qkv.dtype == torch.float32:
+        exact = small.detach().double().requires_grad_()
+        bias = trained["reference"].detach().double().requires_grad_()
+        out = attention_reference(*exact.unbind(2), bias)
+        results["exact"] = (out, *torch.autograd.grad(out, (exact, bias), dsmall.double()))
     for name in ("ours", "reference"):
         out = makers[name](small, trained[name])
         results[name] = (out, *torch.autograd.grad(out, (small, trained[name]), dsmall))
+    if "exact" in results:
+        require_as_exact(results["ours"], results["reference"], results["exact"])
+        return
     for ours, theirs in zip(results["ours"], results["reference"], strict=True):
         error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
         if error > 2 * torch.finfo(qkv.dtype).eps:

@@ -1,8 +1,8 @@
 """What bench/gpu.py found, by GPU, for the page and the README of bench/report.py.
 
-A folder results/gpu-<name> holds the facts of one GPU; its newest run that measured a figure
-counts. A figure stands beside the share of the machine's least time that it reaches, the peer's
-time by ours, and what was predicted before anything was measured.
+A folder results/gpu-<name> holds the facts of one GPU; of each figure the newest counts. It stands
+beside the share of the machine's least time that it reaches, the peer's time by ours, and what was
+predicted before anything was measured.
 """
 
 import html
@@ -41,14 +41,25 @@ COMMAND = "python bench/gpu.py"
 
 
 def read_gpus(folder: Path) -> dict[str, list[Fact]]:
-    """Name of a GPU -> its facts: of each figure, check and error those of the newest run in which
-    its stage went."""
+    """Name of a GPU -> the newest of each figure, check and note, and the errors of items
+    that no later run began."""
     found = {}
     for path in sorted(folder.glob("gpu-*/facts.jsonl")):
         facts = read_facts(path)
-        if name := gpu_of(facts):
-            newest = {fact["stage"]: fact["run"] for fact in facts}
-            found[name] = [fact for fact in facts if fact["run"] == newest[fact["stage"]]]
+        if not (name := gpu_of(facts)):
+            continue
+        begun = {(f["stage"], f["item"]): f["run"] for f in of_kind(facts, "begin")}
+        newest = {}
+        for number, fact in enumerate(facts):
+            place = (fact["stage"], fact.get("item"))
+            if fact["kind"] in ("figure", "check", "note"):
+                key = (fact["kind"], *place, fact.get("figure"), fact.get("kernel"))
+            elif fact["kind"] == "error" and begun.get(place, fact["run"]) == fact["run"]:
+                key = (number,)
+            else:
+                continue
+            newest[key] = fact
+        found[name] = list(newest.values())
     return found
 
 

@@ -252,7 +252,9 @@ def _cpu_name() -> str:
 
 def _commit() -> str:
     """Short name of the commit, and whether there are changes; "unknown" without git or history."""
-    head, changes = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain")
+    head = _git("rev-parse", "--short", "HEAD")
+    # What a bench wrote before is no change of what is measured.
+    changes = _git("status", "--porcelain", "--", ":(top)", ":(top,exclude)bench/results")
     return (head or "unknown") + ("+changes" if changes else "")
 
 

@@ -51,7 +51,7 @@ from beit_fast.kernels.exact_fp32 import exact_fp32
 from beit_fast.kernels.linear_argmax import linear_argmax
 from beit_fast.tasks.sources import PHOTOGRAPHS, open_source
 from beit_fast.tokenizer.checkpoint import load_tokenizer
-from beit_fast.tokenizer.dvae import Conv, Dvae, dvae_config, map_pixels
+from beit_fast.tokenizer.dvae import Conv, Dvae, DvaeConfig, dvae_config, map_pixels
 from beit_fast.tokenizer.frozen import PRECISIONS, FrozenTokenizer
 
 MASKED_SHARE = 75 / 196
@@ -192,10 +192,12 @@ def _floor_ms(dvae: Dvae, images: Tensor, listed: int, roof: Roof) -> float:
 
 
 @torch.no_grad()
-def random_dvae(images: Tensor) -> Dvae:
+def random_dvae(images: Tensor, config: DvaeConfig | None = None) -> Dvae:
     """DALL-E's shape with random weights, no code winning everywhere on these images."""
     torch.manual_seed(0)
-    dvae = Dvae(dvae_config("dvae_8192")).to(images.device, memory_format=torch.channels_last)
+    dvae = Dvae(config or dvae_config("dvae_8192")).to(
+        images.device, memory_format=torch.channels_last
+    )
     output = dvae.encoder.blocks["output"]["conv"]
     features_BC = dvae.encoder.features(map_pixels(images)).mean(dim=(2, 3))
     output.b -= F.linear(features_BC.mean(dim=0), output.w.flatten(1))

@@ -115,7 +115,12 @@ def test_a_nan_after_a_number_is_not_lost(exactness, bench, tmp_path):
 
 
 def test_memory_is_poisoned_and_left_as_it_was(exactness):
-    with exactness.poisoned():
-        assert torch.empty(3).isnan().all()
-        assert (torch.empty(3, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
+    for poisoned in (True, False):
+        with exactness.deterministic(poisoned=poisoned):
+            assert torch.utils.deterministic.fill_uninitialized_memory == poisoned
+            assert torch.are_deterministic_algorithms_enabled()
+            if poisoned:
+                assert torch.empty(3).isnan().all()
+                assert (torch.empty(3, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory

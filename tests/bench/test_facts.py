@@ -33,6 +33,35 @@ def test_what_was_said_before_a_line_cut_short_is_kept(facts, open_facts, tmp_pa
     assert facts.share_of_floor(fact) == pytest.approx(0.4)
 
 
+def test_a_fact_behind_a_line_cut_short_is_kept_and_what_is_no_fact_left_out(
+    facts, open_facts, tmp_path
+):
+    path = tmp_path / "facts.jsonl"
+    path.write_bytes(b'123\nnull\n{"a": 1}\n\xff\xfe\n{"run": "run", "ki')
+    open_facts().figure("attention", "forward", 0.25, "ms")
+    assert [fact["item"] for fact in facts.read_facts(path)] == ["attention"]
+
+
+def test_what_is_no_number_is_no_figure(facts, open_facts, tmp_path):
+    said = open_facts()
+    said.attempt("first", lambda: said.figure("first", "forward", float("nan"), "ms"))
+    said.figure("second", "forward", 1.0, "ms", spread=float("nan"), floor=0.5)
+    *_, error, figure = facts.read_facts(tmp_path / "facts.jsonl")
+    assert error["kind"] == "error"
+    assert "spread" not in figure
+    assert figure["floor"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("gpu", "holds"),
+    [("NVIDIA H100 80GB HBM3", True), ("NVIDIA H100 PCIe", False), ("NVIDIA H100 NVL", False),
+     ("NVIDIA GH100 480GB", False), ("NVIDIA H200", False)],
+)  # fmt: skip
+def test_a_prediction_is_of_the_whole_card_of_its_name(facts, gpu, holds):
+    assert facts.is_called(gpu, "H100") == holds
+    assert facts.is_called(gpu, "NVIDIA")
+
+
 def test_an_error_costs_its_item_alone(facts, open_facts, tmp_path):
     said, done = open_facts(), []
 

@@ -1,6 +1,8 @@
 """A crash or a hang costs its item alone; on a CPU every stage runs, small."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -82,7 +84,7 @@ def test_an_item_that_hangs_is_killed_with_what_it_started(drive, tmp_path):
 
 def test_a_stage_without_time_keeps_what_it_found(drive):
     begun = time.monotonic()
-    ended, told, _ = drive(
+    ended, told, found = drive(
         """
         facts.attempt("first", lambda: facts.figure("first", "time", 1.0, "ms"))
         facts.attempt("second", lambda: time.sleep(600))
@@ -90,7 +92,8 @@ def test_a_stage_without_time_keeps_what_it_found(drive):
         limit=4,
     )
     assert ended == "cut short"
-    assert told == [("figure", "first"), ("error", "second")]
+    assert told == [("figure", "first")]  # that time is over is no fault
+    assert [f["item"] for f in found if f["kind"] == "cut"] == ["second"]
     assert time.monotonic() - begun < 60
 
 
@@ -99,6 +102,39 @@ def test_a_stage_that_cannot_begin_fails_with_the_reason_and_is_not_tried_again(
     assert ended == "failed"
     assert told == [("error", "before its first item")]
     assert "No module named 'no_such_package'" in next(f["error"] for f in found if "error" in f)
+
+
+def test_what_a_crashed_item_started_is_killed_too(drive):
+    ended, told, found = drive("""
+        def crashes():
+            child = subprocess.Popen(["sleep", "600"])
+            facts.say("note", item="first", pid=child.pid)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        facts.attempt("first", crashes)
+    """)
+    assert (ended, told) == ("done", [("error", "first")])
+    (pid,) = (f["pid"] for f in found if "pid" in f)
+    assert not _lives(pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_stage_too_and_leaves_a_summary(tmp_path, number):
+    command = _command("--device", "cpu", "--only", "loader", "--output", str(tmp_path))
+    driver = subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL)
+    _wait_for(lambda: (tmp_path / "facts.jsonl").exists() and _stages(tmp_path), 60)
+    (stage,) = _stages(tmp_path)
+    driver.send_signal(number)
+    assert driver.wait(30) == 130
+    assert not _lives(stage)
+    assert (tmp_path / "summary.txt").exists()
+
+
+def test_two_wrong_losses_are_wrong(bench):
+    farthest = bench("gpu_stages").farthest
+    assert farthest([9.0, 8.0], [9.0, 8.0]) == 0
+    assert farthest([9.0, 4.0], [9.0, 8.0]) == 0.5
+    assert farthest([9.0, float("nan")], [9.0, 8.0]) == float("inf")
+    assert farthest([9.0, 8.0], [9.0, float("nan")]) == float("inf")
 
 
 def test_an_error_that_was_told_is_not_told_again(drive):
@@ -121,15 +157,16 @@ def test_what_to_do_next_follows_from_the_facts(gpu):
              "value": 1.0, "allowed": 0.1, "right": False, "run": "r"}  # fmt: skip
     end = {"kind": "end", "stage": "gpu", "item": "kernels", "ended": "cut short",
            "seconds": 1.0, "limit": 1, "run": "r"}  # fmt: skip
-    assert gpu.next_steps([machine], []) == [
-        "commit the folder, then python bench/report.py --html report.html"
+    name, again = machine["machine"], "python bench/gpu.py --minutes 20"
+    assert gpu.next_steps([machine], [], name, again) == [
+        "commit bench/results, then python bench/report.py --html report.html"
     ]
-    steps = gpu.next_steps([machine, slow, wrong, end], ["large"])
+    steps = gpu.next_steps([machine, slow, wrong, end], ["large"], name, again)[:-1]
     assert [step.partition(":")[0] for step in steps] == [
         "a kernel is wrong", "attention is slower than predicted", "what had no time"
     ]  # fmt: skip
-    assert steps[-1].endswith("--only kernels large")
-    text = gpu.summary([machine, slow, wrong, end], ["large"])
+    assert steps[-1].endswith("python bench/gpu.py --minutes 20 --only kernels large")
+    text = gpu.summary([machine, slow, wrong, end], ["large"], name, again)
     assert "kernels/head D768: error of dx is 1.0, allowed 0.1" in text
     assert "worse (0.13 to 0.17)" in text
     assert "large            no time" in text
@@ -167,14 +204,39 @@ def test_on_a_cpu_every_stage_runs_and_every_figure_was_predicted(bench, tmp_pat
     measuring = {f["stage"] for f in figures}
     assert measuring == set(ends) - {"tests", "tuning"}
     assert "facts in" in done.stdout
-    assert "commit the folder" in done.stdout
+    assert "nothing: all stages run" in done.stdout
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess:
     """bench/gpu.py as a user has it: without Triton's interpreter, which the tests turn on."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = _command(*arguments)
+    return subprocess.run(command, env=_environment(), cwd=ROOT, capture_output=True, text=True)
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "bench" / "gpu.py"), *arguments]
+
+
+def _environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+def _stages(folder: Path) -> list[int]:
+    """The process of the stage that writes there."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if str(folder / "facts.jsonl") in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+def _wait_for(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def _has_gpu() -> bool:

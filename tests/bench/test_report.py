@@ -186,5 +186,19 @@ def test_the_newest_run_of_a_stage_counts(report, bench, tmp_path):
     assert "4400 images/s" in table  # of the run before, which had that stage
 
 
+def test_a_later_run_that_was_cut_hides_no_figure_and_mends_no_error_it_did_not_try(
+    report, bench, tmp_path
+):
+    rest = {"s": 1.0, "stage": "kernels", "item": "attention N197"}
+    error = {**rest, "run": "1", "kind": "error", "error": "too slow"}
+    other = {**rest, "run": "2", "kind": "error", "error": "fell over", "item": "head D768"}
+    later = [{**rest, "run": "2", "kind": "begin"}, {**rest, "run": "2", "kind": "cut"}, other]
+    write_gpu(tmp_path, [*gpu_facts("1"), error], later)
+    gpus = bench("report_gpu").read_gpus(tmp_path)
+    assert "0.15 ms" in report.gpu_lines(gpus)
+    (facts,) = gpus.values()
+    assert [f["error"] for f in facts if f["kind"] == "error"] == ["fell over"]
+
+
 def test_without_a_gpu_the_table_has_the_command(report):
     assert "| all: `python bench/gpu.py` | | not measured | | | |" in report.gpu_lines({})

@@ -18,8 +18,8 @@ from beit_fast.kernels.attention_backends import (
 )
 
 
-def qkv(dtype=torch.float32, K=16):
-    return torch.randn(2, 5, 3, 2, K, device="cpu").to(dtype).unbind(2)
+def qkv(dtype=torch.float32, K=16, device="cpu"):
+    return torch.randn(2, 5, 3, 2, K, device=device).to(dtype).unbind(2)
 
 
 def test_a_cpu_takes_its_own_path_for_what_sdpa_does_worse():
@@ -37,18 +37,18 @@ def test_an_unknown_back_end_is_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    ("tensors", "reason"),
-    [(qkv(torch.float64), "not torch.float64"), (qkv(K=136), "up to 128 channels, not 136")],
+    ("wrong", "reason"),
+    [({"dtype": torch.float64}, "not torch.float64"), ({"K": 136}, "up to 128 channels, not 136")],
     ids=["fp64", "K136"],
 )
-def test_triton_where_it_cannot_run_is_refused_with_the_reason(tensors, reason):
+def test_triton_where_it_cannot_run_is_refused_with_the_reason(wrong, reason, device):
     with pytest.raises(ValueError, match=reason):
-        choose_backend(*tensors, None, 0.0, "triton")
+        choose_backend(*qkv(**wrong, device=device), None, 0.0, "triton")
 
 
-def test_an_old_gpu_is_refused_with_the_reason():
+def test_an_old_gpu_is_refused_with_the_reason(device):
     with pretend(Gpu((7, 5), 40, 4 << 20)), pytest.raises(ValueError, match=r"capability 8\.0"):
-        choose_backend(*qkv(), None, 0.0, "triton")
+        choose_backend(*qkv(device=device), None, 0.0, "triton")
 
 
 def test_a_fallback_is_told_once_for_each_reason(monkeypatch):

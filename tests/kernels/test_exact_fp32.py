@@ -115,12 +115,11 @@ def operators():
     pixels = torch.randint(256, (1, 4, 4, 3), dtype=torch.uint8)
     rows, scores = torch.randn(5, 8), torch.randn(6, 8)
     added = torch.randn(1, 4, 4, 8)
+    pixel_weight, zeros = torch.randn(8, 3, 3, 3), torch.zeros(8)
     return {
         "conv": lambda: conv(x, weight, bias, backend="torch"),
         "conv added": lambda: conv(x, weight, bias, added, overwrite=True, backend="torch"),
-        "conv_pixels": lambda: conv_pixels(
-            pixels, torch.randn(8, 3, 3, 3), torch.zeros(8), backend="torch"
-        ),
+        "conv_pixels": lambda: conv_pixels(pixels, pixel_weight, zeros, backend="torch"),
         "linear_argmax": lambda: linear_argmax(rows, scores, backend="torch"),
     }
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.trace_rules import get_tensor_method, get_torch_obj_rule_map
 from torch._ops import HigherOrderOperator
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -47,6 +49,12 @@ _INDEXING = {
 
 def _means_gpu(device: torch.device | str) -> bool:
     return torch.device(device) == GPU
+
+
+def _default_device() -> torch.device:
+    """torch's own answer makes a tensor, which asks here again."""
+    modes = reversed(_get_current_function_mode_stack())
+    return next((mode.device for mode in modes if isinstance(mode, DeviceContext)), CPU)
 
 
 def _lies_in_memory(value: object) -> bool:
@@ -246,7 +254,7 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
             if device is None and isinstance(args[0] if args else None, Tensor):
                 device = args[0].device
             if device is None:
-                device = torch.get_default_device()
+                device = _default_device()
             return _place(true(*args, **kwargs), _means_gpu(device))
 
         return make
@@ -283,7 +291,7 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
                 for name, true in true_factories.items():
                     bare.setattr(torch, name, true)
                 out = compiled(*args, **kwargs)
-            on_gpu = any(map(_on_gpu, given)) if given else _means_gpu(torch.get_default_device())
+            on_gpu = any(map(_on_gpu, given)) if given else _means_gpu(_default_device())
             for tensor in _tensors(tree_leaves(out)):
                 _place(tensor, on_gpu)
             return out
