@@ -172,14 +172,9 @@ def share_of_floor(fact: Fact) -> float | None:
     return value / floor if fact["unit"] in HIGHER_IS_BETTER else floor / value
 
 
-def machine_of(facts: list[Fact]) -> str:
-    """The name of what the facts are of, which the machine stage wrote down."""
-    return next((f["machine"] for f in facts if "machine" in f), "unknown machine")
-
-
 def gpu_of(facts: list[Fact]) -> str:
-    """The name of the GPU; "" for a CPU, and where nobody wrote it down."""
-    return next((f["machine"] for f in facts if "capability" in f), "")
+    """The name of the GPU that the facts are of; "" for a CPU."""
+    return next((fact["gpu"] for fact in facts if "gpu" in fact), "")
 
 
 def wrong_facts(facts: list[Fact]) -> list[Fact]:

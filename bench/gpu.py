@@ -310,6 +310,8 @@ def main(arguments: list[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):  # a stage of which nobody knows holds the GPU
         signal.signal(number, _interrupt)
     facts, not_begun = Facts(path, options.run, "gpu"), list(options.only)
+    if gpu:
+        facts.say("note", item="run", gpu=gpu)
     stopped = False
     try:
         for stage in (stage for stage in STAGES if stage.name in options.only):

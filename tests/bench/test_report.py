@@ -141,7 +141,7 @@ def gpu_facts(run="2026-11-28T10:00:00", ms=0.15):
     figure = {**rest, "kind": "figure", "stage": "kernels", "item": "attention N197"}
     steps = {**rest, "kind": "figure", "stage": "steps", "item": "base", "unit": "images/s"}
     return [
-        {**rest, "kind": "note", "stage": "machine", "item": "conditions", "machine":
+        {**rest, "kind": "note", "stage": "machine", "item": "conditions", "gpu":
          "NVIDIA H100 <80GB>", "capability": "9.0", "torch": "2.11.0", "commit": "abc1234"},
         {**figure, "figure": "forward", "value": ms, "unit": "ms", "floor": 0.09},
         {**rest, "kind": "check", "stage": "kernels", "item": "attention N197",
