@@ -44,6 +44,8 @@ _INDEXING = {
     _aten._index_put_impl_.default,
 }
 
+_JOINING = {_aten.cat.default, _aten.stack.default}  # CUDA takes no scalar of the CPU here
+
 
 def _means_gpu(device: torch.device | str) -> bool:
     return torch.device(device) == GPU
@@ -96,7 +98,7 @@ def _refuse_mixed(func: Any, args: tuple, kwargs: dict, tensors: list[Tensor]) -
                 "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
             )
         tensors = _tensors([args[0], *args[2:]])
-    if any(t.dim() and _on_cpu(t) for t in tensors) or any(
+    if any((t.dim() or func in _JOINING) and _on_cpu(t) for t in tensors) or any(
         map(_on_cpu, _written(func, args, kwargs))
     ):
         places = (f"{'cuda:0' if _on_gpu(t) else 'cpu'} {tuple(t.shape)}" for t in tensors)
@@ -245,8 +247,8 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
             device = kwargs.get("device")
             if device is None and isinstance(args[0] if args else None, Tensor):
                 device = args[0].device
-            if device is None:
-                device = torch.get_default_device()
+            if device is None:  # `get_default_device` may ask `torch.tensor`
+                device = torch.empty(0).device
             return _place(true(*args, **kwargs), _means_gpu(device))
 
         return make
