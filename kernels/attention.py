@@ -83,7 +83,7 @@ def attention_reference(
 _OPTIONS = "Tensor? rng, SymInt[] grid, float scale, float dropout_p, str backend, Tensor? padded"
 torch.library.define(
     "beit_fast::attention",
-    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}=None) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "beit_fast::attention_backward",
@@ -92,7 +92,7 @@ torch.library.define(
 )
 torch.library.define(
     "beit_fast::attention_qkvpacked",
-    f"(Tensor qkv, Tensor? bias, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    f"(Tensor qkv, Tensor? bias, {_OPTIONS}=None) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "beit_fast::attention_qkvpacked_backward",
@@ -102,7 +102,7 @@ torch.library.define(
 _DEVICES = ("CPU", "CUDA")
 
 
-def _attention(q, k, v, bias, rng, grid, scale, dropout_p, backend, padded):
+def _attention(q, k, v, bias, rng, grid, scale, dropout_p, backend, padded=None):
     B, N, H, K = q.shape
     lse_BHN = _empty_lse(q)
     if 0 in q.shape or k.shape[1] == 0:
@@ -129,7 +129,7 @@ def _attention(q, k, v, bias, rng, grid, scale, dropout_p, backend, padded):
     return out_BNHK, lse_BHN
 
 
-def _attention_qkvpacked(qkv, bias, rng, grid, scale, dropout_p, backend, padded):
+def _attention_qkvpacked(qkv, bias, rng, grid, scale, dropout_p, backend, padded=None):
     return _attention(*qkv.unbind(2), bias, rng, grid, scale, dropout_p, backend, padded)
 
 
@@ -211,12 +211,12 @@ torch.library.impl(
 
 
 @torch.library.register_fake("beit_fast::attention")
-def _(q, k, v, bias, rng, grid, scale, dropout_p, backend, padded):
+def _(q, k, v, bias, rng, grid, scale, dropout_p, backend, padded=None):
     return q.new_empty(q.shape), _empty_lse(q)
 
 
 @torch.library.register_fake("beit_fast::attention_qkvpacked")
-def _(qkv, bias, rng, grid, scale, dropout_p, backend, padded):
+def _(qkv, bias, rng, grid, scale, dropout_p, backend, padded=None):
     q = qkv.select(2, 0)
     return q.new_empty(q.shape), _empty_lse(q)
 
@@ -239,8 +239,9 @@ def _fake_gradient(like: Tensor, tensor: Tensor | None, needed: bool) -> Tensor:
 
 def _save(ctx, inputs, output) -> None:
     # q, k, v or the packed qkv; bias, rng, and the options.
-    *tensors, rng, ctx.grid, ctx.scale, ctx.dropout_p, ctx.backend, padded = inputs
-    ctx.save_for_backward(*tensors, *output, rng, padded)
+    # `padded` is not among what checkpointing counts: what recomputes a layer may not share it.
+    *tensors, rng, ctx.grid, ctx.scale, ctx.dropout_p, ctx.backend, ctx.padded = inputs
+    ctx.save_for_backward(*tensors, *output, rng)
     ctx.num_inputs = len(tensors)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -253,8 +254,8 @@ def _backward_of(name: str):
         no_options = (None,) * 6
         if dout is None or not any(needs):
             return (None,) * num_inputs + no_options
-        *saved, rng, padded = ctx.saved_tensors
-        options = (rng, ctx.grid, ctx.scale, ctx.dropout_p, ctx.backend, padded)
+        *saved, rng = ctx.saved_tensors
+        options = (rng, ctx.grid, ctx.scale, ctx.dropout_p, ctx.backend, ctx.padded)
         gradients = getattr(torch.ops.beit_fast, name)(dout, *saved, *options, needs)
         wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
         return (*wanted, *no_options)
@@ -508,9 +509,10 @@ def _check_bias(q: Tensor, k: Tensor, bias: Tensor | None) -> None:
             f"the bias is {tuple(bias.shape)}, the attention {wanted} (heads, queries, keys): "
             "resize the position table to the grid of the images, or pass one bias for all images"
         )
-    if bias.ndim == 4 and (len(bias) == 0 or len(q) % len(bias)):
+    G, B = bias.shape[0], q.shape[0]  # `len` would make numbers of an exporter's symbols
+    if bias.ndim == 4 and (G == 0 or B % G):
         raise ValueError(
-            f"{len(bias)} biases for {len(q)} images: their number must divide that of the images "
+            f"{G} biases for {B} images: their number must divide that of the images "
             "(image b takes bias b mod G); pass (H, N, M), or (G, H, N, M) with B = G x images"
         )
     if bias.device != q.device:

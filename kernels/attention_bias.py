@@ -30,7 +30,9 @@ SMALLEST_FP16_SCALE = 1 / 32
 
 def padded_length(length: int) -> int:
     """64, or the next multiple of 128."""
-    return 64 if length <= 64 else cdiv(length, 128) * 128
+    tiles = cdiv(length, 64)
+    # Without a branch: the compiler's lengths may be symbols.
+    return 64 * (tiles + tiles % 2 * torch.sym_min(tiles // 2, 1))
 
 
 def padded_dtype(dtype: torch.dtype, scale: float) -> torch.dtype:
@@ -168,7 +170,8 @@ torch.library.impl("beit_fast::pad_bias", ("CPU", "CUDA"), pad_dense)
 
 @torch.library.register_fake("beit_fast::pad_bias")
 def _(bias, dtype, scale):
-    G, (H, N, M) = len(bias) if bias.ndim == 4 else 1, bias.shape[-3:]
+    # `len` would make a number of a symbol.
+    G, (H, N, M) = bias.shape[0] if bias.ndim == 4 else 1, bias.shape[-3:]
     return bias.new_empty((G, H, padded_length(N), padded_length(M)), dtype=dtype)
 
 
@@ -180,7 +183,9 @@ _last_padded: contextvars.ContextVar[list | None] = contextvars.ContextVar("padd
 def padding_once() -> Iterator[None]:
     """Inside, a bias that is given to one call of attention after another is padded once.
 
-    Not needed in what torch.compile traces: there equal calls of an operator are one.
+    Not needed in what torch.compile traces: there equal calls of an operator are one. A bias that
+    is written in between is padded again, unless it is written through `.data`, which no tensor
+    tells; one made in inference mode, which does not tell either, is padded by every call.
     """
     token = _last_padded.set([])
     try:
@@ -189,16 +194,20 @@ def padding_once() -> Iterator[None]:
         _last_padded.reset(token)
 
 
-def pad_for(q: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """The padded bias of a dense bias for queries q, by an operator; it carries no gradient."""
+def pad_for(q: Tensor, bias: Tensor, scale: float) -> Tensor | None:
+    """The padded bias of a dense bias for queries q, by an operator; it carries no gradient.
+
+    None where no other call would read it: attention pads then, there and back, and keeps nothing.
+    """
     dtype = padded_dtype(q.dtype, scale)
-    last = None if torch.compiler.is_compiling() else _last_padded.get()
-    if last is None:
+    if torch.compiler.is_compiling():
         return torch.ops.beit_fast.pad_bias(bias.detach(), dtype, scale)
-    version = None if bias.is_inference() else bias._version  # a bias may be written in between
-    if not last or last[0] is not bias or last[1] != (version, dtype, scale):
-        padded = torch.ops.beit_fast.pad_bias(bias.detach(), dtype, scale)
-        last[:] = bias, (version, dtype, scale), padded
+    last = _last_padded.get()
+    if last is None or bias.is_inference():
+        return None
+    made_of = (bias._version, dtype, scale)  # a bias may be written in between
+    if not last or last[0] is not bias or last[1] != made_of:
+        last[:] = bias, made_of, torch.ops.beit_fast.pad_bias(bias.detach(), dtype, scale)
     return last[2]
 
 

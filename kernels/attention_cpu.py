@@ -3,14 +3,21 @@
 Forward is torch's own fused attention, as it runs without autograd: with a mask that wants a
 gradient torch runs unfused, and keeps P. Backward computes P again from the log-sum-exp, exp((bias
 - lse) + scale q k^T), a few heads at a time, so that nothing of size B H N M is ever stored.
-That is one product and one pass more than torch's, and why backward alone is the slower one: 0.67
-to 0.74 of SDPA-math's speed on one thread of an Intel Xeon (AVX512, no bf16; processor time, other
-work beside it), fp32, B2 and B4-H12-N197 and B64-H6-N49. Both passes: 0.98, 1.03, 0.91 in fp32;
-1.08, 1.15, 1.09 in bf16. Keeping P would save both, and cost 7 MiB a layer at B4-H12-N197.
+Its rows are then made to sum to 1: where logits are large, the rounding of the log-sum-exp is an
+error of all weights of a row.
+That is one product and two passes more than torch's, and why backward alone is the slower one.
+Before rows were normalised again: 0.67 to 0.74 of SDPA-math's speed on one thread of an Intel Xeon
+(AVX512, no bf16; processor time, other work beside it), fp32, B2 and B4-H12-N197 and B64-H6-N49.
+Both passes: 0.98, 1.03, 0.91 in fp32; 1.08, 1.15, 1.09 in bf16. Keeping P would save them all, and
+cost 7 MiB a layer at B4-H12-N197.
 
 16-bit inputs: forward multiplies in their type and adds in fp32, as torch does there; backward is
 in fp32, as SDPA-math is: torch's fused backward in bf16 took 2.4 to 4.1 times as long there. Not
 measured on a processor with bf16 products of its own. Works on any device.
+
+A trained bias whose row is hugely negative everywhere (-1e9) gives softmax(scale q k^T) here: rows
+that lie far from zero are shifted, which changes no weight. torch's attention adds the two in fp32
+where the bias absorbs the logits, and gives weights that do not depend on them.
 
 Legend    G counts groups of images, image b in group b mod G; I images and X heads are computed
           together, S = X I slices
@@ -137,8 +144,9 @@ def attention_cpu_backward(
                 bias_X1NM, lse_XIN1 = bias[images.group, heads, None], images.grouped(lse_SN1)
                 torch.sub(bias_X1NM, lse_XIN1, out=images.grouped(weights_SNM))
             weights_SNM.baddbmm_(q_SNK, k_SKM, alpha=scale).exp_()
-            if k.shape[1] == 1:
-                weights_SNM.round_()  # the weight of an only key is 1, or 0 if it is hidden
+            # The rounding of a large lse is an error of the whole row, which this takes away.
+            # Where no key is seen all weights are 0, and stay so.
+            weights_SNM.div_(weights_SNM.sum(dim=-1, keepdim=True).clamp_(min=1e-30))
             keep_SNM = images.keep(rng, dropout_p, heads, q, k) if dropout_p else None
             if scores_wanted:
                 torch.bmm(dout_SNK, v_SKM, out=dscores_SNM)

@@ -7,9 +7,11 @@ Both of torch's interfaces may have been used before, and a mixture is an error 
 changed is changed, and put back, by the interface that holds it, and what is exact stays as it is.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -43,16 +45,37 @@ def exact_fp32() -> Iterator[None]:
 
 def _turn_off() -> Iterator[Callable[[], object]]:
     """Makes convolutions and products exact; what undoes it."""
-    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    if conv.fp32_precision == "tf32":
-        conv.fp32_precision = "ieee"
-        yield lambda: setattr(conv, "fp32_precision", "tf32")
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if cudnn.conv.fp32_precision == "tf32":
+        if _answers(lambda: cudnn.allow_tf32):
+            cudnn.allow_tf32 = False
+            yield lambda: setattr(cudnn, "allow_tf32", True)
+        # Set by the newer interface, or what all of torch is told still reaches convolutions.
+        if cudnn.conv.fp32_precision == "tf32":
+            cudnn.conv.fp32_precision = "ieee"
+            yield lambda: setattr(cudnn.conv, "fp32_precision", "tf32")
     if matmul.fp32_precision == "tf32":
-        try:
-            allowed = torch.get_float32_matmul_precision()
-        except RuntimeError:  # set by the newer interface
+        allowed = _answers(torch.get_float32_matmul_precision)
+        if allowed is None:  # set by the newer interface
             matmul.fp32_precision = "ieee"
-            yield lambda: setattr(matmul, "fp32_precision", "tf32")
+            yield lambda: _restore(matmul, "tf32")
         else:
+            of_cpu = torch.backends.mkldnn.matmul  # the older switch sets it too
+            yield functools.partial(_restore, of_cpu, of_cpu.fp32_precision)
             torch.set_float32_matmul_precision("highest")
             yield lambda: torch.set_float32_matmul_precision(allowed)
+
+
+def _answers(ask: Callable[[], object]) -> object:
+    """What torch's older interface says, or None where the newer one was used beside it."""
+    try:
+        return ask()
+    except RuntimeError:
+        return None
+
+
+def _restore(operation: Any, precision: str) -> None:
+    """What was inherited is inherited again: it follows what sets all of torch."""
+    operation.fp32_precision = "none"
+    if operation.fp32_precision != precision:
+        operation.fp32_precision = precision

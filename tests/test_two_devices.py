@@ -115,6 +115,8 @@ def test_what_torch_refuses_beyond_two_vectors_is_refused():
     with pytest.raises(RuntimeError, match=MIXED):
         torch.zeros(()).add_(torch.zeros((), device=GPU))
     with pytest.raises(RuntimeError, match=MIXED):
+        torch.stack([torch.zeros((), device=GPU), torch.zeros(())])
+    with pytest.raises(RuntimeError, match=MIXED):
         nn.Linear(4, 2)(torch.zeros(1, 4, device=GPU))
 
 
@@ -137,6 +139,12 @@ def test_backward_is_checked_as_forward_is():
         Doubled.apply(x, torch.ones(4)).sum().backward()
     with pytest.raises(RuntimeError, match=MIXED):
         (x * x).backward(torch.ones(4))
+
+
+def test_what_names_no_device_is_made_on_the_one_that_is_named_around_it():
+    for place, name in ((CPU, "cpu"), (GPU, GPU)):
+        with torch.device(name):
+            assert torch.tensor([1.0]).device == place
 
 
 def test_a_gradient_comes_back_to_where_its_tensor_is():

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -417,6 +418,43 @@ def test_exports_with_any_number_of_images(backend):
     )
     qkv = torch.randn(5, 7, 3, 2, 16)
     torch.testing.assert_close(program.module()(qkv), layer(qkv))
+
+
+@OURS
+@pytest.mark.parametrize("vary", ["images", "biases", "lengths"])
+def test_exports_with_a_dense_bias_and_any_number_of(vary, backend):
+    class Layer(torch.nn.Module):
+        def forward(self, qkv, bias):
+            return attention_qkvpacked(qkv, bias, backend=backend)
+
+    def inputs(number, G):
+        B, N = (2 * G, number) if vary == "lengths" else (number, 9)
+        return torch.randn(B, N, 3, 2, 16), torch.randn(G, 2, N, N)
+
+    size = torch.export.Dim("size", min=2, max=1000)
+    shapes = {"images": ({0: size}, None), "biases": ({0: size}, {0: size})}
+    shapes["lengths"] = {1: size}, {2: size, 3: size}
+    example = inputs(4, G=4 if vary == "biases" else 1)
+    program = torch.export.export(Layer(), example, dynamic_shapes=shapes[vary]).module()
+    for number in (6, 65):
+        arguments = inputs(number, G=number if vary == "biases" else 1)
+        torch.testing.assert_close(program(*arguments), Layer()(*arguments))
+
+
+@OURS
+def test_one_compiled_graph_serves_any_number_of_biases(backend):
+    graphs = CompileCounter()
+    run = functools.partial(attention_qkvpacked, backend=backend)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=graphs)
+    for G in (2, 3, 4, 5):
+        compiled(torch.randn(G, 9, 3, 2, 16), torch.randn(G, 2, 9, 9))
+    assert graphs.frame_count <= 2  # B / G = 1 is a number of its own
+
+
+def test_the_operators_need_no_padded_bias():
+    q, bias = torch.randn(1, 5, 2, 16), torch.randn(2, 5, 5)
+    ours = torch.ops.beit_fast.attention(q, q, q, bias, None, [], 0.25, 0.0, "triton")[0]
+    torch.testing.assert_close(ours, attention_reference(q, q, q, bias), rtol=1e-2, atol=1e-2)
 
 
 @OURS

@@ -70,6 +70,27 @@ def test_any_division_into_parts_is_as_exact_as_the_reference(
     assert_as_exact_as_reference(ours, packed_reference, tensors, dtype)
 
 
+@pytest.mark.parametrize("draw", range(4))
+@pytest.mark.parametrize(
+    ("factor", "raised", "dtype"),
+    [
+        (5, 0, torch.float32),
+        (8, 0, torch.float32),
+        (1, 10, torch.float32),
+        (1, 9999, torch.float32),
+        (5, 0, torch.bfloat16),
+    ],
+    ids=["x5", "x8", "key-10", "key-9999", "x5-bf16"],
+)
+def test_large_logits_are_as_exact_as_the_reference(
+    assert_as_exact_as_reference, factor, raised, dtype, draw
+):
+    torch.manual_seed(draw)
+    qkv, bias = factor * torch.randn(2, 50, 3, 3, 16), torch.randn(3, 50, 50)
+    bias[..., 7] += raised
+    assert_as_exact_as_reference(ours, packed_reference, [qkv, bias], dtype)
+
+
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "products"])
 def test_rows_of_large_negative_biases_have_the_gradients_of_rows_near_zero(monkeypatch, fused):
     monkeypatch.setattr(module, "_has_flash", lambda: fused)

@@ -18,6 +18,11 @@ def precisions():
     return CONV.fp32_precision, MATMUL.fp32_precision
 
 
+def others():
+    """What the older interface sets as well."""
+    return torch.backends.cudnn.rnn.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+
 def legacy():
     """What the older interface answers, or that it refuses."""
     found = []
@@ -46,6 +51,14 @@ def all_by_the_newer_interface():
     MATMUL.fp32_precision = "tf32"
 
 
+def all_inherited():
+    torch.backends.fp32_precision = "tf32"
+
+
+def products_by_their_older_switch():
+    MATMUL.allow_tf32 = True
+
+
 def nothing_allowed():
     torch.backends.cudnn.allow_tf32 = False
 
@@ -55,6 +68,8 @@ SETTINGS = (
     by_the_older_interface,
     by_the_newer_interface,
     all_by_the_newer_interface,
+    all_inherited,
+    products_by_their_older_switch,
     nothing_allowed,
 )
 
@@ -68,20 +83,21 @@ def setting(request):
     torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("highest")
     CONV.fp32_precision, MATMUL.fp32_precision = before
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 def test_nothing_is_tf32_within_and_all_is_as_before_after_it(setting):
-    before = precisions(), legacy()
+    before = precisions(), others(), legacy()
     assert ("tf32" in before[0]) == (setting is not nothing_allowed)
     with exact_fp32():
         assert "tf32" not in precisions()
         with exact_fp32():
             assert "tf32" not in precisions()
         assert "tf32" not in precisions()
-    assert (precisions(), legacy()) == before
+    assert (precisions(), others(), legacy()) == before
     with pytest.raises(KeyError), exact_fp32():
         raise KeyError
-    assert (precisions(), legacy()) == before
+    assert (precisions(), others(), legacy()) == before
 
 
 def test_products_are_asked_for_by_one_interface_within(setting):
@@ -89,6 +105,22 @@ def test_products_are_asked_for_by_one_interface_within(setting):
     refused = legacy()[0] == "mixed"
     with exact_fp32():
         assert refused or MATMUL.allow_tf32 is False
+
+
+def test_cudnns_older_switch_is_read_and_set_within_by_default():
+    with exact_fp32():
+        assert torch.backends.cudnn.allow_tf32 is False
+        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
+            pass
+
+
+@pytest.mark.parametrize("setting", [all_inherited], indirect=True)
+def test_what_was_inherited_follows_its_source_after_the_block(setting):
+    with exact_fp32():
+        pass
+    assert MATMUL.fp32_precision == "tf32"
+    torch.backends.fp32_precision = "ieee"
+    assert MATMUL.fp32_precision == "ieee"
 
 
 def test_a_block_that_ends_first_leaves_another_threads_exact():
@@ -113,13 +145,13 @@ def test_a_block_that_ends_first_leaves_another_threads_exact():
 def operators():
     x, weight, bias = torch.randn(1, 4, 4, 8), torch.randn(8, 3, 3, 8), torch.zeros(8)
     pixels = torch.randint(256, (1, 4, 4, 3), dtype=torch.uint8)
+    colours = torch.randn(8, 3, 3, 3)
     rows, scores = torch.randn(5, 8), torch.randn(6, 8)
     added = torch.randn(1, 4, 4, 8)
-    pixel_weight, zeros = torch.randn(8, 3, 3, 3), torch.zeros(8)
     return {
         "conv": lambda: conv(x, weight, bias, backend="torch"),
         "conv added": lambda: conv(x, weight, bias, added, overwrite=True, backend="torch"),
-        "conv_pixels": lambda: conv_pixels(pixels, pixel_weight, zeros, backend="torch"),
+        "conv_pixels": lambda: conv_pixels(pixels, colours, bias, backend="torch"),
         "linear_argmax": lambda: linear_argmax(rows, scores, backend="torch"),
     }
 

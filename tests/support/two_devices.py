@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch._dynamo.trace_rules import get_tensor_method, get_torch_obj_rule_map
 from torch._ops import HigherOrderOperator
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -46,15 +44,11 @@ _INDEXING = {
     _aten._index_put_impl_.default,
 }
 
+_JOINING = {_aten.cat.default, _aten.stack.default}  # CUDA takes no scalar of the CPU here
+
 
 def _means_gpu(device: torch.device | str) -> bool:
     return torch.device(device) == GPU
-
-
-def _default_device() -> torch.device:
-    """torch's own answer makes a tensor, which asks here again."""
-    modes = reversed(_get_current_function_mode_stack())
-    return next((mode.device for mode in modes if isinstance(mode, DeviceContext)), CPU)
 
 
 def _lies_in_memory(value: object) -> bool:
@@ -104,7 +98,7 @@ def _refuse_mixed(func: Any, args: tuple, kwargs: dict, tensors: list[Tensor]) -
                 "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
             )
         tensors = _tensors([args[0], *args[2:]])
-    if any(t.dim() and _on_cpu(t) for t in tensors) or any(
+    if any((t.dim() or func in _JOINING) and _on_cpu(t) for t in tensors) or any(
         map(_on_cpu, _written(func, args, kwargs))
     ):
         places = (f"{'cuda:0' if _on_gpu(t) else 'cpu'} {tuple(t.shape)}" for t in tensors)
@@ -253,8 +247,8 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
             device = kwargs.get("device")
             if device is None and isinstance(args[0] if args else None, Tensor):
                 device = args[0].device
-            if device is None:
-                device = _default_device()
+            if device is None:  # `get_default_device` may ask `torch.tensor`
+                device = torch.empty(0).device
             return _place(true(*args, **kwargs), _means_gpu(device))
 
         return make
@@ -291,7 +285,7 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
                 for name, true in true_factories.items():
                     bare.setattr(torch, name, true)
                 out = compiled(*args, **kwargs)
-            on_gpu = any(map(_on_gpu, given)) if given else _means_gpu(_default_device())
+            on_gpu = any(map(_on_gpu, given)) if given else _means_gpu(torch.empty(0).device)
             for tensor in _tensors(tree_leaves(out)):
                 _place(tensor, on_gpu)
             return out
