@@ -143,9 +143,14 @@ def kernels(room: Room) -> None:
 
     device, dtype = torch.device(room.device), torch.bfloat16 if room.is_cuda else torch.float32
     place = Place(device, measure_roof(device, dtype), room.images(256), dtype)
+
+    def seeded(run: Callable, item: str) -> None:
+        torch.manual_seed(0)  # what is wrong once is wrong again, whatever was skipped before it
+        run(room.facts, item)
+
     with exact_fp32():  # what ours is held against
         for item, run in items(place).items():
-            room.facts.attempt(item, lambda run=run, item=item: run(room.facts, item))
+            room.facts.attempt(item, lambda run=run, item=item: seeded(run, item))
             torch.cuda.empty_cache()
 
 
