@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel, for GPUs that need not be there.
 
-    python bench/machine_code.py [--only NAME] [--arch 80 90 100 120] [--json FILE]
+    python bench/machine_code.py [--only NAME ...] [--arch 80 90 100 120] [--json FILE]
 
 Each case of `launches.py` is run with tensors without memory on a pretended GPU; what it would
 have launched is compiled to machine code and counted: registers, spilled values, shared memory,
@@ -195,14 +195,14 @@ def _row(code: MachineCode) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHES, choices=list(GPUS))
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     parser.add_argument("--workers", type=int, default=2, help="compilations at a time")
     arguments = parser.parse_args()
-    cases = [case for case in CASES if arguments.only in case]
+    cases = [case for case in CASES if any(part in case for part in arguments.only)]
     if not cases:
-        parser.error(f"no case contains {arguments.only!r}; there are: {', '.join(CASES)}")
+        parser.error(f"no case contains one of {arguments.only}; there are: {', '.join(CASES)}")
     results, failures = compile_cases(cases, arguments.arch, arguments.workers)
     if results:
         print(f"triton {triton.__version__}; spills are loads/stores, loads and stores bits:count")

@@ -1,8 +1,10 @@
 """Budgets of the machine code, for GPUs that are not here: a regression of the compiler's shows.
 
-Everything in `bench/launches.py` is compiled for sm_80, sm_90, sm_100 and sm_120, in a process
-without the interpreter. On sm_86 and sm_89 run the tiles of sm_80 or of sm_120, as a test checks
-that holds them to their memory: of theirs a share is compiled.
+Everything in `bench/launches.py` is compiled for sm_80, sm_90 and sm_100, in a process without the
+interpreter, and for sm_120 what multiplies: there alone its shared memory and its instructions ask
+for code of their own, and compiling is what takes the time of these tests. On sm_86 and sm_89 run
+the tiles of sm_80 or of sm_120, as a test checks that holds them to their memory: of theirs a share
+is compiled.
 """
 
 import itertools
@@ -31,6 +33,7 @@ pytest.importorskip("triton", reason="machine code needs Triton")
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 ARCHES = (80, 90, 100, 120)
+MULTIPLYING = ("attention", "argmax", "conv")
 # Most shared memory of a CTA, in bytes: what the CUDA programming guide lists.
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
@@ -82,9 +85,12 @@ BUDGETS = {
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    path = tmp_path_factory.mktemp("machine_code") / "all.json"
-    run(str(BENCH / "machine_code.py"), "--json", str(path))
-    return json.loads(path.read_text())
+    codes = []
+    for share in (("--arch", "80", "90", "100"), ("--arch", "120", "--only", *MULTIPLYING)):
+        path = tmp_path_factory.mktemp("machine_code") / "codes.json"
+        run(str(BENCH / "machine_code.py"), *share, "--json", str(path))
+        codes += json.loads(path.read_text())
+    return codes
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +124,8 @@ def complaints(compiled, is_wrong):
 def test_all_architectures_are_compiled(compiled):
     assert {code["arch"] for code in compiled} == set(ARCHES)
     cases = {arch: {c["case"] for c in compiled if c["arch"] == arch} for arch in ARCHES}
-    assert cases[80] == cases[90] == cases[100] == cases[120]
+    assert cases[80] == cases[90] == cases[100]
+    assert cases[120] == {case for case in cases[80] if case.startswith(MULTIPLYING)}
 
 
 def test_every_kernel_fits_the_shared_memory_of_its_gpu(compiled, compiled_for_ada):
