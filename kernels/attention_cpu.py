@@ -5,11 +5,11 @@ gradient torch runs unfused, and keeps P. Backward computes P again from the log
 - lse) + scale q k^T), a few heads at a time, so that nothing of size B H N M is ever stored.
 Its rows are then made to sum to 1: where logits are large, the rounding of the log-sum-exp is an
 error of all weights of a row.
-That is one product and two passes more than torch's, and why backward alone is the slower one.
-Before rows were normalised again: 0.67 to 0.74 of SDPA-math's speed on one thread of an Intel Xeon
-(AVX512, no bf16; processor time, other work beside it), fp32, B2 and B4-H12-N197 and B64-H6-N49.
-Both passes: 0.98, 1.03, 0.91 in fp32; 1.08, 1.15, 1.09 in bf16. Keeping P would save them all, and
-cost 7 MiB a layer at B4-H12-N197.
+That is one product and two passes more than torch's, and why backward alone is the slower one:
+0.75 of SDPA-math's speed, both passes 1.04 at B4-H12-N197 and 0.88 at windows of 49 tokens (one
+thread of an Intel Xeon without bf16, fp32: `bench/results/kernels-attention-cpu.csv`). In bf16, with
+other work beside it and before rows were normalised again, both were 1.15 and 1.09. Keeping P would
+save the product and the passes, and cost 7 MiB a layer at B4-H12-N197.
 
 16-bit inputs: forward multiplies in their type and adds in fp32, as torch does there; backward is
 in fp32, as SDPA-math is: torch's fused backward in bf16 took 2.4 to 4.1 times as long there. Not
