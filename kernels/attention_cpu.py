@@ -7,9 +7,9 @@ Its rows are then made to sum to 1: where logits are large, the rounding of the 
 error of all weights of a row.
 That is one product and two passes more than torch's, and why backward alone is the slower one:
 0.75 of SDPA-math's speed, both passes 1.04 at B4-H12-N197 and 0.88 at windows of 49 tokens (one
-thread of an Intel Xeon without bf16, fp32: `bench/results/kernels-attention-cpu.csv`). In bf16, with
-other work beside it and before rows were normalised again, both were 1.15 and 1.09. Keeping P would
-save the product and the passes, and cost 7 MiB a layer at B4-H12-N197.
+thread of an Intel Xeon without bf16, fp32: `bench/results/kernels-attention-cpu.csv`). In bf16,
+with other work beside it and before rows were normalised again, both were 1.15 and 1.09. Keeping P
+would save the product and the passes, and cost 7 MiB a layer at B4-H12-N197.
 
 16-bit inputs: forward multiplies in their type and adds in fp32, as torch does there; backward is
 in fp32, as SDPA-math is: torch's fused backward in bf16 took 2.4 to 4.1 times as long there. Not
