@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from facts import Facts
+from peers_attention import attention_costs
 from roofline import Machine, Step, works
 from timing import Roof, time_interleaved
 from tokenizer import random_dvae
@@ -182,19 +183,6 @@ def exactly(leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
 # --- the kernels ----------------------------------------------------------------------------------
 
 
-def attention_costs(B: int, N: int, H: int, K: int, size: int) -> dict[str, tuple[float, float]]:
-    """(bytes, operations) of each pass: q, k, v, out and their gradients once, lse, the bias in 16
-    bits, its gradient in fp32; the backward's first product is a repetition and counts."""
-    traffic, product, dense = B * N * H * K * size, 2 * B * H * N * N * K, H * N * N
-    forward = 4 * traffic + 4 * B * H * N + 2 * dense
-    frozen = 8 * traffic + 8 * B * H * N + 2 * dense
-    return {
-        "forward": (forward, 2 * product),
-        "backward": (frozen + 4 * dense, 5 * product),
-        "backward, frozen bias": (frozen, 5 * product),
-    }
-
-
 def eager_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, dropout_p: float = 0.0, rng: Tensor | None
 ) -> Tensor:
@@ -256,8 +244,9 @@ def attention(
         "backward, frozen bias": lambda: torch.autograd.grad(still, qkv, dout, retain_graph=True),
     }
     costs = attention_costs(B, N, H, K, qkv.element_size())
-    floors = {name: place.roof.floor_ms(*costs[name]) for name in calls}
-    milliseconds(facts, place, item, {name: (calls[name], floors[name]) for name in calls})
+    costs["backward, frozen bias"] = costs.pop("backward-frozen")
+    runs = {name: (run, place.roof.floor_ms(*costs[name])) for name, run in calls.items()}
+    milliseconds(facts, place, item, runs)
 
 
 def table(place: Place, H: int, facts: Facts, item: str) -> None:

@@ -53,6 +53,17 @@ def cases(device: torch.device, dtype: torch.dtype, only: str) -> Iterator[Case]
         yield from _cases_of_shape(B, H, N, None, device, dtype, only)
 
 
+def attention_costs(B: int, N: int, H: int, K: int, size: int) -> dict[str, tuple[float, float]]:
+    """(bytes, operations) of each pass: q, k, v, out and their gradients once, lse, the bias in 16
+    bits, its gradient in fp32; the backward's first product is a repetition and counts."""
+    traffic, product, dense = B * N * H * K * size, 2 * B * H * N * N * K, H * N * N
+    forward = (4 * traffic + 4 * B * H * N + 2 * dense, 2 * product)
+    frozen = (8 * traffic + 8 * B * H * N + 2 * dense, 5 * product)
+    backward = (frozen[0] + 4 * dense, frozen[1])
+    both = (forward[0] + backward[0], forward[1] + backward[1])
+    return {"forward": forward, "backward": backward, "backward-frozen": frozen, "both": both}
+
+
 def _cases_of_shape(B, H, N, grid, device, dtype, only) -> Iterator[Case]:
     name = f"B{B}-H{H}-N{N}"
     passes = [
@@ -80,17 +91,7 @@ def _cases_of_shape(B, H, N, grid, device, dtype, only) -> Iterator[Case]:
             makers["flex-table"] = _flex_table(relative_position_index(grid).to(device))
             trained["flex-table"] = table
     frozen = {name: tensor.detach() for name, tensor in trained.items()}
-    traffic = B * N * H * K * qkv.element_size()
-    scores = 2 * B * H * N * N * K  # operations of one product
-    dense = H * N * N
-    costs = {  # bytes, operations
-        "forward": (4 * traffic + 4 * B * H * N + 2 * dense, 2 * scores),
-        "backward": (8 * traffic + 8 * B * H * N + 2 * dense + 4 * dense, 5 * scores),
-    }
-    costs["backward-frozen"] = (costs["backward"][0] - 4 * dense, 5 * scores)
-    costs["both"] = tuple(
-        sum(pair) for pair in zip(costs["forward"], costs["backward"], strict=True)
-    )
+    costs = attention_costs(B, N, H, K, qkv.element_size())
     inputs = (qkv, dout, bias)
     for case in passes:
         part = case.removeprefix(f"{name}-")
