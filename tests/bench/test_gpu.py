@@ -1,6 +1,7 @@
 """A crash or a hang costs its item alone; on a CPU every stage runs, small."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -191,8 +192,8 @@ def test_on_a_cpu_every_stage_runs_and_every_figure_was_predicted(bench, tmp_pat
     facts = bench("facts")
     done = _run("--device", "cpu", "--minutes", "9", "--output", str(tmp_path))
     found = facts.read_facts(tmp_path / "facts.jsonl")
-    wrong = facts.wrong_facts(found)
-    assert not wrong, wrong
+    wrong = "\n".join(map(json.dumps, facts.wrong_facts(found)))
+    assert not wrong, f"{wrong}\n{done.stdout[-3000:]}"  # as text: pytest cuts lists short
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     ends = {f["item"]: f["ended"] for f in facts.of_kind(found, "end")}
     assert set(ends.values()) == {"done"}, ends
