@@ -78,6 +78,7 @@ class FinetuneConfig:
     crop_pct: float | None = None  # of test images; None: timm's for their size
     # Less memory, as in pre-training.
     grad_checkpointing: bool | Literal["selective"] = False
+    weight_decay_on_rel_pos_bias: bool = True  # as in pre-training
 
     def __post_init__(self) -> None:
         if not 0 < self.layer_decay <= 1:
@@ -172,7 +173,12 @@ class FinetuneTask:
         return loss, (logits.argmax(dim=1) == labels).sum()
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return layer_decay_groups(self.model, weight_decay, self.config.layer_decay)
+        return layer_decay_groups(
+            self.model,
+            weight_decay,
+            self.config.layer_decay,
+            spare_tables=not self.config.weight_decay_on_rel_pos_bias,
+        )
 
     def report(self) -> dict[str, Tensor]:
         return {}

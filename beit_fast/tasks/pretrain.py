@@ -32,6 +32,7 @@ from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForMaskedImageModeling
 from beit_fast.tasks.dvae import DvaeTrainingConfig
+from beit_fast.tasks.layer_decay import spared_from_decay
 from beit_fast.tasks.sources import DataConfig, open_loader, unseen_batches
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
 from beit_fast.tokenizer.dvae import Dvae
@@ -71,6 +72,8 @@ class PretrainConfig:
     # Less memory: blocks are computed again in the backward pass, or with "selective" all of them
     # but products and attention.
     grad_checkpointing: bool | Literal["selective"] = False
+    # Of the relative-position tables; false is the original's disable_weight_decay_on_rel_pos_bias.
+    weight_decay_on_rel_pos_bias: bool = True
 
     def __post_init__(self) -> None:
         sources = (self.tokenizer is not None) + (self.tokenizer_training is not None)
@@ -198,7 +201,13 @@ class PretrainTask:
         return loss, {"accuracy": num_correct / predicted.sum().clamp(min=1)}
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return param_groups_weight_decay(self.model, weight_decay, self.model.no_weight_decay())
+        spared = spared_from_decay(
+            self.model, spare_tables=not self.config.weight_decay_on_rel_pos_bias
+        )
+        # By keyword: which place an option has differs between versions of timm.
+        return param_groups_weight_decay(
+            self.model, weight_decay=weight_decay, no_weight_decay_list=spared
+        )
 
     def report(self) -> dict[str, Tensor]:
         if not self.predicts_tokens:
