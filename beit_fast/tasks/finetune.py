@@ -29,7 +29,7 @@ from beit_fast.tasks.finetune_init import starting_point, stated_statistics
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import split
-from beit_fast.tasks.sources import lasting_settings, unseen_batches
+from beit_fast.tasks.sources import task_settings, unseen_batches
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import METRICS, read_metrics
 from beit_fast.train.loop import Outcome, train
@@ -270,11 +270,7 @@ def settings_of(task: FinetuneTask) -> dict[str, Any]:
 
     With the classes it is also what `beit-fast evaluate` and `predict` need to know.
     """
-    settings = lasting_settings(task.config)
-    for name in ("init_key", "grad_checkpointing", "crop_pct"):
-        del settings[name]
-    del settings["data"]["test"]
-    return settings | {"init": task.start.digest, "classes": task.classes}
+    return task_settings(task.config) | {"init": task.start.digest, "classes": task.classes}
 
 
 def open_labelled(

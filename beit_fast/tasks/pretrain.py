@@ -35,12 +35,13 @@ from beit_fast.tasks.dvae import DvaeTrainingConfig
 from beit_fast.tasks.layer_decay import spared_from_decay
 from beit_fast.tasks.sources import DataConfig, open_loader, unseen_batches
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
-from beit_fast.tokenizer.dvae import Dvae
+from beit_fast.tokenizer.dvae import STRIDE, Dvae
 from beit_fast.tokenizer.frozen import FrozenTokenizer
 from beit_fast.tokenizer.metrics import code_entropy, count_codes
 from beit_fast.tokenizer.protocol import Tokenizer
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.parallel import World
+from beit_fast.train.stop import heed_stop
 from beit_fast.viz.reconstruction import draw_columns, hide_patches
 
 STATISTICS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": (HALF_MEAN, HALF_STD)}
@@ -104,6 +105,14 @@ class PretrainConfig:
             )
 
 
+@dataclass(frozen=True)
+class TokensToCome:
+    """What is known of a tokenizer before it is trained."""
+
+    vocab_size: int
+    stride: int = STRIDE  # pixels a token
+
+
 def _with_tokenizer(method: Callable) -> Callable:
     """The method with the tokenizer loaded for its time, where a cache keeps it out of training and
     the configuration names its file."""
@@ -126,23 +135,29 @@ class PretrainTask:
     """BEiT's pre-training as a task of the loop.
 
     Tokens come from the tokenizer or, where the configuration names a token cache, from there; then
-    `tokenizer` is None. Raises TokenCacheError for a cache that is damaged or was made from
-    something else.
+    `tokenizer` is None. One that is yet to be trained comes later, by `use`. Raises TokenCacheError
+    for a cache that is damaged or was made from something else.
     """
 
     name = "pretrain"
 
-    def __init__(self, config: PretrainConfig, tokenizer: Tokenizer | None, world: World) -> None:
+    def __init__(
+        self, config: PretrainConfig, tokenizer: Tokenizer | TokensToCome | None, world: World
+    ) -> None:
         model, views = config.model, config.views
         self.predicts_tokens = model.predict == "tokens"
         self.cache = None
         if config.token_cache is not None:
             assert tokenizer is None, "a token cache takes its place"
             self.cache = TokenCache(config.token_cache, part=world.rank, parts=world.size)
+        if model.in_chans != 3:
+            raise ValueError(
+                f"model.in_chans is {model.in_chans}: images here have 3 channels, pass "
+                "--model.in_chans 3"
+            )
+        self.config, self.tokenizer = config, None
         if tokenizer is not None:
-            check_tokenizer(tokenizer, config)
-            tokenizer = frozen(tokenizer, config)
-        self.config, self.tokenizer = config, tokenizer
+            self.use(tokenizer)
         torch.manual_seed(config.run.seed)
         self.model = BeitForMaskedImageModeling(model)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
@@ -163,6 +178,12 @@ class PretrainTask:
         self.batches_per_epoch = self.loader.batches_per_epoch
         self.num_images = len(self.loader.source)
         self.images_per_batch = config.data.batch_size
+
+    def use(self, tokenizer: Tokenizer | TokensToCome) -> None:
+        """Take this tokenizer. Raises ValueError as `check_tokenizer` does."""
+        check_tokenizer(tokenizer, self.config)
+        if not isinstance(tokenizer, TokensToCome):
+            self.tokenizer = frozen(tokenizer, self.config)
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
@@ -189,6 +210,11 @@ class PretrainTask:
         if self.predicts_tokens:
             prepared["tokens"] = self._tokens(batch, index)
         return prepared
+
+    def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With a token of each patch, for there may be no tokenizer yet."""
+        grid = (len(batch["mask"]), self.config.model.num_patches)
+        return {"tokens": torch.zeros(grid, dtype=torch.int64)} | batch
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.predicts_tokens:
@@ -310,6 +336,7 @@ class PretrainTask:
         model.eval()
         try:
             for batch in unseen_batches(self._unseen_loader, num_batches, device):
+                heed_stop("while evaluating")
                 yield jitter_views(batch)
         finally:
             model.train(was_training)
@@ -376,7 +403,7 @@ def token_source(config: PretrainConfig, source: ImageSource, weights: str) -> d
     return describe(source, config.views, config.model.grid, config.run.seed, tokenizer)
 
 
-def check_tokenizer(tokenizer: Tokenizer, config: PretrainConfig) -> None:
+def check_tokenizer(tokenizer: Tokenizer | TokensToCome, config: PretrainConfig) -> None:
     """Raise ValueError unless the tokenizer gives the model one of its codes for each patch."""
     model = config.model
     if tokenizer.vocab_size != model.vocab_size:
