@@ -41,6 +41,7 @@ from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import METRICS, read_metrics
 from beit_fast.train.loop import train
 from beit_fast.train.parallel import World, open_world
+from beit_fast.train.preflight import check_run
 from beit_fast.train.resume import changes
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
 from beit_fast.train.stop import heed_stop, stop_signals
@@ -235,6 +236,7 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
     """
     task = DvaeTask(config, world)
     settings = task_settings(config)
+    check_run(task, config.optim, config.run, settings=settings, world=world)
     outcome = train(task, config.optim, config.run, settings=settings, world=world)
     output = Path(config.run.output)
     path = output / TOKENIZER

@@ -49,20 +49,21 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
                 f"tokens of {task.cache.num_views} views come from {config.token_cache}; "
                 f"evaluation is on {task.evaluated_on}"
             )
+        run = (task, config.optim, config.run)
         if to_train:
-            settings = settings_of(task, None)
             check_run(
-                *(task, config.optim, config.run),
-                settings=settings,
+                *run,
+                settings=settings_of(task, None),
                 world=world,
                 unknown={"tokenizer"},
+                step=True,
             )
             tokenizer = load_tokenizer(train_tokenizer(stage, world))
             stop.leave(world, "between the tokenizer's training and BEiT's")
             task.use(tokenizer)
-        outcome = train(
-            *(task, config.optim, config.run), settings=settings_of(task, tokenizer), world=world
-        )
+        settings = settings_of(task, tokenizer)
+        check_run(*run, settings=settings, world=world)
+        outcome = train(*run, settings=settings, world=world)
         if world.is_main:
             aside = Aside(world, strict=config.run.strict)
             with aside.work("the summary"):
@@ -111,8 +112,8 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
     vocab_size = config.model.vocab_size if task.predicts_tokens else None
     result = task.evaluate(outcome.model)
     curve = draw_curves(records, output / "curve.png", vocab_size=vocab_size)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"\n[bold]After {outcome.num_steps} steps, on {task.evaluated_on}[/]")
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(f"\nAfter {outcome.num_steps} steps, on {task.evaluated_on}", style="bold")
     if vocab_size is None:
         console.print(f"  squared error of the pixels  {result['loss']:.4f}")
     else:
@@ -122,9 +123,12 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
             f"entropy of the token marginals = {entropy:.3f}\n"
             f"  accuracy  {accuracy:.1%}  chance 1/V = {1 / vocab_size:.2%}"
         )
-        console.print(f"  {_verdict(entropy - loss, entropy)}")
+        told, colour = _verdict(entropy - loss, entropy)
+        console.print(f"  {told}", style=colour)
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
+    for failed in outcome.failed:
+        console.print(f"  failed, beside training: {failed}")
     for name, path in (
         ("checkpoint", outcome.checkpoint),
         ("metrics", output / METRICS),
@@ -134,10 +138,10 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
         console.print(f"  {name:10} {path}")
 
 
-def _verdict(gain: float, entropy: float) -> str:
-    """What a loss `gain` nats below the marginals' entropy says of the model, in rich's markup."""
+def _verdict(gain: float, entropy: float) -> tuple[str, str]:
+    """What a loss `gain` nats below the marginals' entropy says of the model, and its colour."""
     if gain > CLEAR_GAIN * entropy:
-        return f"[green]{gain:.3f} nats below the marginals: it predicts from context[/]"
+        return f"{gain:.3f} nats below the marginals: it predicts from context", "green"
     if gain > 0:
-        return f"[red]{gain:.3f} nats below the marginals: it knows little more than them[/]"
-    return f"[red]{-gain:.3f} nats above the marginals: it has not learnt even those[/]"
+        return f"{gain:.3f} nats below the marginals: it knows little more than them", "red"
+    return f"{-gain:.3f} nats above the marginals: it has not learnt even those", "red"

@@ -32,12 +32,13 @@ def check_run(
     settings: Mapping[str, Any],
     world: World,
     unknown: Collection[str] = (),
+    step: bool = False,
 ) -> None:
-    """Raise what `train` would refuse, and what its first step would fail at, computing nothing.
+    """Raise what `train` would refuse, and where there is no room for its checkpoints.
 
-    For a run that another stage comes before. A batch is made, and the step taken on tensors
-    without values. `unknown`: settings that the stage before decides. Raises ValueError (also
-    CheckpointError), OSError, BadDataError.
+    With `step`, for a run that another stage comes before, also what its first step would fail at:
+    a batch is made, and the step taken on tensors without values. `unknown`: settings that the
+    stage before decides. Raises ValueError (also CheckpointError), OSError, BadDataError.
     """
     output = Path(run.output)
     settings = complete_settings(task, optim, run, settings, world)
@@ -51,7 +52,8 @@ def check_run(
     if manifest is not None and manifest["step"] >= length.num_steps:
         return
     check_space(task, run)
-    _check_step(task, run)
+    if step:
+        _check_step(task, run)
 
 
 def check_space(task: Task, run: RunConfig) -> None:

@@ -180,6 +180,15 @@ def load_newest(output: Path, *, fallback: bool = False) -> Checkpoint | None:
     return None
 
 
+def newest_manifest(output: Path) -> dict[str, Any] | None:
+    """The manifest of the newest checkpoint below `output`; None where there is none to read."""
+    paths = checkpoint_paths(output)
+    try:
+        return read_manifest(paths[-1]) if paths else None
+    except CheckpointError:
+        return None
+
+
 def environment() -> dict[str, str | None]:
     """Versions, commit (None outside a checkout) and machine that a result depends on."""
     packages = ("beit-fast", "torch", "torchvision", "triton", "numpy", "timm", "grain")
