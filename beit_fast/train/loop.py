@@ -211,7 +211,11 @@ def train(
         in_flight = InFlight(device)
         checked = start
         try:
-            if start and falls_due(start) and world.any_of(_lacks_evaluation(output, start, world)):
+            if (
+                start
+                and falls_due(start)
+                and world.any_of(int(_lacks_evaluation(output, start, world)))
+            ):
                 evaluate(start)  # it was left at a stop signal, or failed
             for step in range(start, num_steps):
                 task.begin_step(step)
