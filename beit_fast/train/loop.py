@@ -211,11 +211,7 @@ def train(
         in_flight = InFlight(device)
         checked = start
         try:
-            if (
-                start
-                and falls_due(start)
-                and world.any_of(int(_lacks_evaluation(output, start, world)))
-            ):
+            if start and falls_due(start) and _lacks_evaluation(output, start, world):
                 evaluate(start)  # it was left at a stop signal, or failed
             for step in range(start, num_steps):
                 task.begin_step(step)
@@ -307,11 +303,13 @@ def _say_resume(task: Task, resume: Resume, length: Length, log: Log) -> None:
 
 
 def _lacks_evaluation(output: Path, step: int, world: World) -> bool:
-    """Whether the metrics hold no evaluation of this step; looked up by the main rank."""
-    if not world.is_main or not (output / METRICS).exists():
-        return world.is_main
-    lines = (line for line in read_metrics(output / METRICS) if line["step"] == step)
-    return not any(name.startswith("test_") for line in lines for name in line)
+    """Whether the metrics, which the main rank has, hold no evaluation of this step."""
+    lacks = False
+    if world.is_main:
+        records = read_metrics(output / METRICS) if (output / METRICS).exists() else []
+        names = {name for record in records if record["step"] == step for name in record}
+        lacks = not any(name.startswith("test_") for name in names)
+    return bool(world.any_of(int(lacks)))
 
 
 def _falls_due(every: float | None, done: int, images_per_step: int, num_images: int) -> bool:

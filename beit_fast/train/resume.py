@@ -165,6 +165,7 @@ def find_resume(
     Raises CheckpointError as `check_resume` and `load_newest` do.
     """
     check_resume(output, run, settings)
+    world.barrier()  # nobody reads what is about to be moved
     _go_back(output, run, settings, world)
     checkpoint = load_newest(output, fallback=run.fallback)
     if checkpoint is None:
