@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
 from beit_fast import recipes, recipes_finetune
 from beit_fast.data.loader import BadDataError
 from beit_fast.model.checkpoint import convert
+from beit_fast.parsing import make, new_parser, read
 from beit_fast.tasks.checkpoints import write_image_processor
 from beit_fast.tasks.dvae import run_dvae
 from beit_fast.tasks.evaluate import EvaluateConfig, run_evaluation
@@ -90,16 +89,16 @@ def parse(verb: str, name: str, recipe: Callable[[], Any], arguments: Sequence[s
     """The recipe's configuration with the command line's changes."""
     default = recipe()
     command = f"beit-fast {verb} {name}"
-    parser = ArgumentParser(
-        prog=command,
+    parser = new_parser(
+        command,
         usage=f"{command} [--config FILE] [--section.field value ...]",
         description=inspect.getdoc(recipe),
     )
     parser.add_argument("--config", action="config", help="YAML file of fields to change")
     parser.add_class_arguments(type(default))
     parser.set_defaults(asdict(default))
-    chosen = parser.instantiate(parser.parse_args(list(arguments)))
-    return type(default)(**{k: v for k, v in vars(chosen).items() if k != "config"})
+    chosen = read(parser, arguments, type(default))
+    return make(type(default), {k: v for k, v in chosen.items() if k != "config"})
 
 
 def _list_recipes(verb: str, known: dict[str, Callable[[], Any]], rest: Sequence[str]) -> int:
@@ -115,41 +114,47 @@ def _list_recipes(verb: str, known: dict[str, Callable[[], Any]], rest: Sequence
 
 def _convert_dalle(arguments: Sequence[str]) -> None:
     description = inspect.getdoc(convert_dalle).splitlines()[0]
-    parser = ArgumentParser(prog="beit-fast convert-dalle", description=description)
+    parser = new_parser("beit-fast convert-dalle", description=description)
     parser.add_function_arguments(convert_dalle)
-    print(f"wrote {convert_dalle(**vars(parser.parse_args(list(arguments))))}")
+    print(f"wrote {convert_dalle(**read(parser, arguments))}")
 
 
 def _convert(arguments: Sequence[str]) -> None:
     description = inspect.getdoc(convert).splitlines()[0]
-    parser = ArgumentParser(prog="beit-fast convert", description=description)
+    parser = new_parser("beit-fast convert", description=description)
     parser.add_argument("source", help="file, folder, output of a run, or published name")
     parser.add_argument("target", help="file to write; for hf a folder")
     parser.add_argument("--to", type=Literal["unilm", "timm", "hf"], required=True)
     parser.add_argument("--key", type=str, help="which of several weights: model_ema, ema ...")
-    chosen = parser.parse_args(list(arguments))
-    print(convert(**vars(chosen)))
-    if chosen.to == "hf" and (file := write_image_processor(chosen.source, chosen.target)):
+    chosen = read(parser, arguments)
+    print(convert(**chosen))
+    if chosen["to"] == "hf" and (file := write_image_processor(chosen["source"], chosen["target"])):
         print(f"{file}: how its images are made")
 
 
 def parse_evaluate(arguments: Sequence[str]) -> EvaluateConfig:
     """`beit-fast evaluate` with these arguments."""
-    parser = ArgumentParser(prog="beit-fast evaluate", description=inspect.getdoc(EvaluateConfig))
+    description = inspect.getdoc(EvaluateConfig)
+    parser = new_parser("beit-fast evaluate", description=description)
     parser.add_argument("checkpoint", help="run or step, file, folder, or published name")
     parser.add_argument("folder", help="labelled images: a sub-folder for each class")
     parser.add_class_arguments(EvaluateConfig, skip={"checkpoint", "folder"})
-    return EvaluateConfig(**vars(parser.parse_args(list(arguments))))
+    return make(
+        EvaluateConfig, read(parser, arguments, EvaluateConfig), arguments=("checkpoint", "folder")
+    )
 
 
 def parse_predict(arguments: Sequence[str]) -> PredictConfig:
     """`beit-fast predict` with these arguments."""
-    parser = ArgumentParser(prog="beit-fast predict", description=inspect.getdoc(PredictConfig))
+    description = inspect.getdoc(PredictConfig)
+    parser = new_parser("beit-fast predict", description=description)
     parser.add_argument("checkpoint", help="run or step, file, folder, or published name")
     parser.add_argument("images", nargs="+", help="files, folders, patterns")
     parser.add_argument("--json", action="store_true", help="one JSON array, and nothing else")
     parser.add_class_arguments(PredictConfig, skip={"checkpoint", "images", "json"})
-    return PredictConfig(**vars(parser.parse_args(list(arguments))))
+    return make(
+        PredictConfig, read(parser, arguments, PredictConfig), arguments=("checkpoint", "images")
+    )
 
 
 WITHOUT_RECIPE: dict[str, Callable[[Sequence[str]], Any]] = {

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from beit_fast.checks import Count, Filled, Share, Side, Threads, check_fields
 from beit_fast.data.centre_view import CropMode, Interpolation
 from beit_fast.data.views import HALF_MEAN, HALF_STD
 from beit_fast.model.checkpoint import load_pretrained
@@ -69,24 +70,20 @@ class View:
 class ClassifierConfig:
     """A classifier's checkpoint and how it is run; null: as the checkpoint says."""
 
-    checkpoint: str  # run or one of its steps, file, folder, published name
+    checkpoint: Filled  # run or one of its steps, file, folder, published name
     weights: Which = "model"  # ema: the average that a run or a .pth file keeps beside them
-    img_size: int | tuple[int, int] | None = None  # pixels; positions are resized to it
+    img_size: Side | None = None  # pixels; positions are resized to it
     statistics: Literal["half", "imagenet"] | None = None  # mean and std of pixels
-    crop_pct: float | None = None  # kept share of the resized short side
+    crop_pct: Share | None = None  # kept share of the resized short side
     interpolation: Interpolation | None = None
     crop_mode: CropMode | None = None  # squash: to the size whatever the proportions
     precision: Literal["fp32", "bf16"] = "bf16"
-    batch_size: int = 64  # on each rank
-    num_threads: int = 4  # decoding threads
+    batch_size: Count = 64  # on each rank
+    num_threads: Threads = 4  # decoding threads
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is {self.crop_pct}: give a share in (0, 1], or null")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)

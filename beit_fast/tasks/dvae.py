@@ -16,8 +16,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from beit_fast.checks import Positive, check_fields
 from beit_fast.data.samples import TokenizerSample
 from beit_fast.data.single_view import SingleViewConfig
+from beit_fast.flags import flag
 from beit_fast.tasks.sources import (
     DataConfig,
     lasting_settings,
@@ -64,17 +66,25 @@ class DvaeTrainingConfig:
     )
     # random: as DALL-E. kmeans: as clusters of the untrained encoder's features, for short runs.
     codebook_init: Literal["random", "kmeans"] = "random"
-    encoder_lr_scale: float = 1.0  # the encoder's learning rate, as a multiple of optim.lr
+    encoder_lr_scale: Positive = 1.0  # the encoder's learning rate, as a multiple of optim.lr
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.view.size % STRIDE:
             raise ValueError(
-                f"view.size is {self.view.size} px: the dVAE needs a multiple of {STRIDE} px"
+                f"{flag('view.size')} is {self.view.size} px: the dVAE needs a multiple of "
+                f"{STRIDE} px"
             )
         if self.run.precision == "fp8":
-            raise ValueError("run.precision is fp8, which convolutions do not have: pass bf16")
-        if self.encoder_lr_scale <= 0:
-            raise ValueError(f"encoder_lr_scale is {self.encoder_lr_scale}: give a positive factor")
+            raise ValueError(
+                f"{flag('run.precision')} is fp8, which convolutions do not have: pass bf16"
+            )
+        for name in ("start", "end"):
+            if not (value := getattr(self.temperature, name)) > 0:
+                raise ValueError(
+                    f"{flag(f'temperature.{name}')} is {value}: scores are divided by the "
+                    "temperature, give a number above 0"
+                )
 
 
 class DvaeTask:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from beit_fast.checks import Filled
 from beit_fast.data.class_folders import class_folders
 from beit_fast.tasks.checkpoints import ClassifierConfig, open_classifier
 from beit_fast.tasks.classes import describe_class, match_classes
@@ -24,8 +25,8 @@ NUM_WORST = 10  # classes in the table
 class EvaluateConfig(ClassifierConfig):
     """A classifier's checkpoint, labelled images, and how the one meets the other."""
 
-    folder: str  # with a sub-folder of images for each class
-    output: str = "evaluation.json"  # file to write
+    folder: Filled  # with a sub-folder of images for each class
+    output: Filled = "evaluation.json"  # file to write
     # order: the folders, sorted, are the checkpoint's classes, whatever they are called.
     match: Literal["names", "order"] = "names"
 
@@ -35,7 +36,7 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns what the file holds, on every rank. Raises ValueError, OSError.
     """
-    with open_world(config.device) as world:
+    with open_world(config.device, named="device") as world:
         console = Console(
             highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not world.is_main
         )

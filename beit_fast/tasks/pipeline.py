@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from beit_fast.flags import flags_of
 from beit_fast.tasks.dvae import train_tokenizer
 from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask
 from beit_fast.tasks.sources import lasting_settings
@@ -16,6 +17,8 @@ from beit_fast.train.loop import Outcome, train
 from beit_fast.train.parallel import World, open_world
 from beit_fast.viz.curves import draw_curves
 
+# Settings of the tokenizer's training that are the run's own, wherever it trains one first.
+OUTER_FLAGS = ("run.output", "run.device", "run.cpu_threads", "data.path")
 CLEAR_GAIN = 0.05  # share of the marginals' entropy; less could be positions, not content
 
 
@@ -58,7 +61,8 @@ def open_tokenizer(config: PretrainConfig, world: World) -> Dvae | None:
     output = str(Path(config.run.output) / "tokenizer")
     data = replace(training.data, path=training.data.path or config.data.path)
     training = replace(training, data=data, run=replace(training.run, output=output))
-    return load_tokenizer(train_tokenizer(training, world))
+    with flags_of("tokenizer_training", OUTER_FLAGS):
+        return load_tokenizer(train_tokenizer(training, world))
 
 
 def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> None:

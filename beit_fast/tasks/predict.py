@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from beit_fast.checks import Count, Given
 from beit_fast.data.centre_view import centre_view
 from beit_fast.data.datasets import ImageFolder, read_image_file
 from beit_fast.data.in_order import batches_in_order
@@ -25,15 +26,10 @@ from beit_fast.train.parallel import open_world
 class PredictConfig(ClassifierConfig):
     """A classifier's checkpoint, images, and how many classes of each to say."""
 
-    images: tuple[str, ...]  # files, folders, patterns
-    top: int = 5
+    images: tuple[Given, ...]  # files, folders, patterns
+    top: Count = 5
     json: bool = False  # one JSON array on stdout, and nothing else
     precision: Literal["fp32", "bf16"] = "fp32"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top < 1:
-            raise ValueError(f"top is {self.top}: give at least 1")
 
 
 def run_prediction(config: PredictConfig) -> None:
@@ -43,7 +39,7 @@ def run_prediction(config: PredictConfig) -> None:
     once where there is nothing to predict with or from.
     """
     files = find_images(config.images)
-    with open_world(config.device) as world:
+    with open_world(config.device, named="device") as world:
         if world.size > 1:
             raise ValueError(f"torchrun started {world.size} processes: prediction runs in one")
         classifier = open_classifier(config)

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from beit_fast.checks import Count, Filled
 from beit_fast.data.color_jitter import jitter_views
 from beit_fast.data.loader import Loader
 from beit_fast.data.samples import TokenViewSample
@@ -71,9 +72,10 @@ class PretokenizeConfig(PretrainConfig):
     Of the run, data, views, tokenizer, the model's grid and the seed count; the rest may differ.
     """
 
-    output: str  # folder of the token cache
-    num_views: int = 10  # K, of every image; more can be added later
-    images_per_shard: int = 65536  # in one file, 28 MB of 14 x 14 tokens; what a kill costs a rank
+    output: Filled  # folder of the token cache
+    num_views: Count = 10  # K, of every image; more can be added later
+    # In one file, 28 MB of 14 x 14 tokens; what a kill costs a rank.
+    images_per_shard: Count = 65536
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,9 +88,6 @@ class PretokenizeConfig(PretrainConfig):
             raise ValueError(
                 f"{self.model.vocab_size} codes do not fit the cache's 16 bits: at most {MAX_VOCAB}"
             )
-        for name in ("num_views", "images_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
 
 
 def run_pretokenize(config: PretokenizeConfig) -> Path:
@@ -105,7 +104,7 @@ def run_pretokenize(config: PretokenizeConfig) -> Path:
         )
         made_from = token_source(config, loader.source, tokenizer_digest(tokenizer))
         world.same(hashlib.sha256(json.dumps(made_from).encode()).hexdigest())
-        lock = sole_user(folder, "--output") if world.is_main else nullcontext()
+        lock = sole_user(folder, "output") if world.is_main else nullcontext()
         with lock, stop_signals() as stop:
             world.barrier()  # nobody reads or writes before the lock is held
             manifest = _begin(config, made_from, world)

@@ -23,6 +23,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from beit_fast.checks import (
+    Count,
+    FieldError,
+    Filled,
+    Given,
+    NonNegative,
+    Part,
+    Positive,
+    Seed,
+    Share,
+    Threads,
+    check_fields,
+)
 from beit_fast.data.class_folders import class_folders
 from beit_fast.model.beit import Beit
 from beit_fast.model.read_checkpoint import Weights
@@ -48,38 +61,30 @@ POOLS = ("cls", "mean")  # the order in the features
 class ProbeConfig:
     """Encoder, labelled images, and what to train on its features."""
 
-    checkpoint: str = ""  # of any task: run or one of its steps, file, folder, published name
-    train: str = ""  # folder with a sub-folder for each class
-    test: str = ""  # the same classes
-    output: str  # folder of results, and of the features, which are kept
+    checkpoint: Given = ""  # of any task: run or one of its steps, file, folder, published name
+    train: Given = ""  # folder with a sub-folder for each class
+    test: Given = ""  # the same classes
+    output: Filled  # folder of results, and of the features, which are kept
     weights: Literal["model", "ema", "random"] = "model"  # random: the same net untrained
     statistics: Literal["half", "imagenet"] | None = None  # of pixels; null: the checkpoint's
     precision: Literal["fp32", "bf16"] = "bf16"  # of the encoder; features are stored in fp32
-    crop_pct: float | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
-    knn: tuple[int, ...] = (10, 20)  # neighbours
-    rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)  # learning rates, absolute
-    epochs: int = 100  # over the features
-    batch_size: int = 1024  # of the classifiers
-    weight_decay: float = 1e-4
-    held_out: float = 0.1  # of the training images, to choose learning rate, block and k
-    seed: int = 0
+    crop_pct: Share | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
+    knn: tuple[Count, ...] = (10, 20)  # neighbours
+    rates: tuple[Positive, ...] = (1e-3, 4e-3, 1.6e-2)  # learning rates, absolute
+    epochs: Count = 100  # over the features
+    batch_size: Count = 1024  # of the classifiers
+    weight_decay: NonNegative = 1e-4
+    held_out: Part = 0.1  # of the training images, to choose learning rate, block and k
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    images_at_once: int = 128  # through the encoder
-    num_threads: int = 4  # decoding threads
+    images_at_once: Count = 128  # through the encoder
+    num_threads: Threads = 4  # decoding threads
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "images_at_once", "num_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
-        if not self.knn or min(self.knn) < 1 or not self.rates or min(self.rates) <= 0:
-            raise ValueError(
-                f"knn is {list(self.knn)}, rates are {list(self.rates)}: give at least one of "
-                "each, neighbours from 1 and rates above 0"
-            )
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}: give a share between 0 and 1")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is {self.crop_pct}: give a share in (0, 1], or null")
+        check_fields(self)
+        for name in ("knn", "rates"):
+            if not getattr(self, name):
+                raise FieldError(name, "is empty: give at least one")
 
 
 def run_probe(config: ProbeConfig) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     for name in ("checkpoint", "train", "test"):
         if not getattr(config, name):
             raise ValueError(f"no {name} was named: pass --{name} with a folder")
-    with open_world(config.device) as world:
+    with open_world(config.device, named="device") as world:
         if world.size > 1:
             raise ValueError(f"torchrun started {world.size} processes: a probe runs in one")
         return _run(config, world)

@@ -19,6 +19,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from beit_fast.flags import flag
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import Graphed
 from beit_fast.train.log import Log, Meter
@@ -297,8 +298,9 @@ def graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | Graphe
         return step
     if world.size > 1:
         logger.warning(
-            "run.cuda_graph: gradients are exchanged between %d processes, which is not captured; "
+            "%s: gradients are exchanged between %d processes, which is not captured; "
             "the steps run without a graph",
+            flag("run.cuda_graph"),
             world.size,
         )
         return step
@@ -325,13 +327,13 @@ def _checkpoint_to_resume(
     if run.resume == "never":
         if checkpoint_paths(output):
             raise CheckpointError(
-                f"{output} holds checkpoints and run.resume is never: give another --run.output, "
-                "or delete that folder"
+                f"{output} holds checkpoints and {flag('run.resume')} is never: give another "
+                f"{flag('run.output')}, or delete that folder"
             )
         return None
     checkpoint = load_newest(output, fallback=run.fallback)
     if checkpoint is None and run.resume == "must":
-        raise CheckpointError(f"{output} holds no checkpoint and run.resume is must")
+        raise CheckpointError(f"{output} holds no checkpoint and {flag('run.resume')} is must")
     if checkpoint is not None:
         check_settings(checkpoint, settings)
     return checkpoint

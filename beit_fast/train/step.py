@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from beit_fast.flags import flag
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import clip_gradients
 from beit_fast.train.parallel import World, gradient_sync
@@ -49,7 +50,8 @@ class Sentinel:
             f"loss or gradient norm is not finite between steps {since + 1} and {done}, first at "
             f"step {first + 1}: no weight was changed from there on. "
             + (f"The last good checkpoint is {kept[-1]}. " if kept else "There is no checkpoint. ")
-            + "Lower optim.lr, lengthen the warm-up or clip harder, then resume"
+            + f"Lower {flag('optim.lr')}, lengthen the warm-up or clip harder "
+            f"({flag('optim.clip_grad')}), then resume"
         )
 
 

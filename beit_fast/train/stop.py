@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from beit_fast.flags import flag
+
 
 class Interrupted(Exception):
     """A signal ended the run after it was saved; `exit_code` is 128 + the signal's number."""
@@ -51,10 +53,10 @@ def stop_signals() -> Iterator[StopFlag]:
 
 
 @contextlib.contextmanager
-def sole_user(folder: Path, flag: str = "--run.output") -> Iterator[None]:
+def sole_user(folder: Path, named: str = "run.output") -> Iterator[None]:
     """Hold the lock of an output folder. Raises ValueError, with the pid, if another run does.
 
-    flag: the one that names the folder.
+    named: the setting that names the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
@@ -64,7 +66,7 @@ def sole_user(folder: Path, flag: str = "--run.output") -> Iterator[None]:
             file.seek(0)
             raise ValueError(
                 f"{folder} is in use by process {file.read().strip() or 'unknown'}: give another "
-                f"{flag}, or end that run"
+                f"{flag(named)}, or end that run"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

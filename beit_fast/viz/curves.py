@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from beit_fast.flags import flag
+
 
 def draw_curves(
     records: Sequence[Mapping[str, float]], path: Path, *, vocab_size: int | None = None
@@ -15,7 +17,7 @@ def draw_curves(
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     if not records:
-        raise ValueError("no metrics were logged: train first, or lower run.log_every")
+        raise ValueError(f"no metrics were logged: train first, or lower {flag('run.log_every')}")
     panels = [
         name
         for name in ("loss", "accuracy", "test_top1", "lr")

@@ -116,10 +116,16 @@ def test_a_warm_up_longer_than_the_run_is_refused():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 1, "epochs": 1}, {}, {"steps": 0}, {"steps": 1, "log_every": 0}]
+    ("wrong", "message"),
+    [
+        ({"steps": 1, "epochs": 1}, "--run.steps is 1 and --run.epochs is 1: give exactly one"),
+        ({}, "give exactly one"),
+        ({"steps": 0}, "steps is 0: give a whole number"),
+        ({"steps": 1, "log_every": 0}, "log_every is 0"),
+    ],
 )
-def test_an_impossible_run_is_refused(wrong):
-    with pytest.raises(ValueError, match="run"):
+def test_an_impossible_run_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
         RunConfig(output="x", **wrong)
 
 
