@@ -101,7 +101,9 @@ def check_fields(config: Any) -> None:
     for name, hint in hints(type(config)).items():
         value = getattr(config, name)
         if not fits(value, hint):
-            raise FieldError(name, f"is {value!r}: give {allowed(hint, value)}")
+            came = repr(value)
+            came = came if len(came) <= 80 else f"{came[:77]}..."
+            raise FieldError(name, f"is {came}: give {allowed(hint, value)}")
 
 
 @functools.cache
