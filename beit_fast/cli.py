@@ -3,7 +3,9 @@
 Flags are generated from the recipe's dataclasses, on top of the recipe's own values.
 """
 
+import codecs
 import inspect
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from typing import Any, Literal
 
 from beit_fast import recipes, recipes_finetune
 from beit_fast.data.loader import BadDataError
+from beit_fast.files import describe
 from beit_fast.model.checkpoint import convert
 from beit_fast.parsing import make, new_parser, read
 from beit_fast.tasks.checkpoints import write_image_processor
@@ -27,6 +30,7 @@ from beit_fast.train.graph import CaptureError
 from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
 
+NAMES = "beit_fast.names"
 USAGE = """usage: beit-fast <verb> ...
 
   pretrain RECIPE        train a BEiT on a folder of images
@@ -56,6 +60,10 @@ VERBS: dict[str, tuple[dict[str, Callable[[], Any]], Callable[[Any], None]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. 0 done, 1 an error of one line, 2 wrong usage, 130 or 143 a signal."""
+    codecs.register_error(NAMES, _as_bytes)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=NAMES)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
@@ -80,9 +88,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("beit-fast: interrupted; the last checkpoint is whole", file=sys.stderr)
         return 130
     except (ValueError, OSError, BadDataError, NonFiniteLoss, CaptureError) as error:
-        print(f"beit-fast: {error}", file=sys.stderr)
+        print(f"beit-fast: {describe(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _as_bytes(error: UnicodeError) -> tuple[bytes, int]:
+    """For names of files, which need not be text: bytes as they are, and what the terminal cannot
+    show by its number. An error handler of codecs."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    shown = b""
+    for letter in error.object[error.start : error.end]:
+        code = ord(letter)
+        is_byte = 0xDC80 <= code <= 0xDCFF  # as os.fsdecode keeps one
+        shown += bytes([code - 0xDC00]) if is_byte else letter.encode("ascii", "backslashreplace")
+    return shown, error.end
 
 
 def parse(verb: str, name: str, recipe: Callable[[], Any], arguments: Sequence[str]) -> Any:

@@ -18,7 +18,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from beit_fast.checks import Count, Filled, Share, Side, Threads, check_fields
+from beit_fast.checks import (
+    Count,
+    FieldError,
+    Filled,
+    Positive,
+    Probability,
+    Share,
+    Side,
+    Threads,
+    check_fields,
+)
 from beit_fast.data.centre_view import CropMode, Interpolation
 from beit_fast.data.views import HALF_MEAN, HALF_STD
 from beit_fast.model.checkpoint import load_pretrained
@@ -44,9 +54,9 @@ _SHIPPED = ("model", "pytorch_model")  # how weights are called that a configura
 class View:
     """How images become what a checkpoint was trained on; `origin` says who says so."""
 
-    mean: tuple[float, ...] = HALF_MEAN
-    std: tuple[float, ...] = HALF_STD
-    crop_pct: float
+    mean: tuple[Probability, Probability, Probability] = HALF_MEAN
+    std: tuple[Positive, Positive, Positive] = HALF_STD
+    crop_pct: Share
     interpolation: Interpolation = "bicubic"
     crop_mode: CropMode = "center"
     origin: str
@@ -58,6 +68,10 @@ class View:
                     f"{name} {self.origin} is {getattr(self, name)!r}: images here are made by "
                     f"{' or '.join(get_args(kind))}, pass --{name}"
                 )
+        try:
+            check_fields(self)
+        except FieldError as error:
+            raise ValueError(f"{error.field} {self.origin} {error.problem}") from error
 
     def __str__(self) -> str:
         share = "squashed to size" if self.crop_mode == "squash" else f"crop {self.crop_pct:.4g}"
@@ -271,7 +285,11 @@ def _of_folder(source: str | Path) -> dict[str, Any] | None:
         return None
     folder = path if path.is_dir() else path.parent
     if (file := folder / PREPROCESSOR).is_file():
-        return _of_image_processor(read_json(file)) | {"origin": f"of {file.name}"}
+        stated = read_json(file)
+        try:
+            return _of_image_processor(stated) | {"origin": f"of {file.name}"}
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{file} describes no images ({error}): copy it anew") from error
     if (file := folder / "config.json").is_file():
         stated = read_json(file).get("pretrained_cfg")
         if isinstance(stated, dict):

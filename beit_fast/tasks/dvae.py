@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from beit_fast.checks import Positive, check_fields
@@ -38,7 +37,7 @@ from beit_fast.tokenizer.metrics import (
     reconstruction_error,
 )
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.log import METRICS, read_metrics
+from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import train
 from beit_fast.train.parallel import World, open_world
 from beit_fast.viz.curves import draw_curves
@@ -219,7 +218,7 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
         save_tokenizer(outcome.model, path)
         curve = draw_curves(read_metrics(output / METRICS), output / "curve.png")
         error, counts = task.reconstruct(outcome.model)
-        console = Console(highlight=False, soft_wrap=True)
+        console = plain_console()
         console.print(
             f"tokenizer: absolute error {float(error.mae):.4f}, squared {float(error.mse):.5f} on "
             f"unseen crops (pixels in 0..1); {describe_codebook(counts)}"

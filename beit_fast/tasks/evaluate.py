@@ -12,9 +12,11 @@ from rich.table import Table
 
 from beit_fast.checks import Filled
 from beit_fast.data.class_folders import class_folders
+from beit_fast.files import naming
 from beit_fast.tasks.checkpoints import ClassifierConfig, open_classifier
 from beit_fast.tasks.classes import describe_class, match_classes
 from beit_fast.tasks.evaluation import Classification, evaluate_classifier
+from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import open_world
 from beit_fast.train.state import environment
 
@@ -37,9 +39,7 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     Returns what the file holds, on every rank. Raises ValueError, OSError.
     """
     with open_world(config.device, named="device") as world:
-        console = Console(
-            highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not world.is_main
-        )
+        console = plain_console(quiet=not world.is_main)
         classifier = open_classifier(config)
         view = classifier.view
         source, labels, folders = class_folders(config.folder)
@@ -79,7 +79,8 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
             "environment": environment(),
         }
         if world.is_main:
-            output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            with naming(output):
+                output.write_text(json.dumps(result, indent=1), encoding="utf-8")
             _show(result, output, console)
         return result
 

@@ -31,6 +31,7 @@ from beit_fast.data.loader import Loader
 from beit_fast.data.mixing import erase_boxes, mix, mixed_loss
 from beit_fast.data.subset import Subset
 from beit_fast.data.views import normalize
+from beit_fast.files import naming
 from beit_fast.flags import flag
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
@@ -42,7 +43,7 @@ from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import split
 from beit_fast.tasks.sources import lasting_settings, unseen_batches
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.log import METRICS, read_metrics
+from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import Outcome, train
 from beit_fast.train.parallel import World, open_world
 from beit_fast.viz.curves import draw_curves
@@ -257,8 +258,8 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
     """
     with open_world(config.run.device, config.run.cpu_threads) as world:
         task = FinetuneTask(config, world)
-        console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
-        console.print(task.start.report, markup=False)
+        console = plain_console(quiet=not world.is_main)
+        console.print(task.start.report)
         outcome = train(task, config.optim, config.run, settings=settings_of(task), world=world)
         raw = ema = None
         if task.has_test:
@@ -326,9 +327,10 @@ def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) ->
     found = {name: value for name, value in found.items() if value is not None}
     plain = {name: _plain(value) for name, value in found.items()}
     content = {"classes": result.classes, "num_steps": result.train.num_steps, **plain}
-    (output / RESULT).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    with naming(output / RESULT):
+        (output / RESULT).write_text(json.dumps(content, indent=1), encoding="utf-8")
     curve = draw_curves(read_metrics(output / METRICS), output / "curve.png")
-    console.print(f"\n[bold]After {result.train.num_steps} steps[/]")
+    console.print(f"\nAfter {result.train.num_steps} steps", style="bold")
     for name, value in found.items():
         console.print(
             f"  {'weights' if name == 'raw' else 'averaged weights':18}top-1 {value.top1:.2%}  "

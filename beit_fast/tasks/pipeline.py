@@ -4,15 +4,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from beit_fast.flags import flags_of
 from beit_fast.tasks.dvae import train_tokenizer
 from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask
 from beit_fast.tasks.sources import lasting_settings
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
 from beit_fast.tokenizer.dvae import Dvae
-from beit_fast.train.log import METRICS, read_metrics
+from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import Outcome, train
 from beit_fast.train.parallel import World, open_world
 from beit_fast.viz.curves import draw_curves
@@ -30,7 +28,7 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
     with open_world(config.run.device, config.run.cpu_threads) as world:
         tokenizer = None if config.token_cache is not None else open_tokenizer(config, world)
         task = PretrainTask(config, tokenizer, world)
-        console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
+        console = plain_console(quiet=not world.is_main)
         if task.cache is not None:
             console.print(
                 f"tokens of {task.cache.num_views} views come from {config.token_cache}; "
@@ -71,8 +69,8 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
     vocab_size = config.model.vocab_size if task.predicts_tokens else None
     curve = draw_curves(records, output / "curve.png", vocab_size=vocab_size)
     result = task.evaluate(outcome.model)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"\n[bold]After {outcome.num_steps} steps, on {task.evaluated_on}[/]")
+    console = plain_console()
+    console.print(f"\nAfter {outcome.num_steps} steps, on {task.evaluated_on}", style="bold")
     if vocab_size is None:
         console.print(f"  squared error of the pixels  {result['loss']:.4f}")
     else:
@@ -82,7 +80,8 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
             f"entropy of the token marginals = {entropy:.3f}\n"
             f"  accuracy  {accuracy:.1%}  chance 1/V = {1 / vocab_size:.2%}"
         )
-        console.print(f"  {_verdict(entropy - loss, entropy)}")
+        said, style = _verdict(entropy - loss, entropy)
+        console.print(f"  {said}", style=style)
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
     for name, path in (
@@ -94,10 +93,10 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
         console.print(f"  {name:10} {path}")
 
 
-def _verdict(gain: float, entropy: float) -> str:
-    """What a loss `gain` nats below the marginals' entropy says of the model, in rich's markup."""
+def _verdict(gain: float, entropy: float) -> tuple[str, str]:
+    """What a loss `gain` nats below the marginals' entropy says of the model, and its colour."""
     if gain > CLEAR_GAIN * entropy:
-        return f"[green]{gain:.3f} nats below the marginals: it predicts from context[/]"
+        return f"{gain:.3f} nats below the marginals: it predicts from context", "green"
     if gain > 0:
-        return f"[red]{gain:.3f} nats below the marginals: it knows little more than them[/]"
-    return f"[red]{-gain:.3f} nats above the marginals: it has not learnt even those[/]"
+        return f"{gain:.3f} nats below the marginals: it knows little more than them", "red"
+    return f"{-gain:.3f} nats above the marginals: it has not learnt even those", "red"

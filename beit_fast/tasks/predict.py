@@ -28,7 +28,9 @@ class PredictConfig(ClassifierConfig):
 
     images: tuple[Given, ...]  # files, folders, patterns
     top: Count = 5
-    json: bool = False  # one JSON array on stdout, and nothing else
+    # One JSON array on stdout, and nothing else. A byte of a name that is no UTF-8 is \udc80 to
+    # \udcff there, as `os.fsencode` takes it.
+    json: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
@@ -46,7 +48,7 @@ def run_prediction(config: PredictConfig) -> None:
         classifier.model.to(world.device)
         answers = predict(classifier, files, config)
     if config.json:
-        print(json.dumps(answers, indent=1, ensure_ascii=False))
+        print(json.dumps(answers, indent=1))  # in ASCII, so that any terminal and name will do
     else:
         _show(answers, classifier.model.config.num_classes)
     if bad := [f"{answer['image']} ({answer['error']})" for answer in answers if "error" in answer]:

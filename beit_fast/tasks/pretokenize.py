@@ -58,6 +58,7 @@ from beit_fast.tasks.pretrain import (
 from beit_fast.tasks.sources import open_loader
 from beit_fast.tokenizer.checkpoint import tokenizer_digest
 from beit_fast.tokenizer.protocol import Tokenizer
+from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import World, open_world
 from beit_fast.train.state import environment
 from beit_fast.train.stop import Interrupted, StopFlag, sole_user, stop_signals
@@ -169,7 +170,7 @@ class _Writer:
     def write(self, manifest: Manifest) -> None:
         world, files = self.world, dict(manifest.files)
         self.dtype, self.num_files = manifest.dtype, len(files)
-        console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
+        console = plain_console(quiet=not world.is_main)
         missing = [shard for shard in manifest.shards() if shard.name not in files]
         num_images, num_views = len(self.loader.source), manifest.num_views
         if files:

@@ -37,6 +37,7 @@ from beit_fast.checks import (
     check_fields,
 )
 from beit_fast.data.class_folders import class_folders
+from beit_fast.files import naming
 from beit_fast.model.beit import Beit
 from beit_fast.model.read_checkpoint import Weights
 from beit_fast.tasks.checkpoints import (
@@ -50,6 +51,7 @@ from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.features import Features, cached_features
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import knn_accuracy, linear_probes, split
+from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import World, open_world
 from beit_fast.train.state import environment
 from beit_fast.viz.layers import draw_layers
@@ -102,7 +104,7 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
 
 
 def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     random = config.weights == "random"
     weights = open_weights(config.checkpoint, "model" if random else config.weights)
     model, digest = load_encoder(weights, config.seed if random else None)
@@ -130,8 +132,7 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
     elif view.origin == UNSTATED:
         console.print(
             f"{config.checkpoint} does not say the mean and std of its pixels: half is taken, as "
-            "nearly all published BEiTs have; --statistics imagenet is the other",
-            markup=False,
+            "nearly all published BEiTs have; --statistics imagenet is the other"
         )
     crop_pct = config.crop_pct
     if crop_pct is None:
@@ -163,7 +164,8 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
         "environment": environment(),
     }
     output = Path(config.output)
-    (output / "probe.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    with naming(output / "probe.json"):
+        (output / "probe.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     curves = {"linear, [CLS] and mean": [row["linear"] for row in result["layers"]]}
     k = result["chosen"]["knn"]["k"]
     for pool in POOLS:
@@ -261,7 +263,7 @@ def _show(result: dict[str, Any], output: Path, console: Console) -> None:
     )
     columns = ["block", "linear", "lr", *(f"{k}-NN\n{_TITLES[p]}" for p in POOLS for k in ks)]
     for column in columns:
-        table.add_column(column.replace("[", "\\["), justify="right")
+        table.add_column(column, justify="right")
     for row in layers:
         knn = [f"{row['knn'][pool][k]:.1%}" for pool in POOLS for k in ks]
         style = "bold" if row["block"] == chosen["linear"]["block"] else None
@@ -271,7 +273,7 @@ def _show(result: dict[str, Any], output: Path, console: Console) -> None:
     console.print(table)
     linear, knn = chosen["linear"], chosen["knn"]
     last = layers[-1]["knn"]["cls"][str(knn["k"])]
-    say = console.out  # [CLS] is no markup
+    say = console.out
     say("chosen on held-out training images, counted on test images:")
     say(f"  linear  {linear['accuracy']:.1%}  block {linear['block']}, lr {linear['lr']:g}")
     say(

@@ -183,7 +183,7 @@ def train(
         take = graphed(take, run, world)
         log = Log(output, title=task.name, start=start, num_steps=num_steps, enabled=world.is_main)
         if checkpoint:
-            log.console.print(f"{task.name}: resumes from {checkpoint.path}", soft_wrap=True)
+            log.console.print(f"{task.name}: resumes from {checkpoint.path}")
 
         def save(step: int) -> None:
             if world.is_main:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from beit_fast.files import naming
 from beit_fast.flags import flag
 
 
@@ -42,5 +43,6 @@ def draw_curves(
         axes.set_title(name)
         if len(axes.get_lines()) > 1:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
     return path
