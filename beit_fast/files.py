@@ -18,11 +18,24 @@ def naming(path: str | Path) -> Iterator[None]:
         raise
 
 
+def drop(path: Path) -> None:
+    """Remove a file left half written, if it can be: the error that left it is the one to tell."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def describe(error: Exception) -> str:
     """An error in one line: of a file its path as it is, and what is wrong."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def damage(error: Exception) -> str:
+    """What a parser of a file's content stumbled over, in a line of bounded length."""
+    said = " ".join(describe(error).split())
+    said = said if isinstance(error, OSError) else f"{type(error).__name__}: {said}"
+    return said if len(said) <= 200 else f"{said[:197]}..."
 
 
 def refuse_other_kinds(path: Path, wanted: str) -> None:

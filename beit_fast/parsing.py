@@ -36,8 +36,9 @@ def read(
         return dict(vars(parser.parse_args(list(arguments))))
     except (argparse.ArgumentError, ValueError, TypeError, OSError) as error:
         line = _explain(str(error), parser, config_type)
-        if not re.search(r"(^|\s)--\w", line) and (files := _files(arguments)):
-            line = f"{', '.join(files)}: {line}"  # a file of fields that is none
+        typed = any(name.split("=")[0] in arguments for name in re.findall(r"--[\w.]+", line))
+        if not typed and (files := _files(arguments)):
+            line = f"{', '.join(files)}: {line}"  # of a file of fields
         print(f"beit-fast: {line}; `{parser.prog} --help` has the flags", file=sys.stderr)
         raise SystemExit(2) from error
 

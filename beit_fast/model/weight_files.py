@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from beit_fast.files import naming, refuse_other_kinds
+from beit_fast.files import drop, naming, refuse_other_kinds
 
 ROOT_KEYS = ("model", "module", "state_dict")  # unilm; DeepSpeed; mmseg
 CONFIG_KEY = "beit_fast.config"  # our BeitConfig as JSON, in the metadata of what we write
@@ -106,7 +106,7 @@ def replace_file(path: Path, write) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        drop(temporary)
         raise
 
 

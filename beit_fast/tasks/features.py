@@ -25,7 +25,7 @@ from torch import Tensor
 from beit_fast.data.centre_view import centre_view
 from beit_fast.data.datasets import ImageFolder
 from beit_fast.data.in_order import batches_in_order
-from beit_fast.files import naming
+from beit_fast.files import drop, naming
 from beit_fast.kernels.patches import normalized_patches
 from beit_fast.model.beit import Beit
 
@@ -104,7 +104,7 @@ def cached_features(
             array[rows] = features.cpu().numpy()
         array.flush()
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        drop(temporary)
         raise
     finally:
         del array
@@ -130,7 +130,7 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
             with path.open("rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError:
-        path.unlink(missing_ok=True)
+        drop(path)
         raise
     return array
 

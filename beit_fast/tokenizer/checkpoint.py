@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from beit_fast.files import naming, refuse_other_kinds
+from beit_fast.files import drop, naming, refuse_other_kinds
 from beit_fast.tokenizer.dvae import NUM_GROUPS, Dvae, DvaeConfig
 
 FORMAT = "beit_fast.dvae"
@@ -46,7 +46,7 @@ def save_tokenizer(dvae: Dvae, path: str | Path, *, source: Mapping[str, str] = 
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        drop(temporary)
         raise
 
 

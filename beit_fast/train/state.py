@@ -30,6 +30,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
+from beit_fast.files import damage
 from beit_fast.flags import flag
 
 FORMAT = 1
@@ -121,8 +122,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         version, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])
     except FileNotFoundError as error:
         raise CheckpointError(f"{path / MANIFEST} is missing: no complete checkpoint") from error
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from error
+    except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {damage(error)}") from error
     if version != FORMAT:
         raise CheckpointError(
             f"{path} has checkpoint format {version}, this version reads {FORMAT}: load it with "
