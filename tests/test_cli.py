@@ -10,6 +10,7 @@ import yaml
 
 from beit_fast import recipes
 from beit_fast.cli import main, parse
+from beit_fast.tasks.dvae import DvaeTask
 from beit_fast.tasks.pretrain import PretrainTask
 from beit_fast.train.graph import CaptureError
 
@@ -209,3 +210,49 @@ def test_the_resolved_configuration_is_in_the_checkpoint(tmp_path):
     assert settings["model"]["embed_dim"] == 16
     assert settings["run"]["steps"] == 2
     assert settings["masking"]["strategy"] == "block"
+
+
+def broken_images(folder):
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(b"no image")
+    return str(folder)
+
+
+@pytest.mark.parametrize("section", ["", "tokenizer_training."], ids=["alone", "first"])
+def test_a_tokenizer_is_told_its_flags_as_they_are_typed(section, tmp_path, capsys, monkeypatch):
+    verb = "pretrain" if section else "tokenizer"
+    tiny = TINY if section else ["--run.steps", "2", "--optim.warmup_steps", "1"]
+    arguments = [verb, "demo", *tiny, "--run.output", str(tmp_path / "demo"), "--run.device", "cpu"]
+    broken = broken_images(tmp_path / "broken")
+
+    def refused(flag, value, remedy):
+        assert main([*arguments, f"--{section}{flag}", value]) == 1
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"--{section}{remedy}" in said
+        assert section or "--tokenizer_training" not in said
+
+    refused("run.cuda_graph", "true", "run.cuda_graph false")
+    refused(
+        "data.path", broken, "data.max_bad_share 0.001 allows 0; repair or remove them or raise"
+    )
+    refused("optim.warmup_steps", "2", "optim.warmup_steps or")
+    refused("run.resume", "must", "run.resume is must")
+    refused("temperature.end", "0", "temperature.end is 0.0")
+    with monkeypatch.context() as patch:
+        loss = DvaeTask.loss
+        patch.setattr(DvaeTask, "loss", lambda *a: (loss(*a)[0] * float("nan"), loss(*a)[1]))
+        refused("run.seed", "0", "optim.lr, lengthen the warm-up")
+    assert main([*arguments, f"--{section}run.cuda_graph", "false"]) == 0
+
+
+def test_paths_are_printed_as_they_are(tmp_path, capsys):
+    """Not as rich's markup or emoji codes: the second of these closes what nothing opened."""
+    for name in ("[bold] run :smile:", "[/b] run"):
+        output = tmp_path / name
+        assert main(["pretrain", "demo", *TINY, "--run.output", str(output)]) == 0
+        said = capsys.readouterr().out
+        for file in ("checkpoints/step_00000002", "curve.png", "tokenizer/tokenizer.safetensors"):
+            assert f"{output}/{file}" in said
+    assert main(["pretrain", "demo", *TINY, "--run.output", str(output)]) == 0
+    assert f"resumes from {output}/checkpoints" in capsys.readouterr().out

@@ -1,7 +1,9 @@
 """beit-fast evaluate on a tiny run: what is printed, what is written, what is refused."""
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -99,6 +101,24 @@ def test_two_ranks_write_what_one_writes(run_folder, folder, tmp_path):
         assert two[name] == alone[name]
     assert two["loss"] == pytest.approx(alone["loss"], rel=1e-6)
     assert done.stdout.count("every class in") == 1  # one rank speaks
+
+
+def test_classes_with_any_name_are_printed_as_they_are(run_folder, folder, tmp_path, monkeypatch):
+    names = [b"[red]", b"bl\xfce", b":smile:", "grün".encode()]
+    classes = os.fsencode(tmp_path) + b"/[b]"
+    for name in names:
+        place = os.path.join(classes, name)
+        shutil.copytree(folder / "red", os.fsdecode(place))
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    output = f"{tmp_path}/[i].json"
+    arguments = ["evaluate", str(run_folder), os.fsdecode(classes), "--match", "order"]
+    assert main([*arguments, *ALONE, "--output", output]) == 0
+    stdout.flush()
+    said = stdout.buffer.getvalue()
+    assert f"every class in {output}".encode() in said
+    said_names = [row["name"] for row in json.loads(Path(output).read_text())["classes"]]
+    assert sorted(map(os.fsencode, said_names)) == sorted(names)
 
 
 def test_weights_that_are_not_finite_are_no_hits_and_valid_json(folder, tmp_path, capsys):
