@@ -177,11 +177,41 @@ def test_a_failed_capture_gives_one_line_whose_remedy_resumes_the_run(
     assert "resumes from" in capsys.readouterr().out
 
 
-def test_an_unknown_flag_is_named(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--model.depht", "3"], "there is no flag --model.depht, did you mean --model.depth?"),
+        (["--run.prec", "fp32"], "there is no flag --run.prec, did you mean --run.precision?"),
+        (["--run.precision", "fp99"], "--run.precision is fp99: give fp32, bf16 or fp8"),
+        (["--run.seed", "1.5"], "--run.seed is 1.5: give a whole number, at least 0 and at most"),
+        (
+            ["--tokenizer_training.optim.lr", "fast"],
+            "--tokenizer_training.optim.lr is fast: give a finite number, above 0;",
+        ),
+        (
+            ["--tokenizer_training.optim.lrr", "1"],
+            "there is no flag --tokenizer_training.optim.lrr, did you mean --tokenizer_training.o",
+        ),
+        (["--optim", "3"], "--optim is 3: give its fields (OptimConfig)"),
+        (["--run.compile"], "--run.compile: expected one argument"),
+        (["3"], "'3' is the value of no --flag"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_says_what_is_allowed(arguments, line, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["pretrain", "demo", "--model.depht", "3"])
+        main(["pretrain", "demo", *arguments])
     assert stop.value.code == 2
-    assert "--model.depht" in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"beit-fast: {line}")
+    assert said.endswith("; `beit-fast pretrain demo --help` has the flags")
+
+
+def test_a_wrong_value_in_a_file_is_told_with_the_file(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text("optim: {lr: fast}")
+    with pytest.raises(SystemExit):
+        main(["pretrain", "demo", "--config", str(file)])
+    assert f"--config {file}: --optim.lr is fast: give" in capsys.readouterr().err
 
 
 def test_help_lists_verbs_recipes_and_fields(capsys):
@@ -191,7 +221,9 @@ def test_help_lists_verbs_recipes_and_fields(capsys):
     assert "beit_plus_large_in22k" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["pretrain", "small", "--help"])
-    assert "--masking.num_masked" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--masking.num_masked" in said
+    assert "Annotated[float, above 0]" in said  # what a field may hold
 
 
 def test_print_config_is_yaml_that_config_reads(capsys, tmp_path):

@@ -33,7 +33,8 @@ ALLOWED = {
         "tokenizer",
         "train",
         "data",
-    },
+    }
+    | BASE,
 }
 
 

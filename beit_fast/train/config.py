@@ -18,7 +18,8 @@ from beit_fast.checks import (
 )
 from beit_fast.flags import flag
 
-Steps = Annotated[int, Range(1, 99_999_999)]  # a checkpoint's folder has eight digits
+MAX_STEPS = 99_999_999  # a checkpoint's folder has eight digits
+Steps = Annotated[int, Range(1, MAX_STEPS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,16 @@ class RunConfig:
             )
 
     def num_steps(self, batches_per_epoch: int) -> int:
-        """Optimiser steps of the whole run, given micro-batches per epoch on one rank."""
+        """Optimiser steps of the whole run, given micro-batches per epoch on one rank.
+
+        Raises ValueError for epochs of more steps than a run may have.
+        """
         if self.steps is not None:
             return self.steps
-        return max(1, int(self.epochs * batches_per_epoch) // self.accumulate)
+        steps = max(1, int(self.epochs * batches_per_epoch) // self.accumulate)
+        if steps > MAX_STEPS:
+            raise ValueError(
+                f"{flag('run.epochs')} {self.epochs:g} are {steps} steps: at most {MAX_STEPS} have "
+                "a name for their checkpoint"
+            )
+        return steps

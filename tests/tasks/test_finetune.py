@@ -401,7 +401,10 @@ def test_the_command_line_fine_tunes_in_bf16_and_says_what_is_wrong_in_one_line(
         (["--data.test", test, "--model.num_classes", "4"], "pass --model.num_classes 3"),
         (["--data.test", test, "--model.img_size", "33"], "do not divide into patches"),
         (["--data.test", test, "--init", "no/such"], "there are no weights at no/such"),
-        (["--data.test", test, "--layer_decay", "0"], "give 0 < decay <= 1"),
+        (
+            ["--data.test", test, "--layer_decay", "0"],
+            "--layer_decay is 0.0: give a finite",
+        ),
     ):
         assert main([*arguments, *changes]) == 1
         said = capsys.readouterr().err

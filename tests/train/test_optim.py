@@ -129,6 +129,13 @@ def test_an_impossible_run_is_refused(wrong, message):
         RunConfig(output="x", **wrong)
 
 
+def test_more_epochs_than_a_checkpoint_can_name_are_refused():
+    run = RunConfig(output="x", epochs=1e6, accumulate=2)
+    assert run.num_steps(199) == 99_500_000
+    with pytest.raises(ValueError, match=r"--run\.epochs 1e\+06 are 100000000 steps: at"):
+        run.num_steps(200)
+
+
 @pytest.fixture
 def model():
     return nn.Linear(4, 3)
