@@ -1,7 +1,9 @@
 """beit-fast evaluate on a tiny run: what is printed, what is written, what is refused."""
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +138,24 @@ def test_a_stop_signal_is_heeded_between_batches(
     assert len(batches) == 1
     assert not output.exists()
     assert "while evaluating" in capsys.readouterr().err
+
+
+def test_classes_with_any_name_are_printed_as_they_are(run_folder, folder, tmp_path, monkeypatch):
+    names = [b"[red]", b"bl\xfce", b":smile:", "grün".encode()]
+    classes = os.fsencode(tmp_path) + b"/[b]"
+    for name in names:
+        place = os.path.join(classes, name)
+        shutil.copytree(folder / "red", os.fsdecode(place))
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    output = f"{tmp_path}/[i].json"
+    arguments = ["evaluate", str(run_folder), os.fsdecode(classes), "--match", "order"]
+    assert main([*arguments, *ALONE, "--output", output]) == 0
+    stdout.flush()
+    said = stdout.buffer.getvalue()
+    assert f"every class in {output}".encode() in said
+    said_names = [row["name"] for row in json.loads(Path(output).read_text())["classes"]]
+    assert sorted(map(os.fsencode, said_names)) == sorted(names)
 
 
 def test_weights_that_are_not_finite_are_no_hits_and_valid_json(folder, tmp_path, capsys):

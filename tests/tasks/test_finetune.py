@@ -468,7 +468,10 @@ def test_the_command_line_fine_tunes_in_bf16_and_says_what_is_wrong_in_one_line(
             ["--data.test", test, "--init", "no/such", "--run.output", f"{tmp_path}/new"],
             "there are no weights at no/such",
         ),
-        (["--data.test", test, "--layer_decay", "0"], "give 0 < decay <= 1"),
+        (
+            ["--data.test", test, "--layer_decay", "0"],
+            "--layer_decay is 0.0: give a finite",
+        ),
     ):
         assert main([*arguments, *changes]) == 1
         said = capsys.readouterr().err

@@ -244,7 +244,7 @@ def test_a_net_that_was_trained_knows_more_than_a_random_one():
         ({"weights": "ema"}, "no average of the weights"),
         ({"knn": (1, 22)}, "asks for 22 neighbours"),
         ({"knn": ()}, "at least one"),
-        ({"rates": (0.0,)}, "rates above 0"),
+        ({"rates": (0.0,)}, "rates is .0.0,.: give a list .* above 0"),
         ({"epochs": 0}, "epochs is 0"),
         ({"held_out": 1.0}, "held_out is 1.0"),
         ({"crop_pct": 1.1}, "crop_pct is 1.1"),
