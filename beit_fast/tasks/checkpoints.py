@@ -79,6 +79,7 @@ class ClassifierConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     batch_size: int = 64  # on each rank
     num_threads: int = 4  # decoding threads
+    follow_links: bool = True  # to images and folders, wherever they lead
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:

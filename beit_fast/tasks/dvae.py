@@ -20,8 +20,10 @@ from beit_fast.data.samples import TokenizerSample
 from beit_fast.data.single_view import SingleViewConfig
 from beit_fast.tasks.sources import (
     DataConfig,
+    describe_source,
     lasting_settings,
     open_loader,
+    say,
     unseen_batches,
 )
 from beit_fast.tokenizer.checkpoint import save_tokenizer
@@ -201,6 +203,7 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
     (also CheckpointError), OSError, NonFiniteLoss, CaptureError, Interrupted.
     """
     task = DvaeTask(config, world)
+    say(f"images of the tokenizer: {describe_source(task.loader.source)}", world)
     settings = lasting_settings(config)
     outcome = train(task, config.optim, config.run, settings=settings, world=world)
     output = Path(config.run.output)

@@ -29,7 +29,7 @@ from beit_fast.tasks.finetune_init import starting_point, stated_statistics
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import split
-from beit_fast.tasks.sources import lasting_settings, unseen_batches
+from beit_fast.tasks.sources import describe_source, lasting_settings, say, unseen_batches
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import METRICS, read_metrics
 from beit_fast.train.loop import Outcome, train
@@ -50,6 +50,7 @@ class LabelledDataConfig:
     held_out: float | None = None  # without `test`: this share of each class, never trained on
     batch_size: int = 128  # images per micro-batch on each rank
     num_threads: int = 4  # decoding threads; batches do not depend on it
+    follow_links: bool = True  # to images and folders, wherever they lead
     max_bad_share: float = 0.001  # of the training images; see `Loader`. Of the test's: none
 
     def __post_init__(self) -> None:
@@ -177,6 +178,13 @@ class FinetuneTask:
     def report(self) -> dict[str, Tensor]:
         return {}
 
+    def describe_images(self) -> list[str]:
+        """A line for each folder."""
+        lines = [f"images: {describe_source(self.loader.source, self.classes)}"]
+        if self.has_test:
+            lines.append(f"test images: {describe_source(self._test[0], self.classes)}")
+        return lines
+
     @property
     def has_test(self) -> bool:
         return self._test is not None
@@ -246,6 +254,8 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
     with open_world(config.run.device, config.run.cpu_threads) as world:
         task = FinetuneTask(config, world)
         console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
+        for line in task.describe_images():
+            say(line, world)
         console.print(task.start.report, markup=False)
         outcome = train(task, config.optim, config.run, settings=settings_of(task), world=world)
         raw = ema = None
@@ -281,9 +291,11 @@ def open_labelled(
     """
     if not data.path:
         raise ValueError("no images were named: pass --data.path with a folder of classes")
-    source, labels, classes = class_folders(data.path)
+    source, labels, classes = class_folders(data.path, follow_links=data.follow_links)
     if data.test:
-        test, test_labels, test_classes = class_folders(data.test)
+        test, test_labels, test_classes = class_folders(
+            data.test, follow_links=data.follow_links, fewest=1
+        )
         if different := sorted(set(classes) ^ set(test_classes)):
             raise ValueError(
                 f"{data.path} has {len(classes)} classes and {data.test} {len(test_classes)}; only "

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from beit_fast.tasks.dvae import train_tokenizer
 from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask
-from beit_fast.tasks.sources import lasting_settings
+from beit_fast.tasks.sources import describe_source, lasting_settings, say
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
 from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.log import METRICS, read_metrics
@@ -27,6 +27,7 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
     with open_world(config.run.device, config.run.cpu_threads) as world:
         tokenizer = None if config.token_cache is not None else open_tokenizer(config, world)
         task = PretrainTask(config, tokenizer, world)
+        say(f"images: {describe_source(task.loader.source)}", world)
         console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
         if task.cache is not None:
             console.print(
@@ -56,7 +57,10 @@ def open_tokenizer(config: PretrainConfig, world: World) -> Dvae | None:
         return load_tokenizer(config.tokenizer)
     training = config.tokenizer_training
     output = str(Path(config.run.output) / "tokenizer")
-    data = replace(training.data, path=training.data.path or config.data.path)
+    data = training.data
+    if not data.path:
+        links = data.follow_links and config.data.follow_links
+        data = replace(data, path=config.data.path, follow_links=links)
     training = replace(training, data=data, run=replace(training.run, output=output))
     return load_tokenizer(train_tokenizer(training, world))
 

@@ -54,7 +54,7 @@ from beit_fast.tasks.pretrain import (
     token_source,
     visual_tokens,
 )
-from beit_fast.tasks.sources import open_loader
+from beit_fast.tasks.sources import describe_source, open_loader, say
 from beit_fast.tokenizer.checkpoint import tokenizer_digest
 from beit_fast.tokenizer.protocol import Tokenizer
 from beit_fast.train.parallel import World, open_world
@@ -103,6 +103,7 @@ def run_pretokenize(config: PretokenizeConfig) -> Path:
         loader = open_loader(
             config.data, TokenViewSample(config.views), seed=config.run.seed, world=world
         )
+        say(f"images: {describe_source(loader.source)}", world)
         made_from = token_source(config, loader.source, tokenizer_digest(tokenizer))
         world.same(hashlib.sha256(json.dumps(made_from).encode()).hexdigest())
         lock = sole_user(folder, "--output") if world.is_main else nullcontext()

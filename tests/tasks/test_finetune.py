@@ -384,7 +384,13 @@ def test_the_command_line_fine_tunes_in_bf16_and_says_what_is_wrong_in_one_line(
     arguments += ["--model.img_size", "32", "--data.batch_size", "8", "--run.device", "cpu"]
     arguments += ["--run.epochs", "1", "--optim.warmup_steps", "1", "--data.path", train]
     assert main([*arguments, "--data.test", test]) == 0
-    assert "averaged weights  top-1" in capsys.readouterr().out
+    said = "\n" + capsys.readouterr().out
+    for words in (
+        f"\nimages: {train}: 18 images, 3 classes\n",
+        f"\ntest images: {test}: 6 images, 3 classes\n",
+        "averaged weights  top-1",
+    ):
+        assert said.count(words) == 1
     (tmp_path / "empty" / "bee").mkdir(parents=True)
     (tmp_path / "fewer" / "bee").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "fewer" / "bee" / "1.png")
@@ -396,6 +402,9 @@ def test_the_command_line_fine_tunes_in_bf16_and_says_what_is_wrong_in_one_line(
         ([], "run.evaluate_every is set and there are no test images: pass --data.test"),
         (["--data.path", ""], "pass --data.path with a folder of classes"),
         (["--data.test", str(tmp_path / "empty")], "no images under"),
+        (["--data.path", str(tmp_path / "fewer")], "has one class, bee, and one class teaches"),
+        (["--data.path", str(photographs)], f"not like classes: pass {test} or {train}"),
+        (["--data.test", str(photographs)], f"not like classes: pass {test} or {train}"),
         (["--data.test", str(tmp_path / "hollow")], "no images in the class 'cat'"),
         (["--data.test", str(tmp_path / "fewer")], "only one has galaxies, lemurs: give folders"),
         (["--data.test", test, "--model.num_classes", "4"], "pass --model.num_classes 3"),
