@@ -8,7 +8,29 @@ import torch
 from torch import Tensor
 
 from beit_fast.data.datasets import ImageSource
-from beit_fast.data.decode import BadImageError
+from beit_fast.data.decode import BadImageError, decode_pillow
+
+_AT_ONCE = 1024  # images handed to the threads
+
+
+def unusable_images(source: ImageSource, *, num_threads: int) -> dict[str, str]:
+    """Name -> reason of all images of `source` that cannot be read and decoded."""
+
+    def reason(index: int) -> str | None:
+        try:
+            decode_pillow(source.read(index))
+        except (BadImageError, OSError) as error:
+            return " ".join(str(error).split())
+        return None
+
+    found = {}
+    with ThreadPoolExecutor(num_threads) as pool:
+        for first in range(0, len(source), _AT_ONCE):
+            indices = range(first, min(first + _AT_ONCE, len(source)))
+            for index, why in zip(indices, pool.map(reason, indices), strict=True):
+                if why is not None:
+                    found[source.name(index)] = why
+    return found
 
 
 def batches_in_order(

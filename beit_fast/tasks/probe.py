@@ -37,6 +37,7 @@ from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.features import Features, cached_features
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import knn_accuracy, linear_probes, split
+from beit_fast.tasks.sources import describe_source, say
 from beit_fast.train.parallel import World, open_world
 from beit_fast.train.state import environment
 from beit_fast.viz.layers import draw_layers
@@ -66,6 +67,8 @@ class ProbeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     images_at_once: int = 128  # through the encoder
     num_threads: int = 4  # decoding threads
+    follow_links: bool = True  # to images and folders, wherever they lead
+    max_bad_share: float = 0.001  # of the training images; see `Loader`. Of the test's: none
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "images_at_once", "num_threads"):
@@ -80,12 +83,14 @@ class ProbeConfig:
             raise ValueError(f"held_out is {self.held_out}: give a share between 0 and 1")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is {self.crop_pct}: give a share in (0, 1], or null")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share is {self.max_bad_share}: give a share in 0..1")
 
 
 def run_probe(config: ProbeConfig) -> dict[str, Any]:
     """Probe every block, print the table, write probe.json and probe.png to `config.output`.
 
-    Returns what probe.json holds. Raises ValueError OSError.
+    Returns what probe.json holds. Raises ValueError, OSError, BadDataError.
     """
     for name in ("checkpoint", "train", "test"):
         if not getattr(config, name):
@@ -106,7 +111,13 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
             f"{config.checkpoint} takes {model.config.in_chans} channels, images have 3"
         )
     model.to(world.device)
-    data = {name: class_folders(getattr(config, name)) for name in ("train", "test")}
+    data = {
+        name: class_folders(getattr(config, name), follow_links=config.follow_links, fewest=fewest)
+        # Test images are read before anything is computed.
+        for name, fewest in (("test", 1), ("train", 2))
+    }
+    for name, (source, _, classes) in data.items():
+        say(f"{name}: {describe_source(source, classes)}", world)
     names = data["train"][2]
     if different := sorted(set(names) ^ set(data["test"][2])):
         raise ValueError(
@@ -146,7 +157,13 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
             precision=config.precision,
             batch_size=config.images_at_once,
             num_threads=config.num_threads,
+            max_bad_share=config.max_bad_share if name == "train" else None,
             device=world.device,
+        )
+    if left_out := features["train"].left_out:
+        say(
+            f"{len(left_out)} images could not be used and were left out: {', '.join(left_out)}",
+            world,
         )
     result = probe_layers(features["train"], features["test"], len(names), config, world.device)
     result |= {
@@ -155,6 +172,7 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
         "classes": names,
         "num_train": len(features["train"].labels),
         "num_test": len(features["test"].labels),
+        "left_out": features["train"].left_out,
         "environment": environment(),
     }
     output = Path(config.output)
