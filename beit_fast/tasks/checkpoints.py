@@ -25,7 +25,7 @@ from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.model.published import PUBLISHED, Published, published
 from beit_fast.model.read_checkpoint import Weights, read_checkpoint
-from beit_fast.model.weight_files import read_json
+from beit_fast.model.weight_files import read_json, replace_file
 from beit_fast.tasks.classes import wordnet_ids
 from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.pretrain import STATISTICS
@@ -205,7 +205,8 @@ def write_image_processor(source: str | Path, folder: str | Path) -> Path | None
         "image_std": list(view.std),
     }
     file = Path(folder) / PREPROCESSOR
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(file, lambda file: file.write(text.encode()))
     return file
 
 
