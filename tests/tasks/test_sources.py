@@ -9,7 +9,7 @@ from beit_fast.cli import main
 from beit_fast.data.class_folders import class_folders
 from beit_fast.data.datasets import ImageFolder
 from beit_fast.data.subset import Subset
-from beit_fast.tasks.sources import describe_source, open_source, say
+from beit_fast.tasks.sources import describe_source, lasting_settings, open_source, say
 from beit_fast.train.parallel import World
 
 CPU = torch.device("cpu")
@@ -33,6 +33,14 @@ def test_the_line_has_images_links_classes_and_what_is_left_out(folder):
     said = "2 images, 1 other file (1 .avif), 1 link left out"
     assert describe_source(open_source(str(folder), follow_links=False)) == f"{folder}: {said}"
     assert describe_source(open_source("digits:test")) == "digits:test: 500 images"
+
+
+def test_links_that_were_files_are_no_other_run(pretrain_config):
+    followed, not_followed = (
+        lasting_settings(pretrain_config(data={"follow_links": follow})) for follow in (True, False)
+    )
+    assert followed == not_followed
+    assert followed["data"] == {"batch_size": 4, "max_bad_share": 0.001}  # as of earlier versions
 
 
 def test_parts_that_are_read_together_are_told(tmp_path):
