@@ -58,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x (..., D), at least two axes; weight (F, D); bias (F,) or None. On the CPU in fp32, outside
     autocast and torch.compile, oneDNN multiplies, without a second derivative; all else is
     torch's own.
-    Raises ValueError where shapes do not fit, and where torch.jit.trace records: it cannot.
+    Raises ValueError where shapes do not fit, and under torch.jit.trace.
     """
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():
         raise ValueError(NOT_TRACED)

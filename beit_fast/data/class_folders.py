@@ -27,9 +27,9 @@ def class_folders(
     `path` may also name scikit-learn's digits, see digits.py. Links are followed as `ImageFolder`
     does it: a linked folder is a class, and an image that two classes link to counts in both.
 
-    Raises ValueError for a folder without classes or with less than `fewest`, an image outside
-    them, a class without images, and where the parts of a data set (train, val) lie, naming the
-    folder to pass.
+    Raises ValueError for an image outside the sub-folders, a class without images, fewer classes
+    than `fewest`, and for the parts of a data set (train, val) in place of classes; in the last two
+    cases it names the folder to pass, where there is one.
     """
     if is_digits(path):
         return labelled_digits(str(path))
@@ -45,7 +45,7 @@ def class_folders(
         name = names[empty[0]]
         if why := found.unreadable.get(name):
             raise ValueError(
-                f"the class {name!r} of {path} cannot be read ({why}): check its rights"
+                f"the class {name!r} of {path} cannot be read ({why}): check its permissions"
             )
         left_out = f" (in all classes: {said})" if (said := found.left_out()) else ""
         raise ValueError(

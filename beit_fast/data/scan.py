@@ -86,7 +86,9 @@ def scan(root: Path, follow_links: bool) -> tuple[list[str], Found]:
                 entries = list(listing)
         except OSError as error:
             if not folder.path:
-                raise ValueError(f"{root} cannot be read ({error}): check its rights") from error
+                raise ValueError(
+                    f"{root} cannot be read ({error}): check its permissions"
+                ) from error
             found.unreadable[folder.path] = error.strerror or str(error)
             continue
         for entry in entries:
