@@ -154,11 +154,15 @@ def cached_features(
 def _keep_rows(path: Path, array: np.ndarray, kept: np.ndarray) -> None:
     """Replace the file of `array`, a map of it, by one of these rows."""
     short = path.with_name(f"{path.name}.kept")
-    rows = np.lib.format.open_memmap(short, "w+", array.dtype, (len(kept), *array.shape[1:]))
-    for first in range(0, len(kept), _ROWS):
-        rows[first : first + _ROWS] = array[kept[first : first + _ROWS]]
-    rows.flush()
-    short.rename(path)
+    try:
+        rows = np.lib.format.open_memmap(short, "w+", array.dtype, (len(kept), *array.shape[1:]))
+        for first in range(0, len(kept), _ROWS):
+            rows[first : first + _ROWS] = array[kept[first : first + _ROWS]]
+        rows.flush()
+        short.rename(path)
+    except BaseException:
+        short.unlink(missing_ok=True)
+        raise
 
 
 def _open(
