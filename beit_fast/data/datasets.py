@@ -40,9 +40,9 @@ class ImageFolder:
 
     Files are found by extension, in either case; names that begin with a dot are left out. Links to
     files and folders are followed wherever they lead, as timm and torchvision do, unless
-    `follow_links` is false. A folder that several links lead to is read once for each, for its
-    images may belong to several classes; a link back to a folder that it lies in is not entered.
-    `paths` are relative to the folder, `found` tells what else lies there.
+    `follow_links` is false. A folder that links in several classes lead to is read for each class;
+    reached again in the same one, or by a link from below itself, it is not. `paths` are relative
+    to the folder, `found` tells what else lies there.
 
     Raises ValueError if the folder is missing, is no folder, cannot be read, or holds no image.
     """

@@ -1,7 +1,7 @@
 """What lies in a folder of images: the images, and an account of all that is left out."""
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ class Found:
     num_special: int = 0  # pipes, sockets, devices
     links_left_out: int = 0  # all, where links are not followed
     broken_links: list[str] = field(default_factory=list)
-    loops: list[str] = field(default_factory=list)  # links back to a folder that they lie in
+    read_before: list[str] = field(default_factory=list)  # folders that links led to again
     unreadable: dict[str, str] = field(default_factory=dict)  # folders, and why
 
     def left_out(self) -> str:
@@ -44,10 +44,10 @@ class Found:
             f"{left_out} left out" if left_out else "",
             _count(len(self.broken_links), "broken link", "broken links", self.broken_links),
             _count(
-                len(self.loops),
-                "link back to a folder it lies in",
-                "links back to a folder they lie in",
-                self.loops,
+                len(self.read_before),
+                "link to a folder that is read already",
+                "links to folders that are read already",
+                self.read_before,
             ),
             _count(
                 len(self.unreadable),
@@ -70,20 +70,32 @@ class _Folder(NamedTuple):
     above: tuple[str, ...]
     is_linked: bool
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Read once: the folder below the root that it was reached in, and where it really is."""
+        return self.path.split(os.sep, 1)[0], self.above[-1]
+
 
 def scan(root: Path, follow_links: bool) -> tuple[list[str], Found]:
     """Sorted paths of the images relative to `root`, and an account of the rest.
 
-    A folder below that cannot be read is noted, and ends nothing. Raises ValueError where `root`
-    itself cannot be read.
+    Links are followed when all else is read, so they change no path of it. A folder that was read
+    under the same folder of the root, which may be a class, is not read there again; so however
+    links lead to each other, there is an end. A folder below that cannot be read is noted, and ends
+    nothing. Raises ValueError where `root` itself cannot be read.
     """
     paths, found = [], Found()
-    waiting = [_Folder("", (os.path.realpath(root),), False)]
-    while waiting:
-        folder = waiting.pop()
+    read: set[tuple[str, str]] = set()
+    waiting, links = [_Folder("", (os.path.realpath(root),), False)], deque[_Folder]()
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.popleft()
+        if folder.identity in read:
+            found.read_before.append(folder.path)
+            continue
+        read.add(folder.identity)
         try:
             with os.scandir(os.path.join(root, folder.path)) as listing:
-                entries = list(listing)
+                entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
             if not folder.path:
                 raise ValueError(
@@ -93,11 +105,11 @@ def scan(root: Path, follow_links: bool) -> tuple[list[str], Found]:
             continue
         for entry in entries:
             path = os.path.join(folder.path, entry.name)
+            is_link = _is(entry.is_symlink)
+            is_linked = folder.is_linked or is_link
             if entry.name.startswith("."):
                 found.num_hidden += 1
-                continue
-            is_link = _is(entry.is_symlink)
-            if is_link and not follow_links:
+            elif is_link and not follow_links:
                 found.links_left_out += 1
             elif _is(entry.is_dir):
                 if is_link:
@@ -105,24 +117,25 @@ def scan(root: Path, follow_links: bool) -> tuple[list[str], Found]:
                 else:
                     real = os.path.join(folder.above[-1], entry.name)
                 if real in folder.above:
-                    found.loops.append(path)
+                    found.read_before.append(path)
                     continue
-                linked = folder.is_linked or is_link
-                waiting.append(_Folder(path, (*folder.above, real), linked))
+                (links if is_link else waiting).append(
+                    _Folder(path, (*folder.above, real), is_linked)
+                )
                 if not folder.path:
                     found.folders.append(entry.name)
             elif _is(entry.is_file):
                 ending = os.path.splitext(entry.name)[1].lower()
                 if ending in EXTENSIONS:
                     paths.append(path)
-                    found.num_linked += folder.is_linked or is_link
+                    found.num_linked += is_linked
                 else:
                     found.other_files[ending or "without ending"] += 1
             elif is_link and not os.path.exists(entry.path):
                 found.broken_links.append(path)
             else:
                 found.num_special += 1
-    for names in (found.folders, found.broken_links, found.loops):
+    for names in (found.broken_links, found.read_before):
         names.sort()
     return sorted(paths), found
 

@@ -47,11 +47,11 @@ def test_a_link_back_is_not_entered_and_is_told(tmp_path, touch, link):
     paths, found = scan(tmp_path / "data", True)
     assert paths == ["sub/x.jpg"]
     assert found.folders == ["sub"]  # no class of that name
-    assert found.left_out() == "2 links back to a folder they lie in (itself, sub/back)"
+    assert found.left_out() == "2 links to folders that are read already (itself, sub/back)"
     link("data/up", ".")  # out of the tree and, in there, to the tree again
     paths, found = scan(tmp_path / "data", True)
     assert paths == ["sub/x.jpg", "up/a.jpg"]
-    assert found.loops == ["itself", "sub/back", "up/data"]
+    assert found.read_before == ["itself", "sub/back", "up/data"]
 
 
 def test_folders_that_link_to_each_other_are_read_and_end(tmp_path, touch, link):
@@ -60,7 +60,7 @@ def test_folders_that_link_to_each_other_are_read_and_end(tmp_path, touch, link)
     link("data/b/to_a", "data/a")
     paths, found = scan(tmp_path / "data", True)
     assert paths == ["a/1.jpg", "a/to_b/2.jpg", "b/2.jpg", "b/to_a/1.jpg"]
-    assert found.loops == ["a/to_b/to_a", "b/to_a/to_b"]
+    assert found.read_before == ["a/to_b/to_a", "b/to_a/to_b"]
 
 
 def test_a_folder_that_two_links_lead_to_is_read_for_both(tmp_path, touch, link):
@@ -71,6 +71,29 @@ def test_a_folder_that_two_links_lead_to_is_read_for_both(tmp_path, touch, link)
     paths, found = scan(tmp_path / "data", True)
     assert paths == ["one/1.jpg", "one/deep/2.jpg", "other/1.jpg", "other/deep/2.jpg"]
     assert (found.num_linked, found.left_out()) == (4, "")
+
+
+def test_a_folder_is_read_once_in_each_class_and_under_its_own_name(tmp_path, touch, link):
+    touch("outside/3.jpg", "outside/deep/4.jpg", "data/a/z/1.jpg", "data/a/z/deep/2.jpg")
+    for name, target in (("b_first", "data/a/z"), ("c_part", "outside/deep"), ("d", "outside")):
+        link(f"data/a/{name}", target)
+    link("data/a/e", "outside")
+    paths, found = scan(tmp_path / "data", True)
+    assert paths == ["a/c_part/4.jpg", "a/d/3.jpg", "a/z/1.jpg", "a/z/deep/2.jpg"]
+    assert found.read_before == ["a/b_first", "a/d/deep", "a/e"]
+
+
+def test_however_folders_link_to_each_other_there_is_an_end(tmp_path, touch, link):
+    """Twenty folders, each with links to all others: there are 20! ways through them."""
+    names = [f"class_{number:02}" for number in range(20)]
+    for name in names:
+        touch(f"data/{name}/1.jpg")
+        for other in names:
+            link(f"data/{name}/{other}", f"data/{other}")
+    paths, found = scan(tmp_path / "data", True)
+    assert len(paths) == 20 * 20  # all images, in every class
+    assert found.folders == names
+    assert len(set(paths)) == len(paths)
 
 
 def test_everything_that_is_not_read_is_counted(tmp_path, touch, link):
