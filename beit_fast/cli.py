@@ -87,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("beit-fast: interrupted; the last checkpoint is whole", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has gone: see beit_fast_main.py
+        raise
     except (ValueError, OSError, BadDataError, NonFiniteLoss, CaptureError) as error:
         print(f"beit-fast: {describe(error)}", file=sys.stderr)
         return 1
@@ -147,6 +149,7 @@ def _convert(arguments: Sequence[str]) -> None:
     parser.add_argument("target", help="file to write; for hf a folder")
     parser.add_argument("--to", type=Literal["unilm", "timm", "hf"], required=True)
     parser.add_argument("--key", type=str, help="which of several weights: model_ema, ema ...")
+    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
     chosen = read(parser, arguments)
     print(convert(**chosen))
     if chosen["to"] == "hf" and (file := write_image_processor(chosen["source"], chosen["target"])):

@@ -17,6 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+NOT_TRACED = (
+    "torch.jit.trace, torch.jit.script and torch.onnx.export(dynamo=False) cannot look into these "
+    "kernels: use torch.export.export, or torch.onnx.export(..., dynamo=True); "
+    "beit_fast.restore(model) takes the kernels out of an accelerated model"
+)
+
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch's own."""
@@ -52,8 +58,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x (..., D), at least two axes; weight (F, D); bias (F,) or None. On the CPU in fp32, outside
     autocast and torch.compile, oneDNN multiplies, without a second derivative; all else is
     torch's own.
-    Raises ValueError where shapes do not fit.
+    Raises ValueError where shapes do not fit, and under torch.jit.trace.
     """
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise ValueError(NOT_TRACED)
     if x.ndim < 2 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x is {tuple(x.shape)}, the weight {tuple(weight.shape)}: pass x (..., D) and "

@@ -6,10 +6,12 @@ import re
 import shlex
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
+import beit_fast.data
 from beit_fast import recipes
 from beit_fast.cli import main, parse
 from beit_fast.tasks.dvae import DvaeTask
@@ -30,6 +32,10 @@ def test_the_demo_runs_from_start_to_end_and_again(tmp_path, capsys):
     said = capsys.readouterr().out
     for name in ("checkpoint", "curve", "picture", "entropy of the token marginals"):
         assert name in said
+    photographs = Path(beit_fast.data.__file__).parent / "photographs"
+    for stage in ("images of the tokenizer", "images"):  # each once
+        line = f"\n{stage}: {photographs}: 19 images, 1 other file (1 .md) left out\n"
+        assert ("\n" + said).count(line) == 1
     assert (tmp_path / "demo" / "tokenizer" / "tokenizer.safetensors").exists()
     assert main(arguments) == 0  # finished: nothing is trained, the results are shown
     assert "resumes from" in capsys.readouterr().out
@@ -39,7 +45,9 @@ def test_the_demo_runs_from_a_token_cache_of_its_own_tokenizer(tmp_path, capsys)
     tokens, output = str(tmp_path / "tokens"), tmp_path / "demo"
     arguments = [*TINY, "--run.output", str(output)]
     assert main(["pretokenize", "demo", *arguments, "--output", tokens, "--num_views", "1"]) == 0
-    assert f"19 images x 1 in {tokens}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"19 images x 1 in {tokens}" in said
+    assert said.count("\nimages: ") == 1
     cached = [*arguments, "--token_cache", tokens]
     assert main(["pretrain", "demo", *cached]) == 1
     assert "--tokenizer_training null" in capsys.readouterr().err

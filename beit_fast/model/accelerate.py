@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from beit_fast.kernels.attention_backends import WIDEST_HEAD
-from beit_fast.kernels.linear import linear
+from beit_fast.kernels.linear import NOT_TRACED, linear
 from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
 from beit_fast.model.layers import is_plain
 
@@ -186,6 +186,10 @@ class Accelerated:
     def obstacle(module: nn.Module) -> str | None:
         """Why this instance cannot be replaced, or None."""
         return None
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script: raises ValueError that names the exporters of today."""
+        raise ValueError(NOT_TRACED)
 
 
 class Linear(Accelerated, nn.Linear):

@@ -11,6 +11,7 @@ head, its norm, the mask token) may be left out or stay fresh, and the report sa
 import dataclasses
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ from beit_fast.model.weight_files import CONFIG_KEY, replace_file, write_weights
 
 logger = logging.getLogger("beit_fast.model")
 
+# The last is written by `beit-fast convert`; an old one would belong to another model.
+_HF_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 # What a task adds to the encoder: absent as a whole it stays fresh, unwanted it is left out.
 _TASK_PARTS = ("mask_token", "norm", "fc_norm", "head", "lm_head", "fpn1", "fpn2")
 
@@ -141,7 +144,8 @@ def save_pretrained(
     """Write config.json and model.safetensors that transformers' BEiT classes read, and ours too.
 
     The names are those of the hub's files, which transformers 4 and 5 both read. `labels` names the
-    classes, in order. Raises ValueError where transformers has no such BEiT.
+    classes, in order. What was saved there is replaced, as transformers' method does.
+    Raises ValueError where transformers has no such BEiT.
     """
     task = task_of(model.state_dict())
     weights = Weights(
@@ -178,33 +182,31 @@ def convert(
     *,
     to: Literal["unilm", "timm", "hf"],
     key: str | None = None,
+    overwrite: bool = False,
 ) -> ConvertReport:
     """Write a checkpoint in another layout; dtypes stay, and so does every value.
 
     "unilm" and "timm" write one file, .safetensors or anything else by `torch.save`, unilm's under
-    its root key; "hf" writes a folder. timm has no masked image modelling and no segmentation:
-    those parts are left out, and named in the report. Raises as `read_checkpoint` does.
+    its root key; "hf" writes a folder. Folders are made as needed. timm has no masked image
+    modelling and no segmentation: those parts are left out, and named in the report.
+    Raises ValueError for a target that exists unless `overwrite`, and as `read_checkpoint` does.
     """
-    weights, target = read_checkpoint(source, key=key), Path(target)
+    target = Path(target)
+    _check_target(target, to, overwrite)
+    weights = read_checkpoint(source, key=key)
     state, left_out = weights.state, ()
     if to == "hf":
-        if target.is_file():
-            raise ValueError(f"{target} is a file: --to hf writes a folder, pass its path")
         left_out = tuple(sorted(name for name in state if name.startswith("cls_pt_layers.")))
         kept = {name: tensor for name, tensor in state.items() if name not in left_out}
         weights = dataclasses.replace(weights, state=kept)
         _write_hf(weights, target, weights.labels)
         written = len(from_house(kept, "hf4"))
-    elif to in ("unilm", "timm"):
-        if target.is_dir():
-            raise ValueError(f"{target} is a folder: --to {to} writes a file, pass its path")
+    else:
         if to == "timm":
             left_out = tuple(sorted(name for name in state if _timm_lacks(name)))
             state = {name: tensor for name, tensor in state.items() if name not in left_out}
         _write_house(weights, state, target, to)
         written = len(state)
-    else:
-        raise ValueError(f"there is no layout {to!r}: pass 'unilm', 'timm' or 'hf'")
     return ConvertReport(
         source="the state dict" if isinstance(source, Mapping) else str(source),
         target=str(target),
@@ -218,7 +220,25 @@ def convert(
     )
 
 
+def _check_target(target: Path, to: str, overwrite: bool) -> None:
+    """Raise ValueError where `convert` cannot write, or should not."""
+    if to not in ("unilm", "timm", "hf"):
+        raise ValueError(f"there is no layout {to!r}: pass 'unilm', 'timm' or 'hf'")
+    if to == "hf" and target.is_file():
+        raise ValueError(f"{target} is a file: --to hf writes a folder, pass its path")
+    if to != "hf" and target.is_dir():
+        raise ValueError(f"{target} is a folder: --to {to} writes a file, pass its path")
+    files = [target / name for name in _HF_FILES] if to == "hf" else [target]
+    existing = [str(file) for file in files if os.path.lexists(file)]
+    if existing and not overwrite:
+        raise ValueError(
+            f"{' and '.join(existing)} would be overwritten: pass another path, or --overwrite "
+            "(overwrite=True) to replace what is there"
+        )
+
+
 def _write_house(weights: Weights, state: dict[str, Tensor], target: Path, to: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     segmentation = to == "unilm" and weights.task == "segmentation"
     if segmentation:
         heads = ("decode_head.", "auxiliary_head.")

@@ -36,7 +36,7 @@ from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.model.published import PUBLISHED, Published, published
 from beit_fast.model.read_checkpoint import Weights, read_checkpoint
-from beit_fast.model.weight_files import read_json
+from beit_fast.model.weight_files import read_json, replace_file
 from beit_fast.tasks.classes import wordnet_ids
 from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.pretrain import STATISTICS
@@ -94,6 +94,7 @@ class ClassifierConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     batch_size: Count = 64  # on each rank
     num_threads: Threads = 4  # decoding threads
+    follow_links: bool = True  # to images and folders, wherever they lead
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -215,7 +216,8 @@ def write_image_processor(source: str | Path, folder: str | Path) -> Path | None
         "image_std": list(view.std),
     }
     file = Path(folder) / PREPROCESSOR
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(file, lambda file: file.write(text.encode()))
     return file
 
 

@@ -22,7 +22,9 @@ from beit_fast.data.single_view import SingleViewConfig
 from beit_fast.flags import flag
 from beit_fast.tasks.sources import (
     DataConfig,
+    describe_source,
     open_loader,
+    say,
     task_settings,
     unseen_batches,
 )
@@ -244,6 +246,7 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
     (also CheckpointError), OSError, NonFiniteLoss, CaptureError, Interrupted.
     """
     task = DvaeTask(config, world)
+    say(f"images of the tokenizer: {describe_source(task.loader.source)}", world)
     settings = task_settings(config)
     check_run(task, config.optim, config.run, settings=settings, world=world)
     outcome = train(task, config.optim, config.run, settings=settings, world=world)

@@ -16,6 +16,7 @@ from beit_fast.files import naming
 from beit_fast.tasks.checkpoints import ClassifierConfig, open_classifier
 from beit_fast.tasks.classes import describe_class, match_classes
 from beit_fast.tasks.evaluation import Classification, evaluate_classifier
+from beit_fast.tasks.sources import describe_source
 from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import open_world
 from beit_fast.train.preflight import check_output_file
@@ -45,14 +46,19 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
         console = plain_console(quiet=not world.is_main)
         classifier = open_classifier(config)
         view = classifier.view
-        source, labels, folders = class_folders(config.folder)
+        source, labels, folders = class_folders(
+            config.folder, follow_links=config.follow_links, fewest=1
+        )
         num_classes = classifier.model.config.num_classes
         class_of, names, how = match_classes(
             folders, classifier.classes, num_classes, by_order=config.match == "order"
         )
         output = Path(config.output)
-        console.print(f"{len(source)} images of {len(folders)} classes: {how}")
-        console.print(f"images: {view}")
+        console.print(f"images: {describe_source(source, folders)}")
+        console.print(f"classes: {how}")
+        if len(folders) == 1:
+            console.print("one class: what is counted says nothing of images of the others")
+        console.print(f"as the model gets them: {view}")
         found = evaluate_classifier(
             classifier.model.to(world.device),
             source,

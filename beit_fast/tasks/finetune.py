@@ -42,7 +42,7 @@ from beit_fast.tasks.finetune_init import starting_point, stated_statistics
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import split
-from beit_fast.tasks.sources import task_settings, unseen_batches
+from beit_fast.tasks.sources import describe_source, say, task_settings, unseen_batches
 from beit_fast.train.aside import Aside
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import METRICS, plain_console, read_metrics
@@ -66,6 +66,7 @@ class LabelledDataConfig:
     held_out: Part | None = None  # without `test`: this share of each class, never trained on
     batch_size: Count = 128  # images per micro-batch on each rank
     num_threads: Threads = 4  # decoding threads; batches do not depend on it
+    follow_links: bool = True  # to images and folders, wherever they lead
     max_bad_share: Probability = 0.001  # of the training images; see `Loader`. Of the test's: none
 
     def __post_init__(self) -> None:
@@ -209,6 +210,13 @@ class FinetuneTask:
     def report(self) -> dict[str, Tensor]:
         return {}
 
+    def describe_images(self) -> list[str]:
+        """A line for each folder."""
+        lines = [f"images: {describe_source(self.loader.source, self.classes)}"]
+        if self.has_test:
+            lines.append(f"test images: {describe_source(self._test[0], self.classes)}")
+        return lines
+
     @property
     def has_test(self) -> bool:
         return self._test is not None
@@ -285,6 +293,8 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
     """
     with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
         task = FinetuneTask(config, world)
+        for line in task.describe_images():
+            say(line, world)
         console = plain_console(quiet=not world.is_main)
         console.print(task.start.report)
         run = (task, config.optim, config.run)
@@ -334,9 +344,11 @@ def open_labelled(
     """
     if not data.path:
         raise ValueError("no images were named: pass --data.path with a folder of classes")
-    source, labels, classes = class_folders(data.path)
+    source, labels, classes = class_folders(data.path, follow_links=data.follow_links)
     if data.test:
-        test, test_labels, test_classes = class_folders(data.test)
+        test, test_labels, test_classes = class_folders(
+            data.test, follow_links=data.follow_links, fewest=1
+        )
         if different := sorted(set(classes) ^ set(test_classes)):
             raise ValueError(
                 f"{data.path} has {len(classes)} classes and {data.test} {len(test_classes)}; only "

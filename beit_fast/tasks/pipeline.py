@@ -8,7 +8,7 @@ from typing import Any
 from beit_fast.flags import flags_of
 from beit_fast.tasks.dvae import DvaeTrainingConfig, finished_tokenizer, train_tokenizer
 from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask, TokensToCome
-from beit_fast.tasks.sources import task_settings
+from beit_fast.tasks.sources import describe_source, say, task_settings
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
 from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.aside import Aside
@@ -42,6 +42,7 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
         else:
             tokenizer = None if config.token_cache is not None else open_tokenizer(config, world)
         task = PretrainTask(config, tokenizer, world)
+        say(f"images: {describe_source(task.loader.source)}", world)
         console = plain_console(quiet=not world.is_main)
         if file is not None:
             console.print(f"tokenizer: its training is finished, {file} is used")
@@ -92,7 +93,10 @@ def tokenizer_stage(config: PretrainConfig) -> DvaeTrainingConfig | None:
         return None
     training = config.tokenizer_training
     output = str(Path(config.run.output) / "tokenizer")
-    data = replace(training.data, path=training.data.path or config.data.path)
+    data = training.data
+    if not data.path:
+        links = data.follow_links and config.data.follow_links
+        data = replace(data, path=config.data.path, follow_links=links)
     return replace(training, data=data, run=replace(training.run, output=output))
 
 

@@ -4,7 +4,8 @@ import contextlib
 import functools
 import glob
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from beit_fast.data.in_order import batches_in_order
 from beit_fast.kernels.patches import normalized_patches
 from beit_fast.tasks.checkpoints import Classifier, ClassifierConfig, open_classifier
 from beit_fast.tasks.classes import describe_class
+from beit_fast.tasks.sources import describe_source
 from beit_fast.train.parallel import open_world
 
 
@@ -35,12 +37,16 @@ class PredictConfig(ClassifierConfig):
 
 
 def run_prediction(config: PredictConfig) -> None:
-    """Print the likeliest classes of every image, in order.
+    """Print the likeliest classes of every image, in order; what folders hold goes to stderr.
 
     Raises ValueError that names the images that cannot be used, after all others are printed; at
     once where there is nothing to predict with or from.
     """
-    files = find_images(config.images)
+    files = find_images(
+        config.images,
+        follow_links=config.follow_links,
+        say=lambda line: print(line, file=sys.stderr),
+    )
     with open_world(config.device, named="device") as world:
         if world.size > 1:
             raise ValueError(f"torchrun started {world.size} processes: prediction runs in one")
@@ -107,9 +113,15 @@ def predict(
     return answers
 
 
-def find_images(arguments: Sequence[str]) -> list[str]:
+def find_images(
+    arguments: Sequence[str],
+    *,
+    follow_links: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[str]:
     """Image files: those named, those below folders, those that patterns match (`**`: any depth).
 
+    `say` is given a line for each folder, of what is read there and what is left out.
     What is not there stays in the list, to be told of with the images that cannot be read. Raises
     ValueError for a folder without images.
     """
@@ -120,7 +132,8 @@ def find_images(arguments: Sequence[str]) -> list[str]:
         matches = [] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))
         for path in matches or [argument]:
             if Path(path).is_dir():
-                folder = ImageFolder(path)
+                folder = ImageFolder(path, follow_links=follow_links)
+                say(describe_source(folder))
                 files += [folder.name(index) for index in range(len(folder))]
             else:
                 files.append(path)

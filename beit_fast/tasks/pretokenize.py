@@ -56,7 +56,7 @@ from beit_fast.tasks.pretrain import (
     token_source,
     visual_tokens,
 )
-from beit_fast.tasks.sources import open_loader
+from beit_fast.tasks.sources import describe_source, open_loader, say
 from beit_fast.tokenizer.checkpoint import tokenizer_digest
 from beit_fast.tokenizer.protocol import Tokenizer
 from beit_fast.train.log import plain_console
@@ -104,6 +104,7 @@ def run_pretokenize(config: PretokenizeConfig) -> Path:
         loader = open_loader(
             config.data, TokenViewSample(config.views), seed=config.run.seed, world=world
         )
+        say(f"images: {describe_source(loader.source)}", world)
         if config.tokenizer_training is not None:  # before it is trained
             check_tokenizer(TokensToCome(config.tokenizer_training.dvae.vocab_size), config)
             if (folder / MANIFEST).exists():

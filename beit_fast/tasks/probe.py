@@ -31,6 +31,7 @@ from beit_fast.checks import (
     NonNegative,
     Part,
     Positive,
+    Probability,
     Seed,
     Share,
     Threads,
@@ -51,6 +52,7 @@ from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.features import Features, cached_features
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import knn_accuracy, linear_probes, split
+from beit_fast.tasks.sources import describe_source, say
 from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import World, open_world
 from beit_fast.train.preflight import check_writable
@@ -83,6 +85,8 @@ class ProbeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     images_at_once: Count = 128  # through the encoder
     num_threads: Threads = 4  # decoding threads
+    follow_links: bool = True  # to images and folders, wherever they lead
+    max_bad_share: Probability = 0.001  # of the training images; see `Loader`. Of the test's: none
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -94,7 +98,7 @@ class ProbeConfig:
 def run_probe(config: ProbeConfig) -> dict[str, Any]:
     """Probe every block, print the table, write probe.json and probe.png to `config.output`.
 
-    Returns what probe.json holds. Raises ValueError, OSError, Interrupted.
+    Returns what probe.json holds. Raises ValueError, OSError, BadDataError, Interrupted.
     """
     for name in ("checkpoint", "train", "test"):
         if not getattr(config, name):
@@ -116,7 +120,13 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
             f"{config.checkpoint} takes {model.config.in_chans} channels, images have 3"
         )
     model.to(world.device)
-    data = {name: class_folders(getattr(config, name)) for name in ("train", "test")}
+    data = {
+        name: class_folders(getattr(config, name), follow_links=config.follow_links, fewest=fewest)
+        # Test images are read before anything is computed.
+        for name, fewest in (("test", 1), ("train", 2))
+    }
+    for name, (source, _, classes) in data.items():
+        say(f"{name}: {describe_source(source, classes)}", world)
     names = data["train"][2]
     if different := sorted(set(names) ^ set(data["test"][2])):
         raise ValueError(
@@ -155,7 +165,13 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
             precision=config.precision,
             batch_size=config.images_at_once,
             num_threads=config.num_threads,
+            max_bad_share=config.max_bad_share if name == "train" else None,
             device=world.device,
+        )
+    if left_out := features["train"].left_out:
+        say(
+            f"{len(left_out)} images could not be used and were left out: {', '.join(left_out)}",
+            world,
         )
     result = probe_layers(features["train"], features["test"], len(names), config, world.device)
     result |= {
@@ -164,6 +180,7 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
         "classes": names,
         "num_train": len(features["train"].labels),
         "num_test": len(features["test"].labels),
+        "left_out": features["train"].left_out,
         "environment": environment(),
     }
     output = Path(config.output)

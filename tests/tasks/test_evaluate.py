@@ -51,7 +51,12 @@ def test_it_prints_the_worst_classes_and_writes_every_one(run_folder, folder, tm
     assert result["classes"][2]["top1"] is None
     assert sum(row["correct"] for row in result["classes"]) == round(15 * result["top1"])
     assert result["top5"] == 1.0
-    for words in ("1 of 4 classes have no folder: pink", "half statistics (of the run)", "top-1"):
+    for words in (
+        f"{folder}: 15 images, 3 classes",
+        "1 of 4 classes have no folder: pink",
+        "half statistics (of the run)",
+        "top-1",
+    ):
         assert words in said
     shares = [row["top1"] for row in result["classes"] if row["images"]]
     lines = [line.split("│")[1].split()[0] for line in said.splitlines() if line.startswith("│")]
@@ -185,6 +190,25 @@ def test_a_mistake_is_one_line(run_folder, folder, flags, message, tmp_path, cap
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "e.json").exists()
+
+
+def test_one_class_is_counted_and_links_are_followed_if_wanted(
+    run_folder, folder, tmp_path, capsys
+):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "red").symlink_to(folder / "red")
+    result = evaluate(run_folder, tmp_path / "test", output=tmp_path / "one.json")
+    assert [row["images"] for row in result["classes"]] == [5, 0, 0, 0]
+    said = capsys.readouterr().out
+    assert "5 images, 5 of them by links, 1 class\n" in said
+    assert "one class: what is counted says nothing of" in said
+    arguments = [str(run_folder), str(tmp_path / "test"), *ALONE, "--follow_links", "false"]
+    assert main(["evaluate", *arguments]) == 1
+    assert "or --follow_links true" in capsys.readouterr().err
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "val").symlink_to(folder)
+    assert main(["evaluate", str(run_folder), str(tmp_path / "set"), *ALONE]) == 1
+    assert f"pass {tmp_path / 'set' / 'val'}" in capsys.readouterr().err
 
 
 def test_a_class_folder_without_images_is_named(run_folder, tmp_path, capsys):

@@ -54,7 +54,7 @@ def test_json_has_names_and_probabilities_of_every_image(
     assert predict(run_folder, *images, *arguments) == 0
     said = capsys.readouterr()
     answers = json.loads(said.out)
-    assert said.err == ""
+    assert said.err == f"{folder / 'red'}: 3 images\n"  # of the one that is a folder
     names = [f"{folder}/{name}.png" for name in ("red/0", "red/1", "red/2")]
     names += [f"{folder}/{name}/0.png" for name in ("blue", "green", "red")]
     assert [answer["image"] for answer in answers] == [str(tmp_path / "image.png"), *names]
@@ -132,6 +132,23 @@ def test_what_cannot_be_read_is_named_after_the_others_are_done(
         assert kinds == [{"error"}, {"predictions"}, {"error"}]
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
+def test_pipes_are_told_and_never_waited_for(run_folder, folder, tmp_path, flags, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "0.png").write_bytes((folder / "red" / "0.png").read_bytes())
+    (images / "1.avif").write_bytes(b"")
+    os.mkfifo(images / "pipe.png")
+    arguments = [images, images / "pipe.png", tmp_path / "images/p*.png", "--follow_links", "false"]
+    assert predict(run_folder, *arguments, *flags) == 1
+    said = capsys.readouterr()
+    assert f"{images}: 1 image, 1 other file (1 .avif), 1 pipe or device left out\n" in said.err
+    assert "2 of 3 images cannot be used" in said.err
+    assert said.err.count("pipe.png (it is a pipe or a device and no file") == 2
+    assert "0.png" in said.out
+    assert not flags or len(json.loads(said.out)) == 3
+
+
 def test_classes_without_names_are_numbered(model, folder, tmp_path, capsys):
     torch.save({"model": model.state_dict()}, tmp_path / "unilm.pth")
     assert predict(tmp_path / "unilm.pth", folder / "red" / "0.png") == 0
@@ -170,6 +187,12 @@ def test_images_are_files_folders_and_patterns(folder, tmp_path, capsys):
     odd.write_bytes(b"")
     assert find_images([str(odd), "none*.png"]) == [str(odd), "none*.png"]
     assert len(find_images([str(folder)])) == 9
+    (tmp_path / "linked").mkdir()
+    for name in ("image.png", "other.png"):
+        (tmp_path / "linked" / name).symlink_to(folder / "red" / "0.png")
+    assert len(find_images([str(tmp_path / "linked")])) == 2
+    with pytest.raises(ValueError, match=r"2 links left out.*--follow_links true"):
+        find_images([str(tmp_path / "linked")], follow_links=False)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images under"):
         find_images([str(tmp_path / "empty")])
