@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from beit_fast import recipes, recipes_finetune
 from beit_fast.data.loader import BadDataError
-from beit_fast.files import describe
+from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
 from beit_fast.model.checkpoint import convert
 from beit_fast.parsing import make, new_parser, read
@@ -85,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not rest or rest[0] not in known:
                 return _list_recipes(verb, known, rest)
             run(parse(verb, rest[0], known[rest[0]], rest[1:]))
+        with naming("standard output"):
+            sys.stdout.flush()  # at exit it would be too late to say so
     except Interrupted as stop:
         print(f"beit-fast: {stop}", file=sys.stderr)
         return stop.exit_code
