@@ -18,7 +18,9 @@ from beit_fast.tasks.classes import describe_class, match_classes
 from beit_fast.tasks.evaluation import Classification, evaluate_classifier
 from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import open_world
+from beit_fast.train.preflight import check_output_file
 from beit_fast.train.state import environment
+from beit_fast.train.stop import stop_signals
 
 NUM_WORST = 10  # classes in the table
 
@@ -36,9 +38,10 @@ class EvaluateConfig(ClassifierConfig):
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate, print the table with the worst classes, write `config.output`.
 
-    Returns what the file holds, on every rank. Raises ValueError, OSError.
+    Returns what the file holds, on every rank. Raises ValueError, OSError, Interrupted.
     """
-    with open_world(config.device, named="device") as world:
+    with open_world(config.device, named="device") as world, stop_signals():
+        check_output_file(Path(config.output))
         console = plain_console(quiet=not world.is_main)
         classifier = open_classifier(config)
         view = classifier.view
@@ -48,7 +51,6 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
             folders, classifier.classes, num_classes, by_order=config.match == "order"
         )
         output = Path(config.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
         console.print(f"{len(source)} images of {len(folders)} classes: {how}")
         console.print(f"images: {view}")
         found = evaluate_classifier(

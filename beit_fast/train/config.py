@@ -69,7 +69,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # torch's threads on a CPU; None: its own choice. Where images are decoded on the same few
     # cores, fewer are faster: threads that wait for each other spin. A dVAE on 32 px crops, on two
-    # busy cores: 290 images/s with one thread, 20 to 35 with two. A resume must use as many.
+    # busy cores: 290 images/s with one thread, 20 to 35 with two.
     cpu_threads: Threads | None = None
     ema_decay: Fraction | None = None  # None keeps no averaged weights
     log_every: Count = 50  # steps between lines of metrics; the only host syncs
@@ -77,7 +77,11 @@ class RunConfig:
     keep: Count = 2  # newest checkpoints that stay
     picture_every: Count | None = None  # steps between pictures; one more at the end
     evaluate_every: Positive | None = None  # epochs between evaluations, the end not counted
+    strict: bool = False  # an evaluation, picture or log that fails ends the run
     resume: Literal["auto", "must", "never"] = "auto"  # auto: from the newest checkpoint, if any
+    resume_from: Steps | None = None  # step to go back to; later checkpoints are set aside
+    # Settings by name that may differ from the checkpoint's though they make it another run.
+    resume_with: tuple[Filled, ...] = ()
     fallback: bool = False  # resume from an older checkpoint where the newest is damaged
 
     def __post_init__(self) -> None:
@@ -102,14 +106,15 @@ class RunConfig:
                 f"{flag('run.accumulate')} 1"
             )
 
-    def num_steps(self, batches_per_epoch: int) -> int:
-        """Optimiser steps of the whole run, given micro-batches per epoch on one rank.
+    def num_steps(self, batches_per_epoch: int, accumulate: int | None = None) -> int:
+        """Optimiser steps of the whole run, given micro-batches per epoch on one rank, and per step
+        where that is not `accumulate`.
 
         Raises ValueError for epochs of more steps than a run may have.
         """
         if self.steps is not None:
             return self.steps
-        steps = max(1, int(self.epochs * batches_per_epoch) // self.accumulate)
+        steps = max(1, int(self.epochs * batches_per_epoch) // (accumulate or self.accumulate))
         if steps > MAX_STEPS:
             raise ValueError(
                 f"{flag('run.epochs')} {self.epochs:g} are {steps} steps: at most {MAX_STEPS} have "
