@@ -64,8 +64,11 @@ class Text:
     def holds(self, value: str) -> bool:
         return "\0" not in value and (self.empty or bool(value.strip()))
 
+    def words(self) -> str:
+        return "text without NUL" if self.empty else "text without NUL that is not empty"
+
     def __repr__(self) -> str:
-        return "text" if self.empty else "text that is not empty"
+        return "may be empty" if self.empty else "not empty"
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def allowed(hint: Any, value: Any = None) -> str:
         if isinstance(check, Range):
             number = "a whole number" if kind is int else "a finite number"
             return f"{number}, {check.words(value if fits(value, kind) else None)}"
-        return f"{allowed(kind)}, {check}" if isinstance(check, Rising) else str(check)
+        return check.words() if isinstance(check, Text) else f"{allowed(kind)}, {check}"
     if origin in (Union, types.UnionType):
         return ", or ".join(allowed(option, value) for option in arguments)
     if origin is Literal:

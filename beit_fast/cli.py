@@ -7,6 +7,7 @@ import codecs
 import inspect
 import io
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,7 +15,8 @@ from typing import Any, Literal
 
 from beit_fast import recipes, recipes_finetune
 from beit_fast.data.loader import BadDataError
-from beit_fast.files import describe
+from beit_fast.files import describe, naming
+from beit_fast.flags import section_of
 from beit_fast.model.checkpoint import convert
 from beit_fast.parsing import make, new_parser, read
 from beit_fast.tasks.checkpoints import write_image_processor
@@ -31,6 +33,8 @@ from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
 
 NAMES = "beit_fast.names"
+# torch's words: a GPU's error has a type of its own, a CPU's and a size beyond 64 bits have none.
+OUT_OF_MEMORY = "out of memory|can't allocate memory|not enough memory|Storage size calculation"
 USAGE = """usage: beit-fast <verb> ...
 
   pretrain RECIPE        train a BEiT on a folder of images
@@ -81,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not rest or rest[0] not in known:
                 return _list_recipes(verb, known, rest)
             run(parse(verb, rest[0], known[rest[0]], rest[1:]))
+        with naming("standard output"):
+            sys.stdout.flush()  # at exit it would be too late to say so
     except Interrupted as stop:
         print(f"beit-fast: {stop}", file=sys.stderr)
         return stop.exit_code
@@ -92,7 +98,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, BadDataError, NonFiniteLoss, CaptureError) as error:
         print(f"beit-fast: {describe(error)}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
+            raise  # a fault of ours
+        print(f"beit-fast: {_out_of_memory(error)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _out_of_memory(error: Exception) -> str:
+    said = next(iter(str(error).splitlines()), type(error).__name__)
+    section = section_of(error)
+    return (
+        f"memory ran out ({said[:200]}): make the batches smaller (--{section}data.batch_size, "
+        f"with --{section}run.accumulate for the same step; --batch_size or --images_at_once where "
+        "those are the flags), or the model"
+    )
 
 
 def _as_bytes(error: UnicodeError) -> tuple[bytes, int]:

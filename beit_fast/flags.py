@@ -29,5 +29,13 @@ def flags_of(section: str, outer: Collection[str] = ()) -> Iterator[None]:
     token = _stage.set((f"{_stage.get()[0]}{section}.", frozenset(outer)))
     try:
         yield
+    except Exception as error:
+        error.section = section_of(error) or _stage.get()[0]
+        raise
     finally:
         _stage.reset(token)
+
+
+def section_of(error: Exception) -> str:
+    """Of the task that an error comes from, "tokenizer_training."; "" of the outermost."""
+    return getattr(error, "section", "")

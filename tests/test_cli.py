@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import beit_fast.data
@@ -161,6 +162,48 @@ def test_a_loss_that_is_not_finite_gives_one_line(tmp_path, capsys, monkeypatch)
     arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
     assert main(arguments) == 1
     assert "not finite between steps 1 and 1, first at step 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("Storage size calculation overflowed with sizes=[4611686018427387904]"),
+        MemoryError(),
+    ],
+    ids=["gpu", "cpu", "size", "python"],
+)
+def test_memory_that_runs_out_is_one_line_whose_remedy_does(error, tmp_path, capsys, monkeypatch):
+    loss = DvaeTask.loss
+
+    def limited(self, batch):
+        if len(batch["images"]) > 4:
+            raise error
+        return loss(self, batch)
+
+    monkeypatch.setattr(DvaeTask, "loss", limited)
+    arguments = ["pretrain", "demo", *TINY, "--tokenizer_training.data.batch_size", "8"]
+    arguments += ["--run.output", str(tmp_path / "demo"), "--run.device", "cpu"]
+    assert main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "memory ran out (" in line
+    for flag in ("--tokenizer_training.data.batch_size", "--tokenizer_training.run.accumulate"):
+        assert flag in line
+    if error.args and "CUDA" in error.args[0]:
+        remedy = ["--tokenizer_training.data.batch_size", "4"]
+        assert main([*arguments, *remedy, "--tokenizer_training.run.accumulate", "2"]) == 0
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(DvaeTask, "__init__", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["tokenizer", "demo", "--run.device", "cpu"])
 
 
 def test_a_failed_capture_gives_one_line_whose_remedy_resumes_the_run(

@@ -126,7 +126,8 @@ WEIGHTS = ("w.pth", "w.safetensors", "w.bin", "w.index.json", "w")
 @pytest.mark.parametrize("verb", ["evaluate", "predict", "convert", "finetune", "probe"])
 def test_wrong_weights(verb, good, tmp_path, refuse):
     images = good / "images"
-    for path in wrong_files(tmp_path, good, WEIGHTS):
+    # finetune reads them as the others do, but makes its classes first, which takes longer.
+    for path in wrong_files(tmp_path, good, WEIGHTS[:2] if verb == "finetune" else WEIGHTS):
         recipe = TINY.get(verb, [])
         commands = {
             "evaluate": [verb, path, images, "--device", "cpu"],
@@ -140,7 +141,7 @@ def test_wrong_weights(verb, good, tmp_path, refuse):
 
 def test_wrong_tokenizers(good, tmp_path, refuse):
     for path in wrong_files(tmp_path, good, ("t.safetensors", "t.pkl")):
-        for verb in ("pretrain", "pretokenize"):
+        for verb in ("pretrain", "pretokenize")[: 2 if path.stem in ("html", "cut5") else 1]:
             arguments = [verb, "demo", "--tokenizer", path, "--tokenizer_training", "null"]
             refuse([*arguments, "--run.device", "cpu"], [path])
         for one in ("--encoder", "--decoder"):
@@ -303,11 +304,15 @@ CONFIGS = dict(CONTENTS) | {
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_wrong_configuration_files(verb, tmp_path, refuse):
+    # One parser reads them for all verbs: the largest ones, which take longest, see some.
+    some = ("html", "number section", "word", "range", "key")
     for kind, content in CONFIGS.items():
+        if verb in ("pretrain", "pretokenize", "finetune") and kind not in some:
+            continue
         path = tmp_path / f"{kind}.yaml"
         path.write_bytes(content)
         refuse([verb, TINY[verb][0], "--config", path], [path, "--optim", "--run"])
-    for path in (tmp_path / "missing.yaml", tmp_path, tmp_path / "word.yaml" / "x"):
+    for path in (tmp_path / "missing.yaml", tmp_path, tmp_path / "key.yaml" / "x"):
         refuse([verb, TINY[verb][0], "--config", path], [path])
 
 
@@ -324,14 +329,12 @@ def test_wrong_words(verb, tmp_path, refuse):
         "finetune": ["augment.scale", "data.held_out", "layer_decay", "grad_checkpointing"],
         "probe": ["knn", "rates", "statistics", "weights"],
     }
-    words = ("", "word", "-3", ".nan", ".inf", "[1,2,3]", "{a: 1}", "1e999", "null", "[", "'")
+    words = ("", "word", "-3", ".nan", "[1,2,3]", "{a: 1}", "1e999", "[")
     for flag in flags[verb]:
         for word in words:
             if (flag, word) in (("knn", "[1,2,3]"), ("rates", "[1,2,3]")):
                 continue
-            if word == "null" and flag in ("data.held_out", "statistics"):
-                continue
-            refuse([verb, recipe, f"--{flag}", word, "--run.nothing", "1"][:4], [f"--{flag}"])
+            refuse([verb, recipe, f"--{flag}", word], [f"--{flag}"])
 
 
 def test_wrong_words_without_a_recipe(good, tmp_path, refuse):

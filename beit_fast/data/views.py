@@ -47,6 +47,7 @@ from beit_fast.checks import (
 )
 from beit_fast.data.color_jitter import jitter_coefficients
 from beit_fast.data.decode import MAX_PIXELS, decode_fast, decode_pillow
+from beit_fast.flags import flag
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -90,7 +91,8 @@ class ViewConfig:
                 )
                 raise ValueError(
                     f"view {name}={height}x{width} px does not split into a grid of "
-                    f"{grid[0]}x{grid[1]} patches: take {near[0]}x{near[1]}"
+                    f"{grid[0]}x{grid[1]} patches: take {near[0]}x{near[1]} "
+                    f"({flag(f'views.{name}')})"
                 )
 
 

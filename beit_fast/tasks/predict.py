@@ -17,6 +17,7 @@ from beit_fast.checks import Count, Given
 from beit_fast.data.centre_view import centre_view
 from beit_fast.data.datasets import ImageFolder, read_image_file
 from beit_fast.data.in_order import batches_in_order
+from beit_fast.files import naming
 from beit_fast.kernels.patches import normalized_patches
 from beit_fast.tasks.checkpoints import Classifier, ClassifierConfig, open_classifier
 from beit_fast.tasks.classes import describe_class
@@ -53,10 +54,11 @@ def run_prediction(config: PredictConfig) -> None:
         classifier = open_classifier(config)
         classifier.model.to(world.device)
         answers = predict(classifier, files, config)
-    if config.json:
-        print(json.dumps(answers, indent=1))  # in ASCII, so that any terminal and name will do
-    else:
-        _show(answers, classifier.model.config.num_classes)
+    with naming("standard output"):
+        if config.json:
+            print(json.dumps(answers, indent=1))  # in ASCII, so that any terminal and name will do
+        else:
+            _show(answers, classifier.model.config.num_classes)
     if bad := [f"{answer['image']} ({answer['error']})" for answer in answers if "error" in answer]:
         raise ValueError(f"{len(bad)} of {len(files)} images cannot be used: {'; '.join(bad)}")
 

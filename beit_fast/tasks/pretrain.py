@@ -83,21 +83,21 @@ class PretrainConfig:
         if self.token_cache is not None:
             if self.model.predict == "pixels" or self.tokenizer_training is not None:
                 raise ValueError(
-                    f"token_cache={self.token_cache} holds the tokens of a trained tokenizer, for "
-                    "a model that predicts tokens: pass null for token_cache, or "
+                    f"--token_cache {self.token_cache} holds the tokens of a trained tokenizer, "
+                    "for a model that predicts tokens: pass null for it, or "
                     "--tokenizer_training null (and for evaluation --tokenizer FILE, the one that "
                     "made them) and --model.predict tokens"
                 )
         elif self.model.predict == "tokens" and sources != 1:
             raise ValueError(
-                "give one of tokenizer (a file, written by `beit-fast convert-dalle` or "
-                "`beit-fast tokenizer`) and tokenizer_training, and null for the other; or a "
-                "token_cache, written by `beit-fast pretokenize`"
+                "give one of --tokenizer (a file, written by `beit-fast convert-dalle` or "
+                "`beit-fast tokenizer`) and --tokenizer_training, and null for the other; or a "
+                "--token_cache, written by `beit-fast pretokenize`"
             )
         if self.model.predict == "pixels" and sources:
             raise ValueError(
-                "a model that predicts pixels uses no tokenizer: pass null for tokenizer and "
-                "tokenizer_training"
+                "a model that predicts pixels uses no tokenizer: pass null for --tokenizer and "
+                "--tokenizer_training"
             )
         size = self.model.image_pixels
         if self.views.size != size:

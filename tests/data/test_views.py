@@ -298,5 +298,7 @@ def test_a_view_that_does_not_split_into_the_grid_is_refused_with_a_size_that_do
         ValueError, match=r"size=230x230 px does not split .* 14x14 .* take 224x224"
     ):
         ViewConfig(size=230).check_grid((14, 14))
-    with pytest.raises(ValueError, match=r"token_size=100x100 px .* take 98x98"):
+    with pytest.raises(
+        ValueError, match=r"token_size=100x100 px .* take 98x98 .--views.token_size"
+    ):
         ViewConfig(token_size=100).check_grid((14, 14))

@@ -1,5 +1,6 @@
 """beit-fast predict: files, folders, patterns, JSON, and what cannot be read."""
 
+import errno
 import io
 import json
 import os
@@ -102,6 +103,19 @@ def test_names_that_are_no_text_are_printed_as_they_are(
     assert rb"caf\udce9 \u00e9 [b].png" in said
     (answer,) = json.loads(said)
     assert os.fsencode(answer["image"]) == path
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize("method", ["write", "flush"])  # a terminal's stream, and a file's
+def test_an_output_that_takes_nothing_is_named(
+    run_folder, folder, flags, method, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", type("Full", (io.StringIO,), {method: full})())
+    assert predict(run_folder, folder / "red" / "0.png", *flags) == 1
+    assert capsys.readouterr().err == "beit-fast: standard output: No space left on device\n"
 
 
 def test_text_names_the_likeliest_first_and_as_many_as_asked(run_folder, folder, capsys):
