@@ -17,7 +17,7 @@ ALLOWED = {
     "train": set(),
     "viz": {"model", "tokenizer"},
     "tasks": {"kernels", "model", "tokenizer", "data", "train", "viz"},
-    "timm": {"model"},
+    "timm": {"kernels", "model"},
     "recipes_digits": {"model", "tokenizer", "data", "train", "tasks"},
     "recipes": {"recipes_digits", "model", "tokenizer", "data", "train", "tasks"},
     "recipes_finetune": {"recipes_digits", "model", "data", "tasks", "train"},
