@@ -32,7 +32,7 @@ def test_padding_is_the_reference_bit_for_bit(G, N, M, dtype, device):
     bias[0, 0, 0, 2] = -1e9
     q = queries(N, device, dtype)
     padded = pad_bias(bias, [], q, M, 0.125)
-    assert torch.equal(padded, pad_bias_reference(bias, 0.125, padded_dtype(dtype, 0.125)))
+    assert torch.equal(padded, pad_bias_reference(bias, 0.125, padded_dtype(dtype)))
     assert padded.dtype == (torch.float16 if dtype == torch.bfloat16 else torch.float32)
     assert padded[0, 0, 0, 2].isfinite()
 

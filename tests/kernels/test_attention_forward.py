@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import A100, B200, H100, pretend, record
-from beit_fast.kernels.attention_bias import pad_bias_reference, padded_dtype, padded_length
+from beit_fast.kernels.attention_bias import bias_unit, pad_bias_reference, padded_dtype, padded_length
 from beit_fast.kernels.attention_configs import (
     FlashForward,
     WholeForward,
@@ -50,7 +50,7 @@ def make(
 
 
 def pad(bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return pad_bias_reference(bias, scale, padded_dtype(dtype, scale))
+    return pad_bias_reference(bias, scale, padded_dtype(dtype))
 
 
 def run(case: Case, config=None, tf32: bool = False) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def reference(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     M = case.k.shape[1]
     q, k, v = (t.transpose(1, 2).to(dtype) for t in (case.q, case.k, case.v))
     images = torch.arange(B, device=q.device) % len(case.bias)
-    bias = case.bias[images, :, :N, :M].to(wide)
+    bias = case.bias[images, :, :N, :M].to(wide) * (bias_unit(case.q.dtype, case.scale) or 1)
     logits = case.scale * (q.to(wide) @ k.to(wide).mT + bias)
     sees_nothing = (logits == -math.inf).all(-1)
     weights = logits.masked_fill(sees_nothing[..., None], 0).softmax(-1) * ~sees_nothing[..., None]
