@@ -23,6 +23,7 @@ Source    BEiT arXiv:2106.08254, appendix A; logits and bias as unilm `modeling_
 Legend    M counts keys here (N in self-attention); G counts groups of images
 """
 
+import contextlib
 import math
 
 import torch
@@ -349,7 +350,7 @@ def attention(
         out = (lse_1 - lse).exp().mT[..., None] * out_1 + (lse_2 - lse).exp().mT[..., None] * out_2
 
     On "sdpa" and "xformers", which have none to give, lse is computed apart, with the scores in
-    memory.
+    memory. On "triton" with 16-bit queries a finite bias beyond 8000 counts as about 8000.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
     q, k, v = _autocast(q, k, v)
@@ -506,7 +507,10 @@ class _Options:
             out = run(q, k, v, bias_GHNM, self.scale, self.dropout_p)
         if not self.return_lse:
             return out
-        with torch.autocast(q.device.type, enabled=False):
+        kind = q.device.type
+        has_autocast = torch.amp.is_autocast_available(kind)
+        off = torch.autocast(kind, enabled=False) if has_autocast else contextlib.nullcontext()
+        with off:
             return out, attention_lse_reference(q, k, bias, scale=self.scale)
 
 

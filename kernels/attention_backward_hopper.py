@@ -37,11 +37,13 @@ LONGEST = 208  # dbias of 64 queries takes 104 of 255 registers a thread at this
 @triton.jit
 def _unpack_bias(
     pairs,  # int32 (ROWS, COLS / 2): two fp16 each
+    bias_unit,  # fp32: u; None: 1
 ):
-    """fp16 (ROWS, COLS)."""
+    """fp32 (ROWS, COLS)."""
     low = pairs.to(tl.int16).to(tl.float16, bitcast=True)
     high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return tl.join(low, high).reshape(pairs.shape[0], 2 * pairs.shape[1])
+    joined = tl.join(low, high).reshape(pairs.shape[0], 2 * pairs.shape[1])
+    return raw_bias(joined, bias_unit)
 
 
 @triton.jit
@@ -50,15 +52,14 @@ def _scores_gradient(
     dout,  # (ROWS, K)
     k,  # (COLS, K)
     v,  # (COLS, K)
-    bias,  # fp16 (ROWS, COLS)
-    bias_unit,  # fp32: u; None: 1
+    bias,  # fp32 (ROWS, COLS), the first value of the accumulator
     lse,  # fp32 (ROWS,)
     delta,  # fp32 (ROWS,)
     factor,  # fp32: scale log2(e)
 ):
     """ds, fp32 (ROWS, COLS)."""
     dp = tl.dot(dout, tl.trans(v)) - delta[:, None]
-    s = tl.dot(q, tl.trans(k), acc=raw_bias(bias, bias_unit))
+    s = tl.dot(q, tl.trans(k), acc=bias)
     return tl.math.exp2(s * factor - lse[:, None]) * dp
 
 
@@ -169,7 +170,7 @@ def _dq_dbias_kernel(
             pairs = tl.full((ROWS, TAIL // 2), 0, tl.int32)
             if i < last:
                 pairs = tl.load(pairs_rows + tail_cols)
-            ds = _scores_gradient(q, dout, k, v, _unpack_bias(pairs), bias_unit, lse, delta, factor)
+            ds = _scores_gradient(q, dout, k, v, _unpack_bias(pairs, bias_unit), lse, delta, factor)
             dbias_tail += ds
             if dq_ptr is not None:
                 dq = tl.dot(ds.to(k.dtype), k, acc=dq)
@@ -182,7 +183,7 @@ def _dq_dbias_kernel(
             pairs = tl.full((ROWS, COLS // 2), 0, tl.int32)
             if i < last:
                 pairs = tl.load(pairs_rows + (t * COLS // 2 + pairs_cols))
-            ds = _scores_gradient(q, dout, k, v, _unpack_bias(pairs), bias_unit, lse, delta, factor)
+            ds = _scores_gradient(q, dout, k, v, _unpack_bias(pairs, bias_unit), lse, delta, factor)
             sums += (dbias[t] + ds,)
             if dq_ptr is not None:
                 dq = tl.dot(ds.to(k.dtype), k, acc=dq)
@@ -297,14 +298,12 @@ def _dq_kernel(
             dq = tl.full((ROWS, K), 0, tl.float32)
             bias_rows = bias_ptr + n[:, None] * BIAS_STRIDE_N
             for t in tl.static_range(TILES):
-                bias = tl.load(bias_rows + (t * COLS + cols)[None, :])
-                ds = _scores_gradient(q, dout, k[t], v[t], bias, bias_unit, lse, delta, factor)
+                bias = raw_bias(tl.load(bias_rows + (t * COLS + cols)[None, :]), bias_unit)
+                ds = _scores_gradient(q, dout, k[t], v[t], bias, lse, delta, factor)
                 dq = tl.dot(ds.to(q.dtype), k[t], acc=dq)
             if TAIL:
-                tail_bias = tl.load(bias_rows + tail_m[None, :])
-                tail_ds = _scores_gradient(
-                    q, dout, k_tail, v_tail, tail_bias, bias_unit, lse, delta, factor
-                )
+                tail_bias = raw_bias(tl.load(bias_rows + tail_m[None, :]), bias_unit)
+                tail_ds = _scores_gradient(q, dout, k_tail, v_tail, tail_bias, lse, delta, factor)
                 dq = tl.dot(tail_ds.to(q.dtype), k_tail, acc=dq)
             dq_tile = dq_ptr + n[:, None] * dq_stride_n + offs_k
             tl.store(dq_tile, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import A100, B200, H100, pretend, record
-from beit_fast.kernels.attention_bias import bias_unit, pad_bias_reference, padded_dtype, padded_length
+from beit_fast.kernels.attention_bias import (
+    bias_unit,
+    pad_bias_reference,
+    padded_dtype,
+    padded_length,
+)
 from beit_fast.kernels.attention_configs import (
     FlashForward,
     WholeForward,
