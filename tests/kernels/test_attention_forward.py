@@ -251,11 +251,11 @@ def test_rows_and_images_more_than_2_to_the_31_elements_apart(config, device):
 
 
 @pytest.mark.parametrize("config", [whole(65), FLASH], ids=["whole", "flash"])
-def test_a_small_scale_brings_a_bias_in_fp32(config, device):
-    case = make(65, K=32, device=device)
-    bias = pad(torch.randn(1, 2, 65, 65), 1e-4, BF16).to(device)
-    assert bias.dtype == FP32
-    assert_exact(replace(case, bias=bias, scale=1e-4), config)
+@pytest.mark.parametrize("scale", [1e-4, 1 / 64, 0.3, 2.0])
+def test_any_scale_is_exact(config, scale, device):
+    case = make(65, K=32, size=scale**-0.25, device=device)
+    bias = pad(torch.randn(1, 2, 65, 65), scale, BF16).to(device)
+    assert_exact(replace(case, bias=bias, scale=scale), config)
 
 
 @pytest.mark.parametrize("config", [whole(197), FLASH], ids=["whole", "flash"])
