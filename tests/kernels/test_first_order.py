@@ -4,16 +4,15 @@ All that the package registers with torch is asked, so that no new operator is f
 """
 
 import importlib
-import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-import beit_fast.kernels
 from beit_fast.kernels.attention import (
     attention,
     attention_qkvpacked,
@@ -32,6 +31,7 @@ from beit_fast.kernels.rel_pos_bias import rel_pos_bias, rel_pos_bias_reference
 from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
 from beit_fast.model.resize import resize_rel_pos_table
 
+ROOT = Path(__file__).resolve().parents[2]
 # What gives integers, takes pixels, or detaches what it is given, as its docstring says.
 WITHOUT_GRADIENT = {
     *("conv", "conv_add_", "conv_pixels", "linear_argmax", "normalized_patches", "pad_bias"),
@@ -206,18 +206,23 @@ def seconds(function, leaves, is_linear) -> dict[tuple[int, int], Tensor | str]:
 
 def all_operators() -> set[str]:
     """What the package registers with torch, and its autograd functions."""
-    names = {
-        name.removeprefix("beit_fast::").partition(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("beit_fast::")
-    }
-    for info in pkgutil.iter_modules(beit_fast.kernels.__path__):
-        module = importlib.import_module(f"beit_fast.kernels.{info.name}")
+    names = set()
+    for path in [*ROOT.glob("kernels/**/*.py"), *ROOT.glob("beit_fast/**/*.py")]:
+        text = path.read_text(encoding="utf-8")
+        if "torch.library.define(" not in text and "autograd.Function)" not in text:
+            continue
+        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        module = importlib.import_module(dotted.replace("kernels.", "beit_fast.kernels."))
         names |= {
             name
             for name, value in vars(module).items()
             if isinstance(value, type) and issubclass(value, torch.autograd.Function)
         }
+    names |= {
+        name.removeprefix("beit_fast::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("beit_fast::")
+    }
     return names - {"_Refusal"}
 
 
