@@ -153,6 +153,20 @@ def test_compiles_in_one_graph(backend):
     assert_same(compiled, inputs())
 
 
+def test_exports_as_torchs_own_operators():
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, bias):
+            return attention(q, k, v, bias, return_lse=True)
+
+    tensors = tuple(t.cpu() for t in inputs())
+    with torch.device("cpu"):
+        program = torch.export.export(Layer(), tensors)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert all(target.startswith(("aten.", "<built-in")) for target in targets), targets
+    for value, want in zip(program.module()(*tensors), reference(*tensors), strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_leaves_it_fp32():
     q, k, v, bias = inputs()
     for backend in ("triton", "cpu", "sdpa"):
