@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ import yaml
 
 from beit_fast import recipes
 from beit_fast.cli import main, parse
+from beit_fast.tasks.dvae import DvaeTask
 from beit_fast.tasks.pretrain import PretrainTask
 from beit_fast.train.graph import CaptureError
 
@@ -159,7 +162,7 @@ def test_a_failed_capture_gives_one_line_whose_remedy_resumes_the_run(
 
     def fail_in_the_second_step(self, batch):
         calls.append(batch)
-        if len(calls) == 2:
+        if len(calls) == 3:  # the first is the look at shapes
             raise CaptureError("the step", RuntimeError("CUDA error: not permitted\nmore"))
         return loss(self, batch)
 
@@ -176,11 +179,55 @@ def test_a_failed_capture_gives_one_line_whose_remedy_resumes_the_run(
     assert "resumes from" in capsys.readouterr().out
 
 
-def test_an_unknown_flag_is_named(capsys):
+def test_a_resume_that_is_refused_names_the_flag_that_accepts_it(tmp_path, capsys):
+    arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
+    assert main([*arguments, "--run.save_every", "1"]) == 0
+    capsys.readouterr()
+    changed = [*arguments, "--run.steps", "4", "--run.seed", "3", "--masking.num_masked", "20"]
+    assert main(changed) == 1
+    (accepts,) = re.findall(r"(--run\.resume_with '.*')", capsys.readouterr().err)
+    assert main([*changed, *shlex.split(accepts)]) == 0
+    assert "from step 2 on, masking.num_masked was" in capsys.readouterr().out
+    assert main([*arguments, "--run.resume_from", "1", *shlex.split(accepts)]) == 1
+    said = capsys.readouterr().err
+    assert "no checkpoint of step 1: pass --run.resume_from with one of" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--model.depht", "3"], "there is no flag --model.depht, did you mean --model.depth?"),
+        (["--run.prec", "fp32"], "there is no flag --run.prec, did you mean --run.precision?"),
+        (["--run.precision", "fp99"], "--run.precision is fp99: give fp32, bf16 or fp8"),
+        (["--run.seed", "1.5"], "--run.seed is 1.5: give a whole number, at least 0 and at most"),
+        (
+            ["--tokenizer_training.optim.lr", "fast"],
+            "--tokenizer_training.optim.lr is fast: give a finite number, above 0;",
+        ),
+        (
+            ["--tokenizer_training.optim.lrr", "1"],
+            "there is no flag --tokenizer_training.optim.lrr, did you mean --tokenizer_training.o",
+        ),
+        (["--optim", "3"], "--optim is 3: give its fields (OptimConfig)"),
+        (["--run.compile"], "--run.compile: expected one argument"),
+        (["3"], "'3' is the value of no --flag"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_says_what_is_allowed(arguments, line, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["pretrain", "demo", "--model.depht", "3"])
+        main(["pretrain", "demo", *arguments])
     assert stop.value.code == 2
-    assert "--model.depht" in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"beit-fast: {line}")
+    assert said.endswith("; `beit-fast pretrain demo --help` has the flags")
+
+
+def test_a_wrong_value_in_a_file_is_told_with_the_file(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text("optim: {lr: fast}")
+    with pytest.raises(SystemExit):
+        main(["pretrain", "demo", "--config", str(file)])
+    assert f"--config {file}: --optim.lr is fast: give" in capsys.readouterr().err
 
 
 def test_help_lists_verbs_recipes_and_fields(capsys):
@@ -190,7 +237,9 @@ def test_help_lists_verbs_recipes_and_fields(capsys):
     assert "beit_plus_large_in22k" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["pretrain", "small", "--help"])
-    assert "--masking.num_masked" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--masking.num_masked" in said
+    assert "Annotated[float, above 0]" in said  # what a field may hold
 
 
 def test_print_config_is_yaml_that_config_reads(capsys, tmp_path):
@@ -209,3 +258,49 @@ def test_the_resolved_configuration_is_in_the_checkpoint(tmp_path):
     assert settings["model"]["embed_dim"] == 16
     assert settings["run"]["steps"] == 2
     assert settings["masking"]["strategy"] == "block"
+
+
+def broken_images(folder):
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(b"no image")
+    return str(folder)
+
+
+@pytest.mark.parametrize("section", ["", "tokenizer_training."], ids=["alone", "first"])
+def test_a_tokenizer_is_told_its_flags_as_they_are_typed(section, tmp_path, capsys, monkeypatch):
+    verb = "pretrain" if section else "tokenizer"
+    tiny = TINY if section else ["--run.steps", "2", "--optim.warmup_steps", "1"]
+    arguments = [verb, "demo", *tiny, "--run.output", str(tmp_path / "demo"), "--run.device", "cpu"]
+    broken = broken_images(tmp_path / "broken")
+
+    def refused(flag, value, remedy):
+        assert main([*arguments, f"--{section}{flag}", value]) == 1
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"--{section}{remedy}" in said
+        assert section or "--tokenizer_training" not in said
+
+    refused("run.cuda_graph", "true", "run.cuda_graph false")
+    refused(
+        "data.path", broken, "data.max_bad_share 0.001 allows 0; repair or remove them or raise"
+    )
+    refused("optim.warmup_steps", "2", "optim.warmup_steps or")
+    refused("run.resume", "must", "run.resume is must")
+    refused("temperature.end", "0", "temperature.end is 0.0")
+    with monkeypatch.context() as patch:
+        loss = DvaeTask.loss
+        patch.setattr(DvaeTask, "loss", lambda *a: (loss(*a)[0] * float("nan"), loss(*a)[1]))
+        refused("run.seed", "0", "optim.lr, lengthen the warm-up")
+    assert main([*arguments, f"--{section}run.cuda_graph", "false"]) == 0
+
+
+def test_paths_are_printed_as_they_are(tmp_path, capsys):
+    """Not as rich's markup or emoji codes: the second of these closes what nothing opened."""
+    for name in ("[bold] run :smile:", "[/b] run"):
+        output = tmp_path / name
+        assert main(["pretrain", "demo", *TINY, "--run.output", str(output)]) == 0
+        said = capsys.readouterr().out
+        for file in ("checkpoints/step_00000002", "curve.png", "tokenizer/tokenizer.safetensors"):
+            assert f"{output}/{file}" in said
+    assert main(["pretrain", "demo", *TINY, "--run.output", str(output)]) == 0
+    assert f"resumes from {output}/checkpoints" in capsys.readouterr().out

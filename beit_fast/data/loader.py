@@ -28,6 +28,7 @@ from beit_fast.data.datasets import ImageSource
 from beit_fast.data.decode import BadImageError
 from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed, counter_seed
+from beit_fast.flags import flag
 
 logger = logging.getLogger("beit_fast.data")
 
@@ -202,6 +203,7 @@ class _BadSamples:
 
     def __init__(self, source: ImageSource, max_share: float):
         self._source, self._max_share = source, max_share
+        self._flag = flag("data.max_bad_share")  # threads meet the bad files
         small = min(_TOLERATED, int(_TOLERATED_SHARE * len(source))) if max_share else 0
         self._allowed = max(int(max_share * len(source)), small)
         self._reasons: dict[int, str] = {}
@@ -234,8 +236,8 @@ class _BadSamples:
             if count > self._allowed and not self._verdict:
                 self._verdict = (
                     f"cannot use {name} ({reason}): {count} of {len(self._source)} files are bad "
-                    f"and max_bad_share={self._max_share:g} allows {self._allowed}; repair or "
-                    "remove them or raise max_bad_share (the log beit_fast.data names them all)"
+                    f"and {self._flag} {self._max_share:g} allows {self._allowed}; repair or "
+                    f"remove them or raise {self._flag} (the log beit_fast.data names them all)"
                 )
             if self._verdict:
                 raise BadDataError(self._verdict) from error

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from beit_fast.checks import Count, Probability, ShareRange, check_fields
 from beit_fast.data.decode import MAX_PIXELS, BadImageError, decode_fast
 
 
@@ -20,22 +21,15 @@ from beit_fast.data.decode import MAX_PIXELS, BadImageError, decode_fast
 class SingleViewConfig:
     """The view; the defaults are the paper's."""
 
-    size: int = 256  # pixels, both sides of the view
+    size: Count = 256  # pixels, both sides of the view
     # Area of the square as a share of the largest that fits; (1, 1) in the paper. Few and large
     # images give more to learn from with (0.1, 1).
-    scale: tuple[float, float] = (1.0, 1.0)
-    hflip: float = 0.5  # probability
-    max_pixels: int = MAX_PIXELS  # in one image file; larger ones are refused undecoded
+    scale: ShareRange = (1.0, 1.0)
+    hflip: Probability = 0.5  # probability
+    max_pixels: Count = MAX_PIXELS  # in one image file; larger ones are refused undecoded
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"size={self.size} px: the view needs at least 1")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(
-                f"scale={self.scale}: give shares of the largest square as 0 < low <= high <= 1"
-            )
-        if not 0 <= self.hflip <= 1:
-            raise ValueError(f"hflip={self.hflip} must be within 0 and 1")
+        check_fields(self)
 
 
 def single_view(data: bytes, config: SingleViewConfig, rng: random.Random) -> np.ndarray:

@@ -97,8 +97,11 @@ def read_checkpoint(source: Source, *, key: str | None = None, **stated: Any) ->
         layout = find_layout(tensors)
         state, dropped = to_house(tensors)
         if hf_config is not None:
-            stated = fields_of_hf_config(hf_config) | stated
-            labels, taps = labels_of_hf_config(hf_config), taps_of_hf_config(hf_config)
+            try:
+                stated = fields_of_hf_config(hf_config) | stated
+                labels, taps = labels_of_hf_config(hf_config), taps_of_hf_config(hf_config)
+            except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+                raise ValueError(f"config.json is damaged ({error}): copy it anew") from error
         task = task_of(state)
         config = _config_of(state, task, stated)
         _check(state, task, config)

@@ -18,6 +18,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from beit_fast.checks import (
+    Count,
+    FieldError,
+    Filled,
+    Positive,
+    Probability,
+    Share,
+    Side,
+    Threads,
+    check_fields,
+)
 from beit_fast.data.centre_view import CropMode, Interpolation
 from beit_fast.data.views import HALF_MEAN, HALF_STD
 from beit_fast.model.checkpoint import load_pretrained
@@ -43,9 +54,9 @@ _SHIPPED = ("model", "pytorch_model")  # how weights are called that a configura
 class View:
     """How images become what a checkpoint was trained on; `origin` says who says so."""
 
-    mean: tuple[float, ...] = HALF_MEAN
-    std: tuple[float, ...] = HALF_STD
-    crop_pct: float
+    mean: tuple[Probability, Probability, Probability] = HALF_MEAN
+    std: tuple[Positive, Positive, Positive] = HALF_STD
+    crop_pct: Share
     interpolation: Interpolation = "bicubic"
     crop_mode: CropMode = "center"
     origin: str
@@ -57,6 +68,10 @@ class View:
                     f"{name} {self.origin} is {getattr(self, name)!r}: images here are made by "
                     f"{' or '.join(get_args(kind))}, pass --{name}"
                 )
+        try:
+            check_fields(self)
+        except FieldError as error:
+            raise ValueError(f"{error.field} {self.origin} {error.problem}") from error
 
     def __str__(self) -> str:
         share = "squashed to size" if self.crop_mode == "squash" else f"crop {self.crop_pct:.4g}"
@@ -69,24 +84,20 @@ class View:
 class ClassifierConfig:
     """A classifier's checkpoint and how it is run; null: as the checkpoint says."""
 
-    checkpoint: str  # run or one of its steps, file, folder, published name
+    checkpoint: Filled  # run or one of its steps, file, folder, published name
     weights: Which = "model"  # ema: the average that a run or a .pth file keeps beside them
-    img_size: int | tuple[int, int] | None = None  # pixels; positions are resized to it
+    img_size: Side | None = None  # pixels; positions are resized to it
     statistics: Literal["half", "imagenet"] | None = None  # mean and std of pixels
-    crop_pct: float | None = None  # kept share of the resized short side
+    crop_pct: Share | None = None  # kept share of the resized short side
     interpolation: Interpolation | None = None
     crop_mode: CropMode | None = None  # squash: to the size whatever the proportions
     precision: Literal["fp32", "bf16"] = "bf16"
-    batch_size: int = 64  # on each rank
-    num_threads: int = 4  # decoding threads
+    batch_size: Count = 64  # on each rank
+    num_threads: Threads = 4  # decoding threads
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is {self.crop_pct}: give a share in (0, 1], or null")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +285,11 @@ def _of_folder(source: str | Path) -> dict[str, Any] | None:
         return None
     folder = path if path.is_dir() else path.parent
     if (file := folder / PREPROCESSOR).is_file():
-        return _of_image_processor(read_json(file)) | {"origin": f"of {file.name}"}
+        stated = read_json(file)
+        try:
+            return _of_image_processor(stated) | {"origin": f"of {file.name}"}
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{file} describes no images ({error}): copy it anew") from error
     if (file := folder / "config.json").is_file():
         stated = read_json(file).get("pretrained_cfg")
         if isinstance(stated, dict):

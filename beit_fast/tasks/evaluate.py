@@ -10,12 +10,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from beit_fast.checks import Filled
 from beit_fast.data.class_folders import class_folders
+from beit_fast.files import naming
 from beit_fast.tasks.checkpoints import ClassifierConfig, open_classifier
 from beit_fast.tasks.classes import describe_class, match_classes
 from beit_fast.tasks.evaluation import Classification, evaluate_classifier
+from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import open_world
+from beit_fast.train.preflight import check_output_file
 from beit_fast.train.state import environment
+from beit_fast.train.stop import stop_signals
 
 NUM_WORST = 10  # classes in the table
 
@@ -24,8 +29,8 @@ NUM_WORST = 10  # classes in the table
 class EvaluateConfig(ClassifierConfig):
     """A classifier's checkpoint, labelled images, and how the one meets the other."""
 
-    folder: str  # with a sub-folder of images for each class
-    output: str = "evaluation.json"  # file to write
+    folder: Filled  # with a sub-folder of images for each class
+    output: Filled = "evaluation.json"  # file to write
     # order: the folders, sorted, are the checkpoint's classes, whatever they are called.
     match: Literal["names", "order"] = "names"
 
@@ -33,12 +38,11 @@ class EvaluateConfig(ClassifierConfig):
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate, print the table with the worst classes, write `config.output`.
 
-    Returns what the file holds, on every rank. Raises ValueError, OSError.
+    Returns what the file holds, on every rank. Raises ValueError, OSError, Interrupted.
     """
-    with open_world(config.device) as world:
-        console = Console(
-            highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not world.is_main
-        )
+    with open_world(config.device, named="device") as world, stop_signals():
+        check_output_file(Path(config.output))
+        console = plain_console(quiet=not world.is_main)
         classifier = open_classifier(config)
         view = classifier.view
         source, labels, folders = class_folders(config.folder)
@@ -47,7 +51,6 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
             folders, classifier.classes, num_classes, by_order=config.match == "order"
         )
         output = Path(config.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
         console.print(f"{len(source)} images of {len(folders)} classes: {how}")
         console.print(f"images: {view}")
         found = evaluate_classifier(
@@ -78,7 +81,8 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
             "environment": environment(),
         }
         if world.is_main:
-            output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            with naming(output):
+                output.write_text(json.dumps(result, indent=1), encoding="utf-8")
             _show(result, output, console)
         return result
 

@@ -11,6 +11,7 @@ before the manifest: without one, a folder does not count.
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from torch import Tensor
 from beit_fast.data.centre_view import centre_view
 from beit_fast.data.datasets import ImageFolder
 from beit_fast.data.in_order import batches_in_order
+from beit_fast.files import drop, naming
 from beit_fast.kernels.patches import normalized_patches
 from beit_fast.model.beit import Beit
+from beit_fast.train.stop import heed_stop
 
 MANIFEST, FEATURES, LABELS = "manifest.json", "features.npy", "labels.npy"
 FORMAT = 1
@@ -87,7 +90,7 @@ def cached_features(
         return _open(folder, made_from, shape)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{FEATURES}"
-    array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+    array = _allocate(temporary, shape)
     was_training = model.training
     model.eval()
     view = functools.partial(centre_view, size=model.config.image_pixels, crop_pct=crop_pct)
@@ -96,24 +99,42 @@ def cached_features(
     )
     try:
         for rows, batch in batches:
+            heed_stop("while features were computed")
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 pixels = normalized_patches(batch.to(device), model.config.patch_pixels, mean, std)
                 features = block_features(model, pixels)
             array[rows] = features.cpu().numpy()
         array.flush()
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        drop(temporary)
         raise
     finally:
         del array
         model.train(was_training)
-    temporary.rename(folder / FEATURES)
-    np.save(folder / LABELS, labels.numpy(), allow_pickle=False)
-    written = folder / f".{MANIFEST}"
-    content = {"format": FORMAT, "made_from": made_from}
-    written.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    written.rename(folder / MANIFEST)
+    with naming(folder):
+        temporary.rename(folder / FEATURES)
+        np.save(folder / LABELS, labels.numpy(), allow_pickle=False)
+        written = folder / f".{MANIFEST}"
+        content = {"format": FORMAT, "made_from": made_from}
+        written.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        written.rename(folder / MANIFEST)
     return _open(folder, made_from, shape)
+
+
+def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A new file of zeros, mapped into memory. Raises OSError where the disk has no room for it.
+
+    A map whose pages have no place on the disk would end the process as they are written.
+    """
+    try:
+        with naming(path):
+            array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+            with path.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError:
+        drop(path)
+        raise
+    return array
 
 
 def _open(folder: Path, made_from: Mapping[str, Any], shape: tuple[int, ...]) -> Features:

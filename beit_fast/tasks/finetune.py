@@ -14,6 +14,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from beit_fast.checks import (
+    Count,
+    Filled,
+    Given,
+    Part,
+    Probability,
+    Share,
+    Threads,
+    check_fields,
+)
 from beit_fast.data.augment import AugmentConfig, AugmentedSample
 from beit_fast.data.class_folders import class_folders
 from beit_fast.data.datasets import ImageSource
@@ -21,19 +31,25 @@ from beit_fast.data.loader import Loader
 from beit_fast.data.mixing import erase_boxes, mix, mixed_loss
 from beit_fast.data.subset import Subset
 from beit_fast.data.views import normalize
+from beit_fast.files import naming
+from beit_fast.flags import flag
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForImageClassification
+from beit_fast.tasks.check_images import check_test_images
 from beit_fast.tasks.evaluation import Classification, default_crop_pct, evaluate_classifier
 from beit_fast.tasks.finetune_init import starting_point, stated_statistics
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import split
-from beit_fast.tasks.sources import lasting_settings, unseen_batches
+from beit_fast.tasks.sources import task_settings, unseen_batches
+from beit_fast.train.aside import Aside
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.log import METRICS, read_metrics
-from beit_fast.train.loop import Outcome, train
+from beit_fast.train.log import METRICS, plain_console, read_metrics
+from beit_fast.train.loop import SAVED, Outcome, train
 from beit_fast.train.parallel import World, open_world
+from beit_fast.train.preflight import check_run
+from beit_fast.train.stop import stop_signals
 from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.reconstruction import draw_columns
 
@@ -45,18 +61,20 @@ RESULT = "result.json"
 class LabelledDataConfig:
     """Labelled images and the batches made of them."""
 
-    path: str = ""  # folder with a sub-folder of images for each class
-    test: str = ""  # the same classes, to evaluate on
-    held_out: float | None = None  # without `test`: this share of each class, never trained on
-    batch_size: int = 128  # images per micro-batch on each rank
-    num_threads: int = 4  # decoding threads; batches do not depend on it
-    max_bad_share: float = 0.001  # of the training images; see `Loader`. Of the test's: none
+    path: Given = ""  # folder with a sub-folder of images for each class
+    test: Given = ""  # the same classes, to evaluate on
+    held_out: Part | None = None  # without `test`: this share of each class, never trained on
+    batch_size: Count = 128  # images per micro-batch on each rank
+    num_threads: Threads = 4  # decoding threads; batches do not depend on it
+    max_bad_share: Probability = 0.001  # of the training images; see `Loader`. Of the test's: none
 
     def __post_init__(self) -> None:
-        if self.held_out is not None and (self.test or not 0 < self.held_out < 1):
+        check_fields(self)
+        if self.held_out is not None and self.test:
             raise ValueError(
-                f"data.held_out is {self.held_out}: give a share between 0 and 1 of the training "
-                "images to evaluate on, and then no data.test"
+                f"{flag('data.held_out')} is {self.held_out} and {flag('data.test')} {self.test}: "
+                "give a share of the training images to evaluate on, and then no data.test, or "
+                "null and the folder"
             )
 
 
@@ -71,17 +89,17 @@ class FinetuneConfig:
     optim: OptimConfig
     run: RunConfig
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    init: str | None = None  # file, folder, run or published name; null: from scratch
-    init_key: str | None = None  # which of several weights: ema of a run, model_ema of unilm's
-    layer_decay: float = 0.65  # of the learning rate, from a layer to the one before; 1: none
+    init: Filled | None = None  # file, folder, run or published name; null: from scratch
+    init_key: Filled | None = None  # which of several weights: ema of a run, model_ema of unilm's
+    layer_decay: Share = 0.65  # of the learning rate, from a layer to the one before; 1: none
     statistics: Literal["half", "imagenet"] = "half"  # mean and std of pixels
-    crop_pct: float | None = None  # of test images; None: timm's for their size
+    crop_pct: Share | None = None  # of test images; None: timm's for their size
     # Less memory, as in pre-training.
     grad_checkpointing: bool | Literal["selective"] = False
+    weight_decay_on_rel_pos_bias: bool = True  # as in pre-training
 
     def __post_init__(self) -> None:
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay is {self.layer_decay}: give 0 < decay <= 1")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -113,8 +131,14 @@ class FinetuneTask:
                 "training, or --run.evaluate_every null"
             )
         check_statistics(config)
+        if config.model.in_chans != 3:
+            raise ValueError(
+                f"model.in_chans is {config.model.in_chans}: images here have 3 channels, pass "
+                "--model.in_chans 3"
+            )
         self.start = starting_point(
-            config.model, config.init, config.init_key, self.classes, config.run.seed
+            *(config.model, config.init, config.init_key, self.classes, config.run.seed),
+            output=Path(config.run.output),
         )
         self.model = self.start.model
         self.model.set_grad_checkpointing(config.grad_checkpointing)
@@ -157,6 +181,9 @@ class FinetuneTask:
         prepared["pixels"] = normalize(batch["images"], *self._statistics)
         return prepared | {"labels": self._labels[batch["sample_index"]]}
 
+    def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch
+
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss, num_correct = self._loss(**batch)
         if self.config.augment.mixes:
@@ -172,7 +199,12 @@ class FinetuneTask:
         return loss, (logits.argmax(dim=1) == labels).sum()
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return layer_decay_groups(self.model, weight_decay, self.config.layer_decay)
+        return layer_decay_groups(
+            self.model,
+            weight_decay,
+            self.config.layer_decay,
+            spare_tables=not self.config.weight_decay_on_rel_pos_bias,
+        )
 
     def report(self) -> dict[str, Tensor]:
         return {}
@@ -180,6 +212,14 @@ class FinetuneTask:
     @property
     def has_test(self) -> bool:
         return self._test is not None
+
+    def check_test_images(self) -> None:
+        """Raise ValueError on every rank for test images that cannot be used."""
+        if self.has_test:
+            data, folder = self.config.data, Path(self.config.run.output)
+            check_test_images(
+                self._test[0], num_threads=data.num_threads, world=self.world, folder=folder
+            )
 
     def classify(self, model: BeitForImageClassification) -> Classification:
         """Evaluate `model` on every test image once, over all ranks."""
@@ -243,20 +283,37 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
     seen them. Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, CaptureError,
     Interrupted.
     """
-    with open_world(config.run.device, config.run.cpu_threads) as world:
+    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
         task = FinetuneTask(config, world)
-        console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
-        console.print(task.start.report, markup=False)
-        outcome = train(task, config.optim, config.run, settings=settings_of(task), world=world)
+        console = plain_console(quiet=not world.is_main)
+        console.print(task.start.report)
+        run = (task, config.optim, config.run)
+        check_run(*run, settings=settings_of(task), world=world)
+        task.check_test_images()
+        outcome = train(*run, settings=settings_of(task), world=world)
         raw = ema = None
         if task.has_test:
-            raw = task.classify(task.model)
+            raw = _classified(task, task.model, outcome)
             if config.run.ema_decay is not None:
-                ema = task.classify(outcome.model)
+                ema = _classified(task, outcome.model, outcome)
         result = FinetuneOutcome(train=outcome, classes=task.classes, raw=raw, ema=ema)
         if world.is_main:
-            _summarise(task, result, console)
+            _write_result(task, result)
+            aside = Aside(world, strict=config.run.strict)
+            with aside.work("the summary"):
+                _summarise(task, result, console)
+        stop.leave(world, f"after step {outcome.num_steps}", SAVED)
         return result
+
+
+def _classified(task: FinetuneTask, model: BeitForImageClassification, outcome: Outcome):
+    try:
+        return task.classify(model)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{error}. Training is finished and saved in {outcome.checkpoint}: the same command "
+            "evaluates it again"
+        ) from error
 
 
 def settings_of(task: FinetuneTask) -> dict[str, Any]:
@@ -264,11 +321,7 @@ def settings_of(task: FinetuneTask) -> dict[str, Any]:
 
     With the classes it is also what `beit-fast evaluate` and `predict` need to know.
     """
-    settings = lasting_settings(task.config)
-    for name in ("init_key", "grad_checkpointing", "crop_pct"):
-        del settings[name]
-    del settings["data"]["test"]
-    return settings | {"init": task.start.digest, "classes": task.classes}
+    return task_settings(task.config) | {"init": task.start.digest, "classes": task.classes}
 
 
 def open_labelled(
@@ -308,15 +361,23 @@ def check_statistics(config: FinetuneConfig) -> None:
         )
 
 
-def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) -> None:
-    output = Path(task.config.run.output)
+def _found(result: FinetuneOutcome) -> dict[str, Classification]:
     found = {name: getattr(result, name) for name in ("raw", "ema")}
-    found = {name: value for name, value in found.items() if value is not None}
-    plain = {name: _plain(value) for name, value in found.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _write_result(task: FinetuneTask, result: FinetuneOutcome) -> None:
+    plain = {name: _plain(value) for name, value in _found(result).items()}
     content = {"classes": result.classes, "num_steps": result.train.num_steps, **plain}
-    (output / RESULT).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    path = Path(task.config.run.output) / RESULT
+    with naming(path):
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) -> None:
+    output, found = Path(task.config.run.output), _found(result)
     curve = draw_curves(read_metrics(output / METRICS), output / "curve.png")
-    console.print(f"\n[bold]After {result.train.num_steps} steps[/]")
+    console.print(f"\nAfter {result.train.num_steps} steps", style="bold")
     for name, value in found.items():
         console.print(
             f"  {'weights' if name == 'raw' else 'averaged weights':18}top-1 {value.top1:.2%}  "
@@ -326,6 +387,8 @@ def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) ->
         console.print("  not evaluated: neither --data.test nor --data.held_out was given")
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
+    for failed in result.train.failed:
+        console.print(f"  failed, beside training: {failed}")
     for name, path in (
         ("checkpoint", result.train.checkpoint),
         ("result", output / RESULT),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from beit_fast.checks import Count, Given
 from beit_fast.data.centre_view import centre_view
 from beit_fast.data.datasets import ImageFolder, read_image_file
 from beit_fast.data.in_order import batches_in_order
@@ -25,15 +26,12 @@ from beit_fast.train.parallel import open_world
 class PredictConfig(ClassifierConfig):
     """A classifier's checkpoint, images, and how many classes of each to say."""
 
-    images: tuple[str, ...]  # files, folders, patterns
-    top: int = 5
-    json: bool = False  # one JSON array on stdout, and nothing else
+    images: tuple[Given, ...]  # files, folders, patterns
+    top: Count = 5
+    # One JSON array on stdout, and nothing else. A byte of a name that is no UTF-8 is \udc80 to
+    # \udcff there, as `os.fsencode` takes it.
+    json: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top < 1:
-            raise ValueError(f"top is {self.top}: give at least 1")
 
 
 def run_prediction(config: PredictConfig) -> None:
@@ -43,14 +41,14 @@ def run_prediction(config: PredictConfig) -> None:
     once where there is nothing to predict with or from.
     """
     files = find_images(config.images)
-    with open_world(config.device) as world:
+    with open_world(config.device, named="device") as world:
         if world.size > 1:
             raise ValueError(f"torchrun started {world.size} processes: prediction runs in one")
         classifier = open_classifier(config)
         classifier.model.to(world.device)
         answers = predict(classifier, files, config)
     if config.json:
-        print(json.dumps(answers, indent=1, ensure_ascii=False))
+        print(json.dumps(answers, indent=1))  # in ASCII, so that any terminal and name will do
     else:
         _show(answers, classifier.model.config.num_classes)
     if bad := [f"{answer['image']} ({answer['error']})" for answer in answers if "error" in answer]:

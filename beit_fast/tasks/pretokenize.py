@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from beit_fast.checks import Count, Filled
 from beit_fast.data.color_jitter import jitter_views
 from beit_fast.data.loader import Loader
 from beit_fast.data.samples import TokenViewSample
@@ -49,6 +50,7 @@ from beit_fast.data.token_cache import (
 from beit_fast.tasks.pipeline import open_tokenizer
 from beit_fast.tasks.pretrain import (
     PretrainConfig,
+    TokensToCome,
     check_tokenizer,
     frozen,
     token_source,
@@ -57,7 +59,9 @@ from beit_fast.tasks.pretrain import (
 from beit_fast.tasks.sources import open_loader
 from beit_fast.tokenizer.checkpoint import tokenizer_digest
 from beit_fast.tokenizer.protocol import Tokenizer
+from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import World, open_world
+from beit_fast.train.preflight import check_writable
 from beit_fast.train.state import environment
 from beit_fast.train.stop import Interrupted, StopFlag, sole_user, stop_signals
 
@@ -71,9 +75,10 @@ class PretokenizeConfig(PretrainConfig):
     Of the run, data, views, tokenizer, the model's grid and the seed count; the rest may differ.
     """
 
-    output: str  # folder of the token cache
-    num_views: int = 10  # K, of every image; more can be added later
-    images_per_shard: int = 65536  # in one file, 28 MB of 14 x 14 tokens; what a kill costs a rank
+    output: Filled  # folder of the token cache
+    num_views: Count = 10  # K, of every image; more can be added later
+    # In one file, 28 MB of 14 x 14 tokens; what a kill costs a rank.
+    images_per_shard: Count = 65536
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,9 +91,6 @@ class PretokenizeConfig(PretrainConfig):
             raise ValueError(
                 f"{self.model.vocab_size} codes do not fit the cache's 16 bits: at most {MAX_VOCAB}"
             )
-        for name in ("num_views", "images_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
 
 
 def run_pretokenize(config: PretokenizeConfig) -> Path:
@@ -97,16 +99,23 @@ def run_pretokenize(config: PretokenizeConfig) -> Path:
     Raises TokenCacheError for a folder with other tokens, ValueError, OSError, Interrupted.
     """
     folder = Path(config.output)
-    with open_world(config.run.device, config.run.cpu_threads) as world:
-        tokenizer = open_tokenizer(config, world)
-        check_tokenizer(tokenizer, config)
+    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
+        check_writable(folder, "output")
         loader = open_loader(
             config.data, TokenViewSample(config.views), seed=config.run.seed, world=world
         )
+        if config.tokenizer_training is not None:  # before it is trained
+            check_tokenizer(TokensToCome(config.tokenizer_training.dvae.vocab_size), config)
+            if (folder / MANIFEST).exists():
+                theirs = read_manifest(folder).made_from
+                ours = token_source(config, loader.source, theirs["tokenizer"]["weights"])
+                check_made_from(folder, theirs, ours)
+        tokenizer = open_tokenizer(config, world)
+        check_tokenizer(tokenizer, config)
         made_from = token_source(config, loader.source, tokenizer_digest(tokenizer))
         world.same(hashlib.sha256(json.dumps(made_from).encode()).hexdigest())
-        lock = sole_user(folder, "--output") if world.is_main else nullcontext()
-        with lock, stop_signals() as stop:
+        lock = sole_user(folder, "output") if world.is_main else nullcontext()
+        with lock:
             world.barrier()  # nobody reads or writes before the lock is held
             manifest = _begin(config, made_from, world)
             tokenizer = frozen(tokenizer, config).to(world.device)
@@ -170,7 +179,7 @@ class _Writer:
     def write(self, manifest: Manifest) -> None:
         world, files = self.world, dict(manifest.files)
         self.dtype, self.num_files = manifest.dtype, len(files)
-        console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
+        console = plain_console(quiet=not world.is_main)
         missing = [shard for shard in manifest.shards() if shard.name not in files]
         num_images, num_views = len(self.loader.source), manifest.num_views
         if files:
@@ -209,7 +218,7 @@ class _Writer:
         with closing(self.loader.batches_in_order(*shard)) as batches:
             for _ in range(turns):
                 if signum := self.world.any_of(self.stop.received):
-                    raise Interrupted(signum, self.num_files, "file", "the same command goes on")
+                    raise Interrupted(signum, f"after file {self.num_files}")
                 if done == len(records):
                     continue
                 batch = next(batches)

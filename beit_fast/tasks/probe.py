@@ -23,7 +23,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from beit_fast.checks import (
+    Count,
+    FieldError,
+    Filled,
+    Given,
+    NonNegative,
+    Part,
+    Positive,
+    Seed,
+    Share,
+    Threads,
+    check_fields,
+)
 from beit_fast.data.class_folders import class_folders
+from beit_fast.files import naming
 from beit_fast.model.beit import Beit
 from beit_fast.model.read_checkpoint import Weights
 from beit_fast.tasks.checkpoints import (
@@ -37,8 +51,11 @@ from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.features import Features, cached_features
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import knn_accuracy, linear_probes, split
+from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import World, open_world
+from beit_fast.train.preflight import check_writable
 from beit_fast.train.state import environment
+from beit_fast.train.stop import stop_signals
 from beit_fast.viz.layers import draw_layers
 
 POOLS = ("cls", "mean")  # the order in the features
@@ -48,56 +65,49 @@ POOLS = ("cls", "mean")  # the order in the features
 class ProbeConfig:
     """Encoder, labelled images, and what to train on its features."""
 
-    checkpoint: str = ""  # of any task: run or one of its steps, file, folder, published name
-    train: str = ""  # folder with a sub-folder for each class
-    test: str = ""  # the same classes
-    output: str  # folder of results, and of the features, which are kept
+    checkpoint: Given = ""  # of any task: run or one of its steps, file, folder, published name
+    train: Given = ""  # folder with a sub-folder for each class
+    test: Given = ""  # the same classes
+    output: Filled  # folder of results, and of the features, which are kept
     weights: Literal["model", "ema", "random"] = "model"  # random: the same net untrained
     statistics: Literal["half", "imagenet"] | None = None  # of pixels; null: the checkpoint's
     precision: Literal["fp32", "bf16"] = "bf16"  # of the encoder; features are stored in fp32
-    crop_pct: float | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
-    knn: tuple[int, ...] = (10, 20)  # neighbours
-    rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)  # learning rates, absolute
-    epochs: int = 100  # over the features
-    batch_size: int = 1024  # of the classifiers
-    weight_decay: float = 1e-4
-    held_out: float = 0.1  # of the training images, to choose learning rate, block and k
-    seed: int = 0
+    crop_pct: Share | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
+    knn: tuple[Count, ...] = (10, 20)  # neighbours
+    rates: tuple[Positive, ...] = (1e-3, 4e-3, 1.6e-2)  # learning rates, absolute
+    epochs: Count = 100  # over the features
+    batch_size: Count = 1024  # of the classifiers
+    weight_decay: NonNegative = 1e-4
+    held_out: Part = 0.1  # of the training images, to choose learning rate, block and k
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    images_at_once: int = 128  # through the encoder
-    num_threads: int = 4  # decoding threads
+    images_at_once: Count = 128  # through the encoder
+    num_threads: Threads = 4  # decoding threads
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "images_at_once", "num_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
-        if not self.knn or min(self.knn) < 1 or not self.rates or min(self.rates) <= 0:
-            raise ValueError(
-                f"knn is {list(self.knn)}, rates are {list(self.rates)}: give at least one of "
-                "each, neighbours from 1 and rates above 0"
-            )
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}: give a share between 0 and 1")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is {self.crop_pct}: give a share in (0, 1], or null")
+        check_fields(self)
+        for name in ("knn", "rates"):
+            if not getattr(self, name):
+                raise FieldError(name, "is empty: give at least one")
 
 
 def run_probe(config: ProbeConfig) -> dict[str, Any]:
     """Probe every block, print the table, write probe.json and probe.png to `config.output`.
 
-    Returns what probe.json holds. Raises ValueError OSError.
+    Returns what probe.json holds. Raises ValueError, OSError, Interrupted.
     """
     for name in ("checkpoint", "train", "test"):
         if not getattr(config, name):
             raise ValueError(f"no {name} was named: pass --{name} with a folder")
-    with open_world(config.device) as world:
+    with open_world(config.device, named="device") as world, stop_signals():
         if world.size > 1:
             raise ValueError(f"torchrun started {world.size} processes: a probe runs in one")
+        check_writable(Path(config.output), "output")
         return _run(config, world)
 
 
 def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     random = config.weights == "random"
     weights = open_weights(config.checkpoint, "model" if random else config.weights)
     model, digest = load_encoder(weights, config.seed if random else None)
@@ -125,8 +135,7 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
     elif view.origin == UNSTATED:
         console.print(
             f"{config.checkpoint} does not say the mean and std of its pixels: half is taken, as "
-            "nearly all published BEiTs have; --statistics imagenet is the other",
-            markup=False,
+            "nearly all published BEiTs have; --statistics imagenet is the other"
         )
     crop_pct = config.crop_pct
     if crop_pct is None:
@@ -158,7 +167,8 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
         "environment": environment(),
     }
     output = Path(config.output)
-    (output / "probe.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    with naming(output / "probe.json"):
+        (output / "probe.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     curves = {"linear, [CLS] and mean": [row["linear"] for row in result["layers"]]}
     k = result["chosen"]["knn"]["k"]
     for pool in POOLS:
@@ -256,7 +266,7 @@ def _show(result: dict[str, Any], output: Path, console: Console) -> None:
     )
     columns = ["block", "linear", "lr", *(f"{k}-NN\n{_TITLES[p]}" for p in POOLS for k in ks)]
     for column in columns:
-        table.add_column(column.replace("[", "\\["), justify="right")
+        table.add_column(column, justify="right")
     for row in layers:
         knn = [f"{row['knn'][pool][k]:.1%}" for pool in POOLS for k in ks]
         style = "bold" if row["block"] == chosen["linear"]["block"] else None
@@ -266,7 +276,7 @@ def _show(result: dict[str, Any], output: Path, console: Console) -> None:
     console.print(table)
     linear, knn = chosen["linear"], chosen["knn"]
     last = layers[-1]["knn"]["cls"][str(knn["k"])]
-    say = console.out  # [CLS] is no markup
+    say = console.out
     say("chosen on held-out training images, counted on test images:")
     say(f"  linear  {linear['accuracy']:.1%}  block {linear['block']}, lr {linear['lr']:g}")
     say(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import beit_fast.data
+from beit_fast.checks import Count, Given, Probability, Threads, check_fields
 from beit_fast.data.datasets import ImageFolder, ImageSource
 from beit_fast.data.digits import Digits, is_digits
 from beit_fast.data.loader import Loader
@@ -23,15 +24,16 @@ UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never 
 class DataConfig:
     """A folder of images and the batches made of it."""
 
-    path: str = (
-        ""  # folder of images, flat or in class folders; "photographs" ship with the package,
-        # "digits:train" comes with scikit-learn (data/digits.py)
-    )
-    batch_size: int = 128  # images per micro-batch on each rank
-    num_threads: int = 4  # decoding threads; batches do not depend on it
-    max_bad_share: float = (
-        0.001  # of the images; more unusable ones stop the run, 0: the first does
-    )
+    # Folder of images, flat or in class folders; "photographs" ship with the package,
+    # "digits:train" comes with scikit-learn (data/digits.py).
+    path: Given = ""
+    batch_size: Count = 128  # images per micro-batch on each rank
+    num_threads: Threads = 4  # decoding threads; batches do not depend on it
+    # Of the images; more unusable ones stop the run, 0: the first does.
+    max_bad_share: Probability = 0.001
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def open_source(path: str) -> ImageSource:
@@ -70,13 +72,9 @@ def unseen_batches(
         batches.close()
 
 
-def lasting_settings(config: Any) -> dict[str, Any]:
-    """What the weights depend on, as plain data.
-
-    Without optimiser and run, which the loop adds, without threads, and without the folder, which
-    may move: the loop compares the number of images.
-    """
+def task_settings(config: Any) -> dict[str, Any]:
+    """The settings of a task as plain data, without those of optimiser and run, which the loop adds
+    and then takes the habits out (train/resume.py)."""
     settings = asdict(config)
     del settings["optim"], settings["run"]
-    del settings["data"]["num_threads"], settings["data"]["path"]
     return settings

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit_fast.flags import flag
+
 
 def apex_adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     """AdamW by apex, capturable: rate and step count are device tensors.
@@ -17,10 +19,19 @@ def apex_adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Opti
     state of a parameter holds `exp_avg`, `exp_avg_sq` and `step`. Raises ValueError where NVIDIA's
     apex is not installed, and for weights that are not on a GPU.
     """
+    for device in {p.device for group in groups for p in group["params"]}:
+        check_apex(device)
     fused_adam = _import_fused_adam()
-    if any(p.device.type != "cuda" for group in groups for p in group["params"]):
-        raise ValueError("optim.backend is apex, which needs a GPU: pass --optim.backend torch")
     return _subclass(fused_adam)(groups, adam_w_mode=True, capturable=True, **options)
+
+
+def check_apex(device: torch.device) -> None:
+    """Raise ValueError where `apex_adamw` cannot train weights of this device."""
+    _import_fused_adam()
+    if device.type != "cuda":
+        raise ValueError(
+            f"optim.backend is apex, which needs a GPU: pass {flag('optim.backend')} torch"
+        )
 
 
 def _import_fused_adam() -> type[torch.optim.Optimizer]:
@@ -30,7 +41,7 @@ def _import_fused_adam() -> type[torch.optim.Optimizer]:
         raise ValueError(
             f"optim.backend is apex, and NVIDIA's apex is not installed ({error}; PyPI's package "
             "of that name is an unrelated one): build it from github.com/NVIDIA/apex with its CUDA "
-            "extensions, or pass --optim.backend torch"
+            f"extensions, or pass {flag('optim.backend')} torch"
         ) from error
     return FusedAdam
 

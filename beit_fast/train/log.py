@@ -1,7 +1,7 @@
 """Metrics stay on the device between log lines; a line goes to the terminal, JSON and TensorBoard.
 
-`metrics.jsonl` holds one object a line. After a resume the lines past the checkpoint are cut, so
-none is doubled.
+`metrics.jsonl` holds one object a line, an evaluation on a line of its own. After a resume the
+lines past the checkpoint are cut, so none is doubled.
 """
 
 import contextlib
@@ -16,7 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from beit_fast.files import naming
+
 METRICS = "metrics.jsonl"
+
+
+def plain_console(*, quiet: bool = False) -> Console:
+    """A terminal that gets text as it is: in paths and names, brackets and colons are no markup."""
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=quiet)
 
 
 class Meter:
@@ -61,13 +68,23 @@ class Meter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """The records of a `metrics.jsonl`, one a step: a step's evaluation is a line of its own there.
+
+    A last line cut short by a crash is left out. Raises ValueError that names the file and the line
+    for one that is no step's metrics.
+    """
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}, line {number} is of no step: remove it")
+        if records and records[-1]["step"] == record["step"]:
+            records[-1] |= record
+        else:
+            records.append(record)
     return records
 
 
@@ -79,7 +96,7 @@ class Log:
     ) -> None:
         self._path, self._title, self._num_steps = output / METRICS, title, num_steps
         self._enabled = enabled
-        self.console = Console(quiet=not enabled, highlight=False)
+        self.console = plain_console(quiet=not enabled)
         self._done, self._images, self._since = start, 0, time.perf_counter()
         self._begun, self._start = self._since, start
         self._progress = None
@@ -91,7 +108,7 @@ class Log:
         self._board = SummaryWriter(output / "tensorboard", purge_step=start + 1 if start else None)
         if self.console.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[speed]}"),
@@ -106,8 +123,9 @@ class Log:
             return
         kept = [r for r in read_metrics(self._path) if r["step"] <= step]
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        with naming(self._path):
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            temporary.replace(self._path)
 
     def tick(self, num_images: int) -> None:
         """One optimiser step over `num_images` images has been launched."""
@@ -120,8 +138,10 @@ class Log:
     def aside(self) -> Iterator[None]:
         """Time spent in here does not count against the training's speed."""
         begun = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begun
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - begun
 
     def line(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the means of the steps since the last line; call after a device sync."""
@@ -130,7 +150,7 @@ class Log:
         self._images, self._since = 0, now
         if not self._enabled:
             return
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics, "images_per_second": speed}) + "\n")
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
@@ -139,11 +159,21 @@ class Log:
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.console.print(
             f"{self._title} {step}/{self._num_steps}  {text}  {speed:.0f} images/s  "
-            f"{_clock(left)} left",
-            soft_wrap=True,
+            f"{_clock(left)} left"
         )
         if self._progress is not None:
             self._progress.update(self._bar, speed=f"{speed:.0f} images/s")
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Write what an evaluation after `step` came to."""
+        if not self._enabled:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True)
 
     def close(self) -> None:
         if self._progress is not None:

@@ -316,7 +316,7 @@ def test_more_bad_files_than_allowed_stop_the_run(length, max_bad_share, num_all
         run(num_allowed + 1)
     message = str(error.value)
     assert f"{num_allowed + 1} of {length} files are bad" in message
-    assert all(part in message for part in ("disk error", "image-", "raise max_bad_share"))
+    assert all(part in message for part in ("disk error", "image-", "raise --data.max_bad_share"))
 
 
 def test_a_data_set_of_bad_files_alone_ends_with_an_error():

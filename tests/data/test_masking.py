@@ -143,7 +143,7 @@ def test_a_mask_depends_on_its_seed_alone():
         ({"num_masked": 1}, GRID, "num_masked=1 is below min_block=16"),
         ({"strategy": "block_exact", "num_masked": 8}, GRID, "below min_block"),
         ({"num_masked": 0, "strategy": "random"}, GRID, "at least 1"),
-        ({"strategy": "checkerboard"}, GRID, "unknown"),
+        ({"strategy": "checkerboard"}, GRID, "give block, block_exact, block_paper or random"),
         ({"min_aspect": 2.0}, GRID, "aspects"),
         ({"max_block": 10}, GRID, "max_block=10 is below min_block=16"),
         ({"num_masked": 197}, GRID, "has 196 patches: lower num_masked"),

@@ -277,14 +277,14 @@ def test_normalize_is_to_tensor_and_normalize_in_channels_last(mean, std):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "quick"}, "unknown"),
+        ({"kind": "quick"}, "give reference or fast"),
         ({"size": 0}, "at least 1"),
         ({"token_size": (112, 0)}, "at least 1"),
         ({"scale": (0.0, 1.0)}, "scale"),
         ({"scale": (0.5, 1.5)}, "scale"),
         ({"ratio": (2.0, 1.0)}, "ratio"),
-        ({"color_jitter": 1.5}, "within 0 and 1"),
-        ({"hflip": -0.1}, "within 0 and 1"),
+        ({"color_jitter": 1.5}, "color_jitter is 1.5: .* at most 1"),
+        ({"hflip": -0.1}, "hflip is -0.1: .* at least 0"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(options, message):

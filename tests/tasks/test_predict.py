@@ -1,7 +1,11 @@
 """beit-fast predict: files, folders, patterns, JSON, and what cannot be read."""
 
+import io
 import json
+import os
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +68,40 @@ def test_json_has_names_and_probabilities_of_every_image(
     assert [row["class"] for row in first] == [CLASSES[row["index"]] for row in first]
     probabilities = torch.tensor([row["probability"] for row in first])
     torch.testing.assert_close(probabilities, wanted.sort(descending=True).values)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """`terminal(encoding)` is stdout in that encoding, its bytes what a terminal gets."""
+
+    def start(encoding):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        return sys.stdout
+
+    return start
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_are_no_text_are_printed_as_they_are(
+    run_folder, folder, encoding, tmp_path, terminal
+):
+    name = b"caf\xe9 \xc3\xa9 [b].png"  # e acute in Latin-1, and in UTF-8
+    path = os.fsencode(tmp_path) + b"/" + name
+    Path(os.fsdecode(path)).write_bytes((folder / "red" / "0.png").read_bytes())
+    shown = {"utf-8": path, "ascii": path.replace(b"\xc3\xa9", rb"\xe9")}[encoding]
+
+    stdout = terminal(encoding)
+    assert main(["predict", str(run_folder), os.fsdecode(path), "--device", "cpu"]) == 0
+    stdout.flush()
+    assert stdout.buffer.getvalue().startswith(shown + b"\n")
+
+    stdout = terminal(encoding)
+    assert main(["predict", str(run_folder), str(tmp_path), "--device", "cpu", "--json"]) == 0
+    stdout.flush()
+    said = stdout.buffer.getvalue()
+    assert rb"caf\udce9 \u00e9 [b].png" in said
+    (answer,) = json.loads(said)
+    assert os.fsencode(answer["image"]) == path
 
 
 def test_text_names_the_likeliest_first_and_as_many_as_asked(run_folder, folder, capsys):

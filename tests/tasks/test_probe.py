@@ -1,6 +1,9 @@
 """Features of every block, their cache, and the whole command on a tiny checkpoint."""
 
+import importlib
 import json
+import os
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from beit_fast.tasks.features import block_features, cached_features
 from beit_fast.tasks.probe import ProbeConfig, load_encoder, run_probe
 from beit_fast.tasks.probes import knn_accuracy
 from beit_fast.train.state import save_checkpoint
+from beit_fast.train.stop import Interrupted
 from labelled_images import write_class_folders
 
 TINY = BeitConfig(
@@ -141,6 +145,40 @@ def test_an_image_that_cannot_be_used_is_named_and_nothing_is_kept(config, tmp_p
     assert list((Path(config.output) / "features" / "train").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("beit_fast.tasks.features.block_features", "while features were computed"),
+        ("beit_fast.tasks.probes._logits", "while probes were trained"),
+    ],
+)
+def test_a_stop_signal_is_heeded_and_the_same_command_goes_on(config, monkeypatch, place, words):
+    module, _, name = place.rpartition(".")
+    module = importlib.import_module(module)
+    function, calls = getattr(module, name), []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, stop)
+    with pytest.raises(Interrupted, match=words) as stopped:
+        run_probe(config)
+    assert stopped.value.exit_code == 143
+    assert not (Path(config.output) / "probe.json").exists()
+    run_probe(config)
+    assert (Path(config.output) / "probe.json").exists()
+
+
+def test_an_output_that_cannot_be_written_is_said_at_once(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("beit_fast.tasks.probe.open_weights", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="give another --output"):
+        run_probe(replace(config, output=str(tmp_path / "file" / "probe")))
+
+
 def test_features_do_not_depend_on_the_images_computed_at_once(config, folders, tmp_path):
     source, labels, _ = class_folders(folders[0])
     torch.manual_seed(0)
@@ -206,7 +244,7 @@ def test_a_net_that_was_trained_knows_more_than_a_random_one():
         ({"weights": "ema"}, "no average of the weights"),
         ({"knn": (1, 22)}, "asks for 22 neighbours"),
         ({"knn": ()}, "at least one"),
-        ({"rates": (0.0,)}, "rates above 0"),
+        ({"rates": (0.0,)}, "rates is .0.0,.: give a list .* above 0"),
         ({"epochs": 0}, "epochs is 0"),
         ({"held_out": 1.0}, "held_out is 1.0"),
         ({"crop_pct": 1.1}, "crop_pct is 1.1"),
