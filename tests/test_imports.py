@@ -19,7 +19,7 @@ ALLOWED = {
     "train": BASE,
     "viz": {"model", "tokenizer"} | BASE,
     "tasks": {"kernels", "model", "tokenizer", "data", "train", "viz"} | BASE,
-    "timm": {"model"},
+    "timm": {"kernels", "model"},
     "recipes_digits": {"model", "tokenizer", "data", "train", "tasks"},
     "recipes": {"recipes_digits", "model", "tokenizer", "data", "train", "tasks"},
     "recipes_finetune": {"recipes_digits", "model", "data", "tasks", "train"},
