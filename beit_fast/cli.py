@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from beit_fast import recipes, recipes_finetune
 from beit_fast.data.loader import BadDataError
 from beit_fast.model.checkpoint import convert
-from beit_fast.tasks.checkpoints import write_image_processor
+from beit_fast.tasks.checkpoints import statistics_of, write_image_processor
 from beit_fast.tasks.dvae import run_dvae
 from beit_fast.tasks.evaluate import EvaluateConfig, run_evaluation
 from beit_fast.tasks.finetune import run_finetuning
@@ -127,7 +127,13 @@ def _convert(arguments: Sequence[str]) -> None:
     parser.add_argument("target", help="file to write; for hf a folder")
     parser.add_argument("--to", type=Literal["unilm", "timm", "hf"], required=True)
     parser.add_argument("--key", type=str, help="which of several weights: model_ema, ema ...")
+    size = int | tuple[int, int]
+    parser.add_argument("--img_size", type=size, help="pixels, where the source does not show them")
+    parser.add_argument("--num_heads", type=int, help="where the source does not show them")
+    named = Literal["half", "imagenet"]
+    parser.add_argument("--statistics", type=named, help="of pixels; else what the source says")
     chosen = parser.parse_args(list(arguments))
+    chosen.statistics = chosen.statistics or statistics_of(chosen.source)
     print(convert(**vars(chosen)))
     if chosen.to == "hf" and (file := write_image_processor(chosen.source, chosen.target)):
         print(f"{file}: how its images are made")

@@ -27,6 +27,7 @@ class BeitConfig:
     depth: int = 12
     num_heads: int = 12
     attn_head_dim: int | None = None  # channels of a head; None: embed_dim / num_heads
+    qkv_bias: bool = True  # of queries and values; keys never have one
     mlp_ratio: float = 4.0
     init_values: float | None = 0.1  # LayerScale at the start; None or 0: no LayerScale
     use_abs_pos_emb: bool = False

@@ -123,7 +123,8 @@ class RelativePositionBias(nn.Module):
 class Attention(nn.Module):
     """Self-attention, biased by the block's own table where it has one plus the shared bias.
 
-    Queries and values have a trained bias, keys a hard zero: softmax would not see it.
+    Queries and values have a trained bias, keys a hard zero: softmax would not see it. With
+    `config.qkv_bias` False none has one.
     """
 
     def __init__(self, config: BeitConfig) -> None:
@@ -132,9 +133,10 @@ class Attention(nn.Module):
         self.grid = config.grid
         width = config.num_heads * config.head_dim
         self.qkv = Linear(config.embed_dim, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("k_bias", torch.zeros(width), persistent=False)
+        biased = config.qkv_bias
+        self.q_bias = nn.Parameter(torch.zeros(width)) if biased else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if biased else None
+        self.register_buffer("k_bias", torch.zeros(width) if biased else None, persistent=False)
         self.relative_position_bias_table = _table(config) if config.use_rel_pos_bias else None
         self.proj = Linear(width, config.embed_dim)
 
@@ -149,12 +151,11 @@ class Attention(nn.Module):
 
         grid (Gh, Gw) of the patches in x; None: the model's own.
         """
-        # 3 us of 45 ms at B2-N197-D768: a packed bias would save nothing, and cost its own names.
-        qkv_bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        qkv_bias = self.qkv_bias()
         if is_plain(self.qkv, Linear):
             qkv_BND3 = linear(x, self.qkv.weight, qkv_bias)
         else:  # hooked, or another layer in its place
-            qkv_BND3 = self.qkv(x) + qkv_bias
+            qkv_BND3 = self.qkv(x) if qkv_bias is None else self.qkv(x) + qkv_bias
         qkv_BN3HK = qkv_BND3.unflatten(2, (3, self.num_heads, -1))
         table = self.relative_position_bias_table
         if table is None:
@@ -166,6 +167,13 @@ class Attention(nn.Module):
             else:
                 out_BNHK = attention_qkvpacked(qkv_BN3HK, rel_pos_bias(table, grid) + shared_bias)
         return self.proj(select_rows(out_BNHK.flatten(2), rows))
+
+    def qkv_bias(self) -> Tensor | None:
+        """That of queries, keys and values, (3 H K,), or None."""
+        if self.q_bias is None:
+            return None
+        # 3 us of 45 ms at B2-N197-D768: a packed bias would save nothing, and cost its own names.
+        return torch.cat((self.q_bias, self.k_bias, self.v_bias))
 
 
 class Mlp(nn.Module):
@@ -310,10 +318,11 @@ class Block(nn.Module):
     ) -> Tensor:
         attn, folded = self.attn, {}
         if self._folds(self.norm1):
-            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-            weight, bias = fold_norm_affine(attn.qkv.weight, bias, *_parameters(self.norm1))
-            folded = dict(zip(("q_bias", "k_bias", "v_bias"), bias.chunk(3), strict=True))
-            folded["qkv.weight"] = weight
+            parameters = attn.qkv.weight, attn.qkv_bias(), *_parameters(self.norm1)
+            weight, bias = fold_norm_affine(*parameters)
+            folded = {"qkv.weight": weight}
+            if bias is not None:  # the norm's, where queries and values have none of their own
+                folded |= zip(("q_bias", "k_bias", "v_bias"), bias.chunk(3), strict=True)
         if self.config.fold_layer_scale and self.gamma_1 is not None:
             folded |= _scaled("proj", attn.proj, self.gamma_1)
         return _call(attn, folded, *_without_defaults(ln, shared_bias, rows, grid))

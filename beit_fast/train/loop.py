@@ -38,6 +38,7 @@ from beit_fast.train.state import (
     check_settings,
     checkpoint_paths,
     load_newest,
+    metadata_of,
     save_checkpoint,
 )
 from beit_fast.train.step import Sentinel, TrainStep, autocast
@@ -193,7 +194,8 @@ def train(
                 }
                 if ema:
                     tensors["ema"] = ema.module.state_dict()
-                save_checkpoint(output, step, tensors, settings, keep=run.keep)
+                said = metadata_of(settings)
+                save_checkpoint(output, step, tensors, settings, keep=run.keep, metadata=said)
             world.barrier()
 
         def draw(name: str) -> Path:
