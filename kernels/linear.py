@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from beit_fast.kernels._triton import check_product
+
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch's own."""
@@ -52,13 +54,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x (..., D), at least two axes; weight (F, D); bias (F,) or None. On the CPU in fp32, outside
     autocast and torch.compile, oneDNN multiplies, without a second derivative; all else is
     torch's own.
-    Raises ValueError where shapes do not fit.
+    Raises ValueError where shapes or dtypes do not fit.
     """
     if x.ndim < 2 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x is {tuple(x.shape)}, the weight {tuple(weight.shape)}: pass x (..., D) and "
             "weight (F, D)"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"the bias is {tuple(bias.shape)}: pass ({weight.shape[0]},), or None")
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        check_product(x=x, weight=weight, bias=bias)
     if _takes_onednn(x, weight, bias):
         return _LinearOneDnn.apply(x, weight, bias)
     return F.linear(x, weight, bias)

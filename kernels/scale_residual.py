@@ -24,7 +24,7 @@ Source    LayerScale arXiv:2103.17239; stochastic depth arXiv:1603.09382; compac
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import interpreting
+from beit_fast.kernels._triton import check_floating, interpreting
 from beit_fast.kernels.drop_path import KeptSamples
 from beit_fast.kernels.philox import draw_rng
 from beit_fast.kernels.scale_residual_backward import scale_residual_backward
@@ -539,6 +539,7 @@ def _check_branch(x, branch, gamma, keep, bias, dropout_p, drop_path_p, kept) ->
     if x.ndim != 3 or branch.shape != (samples, *x.shape[1:]):
         wanted = "both as (B, N, D)" if kept is None else f"({samples}, N, D), the kept samples"
         raise ValueError(f"x is {tuple(x.shape)}, the branch {tuple(branch.shape)}: pass {wanted}")
+    check_floating(x=x, branch=branch, keep=keep)
     _check_vectors(x, {"gamma": gamma, "the branch's bias": bias})
     if keep is not None and keep.shape != x.shape[:1]:
         raise ValueError(f"keep is {tuple(keep.shape)}: pass ({x.shape[0]},), one per sample")
@@ -558,6 +559,7 @@ def _check_norm(
 ) -> None:
     if x.ndim != 3:
         raise ValueError(f"x is {tuple(x.shape)}: pass (B, N, D)")
+    check_floating(x=x)
     _check_vectors(x, {"the norm's weight": weight, "the norm's bias": bias})
     _check_kept(x, kept)
 
@@ -568,6 +570,7 @@ def _check_vectors(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
             raise ValueError(
                 f"{name} is {tuple(vector.shape)}: pass ({x.shape[2]},), one per channel"
             )
+        check_floating(**{name: vector})
 
 
 def _check_kept(x: Tensor, kept: KeptSamples | None) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from beit_fast.kernels._triton import TRITON_DTYPES
 from beit_fast.kernels.attention import attention_qkvpacked, rel_pos_attention_qkvpacked
 from beit_fast.kernels.drop_path import KeptSamples, draw_kept_samples, num_kept
 from beit_fast.kernels.fold import fold_layer_scale, fold_norm_affine
@@ -46,7 +47,7 @@ class PatchEmbed(nn.Module):
     matrix product it is: 10.8 ms against 12.3 (channels-last images: 14.3) forward and backward at
     B2-224 for Base, one core. Images that are patches already, (B, L, P), stay as they are.
     Raises ValueError for images of another size than the model's, or with `dynamic_img_size` of one
-    that patches do not divide.
+    that patches do not divide, and for another dtype (under autocast any of 16 or 32 bits will do).
     """
 
     def __init__(self, config: BeitConfig) -> None:
@@ -79,6 +80,27 @@ class PatchEmbed(nn.Module):
             return None
         (height, width), (patch_height, patch_width) = images.shape[2:], self.patch_pixels
         return height // patch_height, width // patch_width
+
+    def check_dtype(self, images: Tensor) -> None:
+        """Raise ValueError unless the projection can multiply these."""
+        weight = self.proj.weight.dtype
+        if images.dtype == weight:
+            return
+        device = images.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        if autocast and images.dtype in TRITON_DTYPES and weight in TRITON_DTYPES:
+            return
+        if images.is_floating_point():
+            remedy = (
+                f"pass images.to({weight}), or run under torch.autocast, which takes float32, "
+                "bfloat16 and float16"
+            )
+        else:
+            remedy = (
+                "pass normalised floats, (images.float() / 255 - mean) / std, or patches made by "
+                "beit_fast.kernels.patches.normalized_patches"
+            )
+        raise ValueError(f"the images are {images.dtype}, the model is {weight}: {remedy}")
 
     def _check(self, images: Tensor) -> None:
         channels, height, width = self.image_shape
