@@ -458,7 +458,7 @@ def _check(x: Tensor, index: Tensor, target: Tensor, weight: Tensor, reduction: 
     if target.shape != index.shape or target.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"{target.dtype} targets {tuple(target.shape)} for {tuple(index.shape)} rows: pass one "
-            "int64 or int32 for each row, padded ones included"
+            "integer for each row, int64 or int32, padded ones included"
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}: pass 'mean', 'sum' or 'none'")
