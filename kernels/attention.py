@@ -510,7 +510,7 @@ def _empty_lse(q: Tensor) -> Tensor:
 
 def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if qkv.ndim != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
-        raise ValueError(f"qkv is {qkv.dtype} {tuple(qkv.shape)}: pass floats (B, N, 3, H, K)")
+        raise ValueError(f"qkv is {qkv.dtype} {tuple(qkv.shape)}: pass (B, N, 3, H, K), floats")
     return qkv.unbind(2)
 
 
@@ -524,7 +524,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q has heads of {q.shape[3]} channels, k and v of {k.shape[3]}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(
-            f"q is {q.dtype}, k {k.dtype} and v {v.dtype}: cast them to one floating dtype"
+            f"q is {q.dtype}, k {k.dtype} and v {v.dtype}: cast them to one dtype, a floating one"
         )
     if not q.device == k.device == v.device:
         raise ValueError(f"q is on {q.device}, k on {k.device} and v on {v.device}: move them")
