@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 from dataclasses import replace
 
@@ -159,7 +161,7 @@ def test_a_failed_capture_gives_one_line_whose_remedy_resumes_the_run(
 
     def fail_in_the_second_step(self, batch):
         calls.append(batch)
-        if len(calls) == 2:
+        if len(calls) == 3:  # the first is the look at shapes
             raise CaptureError("the step", RuntimeError("CUDA error: not permitted\nmore"))
         return loss(self, batch)
 
@@ -174,6 +176,20 @@ def test_a_failed_capture_gives_one_line_whose_remedy_resumes_the_run(
     assert "pass --run.cuda_graph false" in line
     assert main([*arguments, "--run.cuda_graph", "false"]) == 0
     assert "resumes from" in capsys.readouterr().out
+
+
+def test_a_resume_that_is_refused_names_the_flag_that_accepts_it(tmp_path, capsys):
+    arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
+    assert main([*arguments, "--run.save_every", "1"]) == 0
+    capsys.readouterr()
+    changed = [*arguments, "--run.steps", "4", "--run.seed", "3", "--masking.num_masked", "20"]
+    assert main(changed) == 1
+    (accepts,) = re.findall(r"(--run\.resume_with '.*')", capsys.readouterr().err)
+    assert main([*changed, *shlex.split(accepts)]) == 0
+    assert "from step 2 on, masking.num_masked was" in capsys.readouterr().out
+    assert main([*arguments, "--run.resume_from", "1", *shlex.split(accepts)]) == 1
+    said = capsys.readouterr().err
+    assert "no checkpoint of step 1: pass --run.resume_from with one of" in said
 
 
 def test_an_unknown_flag_is_named(capsys):

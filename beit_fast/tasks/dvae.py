@@ -7,8 +7,9 @@ real features, and an encoder that learns more slowly than the decoder. With one
 features move faster than codes can follow, and a few codes end up with everything.
 """
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +21,8 @@ from beit_fast.data.samples import TokenizerSample
 from beit_fast.data.single_view import SingleViewConfig
 from beit_fast.tasks.sources import (
     DataConfig,
-    lasting_settings,
     open_loader,
+    task_settings,
     unseen_batches,
 )
 from beit_fast.tokenizer.checkpoint import save_tokenizer
@@ -35,10 +36,15 @@ from beit_fast.tokenizer.metrics import (
     describe_codebook,
     reconstruction_error,
 )
+from beit_fast.train.aside import Aside
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import METRICS, read_metrics
 from beit_fast.train.loop import train
 from beit_fast.train.parallel import World, open_world
+from beit_fast.train.preflight import check_run
+from beit_fast.train.resume import changes
+from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
+from beit_fast.train.stop import heed_stop, stop_signals
 from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.reconstruction import draw_columns
 
@@ -127,6 +133,9 @@ class DvaeTask:
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
 
+    def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch
+
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch["images"].permute(0, 3, 1, 2)
         output = self._forward(images, self._temperature)
@@ -185,13 +194,38 @@ class DvaeTask:
     def _unseen(self, model: Dvae, num_batches: int) -> Iterator[Tensor]:
         device = next(model.parameters()).device
         for batch in unseen_batches(self.loader, num_batches, device):
+            heed_stop("while evaluating")
             yield batch["images"].permute(0, 3, 1, 2)
 
 
 def run_dvae(config: DvaeTrainingConfig) -> Path:
     """`train_tokenizer` on the ranks that torchrun started, or on this process alone."""
-    with open_world(config.run.device, config.run.cpu_threads) as world:
+    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals():
         return train_tokenizer(config, world)
+
+
+def finished_tokenizer(config: DvaeTrainingConfig) -> Path | None:
+    """The file of a run that is finished under these settings, or None: there is something to do,
+    or to say, for `train_tokenizer`.
+
+    What the weights were made from counts, and not the number of ranks or where the images are now.
+    """
+    output, run = Path(config.run.output), config.run
+    paths, file = checkpoint_paths(output), output / TOKENIZER
+    if not paths or not file.is_file() or run.resume == "never" or run.resume_from is not None:
+        return None
+    try:
+        manifest = read_manifest(paths[-1])
+    except CheckpointError:
+        return None
+    whole = {**task_settings(config), "optim": asdict(config.optim), "run": asdict(run)}
+    theirs, ours = manifest["settings"], json.loads(json.dumps(whole))
+    for name in ("num_images", "images_per_batch", "world_size"):  # known once images are read
+        ours["run"][name] = theirs["run"].get(name)
+    length = manifest.get("schedule", {"num_steps": run.steps})["num_steps"]
+    if changes(theirs, ours) or length is None or manifest["step"] < length:
+        return None
+    return file
 
 
 def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
@@ -201,20 +235,25 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
     (also CheckpointError), OSError, NonFiniteLoss, CaptureError, Interrupted.
     """
     task = DvaeTask(config, world)
-    settings = lasting_settings(config)
+    settings = task_settings(config)
+    check_run(task, config.optim, config.run, settings=settings, world=world)
     outcome = train(task, config.optim, config.run, settings=settings, world=world)
     output = Path(config.run.output)
     path = output / TOKENIZER
     if world.is_main:
         save_tokenizer(outcome.model, path)
-        curve = draw_curves(read_metrics(output / METRICS), output / "curve.png")
-        error, counts = task.reconstruct(outcome.model)
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(
-            f"tokenizer: absolute error {float(error.mae):.4f}, squared {float(error.mse):.5f} on "
-            f"unseen crops (pixels in 0..1); {describe_codebook(counts)}"
-        )
-        for name, result in (("weights", path), ("curve", curve), ("picture", outcome.picture)):
-            console.print(f"  {name:10} {result}")
+        aside = Aside(world, strict=config.run.strict)
+        with aside.work("the tokenizer's report"):
+            curve = draw_curves(read_metrics(output / METRICS), output / "curve.png")
+            error, counts = task.reconstruct(outcome.model)
+            console = Console(highlight=False, soft_wrap=True, markup=False)
+            console.print(
+                f"tokenizer: absolute error {float(error.mae):.4f}, squared {float(error.mse):.5f} "
+                f"on unseen crops (pixels in 0..1); {describe_codebook(counts)}"
+            )
+            for name, result in (("weights", path), ("curve", curve), ("picture", outcome.picture)):
+                console.print(f"  {name:10} {result}")
     world.barrier()
+    with stop_signals() as stop:
+        stop.leave(world, "after the tokenizer's last step", f"{path} is saved")
     return path

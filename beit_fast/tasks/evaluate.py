@@ -15,7 +15,9 @@ from beit_fast.tasks.checkpoints import ClassifierConfig, open_classifier
 from beit_fast.tasks.classes import describe_class, match_classes
 from beit_fast.tasks.evaluation import Classification, evaluate_classifier
 from beit_fast.train.parallel import open_world
+from beit_fast.train.preflight import check_output_file
 from beit_fast.train.state import environment
+from beit_fast.train.stop import stop_signals
 
 NUM_WORST = 10  # classes in the table
 
@@ -33,9 +35,10 @@ class EvaluateConfig(ClassifierConfig):
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate, print the table with the worst classes, write `config.output`.
 
-    Returns what the file holds, on every rank. Raises ValueError, OSError.
+    Returns what the file holds, on every rank. Raises ValueError, OSError, Interrupted.
     """
-    with open_world(config.device) as world:
+    with open_world(config.device) as world, stop_signals():
+        check_output_file(Path(config.output))
         console = Console(
             highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not world.is_main
         )
@@ -47,7 +50,6 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
             folders, classifier.classes, num_classes, by_order=config.match == "order"
         )
         output = Path(config.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
         console.print(f"{len(source)} images of {len(folders)} classes: {how}")
         console.print(f"images: {view}")
         found = evaluate_classifier(

@@ -19,6 +19,7 @@ from beit_fast.kernels.patches import normalized_patches
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.train.parallel import World
 from beit_fast.train.prefetch import Batch, device_batches
+from beit_fast.train.stop import Interrupted, heed_stop
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def evaluate_classifier(
     labels int64 (n,), the model's class of each image of `source`. Each rank takes one range of the
     images. The model is in eval mode meanwhile, and then as it was.
     Raises ValueError, on every rank, for an image that cannot be read, and for labels that fit
-    neither the images nor the model.
+    neither the images nor the model; Interrupted, on every rank, after a stop signal to one.
     """
     _check(model, source, labels, num_classes)
     first, last = (len(source) * rank // world.size for rank in (world.rank, world.rank + 1))
@@ -73,11 +74,18 @@ def evaluate_classifier(
         num_threads=num_threads,
     )
     began = time.perf_counter()
+    failed = None
     try:
         counted = _rank_images(model, views, mine, statistics, precision, world.device)
-    except ValueError as error:  # the other ranks wait for this one: all of them raise it
-        counted = str(error)
+    except Interrupted as stop:  # the other ranks wait for this one: all of them raise
+        counted = stop.signum
+    except Exception as error:
+        counted, failed = str(error), error
     parts = world.gather((counted, time.perf_counter() - began))
+    if signum := max((c for c, _ in parts if isinstance(c, int)), default=0):
+        raise Interrupted(signum, "while evaluating")
+    if failed is not None:
+        raise failed
     if errors := [counted for counted, _ in parts if isinstance(counted, str)]:
         raise ValueError(errors[0])
     ranks, losses = (torch.cat([counted[i] for counted, _ in parts]) for i in (0, 1))
@@ -141,6 +149,7 @@ def _rank_images(
             torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
         ):
             for batch in device_batches(batches, device, prepare):
+                heed_stop("while evaluating")
                 logits = model(batch["images"]).float()
                 here = slice(done, done + len(logits))
                 ranks[here] = ranks_of_labels(logits, batch["labels"])

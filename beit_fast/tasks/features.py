@@ -26,6 +26,7 @@ from beit_fast.data.datasets import ImageFolder
 from beit_fast.data.in_order import batches_in_order
 from beit_fast.kernels.patches import normalized_patches
 from beit_fast.model.beit import Beit
+from beit_fast.train.stop import heed_stop
 
 MANIFEST, FEATURES, LABELS = "manifest.json", "features.npy", "labels.npy"
 FORMAT = 1
@@ -96,6 +97,7 @@ def cached_features(
     )
     try:
         for rows, batch in batches:
+            heed_stop("while features were computed")
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 pixels = normalized_patches(batch.to(device), model.config.patch_pixels, mean, std)
                 features = block_features(model, pixels)

@@ -24,17 +24,21 @@ from beit_fast.data.views import normalize
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForImageClassification
+from beit_fast.tasks.check_images import check_test_images
 from beit_fast.tasks.checkpoints import statistics_of
 from beit_fast.tasks.evaluation import Classification, default_crop_pct, evaluate_classifier
 from beit_fast.tasks.finetune_init import starting_point
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import split
-from beit_fast.tasks.sources import lasting_settings, unseen_batches
+from beit_fast.tasks.sources import task_settings, unseen_batches
+from beit_fast.train.aside import Aside
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import METRICS, read_metrics
-from beit_fast.train.loop import Outcome, train
+from beit_fast.train.loop import SAVED, Outcome, train
 from beit_fast.train.parallel import World, open_world
+from beit_fast.train.preflight import check_run
+from beit_fast.train.stop import stop_signals
 from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.reconstruction import draw_columns
 
@@ -79,6 +83,7 @@ class FinetuneConfig:
     crop_pct: float | None = None  # of test images; None: timm's for their size
     # Less memory, as in pre-training.
     grad_checkpointing: bool | Literal["selective"] = False
+    weight_decay_on_rel_pos_bias: bool = True  # as in pre-training
 
     def __post_init__(self) -> None:
         if not 0 < self.layer_decay <= 1:
@@ -114,8 +119,14 @@ class FinetuneTask:
                 "training, or --run.evaluate_every null"
             )
         check_statistics(config)
+        if config.model.in_chans != 3:
+            raise ValueError(
+                f"model.in_chans is {config.model.in_chans}: images here have 3 channels, pass "
+                "--model.in_chans 3"
+            )
         self.start = starting_point(
-            config.model, config.init, config.init_key, self.classes, config.run.seed
+            *(config.model, config.init, config.init_key, self.classes, config.run.seed),
+            output=Path(config.run.output),
         )
         self.model = self.start.model
         self.model.set_grad_checkpointing(config.grad_checkpointing)
@@ -158,6 +169,9 @@ class FinetuneTask:
         prepared["pixels"] = normalize(batch["images"], *self._statistics)
         return prepared | {"labels": self._labels[batch["sample_index"]]}
 
+    def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch
+
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss, num_correct = self._loss(**batch)
         if self.config.augment.mixes:
@@ -173,7 +187,12 @@ class FinetuneTask:
         return loss, (logits.argmax(dim=1) == labels).sum()
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return layer_decay_groups(self.model, weight_decay, self.config.layer_decay)
+        return layer_decay_groups(
+            self.model,
+            weight_decay,
+            self.config.layer_decay,
+            spare_tables=not self.config.weight_decay_on_rel_pos_bias,
+        )
 
     def report(self) -> dict[str, Tensor]:
         return {}
@@ -181,6 +200,14 @@ class FinetuneTask:
     @property
     def has_test(self) -> bool:
         return self._test is not None
+
+    def check_test_images(self) -> None:
+        """Raise ValueError on every rank for test images that cannot be used."""
+        if self.has_test:
+            data, folder = self.config.data, Path(self.config.run.output)
+            check_test_images(
+                self._test[0], num_threads=data.num_threads, world=self.world, folder=folder
+            )
 
     def classify(self, model: BeitForImageClassification) -> Classification:
         """Evaluate `model` on every test image once, over all ranks."""
@@ -244,20 +271,37 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
     seen them. Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, CaptureError,
     Interrupted.
     """
-    with open_world(config.run.device, config.run.cpu_threads) as world:
+    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
         task = FinetuneTask(config, world)
-        console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
-        console.print(task.start.report, markup=False)
-        outcome = train(task, config.optim, config.run, settings=settings_of(task), world=world)
+        console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not world.is_main)
+        console.print(task.start.report)
+        run = (task, config.optim, config.run)
+        check_run(*run, settings=settings_of(task), world=world)
+        task.check_test_images()
+        outcome = train(*run, settings=settings_of(task), world=world)
         raw = ema = None
         if task.has_test:
-            raw = task.classify(task.model)
+            raw = _classified(task, task.model, outcome)
             if config.run.ema_decay is not None:
-                ema = task.classify(outcome.model)
+                ema = _classified(task, outcome.model, outcome)
         result = FinetuneOutcome(train=outcome, classes=task.classes, raw=raw, ema=ema)
         if world.is_main:
-            _summarise(task, result, console)
+            _write_result(task, result)
+            aside = Aside(world, strict=config.run.strict)
+            with aside.work("the summary"):
+                _summarise(task, result, console)
+        stop.leave(world, f"after step {outcome.num_steps}", SAVED)
         return result
+
+
+def _classified(task: FinetuneTask, model: BeitForImageClassification, outcome: Outcome):
+    try:
+        return task.classify(model)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{error}. Training is finished and saved in {outcome.checkpoint}: the same command "
+            "evaluates it again"
+        ) from error
 
 
 def settings_of(task: FinetuneTask) -> dict[str, Any]:
@@ -265,11 +309,7 @@ def settings_of(task: FinetuneTask) -> dict[str, Any]:
 
     With the classes it is also what `beit-fast evaluate` and `predict` need to know.
     """
-    settings = lasting_settings(task.config)
-    for name in ("init_key", "grad_checkpointing", "crop_pct"):
-        del settings[name]
-    del settings["data"]["test"]
-    return settings | {"init": task.start.digest, "classes": task.classes}
+    return task_settings(task.config) | {"init": task.start.digest, "classes": task.classes}
 
 
 def open_labelled(
@@ -309,15 +349,22 @@ def check_statistics(config: FinetuneConfig) -> None:
         )
 
 
-def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) -> None:
-    output = Path(task.config.run.output)
+def _found(result: FinetuneOutcome) -> dict[str, Classification]:
     found = {name: getattr(result, name) for name in ("raw", "ema")}
-    found = {name: value for name, value in found.items() if value is not None}
-    plain = {name: _plain(value) for name, value in found.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _write_result(task: FinetuneTask, result: FinetuneOutcome) -> None:
+    plain = {name: _plain(value) for name, value in _found(result).items()}
     content = {"classes": result.classes, "num_steps": result.train.num_steps, **plain}
-    (output / RESULT).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    path = Path(task.config.run.output) / RESULT
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) -> None:
+    output, found = Path(task.config.run.output), _found(result)
     curve = draw_curves(read_metrics(output / METRICS), output / "curve.png")
-    console.print(f"\n[bold]After {result.train.num_steps} steps[/]")
+    console.print(f"\nAfter {result.train.num_steps} steps", style="bold")
     for name, value in found.items():
         console.print(
             f"  {'weights' if name == 'raw' else 'averaged weights':18}top-1 {value.top1:.2%}  "
@@ -327,6 +374,8 @@ def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) ->
         console.print("  not evaluated: neither --data.test nor --data.held_out was given")
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
+    for failed in result.train.failed:
+        console.print(f"  failed, beside training: {failed}")
     for name, path in (
         ("checkpoint", result.train.checkpoint),
         ("result", output / RESULT),

@@ -8,6 +8,7 @@ own copy). A head stays only if it was trained on the same classes.
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.model.read_checkpoint import Weights, read_checkpoint
 from beit_fast.model.sizes import UnknownHeads
 from beit_fast.tasks.checkpoints import weights_digest
+from beit_fast.train.state import newest_manifest
 
 ARCHITECTURE = (
     *("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "attn_head_dim", "mlp_ratio"),
@@ -35,14 +37,20 @@ class Start:
 
 
 def starting_point(
-    wanted: BeitConfig, init: str | None, key: str | None, classes: list[str], seed: int
+    wanted: BeitConfig,
+    init: str | None,
+    key: str | None,
+    classes: list[str],
+    seed: int,
+    output: Path | None = None,
 ) -> Start:
     """The classifier of `wanted` with the weights of `init`, anything `read_checkpoint` reads.
 
     What the checkpoint lacks starts as `seed` draws it, the head near 0. Where it does not say its
     heads, `wanted` does if it has as many blocks of the same width; where its positions are as
-    many as the grid of `wanted` has, that is their grid. Raises ValueError where the folders do not
-    have the classes that `wanted` counts, and as `read_checkpoint` does.
+    many as the grid of `wanted` has, that is their grid. `output` is a run's: if it was begun, and
+    `init` has gone since, it goes on without. Raises ValueError where the folders do not have the
+    classes that `wanted` counts, and as `read_checkpoint` does.
     """
     if wanted.num_classes not in (0, len(classes)):
         raise ValueError(
@@ -54,7 +62,13 @@ def starting_point(
     torch.manual_seed(seed)
     if init is None:
         return Start(BeitForImageClassification(wanted), None, "from scratch: no init was given")
-    weights = _read(wanted, init, key)
+    try:
+        weights = _read(wanted, init, key)
+    except (ValueError, OSError) as error:
+        begun = newest_manifest(output) if output is not None and not Path(init).exists() else None
+        if begun is None:
+            raise
+        return _begun(wanted, begun, f"{init} is no longer there ({error})")
     digest = weights_digest(weights.state)
     notes = [f"{init}: a {weights.task} checkpoint"]
     if weights.labels is not None and list(weights.labels) != classes:
@@ -71,6 +85,15 @@ def starting_point(
     model = BeitForImageClassification(config)
     report = load_pretrained(model, weights)
     return Start(model, digest, "\n".join([*notes, str(report)]))
+
+
+def _begun(wanted: BeitConfig, manifest: dict[str, Any], why: str) -> Start:
+    """The model of a run that was begun; its weights are in its checkpoints."""
+    settings = manifest["settings"]
+    names = (*ARCHITECTURE, "use_rel_pos_bias", "use_shared_rel_pos_bias")
+    theirs = {name: settings["model"][name] for name in names if name in settings["model"]}
+    model = BeitForImageClassification(dataclasses.replace(wanted, **theirs))
+    return Start(model, settings.get("init"), f"{why}: the run goes on from its own checkpoint")
 
 
 def architecture(wanted: BeitConfig, weights: Weights) -> BeitConfig:

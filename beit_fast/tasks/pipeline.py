@@ -3,17 +3,21 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from beit_fast.tasks.dvae import train_tokenizer
-from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask
-from beit_fast.tasks.sources import lasting_settings
+from beit_fast.tasks.dvae import DvaeTrainingConfig, finished_tokenizer, train_tokenizer
+from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask, TokensToCome
+from beit_fast.tasks.sources import task_settings
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
 from beit_fast.tokenizer.dvae import Dvae
+from beit_fast.train.aside import Aside
 from beit_fast.train.log import METRICS, read_metrics
-from beit_fast.train.loop import Outcome, train
+from beit_fast.train.loop import SAVED, Outcome, train
 from beit_fast.train.parallel import World, open_world
+from beit_fast.train.preflight import check_run
+from beit_fast.train.stop import stop_signals
 from beit_fast.viz.curves import draw_curves
 
 CLEAR_GAIN = 0.05  # share of the marginals' entropy; less could be positions, not content
@@ -22,29 +26,73 @@ CLEAR_GAIN = 0.05  # share of the marginals' entropy; less could be positions, n
 def run_pretraining(config: PretrainConfig) -> Outcome:
     """Train as `config` says, resume where it was left, and print where the results are.
 
-    Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, CaptureError, Interrupted.
+    What BEiT's own training would refuse is found before a tokenizer is trained for it. Raises
+    ValueError (also CheckpointError), OSError, BadDataError, NonFiniteLoss, CaptureError,
+    Interrupted.
     """
-    with open_world(config.run.device, config.run.cpu_threads) as world:
-        tokenizer = None if config.token_cache is not None else open_tokenizer(config, world)
+    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
+        stage = tokenizer_stage(config)
+        file = finished_tokenizer(stage) if stage is not None else None
+        to_train = stage is not None and file is None
+        if to_train:
+            tokenizer = TokensToCome(stage.dvae.vocab_size)
+        elif file is not None:
+            tokenizer = load_tokenizer(file)
+        else:
+            tokenizer = None if config.token_cache is not None else open_tokenizer(config, world)
         task = PretrainTask(config, tokenizer, world)
-        console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
+        console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not world.is_main)
+        if file is not None:
+            console.print(f"tokenizer: its training is finished, {file} is used")
         if task.cache is not None:
             console.print(
                 f"tokens of {task.cache.num_views} views come from {config.token_cache}; "
                 f"evaluation is on {task.evaluated_on}"
             )
-        # The tokenizer by its weights: its file may move, and another may come in its place.
-        settings = lasting_settings(config)
-        del settings["tokenizer_training"], settings["grad_checkpointing"]
-        settings["tokenizer"] = tokenizer_digest(tokenizer) if tokenizer is not None else None
-        settings["token_cache"] = None
-        if task.cache is not None:
-            settings["tokenizer"] = task.cache.manifest.made_from["tokenizer"]["weights"]
-            settings["token_cache"] = task.cache.num_views
-        outcome = train(task, config.optim, config.run, settings=settings, world=world)
+        run = (task, config.optim, config.run)
+        if to_train:
+            check_run(
+                *run,
+                settings=settings_of(task, None),
+                world=world,
+                unknown={"tokenizer"},
+                step=True,
+            )
+            tokenizer = load_tokenizer(train_tokenizer(stage, world))
+            stop.leave(world, "between the tokenizer's training and BEiT's")
+            task.use(tokenizer)
+        settings = settings_of(task, tokenizer)
+        check_run(*run, settings=settings, world=world)
+        outcome = train(*run, settings=settings, world=world)
         if world.is_main:
-            _summarise(task, outcome, config)
+            aside = Aside(world, strict=config.run.strict)
+            with aside.work("the summary"):
+                _summarise(task, outcome, config)
+        stop.leave(world, f"after step {outcome.num_steps}", SAVED)
         return outcome
+
+
+def settings_of(task: PretrainTask, tokenizer: Dvae | None) -> dict[str, Any]:
+    """What the weights depend on; the tokenizer by its weights, for its file may move and another
+    may come in its place."""
+    settings = task_settings(task.config)
+    del settings["tokenizer_training"]
+    settings["tokenizer"] = tokenizer_digest(tokenizer) if tokenizer is not None else None
+    settings["token_cache"] = None
+    if task.cache is not None:
+        settings["tokenizer"] = task.cache.manifest.made_from["tokenizer"]["weights"]
+        settings["token_cache"] = task.cache.num_views
+    return settings
+
+
+def tokenizer_stage(config: PretrainConfig) -> DvaeTrainingConfig | None:
+    """How the tokenizer is trained first, in a folder of the run; None: it is not."""
+    if config.tokenizer_training is None:
+        return None
+    training = config.tokenizer_training
+    output = str(Path(config.run.output) / "tokenizer")
+    data = replace(training.data, path=training.data.path or config.data.path)
+    return replace(training, data=data, run=replace(training.run, output=output))
 
 
 def open_tokenizer(config: PretrainConfig, world: World) -> Dvae | None:
@@ -52,23 +100,20 @@ def open_tokenizer(config: PretrainConfig, world: World) -> Dvae | None:
     that predicts pixels."""
     if config.model.predict == "pixels":
         return None
-    if config.tokenizer is not None:
+    stage = tokenizer_stage(config)
+    if stage is None:
         return load_tokenizer(config.tokenizer)
-    training = config.tokenizer_training
-    output = str(Path(config.run.output) / "tokenizer")
-    data = replace(training.data, path=training.data.path or config.data.path)
-    training = replace(training, data=data, run=replace(training.run, output=output))
-    return load_tokenizer(train_tokenizer(training, world))
+    return load_tokenizer(finished_tokenizer(stage) or train_tokenizer(stage, world))
 
 
 def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> None:
     output = Path(config.run.output)
     records = read_metrics(output / METRICS)
     vocab_size = config.model.vocab_size if task.predicts_tokens else None
-    curve = draw_curves(records, output / "curve.png", vocab_size=vocab_size)
     result = task.evaluate(outcome.model)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"\n[bold]After {outcome.num_steps} steps, on {task.evaluated_on}[/]")
+    curve = draw_curves(records, output / "curve.png", vocab_size=vocab_size)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(f"\nAfter {outcome.num_steps} steps, on {task.evaluated_on}", style="bold")
     if vocab_size is None:
         console.print(f"  squared error of the pixels  {result['loss']:.4f}")
     else:
@@ -78,9 +123,12 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
             f"entropy of the token marginals = {entropy:.3f}\n"
             f"  accuracy  {accuracy:.1%}  chance 1/V = {1 / vocab_size:.2%}"
         )
-        console.print(f"  {_verdict(entropy - loss, entropy)}")
+        told, colour = _verdict(entropy - loss, entropy)
+        console.print(f"  {told}", style=colour)
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
+    for failed in outcome.failed:
+        console.print(f"  failed, beside training: {failed}")
     for name, path in (
         ("checkpoint", outcome.checkpoint),
         ("metrics", output / METRICS),
@@ -90,10 +138,10 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
         console.print(f"  {name:10} {path}")
 
 
-def _verdict(gain: float, entropy: float) -> str:
-    """What a loss `gain` nats below the marginals' entropy says of the model, in rich's markup."""
+def _verdict(gain: float, entropy: float) -> tuple[str, str]:
+    """What a loss `gain` nats below the marginals' entropy says of the model, and its colour."""
     if gain > CLEAR_GAIN * entropy:
-        return f"[green]{gain:.3f} nats below the marginals: it predicts from context[/]"
+        return f"{gain:.3f} nats below the marginals: it predicts from context", "green"
     if gain > 0:
-        return f"[red]{gain:.3f} nats below the marginals: it knows little more than them[/]"
-    return f"[red]{-gain:.3f} nats above the marginals: it has not learnt even those[/]"
+        return f"{gain:.3f} nats below the marginals: it knows little more than them", "red"
+    return f"{-gain:.3f} nats above the marginals: it has not learnt even those", "red"

@@ -49,6 +49,7 @@ from beit_fast.data.token_cache import (
 from beit_fast.tasks.pipeline import open_tokenizer
 from beit_fast.tasks.pretrain import (
     PretrainConfig,
+    TokensToCome,
     check_tokenizer,
     frozen,
     token_source,
@@ -58,6 +59,7 @@ from beit_fast.tasks.sources import open_loader
 from beit_fast.tokenizer.checkpoint import tokenizer_digest
 from beit_fast.tokenizer.protocol import Tokenizer
 from beit_fast.train.parallel import World, open_world
+from beit_fast.train.preflight import check_writable
 from beit_fast.train.state import environment
 from beit_fast.train.stop import Interrupted, StopFlag, sole_user, stop_signals
 
@@ -97,16 +99,23 @@ def run_pretokenize(config: PretokenizeConfig) -> Path:
     Raises TokenCacheError for a folder with other tokens, ValueError, OSError, Interrupted.
     """
     folder = Path(config.output)
-    with open_world(config.run.device, config.run.cpu_threads) as world:
-        tokenizer = open_tokenizer(config, world)
-        check_tokenizer(tokenizer, config)
+    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
+        check_writable(folder, "--output")
         loader = open_loader(
             config.data, TokenViewSample(config.views), seed=config.run.seed, world=world
         )
+        if config.tokenizer_training is not None:  # before it is trained
+            check_tokenizer(TokensToCome(config.tokenizer_training.dvae.vocab_size), config)
+            if (folder / MANIFEST).exists():
+                theirs = read_manifest(folder).made_from
+                ours = token_source(config, loader.source, theirs["tokenizer"]["weights"])
+                check_made_from(folder, theirs, ours)
+        tokenizer = open_tokenizer(config, world)
+        check_tokenizer(tokenizer, config)
         made_from = token_source(config, loader.source, tokenizer_digest(tokenizer))
         world.same(hashlib.sha256(json.dumps(made_from).encode()).hexdigest())
         lock = sole_user(folder, "--output") if world.is_main else nullcontext()
-        with lock, stop_signals() as stop:
+        with lock:
             world.barrier()  # nobody reads or writes before the lock is held
             manifest = _begin(config, made_from, world)
             tokenizer = frozen(tokenizer, config).to(world.device)
@@ -209,7 +218,7 @@ class _Writer:
         with closing(self.loader.batches_in_order(*shard)) as batches:
             for _ in range(turns):
                 if signum := self.world.any_of(self.stop.received):
-                    raise Interrupted(signum, self.num_files, "file", "the same command goes on")
+                    raise Interrupted(signum, f"after file {self.num_files}")
                 if done == len(records):
                     continue
                 batch = next(batches)

@@ -32,14 +32,16 @@ from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForMaskedImageModeling
 from beit_fast.tasks.dvae import DvaeTrainingConfig
+from beit_fast.tasks.layer_decay import spared_from_decay
 from beit_fast.tasks.sources import DataConfig, open_loader, unseen_batches
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
-from beit_fast.tokenizer.dvae import Dvae
+from beit_fast.tokenizer.dvae import STRIDE, Dvae
 from beit_fast.tokenizer.frozen import FrozenTokenizer
 from beit_fast.tokenizer.metrics import code_entropy, count_codes
 from beit_fast.tokenizer.protocol import Tokenizer
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.parallel import World
+from beit_fast.train.stop import heed_stop
 from beit_fast.viz.reconstruction import draw_columns, hide_patches
 
 STATISTICS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": (HALF_MEAN, HALF_STD)}
@@ -71,6 +73,8 @@ class PretrainConfig:
     # Less memory: blocks are computed again in the backward pass, or with "selective" all of them
     # but products and attention.
     grad_checkpointing: bool | Literal["selective"] = False
+    # Of the relative-position tables; false is the original's disable_weight_decay_on_rel_pos_bias.
+    weight_decay_on_rel_pos_bias: bool = True
 
     def __post_init__(self) -> None:
         sources = (self.tokenizer is not None) + (self.tokenizer_training is not None)
@@ -101,6 +105,14 @@ class PretrainConfig:
             )
 
 
+@dataclass(frozen=True)
+class TokensToCome:
+    """What is known of a tokenizer before it is trained."""
+
+    vocab_size: int
+    stride: int = STRIDE  # pixels a token
+
+
 def _with_tokenizer(method: Callable) -> Callable:
     """The method with the tokenizer loaded for its time, where a cache keeps it out of training and
     the configuration names its file."""
@@ -123,23 +135,29 @@ class PretrainTask:
     """BEiT's pre-training as a task of the loop.
 
     Tokens come from the tokenizer or, where the configuration names a token cache, from there; then
-    `tokenizer` is None. Raises TokenCacheError for a cache that is damaged or was made from
-    something else.
+    `tokenizer` is None. One that is yet to be trained comes later, by `use`. Raises TokenCacheError
+    for a cache that is damaged or was made from something else.
     """
 
     name = "pretrain"
 
-    def __init__(self, config: PretrainConfig, tokenizer: Tokenizer | None, world: World) -> None:
+    def __init__(
+        self, config: PretrainConfig, tokenizer: Tokenizer | TokensToCome | None, world: World
+    ) -> None:
         model, views = config.model, config.views
         self.predicts_tokens = model.predict == "tokens"
         self.cache = None
         if config.token_cache is not None:
             assert tokenizer is None, "a token cache takes its place"
             self.cache = TokenCache(config.token_cache, part=world.rank, parts=world.size)
+        if model.in_chans != 3:
+            raise ValueError(
+                f"model.in_chans is {model.in_chans}: images here have 3 channels, pass "
+                "--model.in_chans 3"
+            )
+        self.config, self.tokenizer = config, None
         if tokenizer is not None:
-            check_tokenizer(tokenizer, config)
-            tokenizer = frozen(tokenizer, config)
-        self.config, self.tokenizer = config, tokenizer
+            self.use(tokenizer)
         torch.manual_seed(config.run.seed)
         self.model = BeitForMaskedImageModeling(model)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
@@ -160,6 +178,12 @@ class PretrainTask:
         self.batches_per_epoch = self.loader.batches_per_epoch
         self.num_images = len(self.loader.source)
         self.images_per_batch = config.data.batch_size
+
+    def use(self, tokenizer: Tokenizer | TokensToCome) -> None:
+        """Take this tokenizer. Raises ValueError as `check_tokenizer` does."""
+        check_tokenizer(tokenizer, self.config)
+        if not isinstance(tokenizer, TokensToCome):
+            self.tokenizer = frozen(tokenizer, self.config)
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
@@ -187,6 +211,11 @@ class PretrainTask:
             prepared["tokens"] = self._tokens(batch, index)
         return prepared
 
+    def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With a token of each patch, for there may be no tokenizer yet."""
+        grid = (len(batch["mask"]), self.config.model.num_patches)
+        return {"tokens": torch.zeros(grid, dtype=torch.int64)} | batch
+
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.predicts_tokens:
             return self._loss(batch["patches"], batch["mask"], batch["masked_index"]), {}
@@ -198,7 +227,13 @@ class PretrainTask:
         return loss, {"accuracy": num_correct / predicted.sum().clamp(min=1)}
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return param_groups_weight_decay(self.model, weight_decay, self.model.no_weight_decay())
+        spared = spared_from_decay(
+            self.model, spare_tables=not self.config.weight_decay_on_rel_pos_bias
+        )
+        # By keyword: which place an option has differs between versions of timm.
+        return param_groups_weight_decay(
+            self.model, weight_decay=weight_decay, no_weight_decay_list=spared
+        )
 
     def report(self) -> dict[str, Tensor]:
         if not self.predicts_tokens:
@@ -301,6 +336,7 @@ class PretrainTask:
         model.eval()
         try:
             for batch in unseen_batches(self._unseen_loader, num_batches, device):
+                heed_stop("while evaluating")
                 yield jitter_views(batch)
         finally:
             model.train(was_training)
@@ -367,7 +403,7 @@ def token_source(config: PretrainConfig, source: ImageSource, weights: str) -> d
     return describe(source, config.views, config.model.grid, config.run.seed, tokenizer)
 
 
-def check_tokenizer(tokenizer: Tokenizer, config: PretrainConfig) -> None:
+def check_tokenizer(tokenizer: Tokenizer | TokensToCome, config: PretrainConfig) -> None:
     """Raise ValueError unless the tokenizer gives the model one of its codes for each patch."""
     model = config.model
     if tokenizer.vocab_size != model.vocab_size:

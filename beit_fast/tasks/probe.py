@@ -40,7 +40,9 @@ from beit_fast.tasks.features import Features, cached_features
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import knn_accuracy, linear_probes, split
 from beit_fast.train.parallel import World, open_world
+from beit_fast.train.preflight import check_writable
 from beit_fast.train.state import environment
+from beit_fast.train.stop import stop_signals
 from beit_fast.viz.layers import draw_layers
 
 POOLS = ("cls", "mean")  # the order in the features
@@ -89,14 +91,15 @@ class ProbeConfig:
 def run_probe(config: ProbeConfig) -> dict[str, Any]:
     """Probe every block, print the table, write probe.json and probe.png to `config.output`.
 
-    Returns what probe.json holds. Raises ValueError OSError.
+    Returns what probe.json holds. Raises ValueError, OSError, Interrupted.
     """
     for name in ("checkpoint", "train", "test"):
         if not getattr(config, name):
             raise ValueError(f"no {name} was named: pass --{name} with a folder")
-    with open_world(config.device) as world:
+    with open_world(config.device) as world, stop_signals():
         if world.size > 1:
             raise ValueError(f"torchrun started {world.size} processes: a probe runs in one")
+        check_writable(Path(config.output), "--output")
         return _run(config, world)
 
 

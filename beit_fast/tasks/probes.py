@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit_fast.train.stop import heed_stop
+
 TEMPERATURE = 0.07  # of a neighbour's vote, as in DINO (arXiv:2104.14294, section 4.1)
 QUERIES, BANK = 512, 16384  # similarities at once: 32 MiB
 
@@ -124,6 +126,7 @@ def linear_probes(
         weight_decay=weight_decay,
     )
     for epoch in range(epochs):
+        heed_stop("while probes were trained")
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         order = rows[torch.randperm(len(rows), generator=generator).numpy()]

@@ -70,13 +70,9 @@ def unseen_batches(
         batches.close()
 
 
-def lasting_settings(config: Any) -> dict[str, Any]:
-    """What the weights depend on, as plain data.
-
-    Without optimiser and run, which the loop adds, without threads, and without the folder, which
-    may move: the loop compares the number of images.
-    """
+def task_settings(config: Any) -> dict[str, Any]:
+    """The settings of a task as plain data, without those of optimiser and run, which the loop adds
+    and then takes the habits out (train/resume.py)."""
     settings = asdict(config)
     del settings["optim"], settings["run"]
-    del settings["data"]["num_threads"], settings["data"]["path"]
     return settings

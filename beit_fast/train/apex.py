@@ -17,10 +17,17 @@ def apex_adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Opti
     state of a parameter holds `exp_avg`, `exp_avg_sq` and `step`. Raises ValueError where NVIDIA's
     apex is not installed, and for weights that are not on a GPU.
     """
+    for device in {p.device for group in groups for p in group["params"]}:
+        check_apex(device)
     fused_adam = _import_fused_adam()
-    if any(p.device.type != "cuda" for group in groups for p in group["params"]):
-        raise ValueError("optim.backend is apex, which needs a GPU: pass --optim.backend torch")
     return _subclass(fused_adam)(groups, adam_w_mode=True, capturable=True, **options)
+
+
+def check_apex(device: torch.device) -> None:
+    """Raise ValueError where `apex_adamw` cannot train weights of this device."""
+    _import_fused_adam()
+    if device.type != "cuda":
+        raise ValueError("optim.backend is apex, which needs a GPU: pass --optim.backend torch")
 
 
 def _import_fused_adam() -> type[torch.optim.Optimizer]:

@@ -51,7 +51,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # torch's threads on a CPU; None: its own choice. Where images are decoded on the same few
     # cores, fewer are faster: threads that wait for each other spin. A dVAE on 32 px crops, on two
-    # busy cores: 290 images/s with one thread, 20 to 35 with two. A resume must use as many.
+    # busy cores: 290 images/s with one thread, 20 to 35 with two.
     cpu_threads: int | None = None
     ema_decay: float | None = None  # None keeps no averaged weights
     log_every: int = 50  # steps between lines of metrics; the only host syncs
@@ -59,7 +59,11 @@ class RunConfig:
     keep: int = 2  # newest checkpoints that stay
     picture_every: int | None = None  # steps between pictures; one more at the end
     evaluate_every: float | None = None  # epochs between evaluations, the end not counted
+    strict: bool = False  # an evaluation, picture or log that fails ends the run
     resume: Literal["auto", "must", "never"] = "auto"  # auto: from the newest checkpoint, if any
+    resume_from: int | None = None  # step to go back to; later checkpoints are set aside
+    # Settings by name that may differ from the checkpoint's though they make it another run.
+    resume_with: tuple[str, ...] = ()
     fallback: bool = False  # resume from an older checkpoint where the newest is damaged
 
     def __post_init__(self) -> None:
@@ -94,8 +98,9 @@ class RunConfig:
         if (self.steps if self.steps is not None else self.epochs) <= 0:
             raise ValueError("the run has no step: give run.steps or run.epochs above 0")
 
-    def num_steps(self, batches_per_epoch: int) -> int:
-        """Optimiser steps of the whole run, given micro-batches per epoch on one rank."""
+    def num_steps(self, batches_per_epoch: int, accumulate: int | None = None) -> int:
+        """Optimiser steps of the whole run, given micro-batches per epoch on one rank, and per step
+        where that is not `accumulate`."""
         if self.steps is not None:
             return self.steps
-        return max(1, int(self.epochs * batches_per_epoch) // self.accumulate)
+        return max(1, int(self.epochs * batches_per_epoch) // (accumulate or self.accumulate))

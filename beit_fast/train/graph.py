@@ -43,6 +43,15 @@ class CaptureError(RuntimeError):
         )
 
 
+def check_graphs(device: torch.device) -> None:
+    """Raise ValueError for a device without CUDA graphs."""
+    if device.type != "cuda":
+        raise ValueError(
+            f"run.cuda_graph is true and the device is {device.type}: CUDA graphs need a GPU; "
+            "pass --run.cuda_graph false"
+        )
+
+
 class Graphed:
     """A function of batches that is captured after EAGER_STEPS calls and replayed from then on.
 
@@ -60,11 +69,7 @@ class Graphed:
         *,
         draws: bool = True,
     ) -> None:
-        if device.type != "cuda":
-            raise ValueError(
-                f"run.cuda_graph is true and the device is {device.type}: CUDA graphs need a GPU; "
-                "pass --run.cuda_graph false"
-            )
+        check_graphs(device)
         self._function, self._device, self._name, self._draws = function, device, name, draws
         # One for all calls: the allocator keeps memory for each stream. And its own: cuBLAS has a
         # workspace for each stream, which the graphs captured on it share, and two may run at once.

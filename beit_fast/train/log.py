@@ -1,7 +1,7 @@
 """Metrics stay on the device between log lines; a line goes to the terminal, JSON and TensorBoard.
 
-`metrics.jsonl` holds one object a line. After a resume the lines past the checkpoint are cut, so
-none is doubled.
+`metrics.jsonl` holds one object a line, an evaluation on a line of its own. After a resume the
+lines past the checkpoint are cut, so none is doubled.
 """
 
 import contextlib
@@ -61,13 +61,20 @@ class Meter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out."""
-    records = []
+    """The records of a `metrics.jsonl`, one a step: a step's evaluation is a line of its own there.
+
+    A last line cut short by a crash is left out.
+    """
+    records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if records and records[-1].get("step", -1) == record.get("step"):
+            records[-1] |= record
+        else:
+            records.append(record)
     return records
 
 
@@ -120,8 +127,10 @@ class Log:
     def aside(self) -> Iterator[None]:
         """Time spent in here does not count against the training's speed."""
         begun = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begun
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - begun
 
     def line(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the means of the steps since the last line; call after a device sync."""
@@ -144,6 +153,17 @@ class Log:
         )
         if self._progress is not None:
             self._progress.update(self._bar, speed=f"{speed:.0f} images/s")
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Write what an evaluation after `step` came to."""
+        if not self._enabled:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True)
 
     def close(self) -> None:
         if self._progress is not None:

@@ -19,48 +19,31 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from beit_fast.train.aside import Aside
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import Graphed
-from beit_fast.train.log import Log, Meter
+from beit_fast.train.length import Length, run_length
+from beit_fast.train.log import METRICS, Log, Meter, read_metrics
 from beit_fast.train.optim import (
     Schedule,
     build_optimizer,
     load_optimizer_tensors,
     lr_at,
     optimizer_tensors,
-    warmup_steps,
 )
 from beit_fast.train.parallel import World, data_parallel
 from beit_fast.train.prefetch import Batch, InFlight, device_batches
+from beit_fast.train.resume import Resume, find_resume, without_habits
 from beit_fast.train.state import (
-    Checkpoint,
     CheckpointError,
-    check_settings,
     checkpoint_paths,
-    load_newest,
     metadata_of,
     save_checkpoint,
 )
 from beit_fast.train.step import Sentinel, TrainStep, autocast
 from beit_fast.train.stop import Interrupted, sole_user, stop_signals
 
-# Fields of RunConfig that may change over a resume: none of them touches weights or data.
-HABITS = frozenset(
-    {
-        "output",
-        "device",
-        "log_every",
-        "save_every",
-        "keep",
-        "picture_every",
-        "evaluate_every",
-        "resume",
-        "fallback",
-        "compile",  # as a change of device: other rounding, other random numbers
-        "cuda_graph",
-        "prepare_ahead",
-    }
-)
+SAVED = "the checkpoint is saved"
 logger = logging.getLogger("beit_fast.train")
 
 
@@ -94,6 +77,9 @@ class Task(Protocol):
         """What `loss` takes, from a batch on the device: all that needs neither gradients nor
         random numbers, in the run's precision. No host sync."""
 
+    def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with whatever `prepare` cannot make yet, for a look at shapes alone."""
+
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and scalar metrics of a prepared batch. No host sync, fixed shapes."""
 
@@ -118,6 +104,7 @@ class Outcome:
     checkpoint: Path
     picture: Path
     num_steps: int
+    failed: tuple[str, ...] = ()  # work beside training that went wrong, see aside.py
 
 
 class TaskLoss(nn.Module):
@@ -144,46 +131,47 @@ def train(
     """Train `task` to the end of `run` and save checkpoints, metrics and pictures below its output.
 
     `settings` is the whole resolved configuration of the task as plain data; it is saved with
-    every checkpoint, and a resume under other settings is refused. Raises Interrupted after a stop
+    every checkpoint, and a resume is refused under settings that make it another run (resume.py).
+    Evaluation, pictures and logs take nothing down (aside.py). Raises Interrupted after a stop
     signal, NonFiniteLoss, CaptureError, CheckpointError, ValueError.
     """
     output, device = Path(run.output), world.device
-    num_steps = run.num_steps(task.batches_per_epoch)
     images_per_step = task.images_per_batch * run.accumulate * world.size
-    warmup = warmup_steps(optim, num_steps, task.batches_per_epoch / run.accumulate)
-    # Through JSON, so that what is compared at a resume is what a manifest can hold.
-    optimiser = {key: value for key, value in asdict(optim).items() if key != "backend"}
-    settings = json.loads(
-        json.dumps({**settings, "optim": optimiser, "run": _decisive(run, task, world)})
-    )
+    settings = complete_settings(task, optim, run, settings, world)
     world.same(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
+    aside = Aside(world, strict=run.strict)
 
     with _claim(output, world), stop_signals() as stop:
+        resume = find_resume(output, run, settings, world)
+        length = run_length(task, optim, run, settings, world, resume and resume.manifest)
+        num_steps = length.num_steps
         task.to(device)
-        checkpoint = _checkpoint_to_resume(output, run, settings)
-        start = checkpoint.step if checkpoint else 0
-        if checkpoint:
-            task.model.load_state_dict(checkpoint.tensors["model"])
+        start = resume.checkpoint.step if resume else 0
+        if resume:
+            _load_model(task.model, resume)
         if (mode := compile_mode(run, device)) != "off":
             task.compile(mode)
         module = data_parallel(TaskLoss(task), world)
         ema = ModelEmaV3(task.model, decay=run.ema_decay) if run.ema_decay is not None else None
         optimizer = build_optimizer(task.param_groups(optim.weight_decay), optim, device)
         meter = Meter(device)
-        if checkpoint:
-            load_optimizer_tensors(optimizer, task.model, checkpoint.tensors["optimizer"])
-            meter.load_state(checkpoint.tensors["run"])
+        if resume:
+            tensors = resume.checkpoint.tensors
+            load_optimizer_tensors(optimizer, task.model, tensors["optimizer"])
+            meter.load_state(tensors["run"])
             for name, counter in task.counters.items():
-                counter.copy_(checkpoint.tensors["run"][f"counter/{name}"])
-            if ema:
-                ema.module.load_state_dict(checkpoint.tensors["ema"])
-        schedule = Schedule(optimizer, optim, num_steps=num_steps, warmup=warmup, start=start)
+                counter.copy_(tensors["run"][f"counter/{name}"])
+            if ema and "ema" in tensors:  # without, it starts at the weights of now
+                ema.module.load_state_dict(tensors["ema"])
+        schedule = Schedule(
+            optimizer, optim, num_steps=num_steps, warmup=length.warmup_steps, start=start
+        )
         sentinel = Sentinel(optimizer, device, start)
         take = TrainStep(module, optimizer, sentinel, optim=optim, run=run, device=device)
         take = graphed(take, run, world)
         log = Log(output, title=task.name, start=start, num_steps=num_steps, enabled=world.is_main)
-        if checkpoint:
-            log.console.print(f"{task.name}: resumes from {checkpoint.path}", soft_wrap=True)
+        if resume:
+            _say_resume(task, resume, length, log)
 
         def save(step: int) -> None:
             if world.is_main:
@@ -194,15 +182,36 @@ def train(
                 }
                 if ema:
                     tensors["ema"] = ema.module.state_dict()
-                said = metadata_of(settings)
-                save_checkpoint(output, step, tensors, settings, keep=run.keep, metadata=said)
+                more = {"schedule": asdict(length), "history": resume.history if resume else []}
+                save_checkpoint(
+                    output,
+                    step,
+                    tensors,
+                    settings,
+                    keep=run.keep,
+                    metadata=metadata_of(settings),
+                    **more,
+                )
             world.barrier()
 
         def draw(name: str) -> Path:
             path = output / name
             if world.is_main:
-                task.picture(ema.module if ema else task.model, path)
+                with aside.work(f"drawing {path}"):
+                    task.picture(ema.module if ema else task.model, path)
             return path
+
+        def evaluate(step: int) -> None:
+            """Once what was trained is saved."""
+            with log.aside(), aside.work(f"evaluation after step {step}", everywhere=True):
+                values = _evaluate(task, ema)
+                with aside.work("the log"):
+                    log.evaluation(step, values)
+            stop.leave(world, f"evaluating after step {step}", SAVED)
+
+        def falls_due(step: int) -> bool:
+            every, num_images = run.evaluate_every, task.num_images
+            return step < num_steps and _falls_due(every, step, images_per_step, num_images)
 
         task.model.train()
         micro_batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
@@ -211,6 +220,8 @@ def train(
         in_flight = InFlight(device)
         checked = start
         try:
+            if start and falls_due(start) and _lacks_evaluation(output, start, world):
+                evaluate(start)  # it was left at a stop signal, or failed
             for step in range(start, num_steps):
                 task.begin_step(step)
                 step_batches = [next(batches) for _ in range(run.accumulate)]
@@ -224,11 +235,9 @@ def train(
                 log.tick(images_per_step)
 
                 signum = world.any_of(stop.received)
-                evaluates = done < num_steps and _falls_due(
-                    run.evaluate_every, done, images_per_step, task.num_images
-                )
+                evaluates = falls_due(done)
                 prints = done % run.log_every == 0 or done == num_steps or evaluates
-                saves = done % run.save_every == 0 or done == num_steps or signum
+                saves = done % run.save_every == 0 or done == num_steps or evaluates or signum
                 if prints or saves:
                     sentinel.check(world, output, checked, done)
                     checked = done
@@ -236,28 +245,80 @@ def train(
                     scalars = {**meter.means(), **task.report()}
                     values = world.mean(torch.stack([v.double() for v in scalars.values()]))
                     line = dict(zip(scalars, values.tolist(), strict=True))
-                    line["lr"] = lr_at(step, optim, num_steps, warmup)
+                    line["lr"] = lr_at(step, optim, num_steps, length.warmup_steps)
                     line["epoch"] = done * images_per_step / task.num_images
-                    if evaluates:
-                        with log.aside():
-                            line |= _evaluate(task, ema)
-                    log.line(done, line)
+                    with aside.work("the log"):
+                        log.line(done, line)
                 if saves:
-                    save(done)
+                    with log.aside():
+                        save(done)
                 if signum:
-                    raise Interrupted(signum, done)
+                    raise Interrupted(signum, f"after step {done}", SAVED)
+                if evaluates:
+                    evaluate(done)
                 if run.picture_every and done % run.picture_every == 0:
                     draw(f"picture_{done:08d}.png")
             picture = draw("picture.png")
+            stop.leave(world, f"after step {num_steps}", SAVED)
         finally:
             batches.close()
-            log.close()
+            with aside.work("closing the log"):
+                log.close()
         return Outcome(
             model=ema.module if ema else task.model,
             checkpoint=checkpoint_paths(output)[-1],
             picture=picture,
             num_steps=num_steps,
+            failed=tuple(aside.failed),
         )
+
+
+def complete_settings(
+    task: Task, optim: OptimConfig, run: RunConfig, settings: Mapping[str, Any], world: World
+) -> dict[str, Any]:
+    """A task's settings with those of optimiser and run, without habits, as a manifest holds them.
+
+    Through JSON, so that what is compared at a resume is what a manifest can hold.
+    """
+    of_run = asdict(run) | {
+        "world_size": world.size,
+        "images_per_batch": task.images_per_batch,
+        "num_images": task.num_images,  # of whatever folder: data may move
+    }
+    whole = without_habits({**settings, "optim": asdict(optim), "run": of_run})
+    return json.loads(json.dumps(whole))
+
+
+def _load_model(model: nn.Module, resume: Resume) -> None:
+    try:
+        model.load_state_dict(resume.checkpoint.tensors["model"])
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the weights of {resume.checkpoint.path} are not of the model that the settings "
+            f"describe ({why}): give the settings of that run, or another --run.output"
+        ) from error
+
+
+def _say_resume(task: Task, resume: Resume, length: Length, log: Log) -> None:
+    path, start = resume.checkpoint.path, resume.checkpoint.step
+    lines = [f"{task.name}: resumes from {path}"]
+    if start < length.num_steps:
+        lines += [f"{task.name}: from step {start} on, {change}" for change in resume.changes]
+    elif resume.changes:
+        told = "; ".join(map(str, resume.changes))
+        lines.append(f"{task.name}: all {start} steps are done, what changed has no effect: {told}")
+    log.console.print("\n".join(lines), soft_wrap=True, markup=False)
+
+
+def _lacks_evaluation(output: Path, step: int, world: World) -> bool:
+    """Whether the metrics, which the main rank has, hold no evaluation of this step."""
+    lacks = False
+    if world.is_main:
+        records = read_metrics(output / METRICS) if (output / METRICS).exists() else []
+        names = {name for record in records if record["step"] == step for name in record}
+        lacks = not any(name.startswith("test_") for name in names)
+    return bool(world.any_of(int(lacks)))
 
 
 def _falls_due(every: float | None, done: int, images_per_step: int, num_images: int) -> bool:
@@ -307,33 +368,5 @@ def graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | Graphe
     return Graphed(step, world.device, "the step")
 
 
-def _decisive(run: RunConfig, task: Task, world: World) -> dict[str, Any]:
-    """The settings of a run that its weights and metrics depend on."""
-    decisive = {key: value for key, value in asdict(run).items() if key not in HABITS}
-    return decisive | {
-        "world_size": world.size,
-        "images_per_batch": task.images_per_batch,
-        "num_images": task.num_images,  # of whatever folder: data may move
-    }
-
-
 def _claim(output: Path, world: World) -> contextlib.AbstractContextManager:
     return sole_user(output) if world.is_main else contextlib.nullcontext()
-
-
-def _checkpoint_to_resume(
-    output: Path, run: RunConfig, settings: Mapping[str, Any]
-) -> Checkpoint | None:
-    if run.resume == "never":
-        if checkpoint_paths(output):
-            raise CheckpointError(
-                f"{output} holds checkpoints and run.resume is never: give another --run.output, "
-                "or delete that folder"
-            )
-        return None
-    checkpoint = load_newest(output, fallback=run.fallback)
-    if checkpoint is None and run.resume == "must":
-        raise CheckpointError(f"{output} holds no checkpoint and run.resume is must")
-    if checkpoint is not None:
-        check_settings(checkpoint, settings)
-    return checkpoint

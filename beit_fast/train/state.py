@@ -2,7 +2,8 @@
 
     <output>/checkpoints/step_00001000/
         model.safetensors  optimizer.safetensors  [ema.safetensors]  run.safetensors
-        manifest.json      format, step, settings, versions, commit, SHA-256 of every file
+        manifest.json      format, step, settings, versions, commit, SHA-256 of every file; of a
+                           run also its length (`schedule`) and what resumes changed (`history`)
 
 Written under a temporary name, flushed to the disk, then renamed: a crash leaves a folder that
 does not count. Nothing is pickled. Every byte that is read is checked against its digest first,
@@ -20,7 +21,6 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,13 @@ def save_checkpoint(
     *,
     keep: int,
     metadata: Mapping[str, str] = {},
+    **more: Any,
 ) -> Path:
     """Write step `step`, then drop all but the newest `keep`. Returns the checkpoint's folder.
 
-    Every weight file carries `metadata`, as `metadata_of` makes it.
+    Every weight file carries `metadata`, as `metadata_of` makes it. `more` are further entries of
+    the manifest, as JSON has them.
+
     Raises OSError, with the path and the free space, if it cannot be written; what was there
     before stays whole.
     """
@@ -99,6 +102,7 @@ def save_checkpoint(
             "files": digests,
             "settings": settings,
             "environment": environment(),
+            **more,
         }
         path = temporary / MANIFEST
         path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -129,20 +133,9 @@ def metadata_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises CheckpointError naming the file at fault."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path / MANIFEST} is missing: no complete checkpoint") from error
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from error
-    if version != FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {version}, this version reads {FORMAT}: load it with "
-            "the beit_fast that wrote it"
-        )
+    manifest = read_manifest(path)
     tensors = {}
-    for name, digest in files.items():
+    for name, digest in manifest["files"].items():
         file = path / name
         if Path(name).name != name or file.suffix != ".safetensors":
             raise CheckpointError(f"{path / MANIFEST} lists {name!r}, which is no weight file")
@@ -158,7 +151,26 @@ def load_checkpoint(path: Path) -> Checkpoint:
             tensors[file.stem] = load_tensors(content)
         except SafetensorError as error:
             raise CheckpointError(f"{file} is no safetensors file: {error}") from error
-    return Checkpoint(path, step, tensors, manifest)
+    return Checkpoint(path, manifest["step"], tensors, manifest)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of one checkpoint; `step`, `files` and `settings` are there. Raises
+    CheckpointError."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, settings = manifest["format"], dict(manifest["settings"])
+        manifest |= {"step": int(manifest["step"]), "files": dict(manifest["files"])}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path / MANIFEST} is missing: no complete checkpoint") from error
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {version}, this version reads {FORMAT}: load it with "
+            "the beit_fast that wrote it"
+        )
+    return manifest | {"settings": settings}
 
 
 def load_newest(output: Path, *, fallback: bool = False) -> Checkpoint | None:
@@ -183,36 +195,13 @@ def load_newest(output: Path, *, fallback: bool = False) -> Checkpoint | None:
     return None
 
 
-def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
-    """Raise CheckpointError listing every setting in which `checkpoint` is of another run.
-
-    A switch or a rate that is off (False, None, 0) and that the checkpoint's version did not have
-    yet is no difference.
-    """
-    theirs, ours = _flatten(checkpoint.manifest["settings"]), _flatten(settings)
-    off = {key: value for key, value in ours.items() if value is None or value == 0}
-    theirs = off | theirs
-    different = [
-        _difference(key, theirs.get(key, "absent"), ours.get(key, "absent"))
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key)
-    ]
-    if different:
-        raise CheckpointError(
-            f"{checkpoint.path} belongs to a run with other settings ({'; '.join(different)}): "
-            "restore them, or give another --run.output"
-        )
-
-
-def _difference(key: str, theirs: Any, ours: Any) -> str:
-    """How a setting differs; of long lists, as the names of a thousand classes, where."""
-    if isinstance(theirs, list) and isinstance(ours, list) and max(len(theirs), len(ours)) > 8:
-        pairs = enumerate(zip_longest(theirs, ours, fillvalue="absent"))
-        place, (a, b) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-        return (
-            f"{key} had {len(theirs)} entries, has {len(ours)}; number {place} was {a!r}, is {b!r}"
-        )
-    return f"{key} was {theirs!r}, is {ours!r}"
+def newest_manifest(output: Path) -> dict[str, Any] | None:
+    """The manifest of the newest checkpoint below `output`; None where there is none to read."""
+    paths = checkpoint_paths(output)
+    try:
+        return read_manifest(paths[-1]) if paths else None
+    except CheckpointError:
+        return None
 
 
 def environment() -> dict[str, str | None]:
@@ -264,13 +253,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat

@@ -49,8 +49,16 @@ class Sentinel:
             f"loss or gradient norm is not finite between steps {since + 1} and {done}, first at "
             f"step {first + 1}: no weight was changed from there on. "
             + (f"The last good checkpoint is {kept[-1]}. " if kept else "There is no checkpoint. ")
-            + "Lower optim.lr, lengthen the warm-up or clip harder, then resume"
+            + "The same command meets the same numbers: lower --optim.lr, lengthen the warm-up "
+            "(--optim.warmup_steps) or clip harder (--optim.clip_grad), and it goes on from there. "
+            "Where that ends here again, the weights had gone off before: "
+            + (f"go back with --run.resume_from ({_steps(kept)}), or " if len(kept) > 1 else "")
+            + "start over in another --run.output"
         )
+
+
+def _steps(paths: list[Path]) -> str:
+    return ", ".join(str(int(path.name.removeprefix("step_"))) for path in paths)
 
 
 def autocast(run: RunConfig, device: torch.device) -> torch.autocast:

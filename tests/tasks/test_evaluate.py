@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -100,6 +101,42 @@ def test_two_ranks_write_what_one_writes(run_folder, folder, tmp_path):
         assert two[name] == alone[name]
     assert two["loss"] == pytest.approx(alone["loss"], rel=1e-6)
     assert done.stdout.count("every class in") == 1  # one rank speaks
+
+
+def test_an_output_that_cannot_be_written_is_said_before_evaluating(
+    run_folder, folder, tmp_path, capsys, monkeypatch
+):
+    never = "beit_fast.tasks.evaluate.open_classifier"
+    monkeypatch.setattr(never, lambda config: pytest.fail("it was evaluated"))
+    command = ["evaluate", str(run_folder), str(folder), *ALONE, "--output"]
+    assert main([*command, str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path} is a folder, and a file is to be written: pass --output" in said
+    (tmp_path / "file").write_text("")
+    assert main([*command, str(tmp_path / "file" / "x.json")]) == 1
+    assert "give another --output" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main([*command, said.split("--output ")[1].split(",")[0]]) == 0
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_signal_is_heeded_between_batches(
+    run_folder, folder, tmp_path, capsys, monkeypatch, signum, code
+):
+    batches = []
+
+    def stop(batch):
+        batches.append(batch)
+        os.kill(os.getpid(), signum)
+        return batch
+
+    monkeypatch.setattr("beit_fast.tasks.evaluation.ranks_of_labels", lambda logits, y: stop(y))
+    output = tmp_path / "result.json"
+    command = ["evaluate", str(run_folder), str(folder), *ALONE, "--batch_size", "2"]
+    assert main([*command, "--output", str(output)]) == code
+    assert len(batches) == 1
+    assert not output.exists()
+    assert "while evaluating" in capsys.readouterr().err
 
 
 def test_scores_that_are_not_finite_are_no_hits_and_valid_json(folder, tmp_path, capsys):

@@ -23,6 +23,7 @@ from beit_fast.data.views import normalize
 from beit_fast.model.checkpoint import convert
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.read_checkpoint import read_checkpoint
+from beit_fast.tasks import check_images
 from beit_fast.tasks.finetune import (
     FinetuneConfig,
     FinetuneTask,
@@ -371,6 +372,68 @@ def test_other_classes_or_weights_are_another_run(finetune_config, photographs, 
         run_finetuning(finetune_config(run=again, init=None, model={"embed_dim": 24, "depth": 2}))
 
 
+def test_a_run_goes_on_without_the_checkpoint_it_started_from(
+    finetune_config, pretrained, tmp_path, capsys
+):
+    moved = tmp_path / "moved.pth"
+    shutil.copy(pretrained, moved)
+    begun = {"evaluate_every": None, "epochs": None, "steps": 3}
+    run_finetuning(finetune_config(init=str(moved), run=begun))
+    moved.unlink()
+    result = run_finetuning(finetune_config(init=str(moved), run=begun | {"steps": 5}))
+    assert "moved.pth is no longer there" in capsys.readouterr().out
+    whole = run_finetuning(finetune_config(run=begun | {"steps": 5, "output": f"{tmp_path}/whole"}))
+    assert load_checkpoint(result.train.checkpoint).step == 5
+    assert result.train.model.state_dict().keys() == whole.train.model.state_dict().keys()
+    new = {**begun, "output": str(tmp_path / "new")}
+    with pytest.raises(FileNotFoundError, match="there are no weights at"):
+        run_finetuning(finetune_config(init=str(moved), run=new))
+
+
+def test_test_images_are_looked_at_before_the_first_step(
+    finetune_config, photographs, tmp_path, monkeypatch
+):
+    test = tmp_path / "test"
+    shutil.copytree(photographs / "test", test)
+    config = finetune_config(data={"test": str(test)})
+    whole = (test / "bee" / "0.png").read_bytes()
+    (test / "bee" / "0.png").write_bytes(whole[:300])
+    (test / "lemurs" / "1.png").write_text("<html>")
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneTask, "begin_step", lambda *_: pytest.fail("a step was taken"))
+        with pytest.raises(ValueError, match="2 of 6 test images cannot be used: ") as error:
+            run_finetuning(config)
+        for name in ("bee/0.png", "lemurs/1.png", "Repair or remove them"):
+            assert name in str(error.value)
+        assert not checkpoint_paths(tmp_path / "run")
+    (test / "bee" / "0.png").write_bytes(whole)
+    (test / "lemurs" / "1.png").unlink()
+    assert run_finetuning(config).raw.num_images == 5
+    # They are not looked at again, and one that breaks later ends the evaluation alone.
+    monkeypatch.setattr(check_images, "decode_fast", lambda data: pytest.fail("looked at again"))
+    (test / "bee" / "0.png").write_bytes(b"x" * len(whole))
+    with pytest.raises(ValueError, match=r"bee/0\.png .* finished and saved in .*step_00000006"):
+        run_finetuning(config)
+
+
+def test_an_image_that_breaks_meanwhile_does_not_end_training(
+    finetune_config, tmp_path, monkeypatch, caplog
+):
+    classify, calls = FinetuneTask.classify, []
+
+    def breaks_once(self, model):
+        calls.append(self)
+        if len(calls) == 1:
+            raise ValueError("cannot use test/3.png")
+        return classify(self, model)
+
+    monkeypatch.setattr(FinetuneTask, "classify", breaks_once)
+    result = run_finetuning(finetune_config())
+    assert "evaluation after step 4 failed, and training goes on" in caplog.text
+    assert result.train.failed
+    assert result.raw.num_images == 6
+
+
 def test_evaluation_and_picture_change_nothing_of_the_run(finetune_config, tmp_path):
     task = FinetuneTask(finetune_config(), ALONE)
     task.model.train()
@@ -407,7 +470,10 @@ def test_the_command_line_fine_tunes_in_bf16_and_says_what_is_wrong_in_one_line(
         (["--data.test", str(tmp_path / "fewer")], "only one has galaxies, lemurs: give folders"),
         (["--data.test", test, "--model.num_classes", "4"], "pass --model.num_classes 3"),
         (["--data.test", test, "--model.img_size", "33"], "do not divide into patches"),
-        (["--data.test", test, "--init", "no/such"], "there are no weights at no/such"),
+        (
+            ["--data.test", test, "--init", "no/such", "--run.output", f"{tmp_path}/new"],
+            "there are no weights at no/such",
+        ),
         (["--data.test", test, "--layer_decay", "0"], "give 0 < decay <= 1"),
     ):
         assert main([*arguments, *changes]) == 1

@@ -24,6 +24,7 @@ from beit_fast.tasks.pipeline import run_pretraining
 from beit_fast.tasks.pretokenize import PretokenizeConfig, run_pretokenize
 from beit_fast.tasks.pretrain import PretrainTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer, save_tokenizer, tokenizer_digest
+from beit_fast.tokenizer.dvae import DvaeConfig
 from beit_fast.train.log import read_metrics
 from beit_fast.train.parallel import World
 from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint
@@ -319,6 +320,20 @@ def test_views_can_be_added_and_not_taken_away(pretrain_config, cache_of, tmp_pa
     assert contents(folder) == contents(whole)
     with pytest.raises(TokenCacheError, match="pass --num_views 2 or more"):
         run_pretokenize(cache_of(config, num_views=1))
+
+
+def test_tokens_of_something_else_are_refused_before_a_tokenizer_is_trained(
+    pretrain_config, cache_of, monkeypatch
+):
+    run_pretokenize(cache_of(pretrain_config()))
+    stage = replace(recipes.demo_tokenizer(), dvae=DvaeConfig(vocab_size=32))
+    changed = {"tokenizer": None, "tokenizer_training": stage}
+    trained = "beit_fast.tasks.pipeline.train_tokenizer"
+    monkeypatch.setattr(trained, lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(TokenCacheError, match="seed"):
+        run_pretokenize(cache_of(pretrain_config(**changed, run={"seed": 3})))
+    with pytest.raises(ValueError, match=r"pass --views\.token_size"):
+        run_pretokenize(cache_of(pretrain_config(**changed, views={"token_size": 64})))
 
 
 def test_two_writers_do_not_share_a_folder(pretrain_config, cache_of, tmp_path):

@@ -1,6 +1,9 @@
 """Features of every block, their cache, and the whole command on a tiny checkpoint."""
 
+import importlib
 import json
+import os
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from beit_fast.tasks.features import block_features, cached_features
 from beit_fast.tasks.probe import ProbeConfig, load_encoder, run_probe
 from beit_fast.tasks.probes import knn_accuracy
 from beit_fast.train.state import save_checkpoint
+from beit_fast.train.stop import Interrupted
 from labelled_images import write_class_folders
 
 TINY = BeitConfig(
@@ -139,6 +143,40 @@ def test_an_image_that_cannot_be_used_is_named_and_nothing_is_kept(config, tmp_p
     with pytest.raises(ValueError, match=r"cannot use .*red/5.png .*repair or remove"):
         run_probe(replace(config, train=str(folder)))
     assert list((Path(config.output) / "features" / "train").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("beit_fast.tasks.features.block_features", "while features were computed"),
+        ("beit_fast.tasks.probes._logits", "while probes were trained"),
+    ],
+)
+def test_a_stop_signal_is_heeded_and_the_same_command_goes_on(config, monkeypatch, place, words):
+    module, _, name = place.rpartition(".")
+    module = importlib.import_module(module)
+    function, calls = getattr(module, name), []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, stop)
+    with pytest.raises(Interrupted, match=words) as stopped:
+        run_probe(config)
+    assert stopped.value.exit_code == 143
+    assert not (Path(config.output) / "probe.json").exists()
+    run_probe(config)
+    assert (Path(config.output) / "probe.json").exists()
+
+
+def test_an_output_that_cannot_be_written_is_said_at_once(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("beit_fast.tasks.probe.open_weights", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="give another --output"):
+        run_probe(replace(config, output=str(tmp_path / "file" / "probe")))
 
 
 def test_features_do_not_depend_on_the_images_computed_at_once(config, folders, tmp_path):

@@ -1,5 +1,8 @@
 """A task of a few hundred parameters that draws random numbers: enough to test the loop."""
 
+import contextlib
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import train
 from beit_fast.train.parallel import World
+from beit_fast.train.stop import Interrupted
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -18,12 +22,16 @@ class ToyTask:
 
     name = "toy"
     num_images = 20
-    batches_per_epoch = 5
-    images_per_batch = 4
 
     def __init__(
-        self, bad_step: int | None = None, world: World = ALONE, dropout: float = 0.3
+        self,
+        bad_step: int | None = None,
+        world: World = ALONE,
+        dropout: float = 0.3,
+        images_per_batch: int = 4,
     ) -> None:
+        self.images_per_batch = images_per_batch
+        self.batches_per_epoch = self.num_images // images_per_batch
         torch.manual_seed(7)
         self.model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(dropout), nn.Linear(16, 1))
         self.counters = {"seen": torch.zeros((), dtype=torch.float64)}
@@ -42,7 +50,7 @@ class ToyTask:
         while True:
             generator = torch.Generator().manual_seed(number * self.world.size + self.world.rank)
             self.fetched.append(number)
-            yield {"x": torch.randn(4, 8, generator=generator)}
+            yield {"x": torch.randn(self.images_per_batch, 8, generator=generator)}
             number += 1
 
     def compile(self, mode: str) -> None:
@@ -54,6 +62,9 @@ class ToyTask:
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch | {"target": batch["x"].sum(1)}
+
+    def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         self.on_step(self.step)
@@ -74,8 +85,17 @@ class ToyTask:
         path.write_bytes(b"png")
 
 
-def train_toy(output: Path, task: ToyTask | None = None, world: World = ALONE, **changes):
-    """Train the toy for 12 steps; `changes` go to RunConfig."""
+def train_toy(
+    output: Path,
+    task: ToyTask | None = None,
+    world: World = ALONE,
+    optim: OptimConfig | None = None,
+    killed_at: int | None = None,
+    stop_at: int | None = None,
+    **changes,
+):
+    """Train the toy for 12 steps; `changes` go to RunConfig. `killed_at`: an error in the step
+    after so many; `stop_at`: a signal in the last of so many."""
     task = task or ToyTask()
     run = {
         "output": str(output),
@@ -87,9 +107,20 @@ def train_toy(output: Path, task: ToyTask | None = None, world: World = ALONE, *
         "ema_decay": 0.9,
         "accumulate": 2,
     }
-    optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=3)
-    outcome = train(task, optim, RunConfig(**run | changes), settings={"toy": 1}, world=world)
-    return task, outcome
+    if killed_at is not None:
+
+        def kill(step: int) -> None:
+            if step == killed_at:
+                raise RuntimeError("killed")
+
+        task.on_step = kill
+    if stop_at is not None:
+        task.on_step = lambda step: step == stop_at - 1 and os.kill(os.getpid(), signal.SIGTERM)
+    optim = optim or OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=3)
+    run = RunConfig(**run | changes)
+    with pytest.raises(Interrupted) if stop_at is not None else contextlib.nullcontext():
+        return task, train(task, optim, run, settings={"toy": 1}, world=world)
+    return task, None
 
 
 @pytest.fixture

@@ -127,11 +127,6 @@ def test_a_step_that_prints_nothing_does_not_sync(tmp_path, run_toy, toy_task):
     assert all(per_step[step] == 0 for step in range(1, 11) if (step + 1) % 4)
 
 
-def test_other_settings_are_refused_by_name(undisturbed, run_toy):
-    with pytest.raises(CheckpointError, match=r"run\.accumulate was 2, is 1"):
-        run_toy(undisturbed, accumulate=1)
-
-
 def test_resume_never_and_must_do_as_they_say(undisturbed, tmp_path, run_toy):
     with pytest.raises(CheckpointError, match=r"run\.resume is never"):
         run_toy(undisturbed, resume="never")

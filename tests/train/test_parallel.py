@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from beit_fast.train.parallel import open_world
-from beit_fast.train.state import checkpoint_paths, load_checkpoint
+from beit_fast.train.state import checkpoint_paths, load_checkpoint, read_manifest
 
 
 def two_ranks(output: Path, fault: str) -> tuple[dict, dict, list[str]]:
-    output.mkdir()
+    output.mkdir(exist_ok=True)
     script = Path(__file__).with_name("two_ranks.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run(
@@ -41,6 +41,37 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path):
     assert errors[0] == errors[1]
     assert "SIGTERM after step 5" in errors[0]
     assert load_checkpoint(checkpoint_paths(tmp_path / "two")[-1]).step == 5
+
+
+def test_what_two_ranks_began_one_ends_and_the_other_way_round(tmp_path, run_toy, toy_task):
+    whole, _ = run_toy(tmp_path / "whole", toy_task(dropout=0.0), accumulate=2)
+    two_ranks(tmp_path / "run", "term")
+    task, outcome = run_toy(tmp_path / "run", toy_task(dropout=0.0), accumulate=2)
+    assert task.fetched[0] == 10  # five steps of two micro-batches, of a rank each
+    (entry,) = read_manifest(outcome.checkpoint)["history"]
+    changed = {"run.accumulate": [1, 2], "run.world_size": [2, 1]}
+    assert entry == {"step": 5, "changed": changed}
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(task.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+    run_toy(tmp_path / "back", toy_task(dropout=0.0), accumulate=2, save_every=3, keep=9)
+    first, second, errors = two_ranks(tmp_path / "back", "back")
+    assert not errors
+    assert (tmp_path / "back" / "checkpoints" / "abandoned" / "step_00000012").exists()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_an_evaluation_that_fails_on_one_rank_ends_neither(tmp_path):
+    first, second, errors = two_ranks(tmp_path / "goes_on", "evaluation")
+    assert not errors
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert load_checkpoint(checkpoint_paths(tmp_path / "goes_on")[-1]).step == 12
+    *_, errors = two_ranks(tmp_path / "strict", "strict")
+    assert "on another rank" in errors[0]
+    assert "division by zero" in errors[1]
+    assert load_checkpoint(checkpoint_paths(tmp_path / "strict")[-1]).step == 5
 
 
 def test_a_bad_loss_on_one_rank_stops_both_and_names_the_step(tmp_path):

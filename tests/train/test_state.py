@@ -3,14 +3,12 @@
 import json
 import random
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from beit_fast.train.state import (
     CheckpointError,
-    check_settings,
     checkpoint_paths,
     load_checkpoint,
     load_newest,
@@ -110,23 +108,3 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_says_why(tmp_path, monkeyp
 
 def test_no_checkpoint_is_no_error(tmp_path):
     assert load_newest(tmp_path) is None
-
-
-def test_settings_of_another_run_are_listed_and_a_new_switch_that_is_off_is_none():
-    stored = SimpleNamespace(path="run", manifest={"settings": {"model": {"depth": 2}}})
-    off = {"fold_layer_scale": False, "drop_rate": 0.0, "use_fc_norm": None}
-    check_settings(stored, {"model": {"depth": 2, **off}})
-    with pytest.raises(
-        CheckpointError, match=r"depth was 2, is 3; .*fold\w* was 'absent', is True"
-    ):
-        check_settings(stored, {"model": {"depth": 3, "fold_layer_scale": True}})
-
-
-def test_a_long_list_is_told_apart_by_its_first_difference(tmp_path):
-    classes = [f"class {number}" for number in range(1000)]
-    path = save_checkpoint(tmp_path, 1, TENSORS, {"classes": classes}, keep=1)
-    with pytest.raises(CheckpointError) as refused:
-        check_settings(load_checkpoint(path), {"classes": [*classes[:700], "x", *classes[701:]]})
-    assert "1000 entries, has 1000; number 700 was 'class 700', is 'x'" in str(refused.value)
-    with pytest.raises(CheckpointError, match="has 999; number 999 was 'class 999', is 'absent'"):
-        check_settings(load_checkpoint(path), {"classes": classes[:-1]})

@@ -21,9 +21,14 @@ def main(output: Path, fault: str) -> int:
         if hit and fault == "term":
             task.on_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None
         changes = {"seed": world.rank} if fault == "settings" else {}
+        if fault in ("evaluation", "strict"):
+            changes = {"evaluate_every": 2.0, "strict": fault == "strict"}
+            task.evaluate = (lambda model: 1 / 0) if hit else (lambda model: {"one": 1.0})
+        if fault == "back":
+            changes = {"resume_from": 3}
         try:
             train_toy(output, task, world, accumulate=1, **changes)
-        except (NonFiniteLoss, Interrupted, ValueError) as error:
+        except (NonFiniteLoss, Interrupted, ValueError, ArithmeticError, RuntimeError) as error:
             (output / f"error_{world.rank}.txt").write_text(str(error))
         torch.save(task.model.state_dict(), output / f"model_{world.rank}.pt")
     return 0
