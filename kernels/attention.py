@@ -8,7 +8,7 @@ Shapes    q, out (B, N, H, K); k, v (B, M, H, K); packed qkv (B, N, 3, H, K); bi
           (G, H, N, M), G a divisor of B: one bias for each of G windows, images outermost
 Types     bf16, fp16, fp32, on a CPU fp64; out has q's dtype; scores, softmax and all sums in fp32
 Masks     a bias of -inf hides a pair, and so does False in a bias of bool, which is a mask as
-          SDPA's is; a query that sees no key gets zeros, from every back end
+          SDPA's is; a query that sees no key gets zeros
 Backward  P the weights, dP = Z (dout v^T), dS = P (dP - rowsum(dout out)):
           dq = scale dS k;  dk = scale dS^T q;  dv = (Z P)^T dout;  dbias = sum_b dS, in fp32
           Deterministic: no atomics, the sum over images in a fixed order. Once differentiable

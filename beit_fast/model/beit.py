@@ -244,7 +244,11 @@ class Beit(nn.Module):
         tap: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """The sequence through these blocks; `rows` and `tap` as for `run_blocks`."""
-        self._check_images(images)
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"the images are a {type(images).__name__}: pass a tensor (B, C, height, width) of "
+                "normalised floats, torch.from_numpy(...) or torch.stack(...)"
+            )
         grid = self.patch_embed.grid_of(images)
         x_BND = self._embed(images, mask)
         shared_bias_HNN = None
@@ -311,14 +315,6 @@ class Beit(nn.Module):
             pos = pos if grid is None else resize_pos_embed(pos, self.config.grid, grid)
             pos = pos.flatten(0, 1)
         return mask_embed(x_BLD, self.cls_token.flatten(), mask_token, mask, pos)
-
-    def _check_images(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor):
-            raise TypeError(
-                f"the images are a {type(images).__name__}: pass a tensor (B, C, height, width) of "
-                "normalised floats, torch.from_numpy(...) or torch.stack(...)"
-            )
-        self.patch_embed.check_dtype(images)
 
     def _check_mask(self, mask: Tensor, x: Tensor) -> None:
         if self.mask_token is None:

@@ -271,11 +271,13 @@ def _unless_stated(config: BeitConfig) -> dict[str, Any]:
 def _description(weights: Weights, labels: Sequence[str] | None) -> dict[str, str]:
     """What a file says of itself, as its metadata."""
     is_classifier = weights.task == "classifier"
-    return Description(
+    said = Description(
         config=dataclasses.asdict(weights.config),
         classes=tuple(labels) if labels is not None and is_classifier else None,
         statistics=weights.statistics,
-    ).metadata()
+    )
+    said.check_statistics()
+    return said.metadata()
 
 
 def _write_house(weights: Weights, state: dict[str, Tensor], target: Path, to: str) -> None:
@@ -301,6 +303,7 @@ def _write_hf(weights: Weights, folder: Path, labels: Sequence[str] | None) -> P
         has_mask_token="mask_token" in weights.state,
     )
     dtype = str(weights.state["cls_token"].dtype).removeprefix("torch.")
+    said = _description(weights, labels)
     if warning := transformers_differs(weights.config):
         logger.warning("%s", warning)
     renamed = from_house(with_zero_biases(weights.state, weights.config), "hf4")
@@ -308,7 +311,6 @@ def _write_hf(weights: Weights, folder: Path, labels: Sequence[str] | None) -> P
         renamed = {name.removeprefix("beit."): tensor for name, tensor in renamed.items()}
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps({**config, "torch_dtype": dtype}, indent=2, sort_keys=True) + "\n"
-    said = _description(weights, labels)
     write_weights(folder / "model.safetensors", renamed, metadata=said)
     replace_file(folder / "config.json", lambda file: file.write(content.encode()))
     return folder

@@ -18,7 +18,8 @@ CLASSES_KEY = "beit_fast.classes"
 STATISTICS_KEY = "beit_fast.statistics"
 MANIFEST = "manifest.json"
 
-# A name, "half" or "imagenet", or mean and std of pixels in 0..1.
+NAMED = ("half", "imagenet")
+# One of these names, or mean and std of pixels in 0..1.
 Statistics = str | tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -29,6 +30,16 @@ class Description:
     config: dict[str, Any] | None = None  # fields of BeitConfig
     classes: tuple[str, ...] | None = None  # their names, in the head's order
     statistics: Statistics | None = None
+
+    def check_statistics(self) -> None:
+        """Raise ValueError for statistics that no one could read back."""
+        said = self.statistics
+        if isinstance(said, str) and said not in NAMED:
+            raise ValueError(
+                f"statistics are {said!r}: pass {' or '.join(map(repr, NAMED))}, or mean and std"
+            )
+        if said is not None and not isinstance(said, str):
+            _mean_and_std(said, "the call")
 
     def metadata(self) -> dict[str, str]:
         """As a safetensors file carries it."""
@@ -119,11 +130,12 @@ def _description(config: Any, classes: Any, statistics: Any, where: Path) -> Des
     )
 
 
-def _mean_and_std(value: Sequence[Any], where: Path) -> Statistics:
+def _mean_and_std(value: Sequence[Any], where: Path | str) -> Statistics:
     try:
         mean, std = (tuple(map(float, part)) for part in value)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{where}: its statistics are {value!r}: mean and std are needed, write it anew"
+            f"{where}: the statistics are {value!r}, and mean and std are needed, a number for "
+            "each channel"
         ) from error
     return mean, std

@@ -65,6 +65,7 @@ class PatchEmbed(nn.Module):
         self.patches_shape = (config.num_patches, config.patch_dim)
 
     def forward(self, images: Tensor) -> Tensor:
+        self._check_dtype(images)
         return linear(self.patches(images), self.proj.weight.flatten(1), self.proj.bias)
 
     def patches(self, images: Tensor) -> Tensor:
@@ -81,8 +82,7 @@ class PatchEmbed(nn.Module):
         (height, width), (patch_height, patch_width) = images.shape[2:], self.patch_pixels
         return height // patch_height, width // patch_width
 
-    def check_dtype(self, images: Tensor) -> None:
-        """Raise ValueError unless the projection can multiply these."""
+    def _check_dtype(self, images: Tensor) -> None:
         weight = self.proj.weight.dtype
         if images.dtype == weight:
             return

@@ -115,13 +115,23 @@ def test_a_saved_model_says_it_and_a_config_json_that_was_edited_counts(tiny, ra
     assert read_checkpoint(tmp_path).config == dataclasses.replace(model.config, norm_eps=1e-5)
 
 
+@pytest.mark.parametrize("statistics", ["none", (0.5, 0.5), ((0.5,) * 3,)])
+def test_statistics_that_no_one_could_read_back_are_refused(statistics, tiny, tmp_path):
+    model = BeitForImageClassification(tiny(**PER_BLOCK))
+    with pytest.raises(ValueError, match=r"statistics are .*mean and std"):
+        save_pretrained(model, tmp_path / "hf", statistics=statistics)
+    with pytest.raises(ValueError, match=r"statistics are .*mean and std"):
+        convert(model.state_dict(), tmp_path / "w.pth", to="unilm", statistics=statistics)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [
         ("config", "{", "its beit_fast.config cannot be read"),
         ("config", "[1]", "its config is a list"),
         ("config", '{"depths": 3}', r"its config has \['depths'\]"),
-        ("statistics", "[1]", r"its statistics are \[1\]: mean and std are needed"),
+        ("statistics", "[1]", r"the statistics are \[1\], and mean and std"),
         ("classes", '["a"]', "1 names of classes, 5 rows"),
     ],
 )

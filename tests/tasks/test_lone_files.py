@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from beit_fast.cli import main
+from beit_fast.model.description import NAMED
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.recipes_finetune import small_data
 from beit_fast.tasks.checkpoints import ClassifierConfig, open_classifier, statistics_of
@@ -181,6 +182,10 @@ def test_fine_tuning_starts_from_each_as_from_the_run(files):
     assert "num_heads 2 was asked for: the source does not show it" in told.report
     with pytest.raises(ValueError, match="of no square grid: pass img_size"):
         start("silent", replace(wanted, embed_dim=16, depth=1, num_heads=2, img_size=32))
+
+
+def test_the_names_of_statistics_are_those_that_are_known():
+    assert set(NAMED) == set(STATISTICS)
 
 
 def test_fine_tuning_in_other_units_than_a_lone_files_is_refused(files):
