@@ -73,12 +73,15 @@ def description_of_settings(settings: Mapping[str, Any], where: Path) -> Descrip
 
 
 def description_of(path: Path) -> Description:
-    """What a run's step or a file says, its tensors unread; of anything else nothing.
+    """What a run's step, a file or a folder's file says, its tensors unread; of all else nothing.
 
     Raises ValueError for a file that is damaged.
     """
     if (step := step_of(path)) is not None:
-        return description_of_settings(read_json(step / MANIFEST)["settings"], step / MANIFEST)
+        settings = read_json(step / MANIFEST).get("settings")
+        is_ours = isinstance(settings, dict)
+        return description_of_settings(settings, step / MANIFEST) if is_ours else Description()
+    path = path / "model.safetensors" if path.is_dir() else path
     if path.suffix != ".safetensors" or not path.is_file():
         return Description()
     try:

@@ -246,9 +246,10 @@ def statistics_of(source: str | Path) -> Statistics | None:
     """
     said = description_of(Path(source)).statistics
     fields = _stated(source, said)
-    if fields is None:
+    if fields is None or not {"mean", "std"} <= fields.keys():
         return None
-    return said if isinstance(said, str) else (fields["mean"], fields["std"])
+    pair = fields["mean"], fields["std"]
+    return said if isinstance(said, str) and STATISTICS.get(said) == pair else pair
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

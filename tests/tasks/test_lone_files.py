@@ -159,9 +159,13 @@ def test_what_a_folder_says_of_its_images_goes_along_with_a_conversion(files, tm
     stated = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (hf / "preprocessor_config.json").write_text(json.dumps(stated))
     assert main(["convert", str(hf), str(back), "--to", "timm"]) == 0
-    assert statistics_of(back) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    for path in (back, hf, hf / "model.safetensors"):
+        assert statistics_of(path) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     (hf / "preprocessor_config.json").unlink()
-    assert statistics_of(hf / "model.safetensors") == "imagenet"
+    for path in (hf, hf / "model.safetensors"):
+        assert statistics_of(path) == "imagenet"
+    (tmp_path / "manifest.json").write_text('{"name": "an app"}')
+    assert statistics_of(tmp_path) is None
 
 
 def test_fine_tuning_starts_from_each_as_from_the_run(files):
