@@ -13,6 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=["beit_fast.kernels", *find_packages(include=["beit_fast", "beit_fast.*"])],
+    py_modules=["beit_fast_main"],
     package_dir={"beit_fast.kernels": "kernels"},
     package_data={"beit_fast.data": ["photographs/*"]},
     install_requires=[
@@ -45,5 +46,5 @@ setup(
             "onnxscript>=0.7",  # the extra onnx, whose evaluator is the peer
         ],
     },
-    entry_points={"console_scripts": ["beit-fast=beit_fast.cli:main"]},
+    entry_points={"console_scripts": ["beit-fast=beit_fast_main:main"]},
 )

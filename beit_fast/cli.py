@@ -3,18 +3,22 @@
 Flags are generated from the recipe's dataclasses, on top of the recipe's own values.
 """
 
+import codecs
 import inspect
+import io
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
 from beit_fast import recipes, recipes_finetune
 from beit_fast.data.loader import BadDataError
+from beit_fast.files import describe, naming
+from beit_fast.flags import section_of
 from beit_fast.model.checkpoint import convert
+from beit_fast.parsing import make, new_parser, read
 from beit_fast.tasks.checkpoints import statistics_of, write_image_processor
 from beit_fast.tasks.dvae import run_dvae
 from beit_fast.tasks.evaluate import EvaluateConfig, run_evaluation
@@ -28,6 +32,9 @@ from beit_fast.train.graph import CaptureError
 from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
 
+NAMES = "beit_fast.names"
+# torch's words: a GPU's error has a type of its own, a CPU's and a size beyond 64 bits have none.
+OUT_OF_MEMORY = "out of memory|can't allocate memory|not enough memory|Storage size calculation"
 USAGE = """usage: beit-fast <verb> ...
 
   pretrain RECIPE        train a BEiT on a folder of images
@@ -57,6 +64,10 @@ VERBS: dict[str, tuple[dict[str, Callable[[], Any]], Callable[[Any], None]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. 0 done, 1 an error of one line, 2 wrong usage, 130 or 143 a signal."""
+    codecs.register_error(NAMES, _as_bytes)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=NAMES)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
@@ -74,32 +85,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not rest or rest[0] not in known:
                 return _list_recipes(verb, known, rest)
             run(parse(verb, rest[0], known[rest[0]], rest[1:]))
+        with naming("standard output"):
+            sys.stdout.flush()  # at exit it would be too late to say so
     except Interrupted as stop:
         print(f"beit-fast: {stop}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         print("beit-fast: interrupted; the last checkpoint is whole", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has gone: see beit_fast_main.py
+        raise
     except (ValueError, OSError, BadDataError, NonFiniteLoss, CaptureError) as error:
-        print(f"beit-fast: {error}", file=sys.stderr)
+        print(f"beit-fast: {describe(error)}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
+            raise  # a fault of ours
+        print(f"beit-fast: {_out_of_memory(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _out_of_memory(error: Exception) -> str:
+    said = next(iter(str(error).splitlines()), type(error).__name__)
+    section = section_of(error)
+    return (
+        f"memory ran out ({said[:200]}): make the batches smaller (--{section}data.batch_size, "
+        f"with --{section}run.accumulate for the same step; --batch_size or --images_at_once where "
+        "those are the flags), or the model"
+    )
+
+
+def _as_bytes(error: UnicodeError) -> tuple[bytes, int]:
+    """For names of files, which need not be text: bytes as they are, and what the terminal cannot
+    show by its number. An error handler of codecs."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    shown = b""
+    for letter in error.object[error.start : error.end]:
+        code = ord(letter)
+        is_byte = 0xDC80 <= code <= 0xDCFF  # as os.fsdecode keeps one
+        shown += bytes([code - 0xDC00]) if is_byte else letter.encode("ascii", "backslashreplace")
+    return shown, error.end
 
 
 def parse(verb: str, name: str, recipe: Callable[[], Any], arguments: Sequence[str]) -> Any:
     """The recipe's configuration with the command line's changes."""
     default = recipe()
     command = f"beit-fast {verb} {name}"
-    parser = ArgumentParser(
-        prog=command,
+    parser = new_parser(
+        command,
         usage=f"{command} [--config FILE] [--section.field value ...]",
         description=inspect.getdoc(recipe),
     )
     parser.add_argument("--config", action="config", help="YAML file of fields to change")
     parser.add_class_arguments(type(default))
     parser.set_defaults(asdict(default))
-    chosen = parser.instantiate(parser.parse_args(list(arguments)))
-    return type(default)(**{k: v for k, v in vars(chosen).items() if k != "config"})
+    chosen = read(parser, arguments, type(default))
+    return make(type(default), {k: v for k, v in chosen.items() if k != "config"})
 
 
 def _list_recipes(verb: str, known: dict[str, Callable[[], Any]], rest: Sequence[str]) -> int:
@@ -115,14 +158,14 @@ def _list_recipes(verb: str, known: dict[str, Callable[[], Any]], rest: Sequence
 
 def _convert_dalle(arguments: Sequence[str]) -> None:
     description = inspect.getdoc(convert_dalle).splitlines()[0]
-    parser = ArgumentParser(prog="beit-fast convert-dalle", description=description)
+    parser = new_parser("beit-fast convert-dalle", description=description)
     parser.add_function_arguments(convert_dalle)
-    print(f"wrote {convert_dalle(**vars(parser.parse_args(list(arguments))))}")
+    print(f"wrote {convert_dalle(**read(parser, arguments))}")
 
 
 def _convert(arguments: Sequence[str]) -> None:
     description = inspect.getdoc(convert).splitlines()[0]
-    parser = ArgumentParser(prog="beit-fast convert", description=description)
+    parser = new_parser("beit-fast convert", description=description)
     parser.add_argument("source", help="file, folder, output of a run, or published name")
     parser.add_argument("target", help="file to write; for hf a folder")
     parser.add_argument("--to", type=Literal["unilm", "timm", "hf"], required=True)
@@ -132,30 +175,37 @@ def _convert(arguments: Sequence[str]) -> None:
     parser.add_argument("--num_heads", type=int, help="where the source does not show them")
     named = Literal["half", "imagenet"]
     parser.add_argument("--statistics", type=named, help="of pixels; else what the source says")
-    chosen = parser.parse_args(list(arguments))
-    chosen.statistics = chosen.statistics or statistics_of(chosen.source)
-    print(convert(**vars(chosen)))
-    if chosen.to == "hf" and (file := write_image_processor(chosen.source, chosen.target)):
+    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
+    chosen = read(parser, arguments)
+    chosen["statistics"] = chosen["statistics"] or statistics_of(chosen["source"])
+    print(convert(**chosen))
+    if chosen["to"] == "hf" and (file := write_image_processor(chosen["source"], chosen["target"])):
         print(f"{file}: how its images are made")
 
 
 def parse_evaluate(arguments: Sequence[str]) -> EvaluateConfig:
     """`beit-fast evaluate` with these arguments."""
-    parser = ArgumentParser(prog="beit-fast evaluate", description=inspect.getdoc(EvaluateConfig))
+    description = inspect.getdoc(EvaluateConfig)
+    parser = new_parser("beit-fast evaluate", description=description)
     parser.add_argument("checkpoint", help="run or step, file, folder, or published name")
     parser.add_argument("folder", help="labelled images: a sub-folder for each class")
     parser.add_class_arguments(EvaluateConfig, skip={"checkpoint", "folder"})
-    return EvaluateConfig(**vars(parser.parse_args(list(arguments))))
+    return make(
+        EvaluateConfig, read(parser, arguments, EvaluateConfig), arguments=("checkpoint", "folder")
+    )
 
 
 def parse_predict(arguments: Sequence[str]) -> PredictConfig:
     """`beit-fast predict` with these arguments."""
-    parser = ArgumentParser(prog="beit-fast predict", description=inspect.getdoc(PredictConfig))
+    description = inspect.getdoc(PredictConfig)
+    parser = new_parser("beit-fast predict", description=description)
     parser.add_argument("checkpoint", help="run or step, file, folder, or published name")
     parser.add_argument("images", nargs="+", help="files, folders, patterns")
     parser.add_argument("--json", action="store_true", help="one JSON array, and nothing else")
     parser.add_class_arguments(PredictConfig, skip={"checkpoint", "images", "json"})
-    return PredictConfig(**vars(parser.parse_args(list(arguments))))
+    return make(
+        PredictConfig, read(parser, arguments, PredictConfig), arguments=("checkpoint", "images")
+    )
 
 
 WITHOUT_RECIPE: dict[str, Callable[[Sequence[str]], Any]] = {

@@ -107,7 +107,7 @@ def attention(
     out, dout = (torch.empty(B, N, H, K, dtype=dtype, device=DEVICE) for _ in range(2))
     lse = torch.empty(B, H, N, device=DEVICE)
     shape = (G, H, padded_length(N), padded_length(M))
-    bias = torch.empty(shape, dtype=padded_dtype(dtype, options["scale"]), device=DEVICE)
+    bias = torch.empty(shape, dtype=padded_dtype(dtype), device=DEVICE)
     attention_forward(q, k, v, bias, out=out, lse=lse, **options)
     gradients = {"dq": dq, "dk": dk, "dv": dv, "trains_bias": trains_bias}
     attention_backward(dout, q, k, v, bias, out, lse, **gradients, **options)

@@ -15,5 +15,6 @@ conv                    convolution with ReLU, residual and pooling fused, chann
 conv_pixels             the first convolution, from uint8 pixels
 linear                  x weight^T + bias, by the faster matrix library
 exact_fp32              fp32 of CUDA's libraries without TF32, around what promises fp32
+first_order             operators that refuse a second derivative instead of losing it
 philox                  random numbers that are a function of where they are used
 """

@@ -2,15 +2,19 @@
 
     out[b,n,h] = sum_m Z[b,h,n,m] softmax_m(scale q[b,n,h] . k[b,m,h] + bias[g,h,n,m]) v[b,m,h]
 
+    lse[b,h,n] = log sum_m exp(scale q[b,n,h] . k[b,m,h] + bias[g,h,n,m])
+
 with g = b mod G, and Z = 1 without dropout, else 0 or 1 / (1 - p).
 
 Shapes    q, out (B, N, H, K); k, v (B, M, H, K); packed qkv (B, N, 3, H, K); bias (H, N, M) or
           (G, H, N, M), G a divisor of B: one bias for each of G windows, images outermost
-Types     bf16, fp16, fp32, on a CPU fp64; out has q's dtype; scores, softmax and all sums in fp32
+Types     bf16, fp16, fp32, on a CPU fp64; out has q's dtype; scores, softmax and all sums in fp32,
+          and so is lse (B, H, N)
 Masks     a bias of -inf hides a pair, and so does False in a bias of bool, which is a mask as
-          SDPA's is; a query that sees no key gets zeros
+          SDPA's is; a query that sees no key gets zeros, and lse -inf
 Backward  P the weights, dP = Z (dout v^T), dS = P (dP - rowsum(dout out)):
           dq = scale dS k;  dk = scale dS^T q;  dv = (Z P)^T dout;  dbias = sum_b dS, in fp32
+          and with lse an output too, dS = P (dP - rowsum(dout out) + dlse)
           Deterministic: no atomics, the sum over images in a fixed order. Once differentiable
 Dropout   Z[b,h,n,m] from `philox`: stream b H + h, quad n ceil(M / 4) + m / 4, word m mod 4
 Cost      4 B H N M K operations forward, 10 backward; at N = 197 bound by memory: q, k, v, out
@@ -20,6 +24,7 @@ Source    BEiT arXiv:2106.08254, appendix A; logits and bias as unilm `modeling_
 Legend    M counts keys here (N in self-attention); G counts groups of images
 """
 
+import contextlib
 import math
 
 import torch
@@ -35,8 +40,9 @@ from beit_fast.kernels.attention_backends import (
 )
 from beit_fast.kernels.attention_backward import attention_backward
 from beit_fast.kernels.attention_bias import pad_bias, pad_for, sum_partials
-from beit_fast.kernels.attention_cpu import attention_cpu, attention_cpu_backward
+from beit_fast.kernels.attention_cpu import attention_cpu, attention_cpu_backward, lse_of_bias
 from beit_fast.kernels.attention_forward import attention_forward
+from beit_fast.kernels.first_order import first_order
 from beit_fast.kernels.philox import draw_rng, keep_mask_reference
 from beit_fast.kernels.rel_pos_bias import (
     check_table,
@@ -57,14 +63,8 @@ def attention_reference(
     rng: Tensor | None = None,
 ) -> Tensor:
     """The formula above, transcribed; `scale` defaults to K^-0.5."""
-    B, N, H, K = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q_BHNK, k_BHMK, v_BHMK = (t.transpose(1, 2).to(dtype) for t in (q, k, v))
-    scale = K**-0.5 if scale is None else scale
-    logits_BHNM = (q_BHNK * scale) @ k_BHMK.transpose(-2, -1)
-    if bias is not None:
-        bias_GHNM = bias if bias.ndim == 4 else bias[None]
-        logits_BHNM = logits_BHNM + bias_GHNM.repeat(B // len(bias_GHNM), 1, 1, 1)
+    (B, N, H, _), dtype = q.shape, torch.promote_types(q.dtype, torch.float32)
+    logits_BHNM = _logits(q, k, bias, scale)
     # A softmax of nothing but -inf is NaN, and so is its gradient: such rows are put aside first.
     sees_none = (logits_BHNM == -torch.inf).all(dim=-1, keepdim=True)
     weights_BHNM = logits_BHNM.masked_fill(sees_none, 0).softmax(dim=-1)
@@ -74,13 +74,36 @@ def attention_reference(
         streams = torch.arange(B * H, device=q.device)
         keep = keep_mask_reference(rng, dropout_p, N, k.shape[1], streams)
         weights_BHNM = weights_BHNM * (keep.view(B, H, N, -1) / (1 - dropout_p))
-    return (weights_BHNM @ v_BHMK).transpose(1, 2).to(q.dtype)
+    return (weights_BHNM @ v.transpose(1, 2).to(dtype)).transpose(1, 2).to(q.dtype)
+
+
+def attention_lse_reference(
+    q: Tensor, k: Tensor, bias: Tensor | None = None, *, scale: float | None = None
+) -> Tensor:
+    """The second formula, (B, H, N) in fp32 or better; -inf where a query sees no key."""
+    logits_BHNM = _logits(q, k, bias, scale)
+    sees_none = (logits_BHNM == -torch.inf).all(dim=-1)
+    lse_BHN = logits_BHNM.masked_fill(sees_none[..., None], 0).logsumexp(dim=-1)
+    return lse_BHN.masked_fill(sees_none, -torch.inf)
+
+
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    """(B, H, N, M) in fp32 or better."""
+    (B, _, _, K), dtype = q.shape, torch.promote_types(q.dtype, torch.float32)
+    q_BHNK, k_BHMK = (t.transpose(1, 2).to(dtype) for t in (q, k))
+    scale = K**-0.5 if scale is None else scale
+    logits_BHNM = (q_BHNK * scale) @ k_BHMK.transpose(-2, -1)
+    if bias is None:
+        return logits_BHNM
+    bias_GHNM = bias if bias.ndim == 4 else bias[None]
+    return logits_BHNM + bias_GHNM.repeat(B // len(bias_GHNM), 1, 1, 1)
 
 
 # The operators. `bias` is dense, or a table (R, H) where `grid` is [Gh, Gw] and not []; `backend`
 # is "triton" or "cpu"; `needs` says which gradients are wanted: of q, k, v or the packed qkv, and
 # of the bias. The others come back empty. `padded` is the bias as the kernels read it, from where
-# several layers share it; where it is None they pad the bias themselves.
+# several layers share it; where it is None they pad the bias themselves. `lse` is what backward
+# wants, of `_natural` what users do.
 _OPTIONS = "Tensor? rng, SymInt[] grid, float scale, float dropout_p, str backend, Tensor? padded"
 torch.library.define(
     "beit_fast::attention",
@@ -88,8 +111,8 @@ torch.library.define(
 )
 torch.library.define(
     "beit_fast::attention_backward",
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, "
-    f"{_OPTIONS}, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, "
+    f"Tensor lse, {_OPTIONS}, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
 )
 torch.library.define(
     "beit_fast::attention_qkvpacked",
@@ -97,7 +120,7 @@ torch.library.define(
 )
 torch.library.define(
     "beit_fast::attention_qkvpacked_backward",
-    "(Tensor dout, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, "
+    "(Tensor dout, Tensor? dlse, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, "
     f"{_OPTIONS}, bool[] needs) -> (Tensor dqkv, Tensor dbias)",
 )
 _DEVICES = ("CPU", "CUDA")
@@ -135,31 +158,32 @@ def _attention_qkvpacked(qkv, bias, rng, grid, scale, dropout_p, backend, padded
 
 
 def _attention_backward(
-    dout, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, needs
+    dout, dlse, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, needs
 ):
     dq, dk, dv = (
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
         for t, needed in zip((q, k, v), needs, strict=False)
     )
     options = (rng, grid, scale, dropout_p, backend, padded)
-    dbias = _differentiate(dout, q, k, v, bias, out, lse, *options, dq, dk, dv, needs[3])
+    dbias = _differentiate(dout, dlse, q, k, v, bias, out, lse, *options, dq, dk, dv, needs[3])
     return tuple(q.new_empty(0) if t is None else t for t in (dq, dk, dv, dbias))
 
 
 def _attention_qkvpacked_backward(
-    dout, qkv, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, needs
+    dout, dlse, qkv, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, needs
 ):
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if needs[0] else None
     dq, dk, dv = (None,) * 3 if dqkv is None else dqkv.unbind(2)
     options = (rng, grid, scale, dropout_p, backend, padded)
     gradients = (dq, dk, dv, needs[1])
-    dbias = _differentiate(dout, *qkv.unbind(2), bias, out, lse, *options, *gradients)
+    dbias = _differentiate(dout, dlse, *qkv.unbind(2), bias, out, lse, *options, *gradients)
     return tuple(qkv.new_empty(0) if t is None else t for t in (dqkv, dbias))
 
 
 def _differentiate(
-    dout, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, dq, dk, dv, trained
-):
+    dout, dlse, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, padded,
+    dq, dk, dv, trained,
+):  # fmt: skip
     """Write dq, dk, dv where they are tensors; return dbias in the bias's shape if it is wanted."""
     N, M = q.shape[1], k.shape[1]
     if 0 in q.shape or M == 0:
@@ -170,7 +194,7 @@ def _differentiate(
     if backend == "cpu":
         with torch.autocast(q.device.type, enabled=False):
             dense = _dense(bias, grid)
-            arguments = (dout, q, k, v, dense, lse, rng, scale, dropout_p)
+            arguments = (dout, q, k, v, dense, lse, dlse, rng, scale, dropout_p)
             dbias = attention_cpu_backward(*arguments, dq, dk, dv, trained)
             if dbias is None:
                 return None
@@ -186,6 +210,8 @@ def _differentiate(
         pad_bias(bias, grid, q, M, scale) if padded is None else padded,
         out,
         lse,
+        # That of the natural logarithm, from that of the one to base 2.
+        None if dlse is None else (dlse * math.log2(math.e)).contiguous(),
         scale=scale,
         dropout_p=dropout_p,
         rng=rng,
@@ -223,13 +249,13 @@ def _(qkv, bias, rng, grid, scale, dropout_p, backend, padded=None):
 
 
 @torch.library.register_fake("beit_fast::attention_backward")
-def _(dout, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, needs):
+def _(dout, dlse, q, k, v, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, needs):
     wanted = zip((q, k, v, bias), needs, strict=True)
     return tuple(_fake_gradient(q, t, needed) for t, needed in wanted)
 
 
 @torch.library.register_fake("beit_fast::attention_qkvpacked_backward")
-def _(dout, qkv, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, needs):
+def _(dout, dlse, qkv, bias, out, lse, rng, grid, scale, dropout_p, backend, padded, needs):
     wanted = zip((qkv, bias), needs, strict=True)
     return tuple(_fake_gradient(qkv, t, needed) for t, needed in wanted)
 
@@ -244,20 +270,25 @@ def _save(ctx, inputs, output) -> None:
     *tensors, rng, ctx.grid, ctx.scale, ctx.dropout_p, ctx.backend, ctx.padded = inputs
     ctx.save_for_backward(*tensors, *output, rng)
     ctx.num_inputs = len(tensors)
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward_of(name: str):
-    def backward(ctx, dout: Tensor | None, _dlse: None):
+    @first_order(
+        "attention",
+        'pass backend="reference", or run the model inside use_backend("reference"), which keeps '
+        "the scores and is differentiable as often as you like",
+    )
+    def backward(ctx, dout: Tensor | None, dlse: Tensor | None):
         num_inputs = ctx.num_inputs
         needs = list(ctx.needs_input_grad[:num_inputs])
         no_options = (None,) * 6
-        if dout is None or not any(needs):
+        if (dout is None and dlse is None) or not any(needs):
             return (None,) * num_inputs + no_options
         *saved, rng = ctx.saved_tensors
+        dout = torch.zeros_like(saved[-2]) if dout is None else dout
         options = (rng, ctx.grid, ctx.scale, ctx.dropout_p, ctx.backend, ctx.padded)
-        gradients = getattr(torch.ops.beit_fast, name)(dout, *saved, *options, needs)
+        gradients = getattr(torch.ops.beit_fast, name)(dout, dlse, *saved, *options, needs)
         wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
         return (*wanted, *no_options)
 
@@ -283,12 +314,12 @@ def _flops_qkvpacked(qkv_shape, *_args, out_shape=None, **_kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.beit_fast.attention_backward)
-def _flops_backward(_dout_shape, q_shape, k_shape, *_args, out_shape=None, **_kwargs) -> int:
+def _flops_backward(_dout_shape, _dlse_shape, q_shape, k_shape, *_args, **_kwargs) -> int:
     return 5 * _flops(q_shape, k_shape) // 2
 
 
 @register_flop_formula(torch.ops.beit_fast.attention_qkvpacked_backward)
-def _flops_qkvpacked_backward(_dout_shape, qkv_shape, *_args, out_shape=None, **_kwargs) -> int:
+def _flops_qkvpacked_backward(_dout_shape, _dlse_shape, qkv_shape, *_args, **_kwargs) -> int:
     return 5 * _flops_qkvpacked(qkv_shape) // 2
 
 
@@ -302,7 +333,8 @@ def attention(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T + bias) v, (B, N, H, K), with a gradient for the bias.
 
     q (B, N, H, K); k, v (B, M, H, K), of q's dtype, any strides; under autocast they are cast to
@@ -312,15 +344,24 @@ def attention(
     `dropout_p` drops weights (in eval the caller passes 0), by `rng`, the int64 (2,) seed and
     offset on q's device, or where it is None by fresh ones from torch's default generator.
     `backend` names one of `attention_backends.BACKENDS`; None chooses, see `attention_backend`.
+    `return_lse` gives (out, lse) with the natural log-sum-exp of each query's logits, (B, H, N),
+    fp32 or fp64, -inf where it sees no key, before dropout; gradients go through it too. So
+    attention over parts of the keys becomes attention over all:
+
+        lse = torch.logaddexp(lse_1, lse_2)
+        out = (lse_1 - lse).exp().mT[..., None] * out_1 + (lse_2 - lse).exp().mT[..., None] * out_2
+
+    On "sdpa" and "xformers", which have none to give, lse is computed apart, with the scores in
+    memory. On "triton" with 16-bit queries a finite bias beyond 8000 counts as about 8000.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
     q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v)
     bias = _additive(bias, q, k)
     _check_bias(q, k, bias)
-    options = _Options(q, k, v, bias, (), scale, dropout_p, rng, backend)
+    options = _Options(q, k, v, bias, (), scale, dropout_p, rng, backend, return_lse)
     if options.runs_operator:
-        return torch.ops.beit_fast.attention(q, k, v, bias, *options.of_operator)[0]
+        return options.results(*torch.ops.beit_fast.attention(q, k, v, bias, *options.of_operator))
     return options.run_elsewhere(q, k, v, bias)
 
 
@@ -332,7 +373,8 @@ def attention_qkvpacked(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` on queries, keys and values from one product: (B, N, 3, H, K) -> (B, N, H, K).
 
     Without copies on the way in, and with one packed gradient on the way back.
@@ -341,9 +383,10 @@ def attention_qkvpacked(
     q, k, v = _unpack(qkv)
     bias = _additive(bias, q, k)
     _check_bias(q, k, bias)
-    options = _Options(q, k, v, bias, (), scale, dropout_p, rng, backend)
+    options = _Options(q, k, v, bias, (), scale, dropout_p, rng, backend, return_lse)
     if options.runs_operator:
-        return torch.ops.beit_fast.attention_qkvpacked(qkv, bias, *options.of_operator)[0]
+        operator = torch.ops.beit_fast.attention_qkvpacked
+        return options.results(*operator(qkv, bias, *options.of_operator))
     return options.run_elsewhere(q, k, v, bias)
 
 
@@ -358,7 +401,8 @@ def rel_pos_attention(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` with the relative-position table of a (Gh, Gw) grid, and a gradient for it.
 
     table ((2 Gh - 1)(2 Gw - 1) + 3, H), as `rel_pos_bias` reads it; N = M = Gh Gw + 1. For a table
@@ -367,9 +411,9 @@ def rel_pos_attention(
     q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v)
     _check_table(q, k, table, grid)
-    options = _Options(q, k, v, table, grid, scale, dropout_p, rng, backend)
+    options = _Options(q, k, v, table, grid, scale, dropout_p, rng, backend, return_lse)
     if options.runs_operator:
-        return torch.ops.beit_fast.attention(q, k, v, table, *options.of_operator)[0]
+        return options.results(*torch.ops.beit_fast.attention(q, k, v, table, *options.of_operator))
     return options.run_elsewhere(q, k, v, rel_pos_bias(table, grid))
 
 
@@ -382,14 +426,16 @@ def rel_pos_attention_qkvpacked(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`rel_pos_attention` on a packed qkv: (B, N, 3, H, K) -> (B, N, H, K)."""
     (qkv,) = _autocast(qkv)
     q, k, v = _unpack(qkv)
     _check_table(q, k, table, grid)
-    options = _Options(q, k, v, table, grid, scale, dropout_p, rng, backend)
+    options = _Options(q, k, v, table, grid, scale, dropout_p, rng, backend, return_lse)
     if options.runs_operator:
-        return torch.ops.beit_fast.attention_qkvpacked(qkv, table, *options.of_operator)[0]
+        operator = torch.ops.beit_fast.attention_qkvpacked
+        return options.results(*operator(qkv, table, *options.of_operator))
     return options.run_elsewhere(q, k, v, rel_pos_bias(table, grid))
 
 
@@ -401,6 +447,7 @@ def attention_backend(
     *,
     dropout_p: float = 0.0,
     backend: str | None = None,
+    return_lse: bool = False,
 ) -> Choice:
     """What `attention` would run on with these arguments, and why if it is not the default.
 
@@ -408,23 +455,24 @@ def attention_backend(
     'sdpa'
     """
     q, k, v = _autocast(q, k, v)
-    return choose_backend(q, k, v, _additive(bias, q, k), dropout_p, backend)
+    return choose_backend(q, k, v, _additive(bias, q, k), dropout_p, backend, return_lse)
 
 
 class _Options:
     """The checked options of one call, and where it runs."""
 
-    def __init__(self, q, k, v, bias, grid, scale, dropout_p, rng, backend) -> None:
+    def __init__(self, q, k, v, bias, grid, scale, dropout_p, rng, backend, return_lse) -> None:
         self.scale = q.shape[3] ** -0.5 if scale is None else float(scale)
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale is {scale}: pass a positive number, or None for K^-0.5")
         if not 0 <= dropout_p < 1:
             raise ValueError(f"dropout_p is {dropout_p}: pass a probability in [0, 1)")
-        choice = choose_backend(q, k, v, bias, dropout_p, backend)
+        choice = choose_backend(q, k, v, bias, dropout_p, backend, return_lse)
         warn_of_fallback(choice)
         self.backend = choice.backend
         self.dropout_p = float(dropout_p)
         self.grid = list(grid)
+        self.bias, self.return_lse = bias, return_lse
         self.runs_operator = self.backend in ("triton", "cpu")
         if rng is not None:
             _check_rng(rng, q, self.backend)
@@ -440,13 +488,35 @@ class _Options:
     def of_operator(self) -> tuple:
         return self.rng, self.grid, self.scale, self.dropout_p, self.backend, self.padded
 
-    def run_elsewhere(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def results(self, out: Tensor, lse: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """What the caller wants of an operator's outputs."""
+        return (out, self._natural(lse)) if self.return_lse else out
+
+    def _natural(self, lse: Tensor) -> Tensor:
+        """The log-sum-exp of base e, -inf where a query sees no key, from an operator's."""
+        if self.backend == "cpu" and lse.numel():
+            lse = lse_of_bias(lse, _dense(self.bias, self.grid))
+        elif self.backend == "triton":
+            lse = lse * math.log(2)
+        return lse.masked_fill(lse.detach() == torch.inf, -torch.inf)
+
+    def run_elsewhere(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if self.backend == "reference":
             options = {"scale": self.scale, "dropout_p": self.dropout_p, "rng": self.rng}
-            return attention_reference(q, k, v, bias, **options)
-        run = attention_sdpa if self.backend == "sdpa" else attention_xformers
-        bias_GHNM = bias if bias is None or bias.ndim == 4 else bias[None]
-        return run(q, k, v, bias_GHNM, self.scale, self.dropout_p)
+            out = attention_reference(q, k, v, bias, **options)
+        else:
+            run = attention_sdpa if self.backend == "sdpa" else attention_xformers
+            bias_GHNM = bias if bias is None or bias.ndim == 4 else bias[None]
+            out = run(q, k, v, bias_GHNM, self.scale, self.dropout_p)
+        if not self.return_lse:
+            return out
+        kind = q.device.type
+        # Not always: torch.export writes the context down.
+        is_on = kind != "meta" and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if is_on else contextlib.nullcontext():
+            return out, attention_lse_reference(q, k, bias, scale=self.scale)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

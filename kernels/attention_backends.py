@@ -1,7 +1,8 @@
 """Which implementation attention runs on, and the two that belong to other libraries.
 
 triton      the kernels of this package, deterministic; the default on CUDA
-cpu         `attention_cpu`, deterministic; the default on a CPU for a bias that is trained
+cpu         `attention_cpu`, deterministic; the default on a CPU for a bias that is trained, and
+            where the log-sum-exp is wanted
 sdpa        torch's scaled_dot_product_attention; the default on a CPU for all else, and in what
             `torch.export` makes
 xformers    xformers' memory_efficient_attention, if it is installed
@@ -51,7 +52,13 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def choose_backend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float, backend: str | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    backend: str | None,
+    return_lse: bool = False,
 ) -> Choice:
     """The one place that decides. `backend` is the caller's wish, or None.
 
@@ -73,9 +80,9 @@ def choose_backend(
     if q.device.type in ("cpu", "meta"):
         trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
         # SDPA has no dropout that the reference can repeat, and of an empty batch torch 2.15 gives
-        # the mask no gradient at all, where zeros belong.
+        # the mask no gradient at all, where zeros belong. Nor does SDPA give its log-sum-exp.
         empty = 0 in q.shape or 0 in k.shape
-        return Choice("cpu" if trained or dropout_p or empty else "sdpa")
+        return Choice("cpu" if trained or dropout_p or empty or return_lse else "sdpa")
     obstacle = triton_obstacle(q)
     if obstacle is None:
         return Choice("triton")

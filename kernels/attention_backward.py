@@ -7,7 +7,6 @@ general   all else: any length, width, dtype and architecture, and dropout
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import gpu_of
@@ -27,6 +26,7 @@ def attention_backward(
     bias: Tensor,
     out: Tensor,
     lse: Tensor,
+    dlse: Tensor | None = None,
     *,
     scale: float,
     dropout_p: float,
@@ -41,14 +41,12 @@ def attention_backward(
     """Write dq, dk, dv where they are tensors; return partial sums of dbias, or None if frozen.
 
     q, out, dout, dq (B, N, H, K); k, v, dk, dv (B, M, H, K), rows contiguous; padded bias
-    (G, H, Rn, Rm); lse (B, H, N) of the forward; partial sums (C, G, H, >= N, >= M) fp32.
+    (G, H, Rn, Rm); lse (B, H, N) of the forward; dlse (B, H, N), contiguous, the gradient of its
+    natural logarithm, or None; partial sums (C, G, H, >= N, >= M) fp32.
     `config` is for tests and tuning: the general kernels, with these tiles.
     """
-    chosen = "general"
-    # The special kernels know the padded bias in fp16 alone.
-    if config is None and bias.dtype == torch.float16:
-        chosen = choose_kernels(dout, q, k, v, out, dropout_p)
-    tensors = (dout, q, k, v, bias, out, lse)
+    chosen = choose_kernels(dout, q, k, v, out, dropout_p) if config is None else "general"
+    tensors = (dout, q, k, v, bias, out, lse, dlse)
     wanted = {"scale": scale, "dq": dq, "dk": dk, "dv": dv, "trains_bias": trains_bias}
     if chosen == "window":
         return window_backward(*tensors, **wanted)

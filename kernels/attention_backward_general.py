@@ -1,7 +1,7 @@
 """Backward kernels of attention for any length, head width, dtype and architecture; with dropout.
 
     p[n,m]   = 2^(c s[n,m] - lse[n])                   s, c, lse as in `attention_forward`
-    delta[n] = rowsum(dout[n] out[n])
+    delta[n] = rowsum(dout[n] out[n]) - dlse[n]        dlse, of the natural logarithm, may be absent
     ds[n,m]  = p[n,m] (Z[n,m] dout[n] . v[m] - delta[n])
     dq = scale ds k;  dk = scale ds^T q;  dv = (Z p)^T dout;  dbias = sum over images of ds
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
+from beit_fast.kernels.attention_bias import bias_unit, raw_bias
 from beit_fast.kernels.attention_chunks import num_chunks
 from beit_fast.kernels.attention_configs import GeneralBackward, Tile, dbias_ctas, head_parts
 from beit_fast.kernels.attention_descriptors import can_describe, describe
@@ -173,6 +174,7 @@ def _dq_kernel(
     out_ptr,  # (B, N, H, K)
     dout_ptr,  # (B, N, H, K)
     lse_ptr,  # (B, H, N) fp32
+    dlse_ptr,  # (B, H, N) fp32; None: nothing depends on lse
     rng_ptr,  # (2,) int64: seed and offset; None without dropout
     stats_ptr,  # (B, H, 2, S) fp32: lse and delta, written
     dq_ptr,  # (B, N, H, K), written; None: only stats are
@@ -203,6 +205,7 @@ def _dq_kernel(
     M,  # keys
     S,  # queries in whole tiles
     scale,  # fp32
+    bias_unit,  # fp32: u; None: 1
     exponent_factor,  # fp32: c
     drop_below,  # int32: see _dropout_factor
     gain,  # fp32: see _dropout_factor
@@ -232,6 +235,8 @@ def _dq_kernel(
     delta = tl.full((BLOCK_N,), 0.0, tl.float32)
     for j in tl.static_range(len(PARTS)):
         delta += tl.sum(out[j].to(tl.float32) * dout[j].to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + bh * N + row, mask=row < N, other=0.0)
     lse = tl.load(lse_ptr + bh * N + row, mask=row < N, other=float("inf"))
     tl.store(stats_ptr + bh * 2 * S + row, lse)
     tl.store(stats_ptr + bh * 2 * S + S + row, delta)
@@ -242,7 +247,7 @@ def _dq_kernel(
             k = _load_rows(k_ptr, k_stride_n * UNIT, m, M, BLOCK_M, K, PARTS, OFFSET)
             v = _load_rows(v_ptr, v_stride_n * UNIT, m, M, BLOCK_M, K, PARTS, OFFSET)
             bias = _load_bias(bias_ptr, bias_stride_n, n, m, N, BLOCK_N, BLOCK_M)
-            s = _products(q, k, bias.to(tl.float32), PRECISION)
+            s = _products(q, k, raw_bias(bias, bias_unit), PRECISION)
             p = tl.exp2(s * exponent_factor - lse[:, None])
             dp = _products(dout, v, tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32), PRECISION)
             if rng_ptr is not None:
@@ -293,6 +298,7 @@ def _dk_dv_kernel(
     M,  # keys
     S,  # queries in whole tiles
     scale,  # fp32
+    bias_unit,  # fp32: u; None: 1
     exponent_factor,  # fp32: c
     drop_below,  # int32: see _dropout_factor
     gain,  # fp32: see _dropout_factor
@@ -326,7 +332,7 @@ def _dk_dv_kernel(
         q = _load_rows(q_ptr, q_stride_n * UNIT, n, N, BLOCK_N, K, PARTS, OFFSET)
         dout = _load_rows(dout_ptr, dout_stride_n * UNIT, n, N, BLOCK_N, K, PARTS, OFFSET)
         bias = _load_bias(bias_ptr, bias_stride_n, n, m, N, BLOCK_N, BLOCK_M)
-        s = _products(k, q, tl.trans(bias).to(tl.float32), PRECISION)
+        s = _products(k, q, raw_bias(tl.trans(bias), bias_unit), PRECISION)
         p = tl.exp2(s * exponent_factor - tl.load(lse_ptr + row)[None, :])
         zp = p
         if rng_ptr is not None:
@@ -389,6 +395,7 @@ def _dbias_kernel(
     Rm,
     images,  # of each group
     C,
+    bias_unit,  # fp32: u; None: 1
     exponent_factor,  # fp32: c
     drop_below,  # int32: see _dropout_factor
     gain,  # fp32: see _dropout_factor
@@ -440,7 +447,7 @@ def _dbias_kernel(
         lse_ptr = stats_ptr + (b * H + h) * 2 * S
         lse = tl.load(lse_ptr + row, mask=row < S, other=float("inf"))
         delta = tl.load(lse_ptr + S + row, mask=row < S, other=0.0)
-        s = _products(q, k, bias.to(tl.float32), PRECISION)
+        s = _products(q, k, raw_bias(bias, bias_unit), PRECISION)
         p = tl.exp2(s * exponent_factor - lse[:, None])
         dp = _products(dout, v, tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32), PRECISION)
         if rng_ptr is not None:
@@ -460,6 +467,7 @@ def general_backward(
     bias: Tensor,
     out: Tensor,
     lse: Tensor,
+    dlse: Tensor | None = None,
     *,
     scale: float,
     dropout_p: float,
@@ -505,6 +513,7 @@ def general_backward(
             "N": N,
             "M": M,
             "S": padded_rows,
+            "bias_unit": bias_unit(q.dtype, scale),
             "exponent_factor": scale * math.log2(math.e),
             "drop_below": threshold_of(dropout_p),
             "gain": 1 / (1 - dropout_p),
@@ -524,6 +533,7 @@ def general_backward(
         (padded_rows // config.dq.block_n * B * H,),
         out_ptr=out,
         lse_ptr=lse,
+        dlse_ptr=dlse,
         dq_ptr=dq,
         scale=scale,
         **shared(config.dq, "q", "k", "v", "out", "dout", "dq"),

@@ -1,6 +1,6 @@
 """Backward of attention on Hopper for sequences of 65 to 208 tokens, BEiT's at 224 pixels.
 
-    delta = rowsum(dout out)            p = exp2(scale log2(e) (q k^T + bias) - lse)
+    delta = rowsum(dout out) - dlse     p = exp2(scale log2(e) (q k^T + u bias) - lse)
     ds = p (dout v^T - delta)           dbias = sum of ds over the images of a group
     dq = scale ds k                     dk = scale ds^T q         dv = p^T dout
 
@@ -12,8 +12,9 @@ launch computes dk and dv, a program for each image and head. With a frozen bias
 of that kind too.
 
 Shapes    q, out, dout, dq (B, N, H, K); k, v, dk, dv (B, M, H, K): views, last stride 1;
-          bias (G, H, padded N, padded M) fp16, in units of the raw scores, -inf in keys beyond M;
-          lse (B, H, N) fp32, base 2, +inf for a fully masked row; image b is of group b mod G
+          bias (G, H, padded N, padded M) fp16, in units of u raw scores, -inf in keys beyond M;
+          lse (B, H, N) fp32, base 2, +inf for a fully masked row; dlse (B, H, N), of the natural
+          logarithm, may be absent; image b is of group b mod G
 Types     bf16 or fp16; statistics, ds and dbias fp32; p and ds in q's dtype as matrix operands
 Cost      7 matrix products and 2 exponentials per score; each tensor is read once or twice
 Legend    Queries and keys are cut into tiles of 64 and one tail of 16 or 32 (197 = 3 64 + 16).
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
+from beit_fast.kernels.attention_bias import bias_unit, raw_bias
 from beit_fast.kernels.attention_chunks import num_chunks, strides_of
 from beit_fast.kernels.attention_descriptors import can_describe, describe
 
@@ -35,11 +37,13 @@ LONGEST = 208  # dbias of 64 queries takes 104 of 255 registers a thread at this
 @triton.jit
 def _unpack_bias(
     pairs,  # int32 (ROWS, COLS / 2): two fp16 each
+    bias_unit,  # fp32: u; None: 1
 ):
     """fp32 (ROWS, COLS)."""
     low = pairs.to(tl.int16).to(tl.float16, bitcast=True)
     high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return tl.join(low, high).reshape(pairs.shape[0], 2 * pairs.shape[1]).to(tl.float32)
+    joined = tl.join(low, high).reshape(pairs.shape[0], 2 * pairs.shape[1])
+    return raw_bias(joined, bias_unit)
 
 
 @triton.jit
@@ -87,6 +91,7 @@ def _dq_dbias_kernel(
     dout_desc,  # (B, H, N, K), blocks of ROWS queries
     pairs_ptr,  # (G, H, padded N, padded M / 2) int32: two fp16 of the bias each
     lse_ptr,  # (B, H, N) fp32
+    dlse_ptr,  # (B, H, N) fp32; None: nothing depends on lse
     dq_ptr,  # (B, N, H, K), or None
     stats_ptr,  # (B, H, 2, PADDED_ROWS) fp32: lse (+inf beyond N) and delta, written here
     partials_ptr,  # (C, G, H, N, TILES COLS + TAIL) fp32
@@ -96,6 +101,7 @@ def _dq_dbias_kernel(
     pairs_stride_g,
     pairs_stride_h,
     scale,  # fp32
+    bias_unit,  # fp32: u; None: 1
     factor,  # fp32: scale log2(e)
     B,  # images
     H,  # heads
@@ -149,6 +155,8 @@ def _dq_dbias_kernel(
         lse = tl.full((ROWS,), 0, tl.float32)
         if i < last:
             lse = tl.load(lse_ptr + bh * N + n0 + rows, mask=inside, other=float("inf"))
+            if dlse_ptr is not None:
+                delta -= tl.load(dlse_ptr + bh * N + n0 + rows, mask=inside, other=0.0)
         stats = stats_ptr + bh * 2 * PADDED_ROWS + n0 + rows
         stored = rows < PADDED_ROWS - n0
         tl.store(stats, lse, mask=stored)
@@ -162,7 +170,7 @@ def _dq_dbias_kernel(
             pairs = tl.full((ROWS, TAIL // 2), 0, tl.int32)
             if i < last:
                 pairs = tl.load(pairs_rows + tail_cols)
-            ds = _scores_gradient(q, dout, k, v, _unpack_bias(pairs), lse, delta, factor)
+            ds = _scores_gradient(q, dout, k, v, _unpack_bias(pairs, bias_unit), lse, delta, factor)
             dbias_tail += ds
             if dq_ptr is not None:
                 dq = tl.dot(ds.to(k.dtype), k, acc=dq)
@@ -175,7 +183,7 @@ def _dq_dbias_kernel(
             pairs = tl.full((ROWS, COLS // 2), 0, tl.int32)
             if i < last:
                 pairs = tl.load(pairs_rows + (t * COLS // 2 + pairs_cols))
-            ds = _scores_gradient(q, dout, k, v, _unpack_bias(pairs), lse, delta, factor)
+            ds = _scores_gradient(q, dout, k, v, _unpack_bias(pairs, bias_unit), lse, delta, factor)
             sums += (dbias[t] + ds,)
             if dq_ptr is not None:
                 dq = tl.dot(ds.to(k.dtype), k, acc=dq)
@@ -205,6 +213,7 @@ def _dq_kernel(
     dout_ptr,  # (B, N, H, K)
     bias_ptr,  # (G, H, padded N, padded M) fp16
     lse_ptr,  # (B, H, N) fp32
+    dlse_ptr,  # (B, H, N) fp32; None: nothing depends on lse
     dq_ptr,  # (B, N, H, K), or None: only the statistics are wanted
     stats_ptr,  # (B, H, 2, PADDED_ROWS) fp32: lse (+inf beyond N) and delta, written here
     q_stride_b,
@@ -228,6 +237,7 @@ def _dq_kernel(
     bias_stride_g,
     bias_stride_h,
     scale,  # fp32
+    bias_unit,  # fp32: u; None: 1
     factor,  # fp32: scale log2(e)
     H,  # heads
     N,  # queries
@@ -278,6 +288,8 @@ def _dq_kernel(
         dout = tl.load(dout_ptr + n[:, None] * dout_stride_n + offs_k, mask=inside, other=0.0)
         out = tl.load(out_ptr + n[:, None] * out_stride_n + offs_k, mask=inside, other=0.0)
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+        if dlse_ptr is not None:
+            delta -= tl.load(dlse_ptr + bh * N + n, mask=n < N, other=0.0)
         lse = tl.load(lse_ptr + n, mask=n < N, other=float("inf"))
         tl.store(stats_ptr + n, lse, mask=n < PADDED_ROWS)
         tl.store(stats_ptr + PADDED_ROWS + n, delta, mask=n < PADDED_ROWS)
@@ -286,11 +298,11 @@ def _dq_kernel(
             dq = tl.full((ROWS, K), 0, tl.float32)
             bias_rows = bias_ptr + n[:, None] * BIAS_STRIDE_N
             for t in tl.static_range(TILES):
-                bias = tl.load(bias_rows + (t * COLS + cols)[None, :]).to(tl.float32)
+                bias = raw_bias(tl.load(bias_rows + (t * COLS + cols)[None, :]), bias_unit)
                 ds = _scores_gradient(q, dout, k[t], v[t], bias, lse, delta, factor)
                 dq = tl.dot(ds.to(q.dtype), k[t], acc=dq)
             if TAIL:
-                tail_bias = tl.load(bias_rows + tail_m[None, :]).to(tl.float32)
+                tail_bias = raw_bias(tl.load(bias_rows + tail_m[None, :]), bias_unit)
                 tail_ds = _scores_gradient(q, dout, k_tail, v_tail, tail_bias, lse, delta, factor)
                 dq = tl.dot(tail_ds.to(q.dtype), k_tail, acc=dq)
             dq_tile = dq_ptr + n[:, None] * dq_stride_n + offs_k
@@ -304,6 +316,7 @@ def _add_queries(
     k,  # (COLS, K)
     v,  # (COLS, K)
     bias,  # fp16 (ROWS, COLS)
+    bias_unit,  # fp32: u; None: 1
     lse,  # fp32 (ROWS,)
     delta,  # fp32 (ROWS,)
     factor,  # fp32: scale log2(e)
@@ -313,7 +326,7 @@ def _add_queries(
     WANTS_DV: tl.constexpr,
 ):
     """dk and dv with the share of these queries."""
-    s = tl.dot(k, tl.trans(q), acc=tl.trans(bias).to(tl.float32))
+    s = tl.dot(k, tl.trans(q), acc=raw_bias(tl.trans(bias), bias_unit))
     p = tl.math.exp2(s * factor - lse[None, :])
     if WANTS_DV:
         dv = tl.dot(p.to(dout.dtype), dout, acc=dv)
@@ -355,6 +368,7 @@ def _dk_dv_kernel(
     bias_stride_g,
     bias_stride_h,
     scale,  # fp32
+    bias_unit,  # fp32: u; None: 1
     factor,  # fp32: scale log2(e)
     H,  # heads
     N,  # queries
@@ -415,7 +429,7 @@ def _dk_dv_kernel(
             lse = tl.load(lse_ptr + n)
             delta = tl.load(delta_ptr + n)
             dk, dv = _add_queries(
-                q[t], dout[t], k, v, bias, lse, delta, factor, dk, dv,
+                q[t], dout[t], k, v, bias, bias_unit, lse, delta, factor, dk, dv,
                 dk_ptr is not None, dv_ptr is not None,
             )  # fmt: skip
         if TAIL:
@@ -423,7 +437,8 @@ def _dk_dv_kernel(
             lse_tail = tl.load(lse_ptr + tail_n)
             delta_tail = tl.load(delta_ptr + tail_n)
             dk, dv = _add_queries(
-                q_tail, dout_tail, k, v, bias_tail, lse_tail, delta_tail, factor, dk, dv,
+                q_tail, dout_tail, k, v, bias_tail, bias_unit, lse_tail, delta_tail, factor,
+                dk, dv,
                 dk_ptr is not None, dv_ptr is not None,
             )  # fmt: skip
         if dk_ptr is not None:
@@ -463,6 +478,7 @@ def hopper_backward(
     bias: Tensor,
     out: Tensor,
     lse: Tensor,
+    dlse: Tensor | None = None,
     *,
     scale: float,
     dq: Tensor | None,
@@ -483,6 +499,7 @@ def hopper_backward(
     stats = q.new_empty((B, H, 2, padded_rows), dtype=torch.float32)
     factor = scale * math.log2(math.e)
     shared = {"scale": scale, "factor": factor, "H": H, "N": N, "G": G, "K": K}
+    shared["bias_unit"] = bias_unit(q.dtype, scale)
     partials = None
     if trains_bias:
         rows = 64
@@ -506,6 +523,7 @@ def hopper_backward(
             dout_desc=describe(dout, rows),
             pairs_ptr=pairs,
             lse_ptr=lse,
+            dlse_ptr=dlse,
             dq_ptr=dq,
             stats_ptr=stats,
             partials_ptr=partials,
@@ -535,6 +553,7 @@ def hopper_backward(
             dout_ptr=dout,
             bias_ptr=bias,
             lse_ptr=lse,
+            dlse_ptr=dlse,
             dq_ptr=dq,
             stats_ptr=stats,
             **strides_of("q", q, "n"),

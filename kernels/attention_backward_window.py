@@ -1,6 +1,6 @@
 """Backward of attention in windows of at most 64 tokens, in one launch: Swin's and BEiT's at 112.
 
-    delta = rowsum(dout out)            p = exp2(scale log2(e) (q k^T + bias) - lse)
+    delta = rowsum(dout out) - dlse     p = exp2(scale log2(e) (q k^T + u bias) - lse)
     ds = p (dout v^T - delta)           dbias = sum of ds over the images of a group
     dq = scale ds k                     dk = scale ds^T q         dv = p^T dout
 
@@ -9,8 +9,9 @@ seven for. A program owns one head and walks over a chunk of the images (windows
 dbias stays in its registers until the chunk ends.
 
 Shapes    q, out, dout, dq (B, N, H, K); k, v, dk, dv (B, M, H, K): views, last stride 1;
-          bias (G, H, 64, 64) fp16, in units of the raw scores, -inf in keys beyond M;
-          lse (B, H, N) fp32, base 2, +inf for a fully masked row; image b is of group b mod G
+          bias (G, H, 64, 64) fp16, in units of u raw scores, -inf in keys beyond M;
+          lse (B, H, N) fp32, base 2, +inf for a fully masked row; dlse (B, H, N), of the natural
+          logarithm, may be absent; image b is of group b mod G
 Types     bf16 or fp16; statistics, ds and dbias fp32; p and ds in q's dtype as matrix operands
 Cost      bound by memory: each of the tensors is read or written once
 Legend    C chunks of images: partial sums of dbias, (C, G, H, 64, 64)
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
+from beit_fast.kernels.attention_bias import bias_unit, raw_bias
 from beit_fast.kernels.attention_chunks import num_chunks, strides_of
 
 TILE = 64  # queries and keys of a program
@@ -36,6 +38,7 @@ def _window_backward_kernel(
     dout_ptr,  # (B, N, H, K)
     bias_ptr,  # (G, H, TILE, TILE) fp16
     lse_ptr,  # (B, H, N) fp32
+    dlse_ptr,  # (B, H, N) fp32; None: nothing depends on lse
     dq_ptr,  # (B, N, H, K), or None
     dk_ptr,  # (B, M, H, K), or None
     dv_ptr,  # (B, M, H, K), or None
@@ -67,6 +70,7 @@ def _window_backward_kernel(
     bias_stride_g,
     bias_stride_h,
     scale,  # fp32
+    bias_unit,  # fp32: u; None: 1
     factor,  # fp32: scale log2(e)
     B,  # images
     H,  # heads
@@ -110,9 +114,11 @@ def _window_backward_kernel(
         v = tl.load(v_tile, mask=keys, other=0.0)
         out = tl.load(out_tile, mask=queries, other=0.0)
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+        if dlse_ptr is not None:
+            delta -= tl.load(dlse_ptr + (b * H + h) * N + offs, mask=offs < N, other=0.0)
         dp = tl.dot(dout, tl.trans(v)) - delta[:, None]
         bias = tl.load(bias_tile)
-        s = tl.dot(q, tl.trans(k), acc=bias.to(tl.float32))
+        s = tl.dot(q, tl.trans(k), acc=raw_bias(bias, bias_unit))
         p = tl.math.exp2(s * factor - lse[:, None])
         ds = p * dp
         if partials_ptr is not None:
@@ -161,6 +167,7 @@ def window_backward(
     bias: Tensor,
     out: Tensor,
     lse: Tensor,
+    dlse: Tensor | None = None,
     *,
     scale: float,
     dq: Tensor | None,
@@ -195,6 +202,7 @@ def window_backward(
         dout_ptr=dout,
         bias_ptr=bias,
         lse_ptr=lse,
+        dlse_ptr=dlse,
         dq_ptr=dq,
         dk_ptr=dk,
         dv_ptr=dv,
@@ -210,6 +218,7 @@ def window_backward(
         bias_stride_g=bias.stride(0),
         bias_stride_h=bias.stride(1),
         scale=scale,
+        bias_unit=bias_unit(q.dtype, scale),
         factor=scale * math.log2(math.e),
         B=B,
         H=H,

@@ -1,21 +1,28 @@
 """The bias as the attention kernels read it, and the sum of the gradients as they write them.
 
-    padded[g,h,n,m] = bias[g,h,n,m] / scale     n < N, m < M;    -inf for m >= M, else 0
+    padded[g,h,n,m] = bias[g,h,n,m] / (scale u)     n < N, m < M;    -inf for m >= M, else 0
     dbias[g,h,n,m]  = sum_c partials[c,g,h,n,m]
 
 Divided by the scale of the logits it is the first value of the accumulator of q k^T; its -inf
 columns are the only mask a kernel needs. Rows and columns are padded to whole tiles.
 
+u, the unit of what is stored, is 1 where division by the scale rounds nothing: in fp32, or where
+the scale is a power of two, which heads of 16 and 64 channels have. Elsewhere u is 1 / scale: the
+bias is stored as it is, and a kernel multiplies by u in fp32 (`raw_bias`). In fp16 the quotient
+would be off by up to 2^-12 of itself, where a 16-bit bias is exact: with heads of 32 that cost
+outputs in fp16 up to 1e-2.
+
 Shapes    bias (G, H, N, M); padded (G, H, padded_length(N), padded_length(M)), some strides 0
           where there is no bias; partials (C, G, H, >= N, >= M) fp32
 Types     padded is fp16 for 16-bit queries: it costs what bf16 costs and rounds 8 times less.
-          fp32 for fp32 queries, and where the scale is so small that fp16 would overflow.
+          fp32 for fp32 queries.
           Finite values beyond fp16's range (a mask of -1e9) become its largest: exp2 gives 0
 Cost      bound by memory; 2 to 3 MB a layer for Base at 224
 """
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 
 import torch
@@ -25,7 +32,7 @@ from beit_fast.kernels._triton import cdiv, launch, tl, triton
 from beit_fast.kernels.rel_pos_bias import expand_table
 
 # Below this scale a bias of 2000 would leave fp16's range when divided by it.
-SMALLEST_FP16_SCALE = 1 / 32
+SMALLEST_DIVISOR = 1 / 32
 
 
 def padded_length(length: int) -> int:
@@ -35,21 +42,50 @@ def padded_length(length: int) -> int:
     return 64 * (tiles + tiles % 2 * torch.sym_min(tiles // 2, 1))
 
 
-def padded_dtype(dtype: torch.dtype, scale: float) -> torch.dtype:
+def padded_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the padded bias of queries of `dtype` is stored in."""
-    return torch.float32 if dtype == torch.float32 or scale < SMALLEST_FP16_SCALE else torch.float16
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def bias_unit(dtype: torch.dtype, scale: float) -> float | None:
+    """u on top of this file, of queries or a padded bias of `dtype`; None: 1.
+
+    >>> bias_unit(torch.bfloat16, 64**-0.5), bias_unit(torch.bfloat16, 0.2)
+    (None, 5.0)
+    """
+    is_power_of_two = math.frexp(scale)[0] == 0.5
+    if dtype == torch.float32 or (is_power_of_two and scale >= SMALLEST_DIVISOR):
+        return None
+    return 1 / scale
+
+
+@triton.jit
+def raw_bias(
+    tile,  # of the padded bias
+    unit,  # fp32: u; None: 1
+):
+    """The tile in units of the raw scores, fp32."""
+    tile = tile.to(tl.float32)
+    if unit is not None:
+        tile *= unit
+    return tile
 
 
 def pad_bias_reference(bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """The first formula above, transcribed, for a bias (G, H, N, M)."""
     G, H, N, M = bias.shape
-    raw = bias.float() / scale
+    stored = bias.float() * _factor(dtype, scale)
     limit = torch.finfo(dtype).max
-    raw = torch.where(raw.isfinite(), raw.clamp(-limit, limit), raw)
+    stored = torch.where(stored.isfinite(), stored.clamp(-limit, limit), stored)
     padded = bias.new_zeros((G, H, padded_length(N), padded_length(M)), dtype=dtype)
-    padded[:, :, :N, :M] = raw
+    padded[:, :, :N, :M] = stored
     padded[..., M:] = -torch.inf
     return padded
+
+
+def _factor(dtype: torch.dtype, scale: float) -> float:
+    """What the bias is multiplied by where it is stored: 1 / (scale u)."""
+    return 1 / scale if bias_unit(dtype, scale) is None else 1.0
 
 
 @triton.jit
@@ -60,7 +96,7 @@ def _pad_bias_kernel(
     stride_h,  # of bias
     stride_n,  # of bias
     stride_m,  # of bias
-    factor,  # fp32: 1 / scale
+    factor,  # fp32: 1 / (scale u)
     limit,  # fp32: finite entries are clamped to [-limit, limit]
     H,  # heads
     N,  # queries
@@ -119,15 +155,15 @@ def pad_bias(
     bias (H, N, M) or (G, H, N, M), or, where `grid` is not empty, a table (R, H).
     """
     _, N, H, _ = q.shape
-    dtype = padded_dtype(q.dtype, scale)
+    dtype = padded_dtype(q.dtype)
     padded_rows, padded_cols = padded_length(N), padded_length(num_keys)
     if bias is None:
         row = q.new_zeros(padded_cols, dtype=dtype)
         row[num_keys:] = -torch.inf
         return row.expand(1, H, padded_rows, padded_cols)
     if grid:
-        table = expand_table(bias, tuple(grid), padded=padded_rows, dtype=dtype, factor=1 / scale)
-        return table[None]
+        factor = _factor(dtype, scale)
+        return expand_table(bias, tuple(grid), padded=padded_rows, dtype=dtype, factor=factor)[None]
     return pad_dense(bias, dtype, scale)
 
 
@@ -148,7 +184,7 @@ def pad_dense(bias: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
         stride_h=bias_GHNM.stride(1),
         stride_n=bias_GHNM.stride(2),
         stride_m=bias_GHNM.stride(3),
-        factor=1 / scale,
+        factor=_factor(dtype, scale),
         limit=torch.finfo(dtype).max,
         H=H,
         N=N,
@@ -199,7 +235,7 @@ def pad_for(q: Tensor, bias: Tensor, scale: float) -> Tensor | None:
 
     None where no other call would read it: attention pads then, there and back, and keeps nothing.
     """
-    dtype = padded_dtype(q.dtype, scale)
+    dtype = padded_dtype(q.dtype)
     if torch.compiler.is_compiling():
         return torch.ops.beit_fast.pad_bias(bias.detach(), dtype, scale)
     last = _last_padded.get()

@@ -51,7 +51,8 @@ def attention_cpu(
 ) -> Tensor:
     """out (B, N, H, K) from q (B, N, H, K); k, v (B, M, H, K); bias (G, H, N, M) or None.
 
-    Writes lse (B, H, N), in fp32 or better, for `attention_cpu_backward` alone.
+    Writes lse (B, H, N), in fp32 or better: of biases near zero, which `attention_cpu_backward`
+    goes by and `lse_of_bias` takes back; of rows that see no key any finite number.
     """
     bias = _near_zero(bias, lse.dtype)
     if not dropout_p and q.device.type == "cpu" and _has_flash():
@@ -113,6 +114,7 @@ def attention_cpu_backward(
     v: Tensor,
     bias: Tensor | None,
     lse: Tensor,
+    dlse: Tensor | None,
     rng: Tensor | None,
     scale: float,
     dropout_p: float,
@@ -121,7 +123,10 @@ def attention_cpu_backward(
     dv: Tensor | None,
     trains_bias: bool,
 ) -> Tensor | None:
-    """Writes dq, dk, dv where they are tensors; returns dbias (G, H, N, M) if it is trained."""
+    """Writes dq, dk, dv where they are tensors; returns dbias (G, H, N, M) if it is trained.
+
+    dlse (B, H, N) is the gradient of lse, None where nothing depends on it.
+    """
     dbias = torch.empty(bias.shape, dtype=lse.dtype, device=q.device) if trains_bias else None
     bias = _near_zero(bias, lse.dtype)
     plan = _Plan(q, k, bias, lse.dtype)
@@ -134,9 +139,13 @@ def attention_cpu_backward(
         kT_all, vT_all = (images.take(t, transposed=True) for t in (k, v))
         # Gradients take the place of what is not needed any more.
         dq_all, dk_all, dv_all = dout_all, kT_all.view_as(k_all), vT_all.view_as(k_all)
-        inputs = (q_all, k_all, dout_all, lse_all, kT_all, vT_all, dq_all, dk_all, dv_all)
+        dlse_all = lse_all if dlse is None else images.take(dlse.transpose(1, 2)[..., None])
+        inputs = (q_all, k_all, dout_all, lse_all, dlse_all, kT_all, vT_all)
+        inputs += (dq_all, dk_all, dv_all)
         parts = zip(plan.heads, *(images.parts(t) for t in inputs), strict=True)
-        for heads, q_SNK, k_SMK, dout_SNK, lse_SN1, k_SKM, v_SKM, dq_SNK, dk_SMK, dv_SMK in parts:
+        for (
+            heads, q_SNK, k_SMK, dout_SNK, lse_SN1, dlse_SN1, k_SKM, v_SKM, dq_SNK, dk_SMK, dv_SMK
+        ) in parts:  # fmt: skip
             weights_SNM, dscores_SNM = plan.scores[:, : len(q_SNK)]
             if bias is None:
                 torch.neg(lse_SN1.expand_as(weights_SNM), out=weights_SNM)
@@ -160,6 +169,8 @@ def attention_cpu_backward(
             torch.ops.aten._softmax_backward_data(
                 dscores_SNM, weights_SNM, -1, lse.dtype, grad_input=dscores_SNM
             )  # weights (dscores - rowsum(dscores weights)), in one pass
+            if dlse is not None:
+                dscores_SNM.addcmul_(weights_SNM, dlse_SN1)
             if dbias is not None:
                 images.add(dbias[images.group, heads], dscores_SNM)
             if dk is not None:
@@ -251,13 +262,33 @@ def _pieces(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
+def lse_of_bias(lse: Tensor, bias: Tensor | None) -> Tensor:
+    """The log-sum-exp (B, H, N) of a bias (G, H, N, M) as it is, from what `attention_cpu` wrote.
+
+    -inf where a query sees no key.
+    """
+    if bias is None or bias.shape[-1] == 0:
+        return lse
+    bias = bias.detach().to(lse.dtype)
+    highest_GHN = bias.amax(dim=-1)
+    hidden_GHN = highest_GHN == -torch.inf
+    # In tensors alone: torch.compile traces this.
+    shift_GHN = torch.where(_is_near_zero(bias), 0, highest_GHN).masked_fill(hidden_GHN, 0)
+    shift_BHN, hidden_BHN = (t.repeat(len(lse) // len(bias), 1, 1) for t in (shift_GHN, hidden_GHN))
+    return (lse + shift_BHN).masked_fill(hidden_BHN, -torch.inf)
+
+
 def _near_zero(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The bias, its rows shifted by their largest values where that is needed."""
     if bias is None:
         return None
     bias = bias.detach().to(dtype)
-    low, high = bias.aminmax()
-    if max(-low, high) <= LARGEST_BIAS:  # no device waits: this is for CPUs
+    if _is_near_zero(bias):  # no device waits: this is for CPUs
         return bias
     # The largest of a row is -inf where a query sees no key, and stays so.
     return bias - bias.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+
+
+def _is_near_zero(bias: Tensor) -> Tensor:
+    low, high = bias.aminmax()
+    return torch.maximum(-low, high) <= LARGEST_BIAS

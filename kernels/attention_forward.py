@@ -1,6 +1,6 @@
 """Forward kernels of attention with an additive bias, and what launches them.
 
-    s[n,m] = q[n] . k[m] + bias[n,m]           the bias is the first value of the accumulator
+    s[n,m] = q[n] . k[m] + u bias[n,m]         the bias is the first value of the accumulator
     lse[n] = log2 sum_m 2^(c s[n,m])           c = scale log2(e)
     out[n] = sum_m Z[n,m] 2^(c s[n,m] - lse[n]) v[m]
 
@@ -10,7 +10,8 @@ whole     a program holds all keys and values of its image and head, and loops o
 flash     a program holds a tile of queries, and loops over the keys
 
 Shapes    q, out (B, N, H, K); k, v (B, M, H, K); lse (B, H, N); bias (G, H, >= N, >= M), padded
-          as in `attention_bias`: divided by scale, -inf for keys m >= M; image b has bias b mod G
+          as in `attention_bias`, in units of u raw scores, -inf for keys m >= M; image b has bias
+          b mod G
 Types     scores, softmax and sums in fp32; the weights are rounded to v's type before they meet it
 Masks     those -inf are the only ones. A query that sees no key has out = 0 and lse = inf
 Dropout   Z as in `attention`; lse is that of the weights before dropout
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
+from beit_fast.kernels.attention_bias import bias_unit, raw_bias
 from beit_fast.kernels.attention_configs import (
     FlashForward,
     WholeForward,
@@ -108,12 +110,13 @@ def _score(
     q,  # tuple of (ROWS, part)
     keys,  # for each tile a tuple of (width, part)
     biases,  # tuple of (ROWS, width)
+    bias_unit,  # fp32: u; None: 1
     PRECISION: tl.constexpr,
 ):
     """s for a group of keys: a tuple of (ROWS, width) fp32."""
     scores = ()
     for i in tl.static_range(len(keys)):
-        s = biases[i].to(tl.float32)
+        s = raw_bias(biases[i], bias_unit)
         for j in tl.static_range(len(q)):
             s = tl.dot(q[j], tl.trans(keys[i][j]), s, input_precision=PRECISION)
         scores += (s,)
@@ -208,7 +211,7 @@ def _attention_whole_kernel(
     q_ptr,  # (B, N, H, K)
     k_ptr,  # (B, M, H, K)
     v_ptr,  # (B, M, H, K)
-    bias_ptr,  # (G, H, >= N, >= M), raw scores, -inf for keys m >= M
+    bias_ptr,  # (G, H, >= N, >= M), -inf for keys m >= M
     out_ptr,  # (B, N, H, K)
     lse_ptr,  # (B, H, N) fp32
     q_stride_b,  # this and the next eleven in units of UNIT elements
@@ -230,6 +233,7 @@ def _attention_whole_kernel(
     H,  # heads
     N,  # queries
     M,  # keys, at most the sum of all widths
+    bias_unit,  # fp32: u; None: 1
     exponent_factor,  # fp32: c, the scale of the logits times log2(e)
     K: tl.constexpr,  # width of a head
     PARTS: tl.constexpr,  # (begin, width) of the tiles that K is cut into
@@ -270,13 +274,13 @@ def _attention_whole_kernel(
         highest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
         acc = _zeros(BLOCK_N, PARTS)
-        scores = _score(q, keys0, biases0, "ieee")
+        scores = _score(q, keys0, biases0, bias_unit, "ieee")
         values = values0
         if len(SECOND) > 0:
             highest, total, acc = _attend(
                 scores, values, (), highest, total, acc, exponent_factor, True, "ieee"
             )
-            scores = _score(q, keys1, biases1, "ieee")
+            scores = _score(q, keys1, biases1, bias_unit, "ieee")
             values = values1
         if not ONE_TILE:  # what the next turn begins with arrives during the rest of this one
             after, rest = start + BLOCK_N, left - BLOCK_N
@@ -298,7 +302,7 @@ def _attention_flash_kernel(
     q_ptr,  # (B, N, H, K)
     k_ptr,  # (B, M, H, K)
     v_ptr,  # (B, M, H, K)
-    bias_ptr,  # (G, H, >= N, >= M), raw scores, -inf for keys m >= M
+    bias_ptr,  # (G, H, >= N, >= M), -inf for keys m >= M
     rng_ptr,  # (2,) int64: seed and offset; None without dropout
     out_ptr,  # (B, N, H, K)
     lse_ptr,  # (B, H, N) fp32
@@ -321,6 +325,7 @@ def _attention_flash_kernel(
     H,  # heads
     N,  # queries
     M,  # keys
+    bias_unit,  # fp32: u; None: 1
     exponent_factor,  # fp32: c, the scale of the logits times log2(e)
     drop_below,  # int32: a weight with a smaller random word is dropped
     gain,  # fp32: what kept weights are multiplied by, 1 / (1 - p)
@@ -358,7 +363,7 @@ def _attention_flash_kernel(
         begin = tl.cast(begin, tl.int64)
         k = _load_rows(k_ptr + begin * k_stride, k_stride, None, BLOCK_M, K, PARTS, OFFSET)
         biases = _load_bias(bias_ptr + begin, bias_stride_n, left, BLOCK_N, (BLOCK_M,), OFFSET)
-        scores = _score(q, (k,), biases, PRECISION)
+        scores = _score(q, (k,), biases, bias_unit, PRECISION)
         v = _load_rows(v_ptr + begin * v_stride, v_stride, None, BLOCK_M, K, PARTS, OFFSET)
         keeps = ()
         if rng_ptr is not None:
@@ -371,7 +376,7 @@ def _attention_flash_kernel(
         k = _load_rows(k_ptr + begin * k_stride, k_stride, M - full, TAIL, K, PARTS, OFFSET)
         v = _load_rows(v_ptr + begin * v_stride, v_stride, M - full, TAIL, K, PARTS, OFFSET)
         biases = _load_bias(bias_ptr + begin, bias_stride_n, left, BLOCK_N, (TAIL,), OFFSET)
-        scores = _score(q, (k,), biases, PRECISION)
+        scores = _score(q, (k,), biases, bias_unit, PRECISION)
         keeps = ()
         if rng_ptr is not None:
             keeps = (_keep(rng_ptr, stream, start, begin, M, drop_below, BLOCK_N, TAIL),)
@@ -440,6 +445,7 @@ def attention_forward(
         "H": H,
         "N": N,
         "M": M,
+        "bias_unit": bias_unit(q.dtype, scale),
         "exponent_factor": scale * math.log2(math.e),
         "K": K,
         "PARTS": head_parts(K, config.part),

@@ -8,7 +8,7 @@
 Shapes    x (B, N, D), its rows counted over B N; index (I,); out (I, D)
 Types     out and dx have x's dtype; rows listed more than once are added in fp32
 Padding   index -1: out is 0, and nothing goes back
-Backward  one pass over dx, deterministic; neither x nor out is kept
+Backward  one pass over dx, deterministic; neither x nor out is kept. Differentiable again
 Cost      forward moves 2 I D elements, backward I D + B N D: bound by memory
 """
 
@@ -88,7 +88,21 @@ def _differentiate(ctx, dout: Tensor):
     return torch.ops.beit_fast.gather_rows_backward(*arguments), None, None
 
 
+def _save_backward(ctx, inputs, output) -> None:
+    _, index, _, ctx.backend = inputs
+    ctx.save_for_backward(index)
+
+
+def _differentiate_backward(ctx, ddx: Tensor):
+    # dx is linear in dout: the gradient of dout is what forward does to that of dx.
+    (index,) = ctx.saved_tensors
+    return torch.ops.beit_fast.gather_rows(ddx, index, ctx.backend), None, None, None
+
+
 torch.library.register_autograd("beit_fast::gather_rows", _differentiate, setup_context=_save)
+torch.library.register_autograd(
+    "beit_fast::gather_rows_backward", _differentiate_backward, setup_context=_save_backward
+)
 
 
 def gather_rows(x: Tensor, index: Tensor, *, backend: str | None = None) -> Tensor:

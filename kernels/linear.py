@@ -15,9 +15,14 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from beit_fast.kernels._triton import check_product
+
+NOT_TRACED = (
+    "torch.jit.trace, torch.jit.script and torch.onnx.export(dynamo=False) cannot look into these "
+    "kernels: use torch.export.export, or torch.onnx.export(..., dynamo=True); "
+    "beit_fast.restore(model) takes the kernels out of an accelerated model"
+)
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,12 +43,13 @@ class _LinearOneDnn(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad
         dout_MF, x_MD = dout.flatten(0, -2), x.flatten(0, -2)
-        dx = _product(dout, weight.t()) if needs_dx else None
+        dx = None
+        if needs_dx:  # by an operator that autograd sees through, where it is asked to
+            dx = dout @ weight if torch.is_grad_enabled() else _product(dout, weight.t())
         dweight = dout_MF.t() @ x_MD if needs_dweight else None
         return dx, dweight, dout_MF.sum(dim=0) if needs_dbias else None
 
@@ -52,10 +58,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, (..., F): torch.nn.functional.linear, quicker in fp32 on CPUs.
 
     x (..., D), at least two axes; weight (F, D); bias (F,) or None. On the CPU in fp32, outside
-    autocast and torch.compile, oneDNN multiplies, without a second derivative; all else is
-    torch's own.
-    Raises ValueError where shapes or dtypes do not fit.
+    autocast and torch.compile, oneDNN multiplies; all else is torch's own.
+    Raises ValueError where shapes or dtypes do not fit, and under torch.jit.trace.
     """
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise ValueError(NOT_TRACED)
     if x.ndim < 2 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x is {tuple(x.shape)}, the weight {tuple(weight.shape)}: pass x (..., D) and "

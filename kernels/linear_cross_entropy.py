@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from beit_fast.kernels._triton import Gpu, cdiv, check_floating, gpu_of, launch_obstacle, warn_once
+from beit_fast.kernels.first_order import first_order
 from beit_fast.kernels.gather_norm import (
     WIDEST,
     check_index,
@@ -300,12 +301,18 @@ def _save(ctx, inputs, output) -> None:
     x, index, target, weight, bias, norm_weight, norm_bias, *ctx.options, ctx.needs = inputs
     ctx.dtypes = weight.dtype, (weight if bias is None else bias).dtype
     reduction = ctx.options[3]
-    again = (target, weight, bias) if reduction == "none" else (None,) * 3
-    ctx.save_for_backward(*output[2:], x, index, *again, norm_weight, norm_bias)
+    # The weight and bias are read again where the reduction is "none"; elsewhere they are here for
+    # `first_order`, and cost nothing: parameters live anyway.
+    again = target if reduction == "none" else None
+    ctx.save_for_backward(*output[2:], x, index, again, weight, bias, norm_weight, norm_bias)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
+@first_order(
+    "masked_linear_cross_entropy",
+    'pass backend="reference", which keeps the logits and is differentiable as often as you like',
+)
 def _differentiate(ctx, dloss: Tensor | None, *_: None):
     nothing = (None,) * (len(ctx.options) + 1)
     if dloss is None or not any(ctx.needs):

@@ -416,7 +416,35 @@ def _differentiate(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients[:3], None, gradients[3], None, None
 
 
+def _save_backward(ctx, inputs, output) -> None:
+    dout, mask, _, ctx.needs, ctx.backend = inputs
+    ctx.save_for_backward(mask)
+    ctx.shape, ctx.dtype = dout.shape, dout.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_backward(ctx, *gradients: Tensor | None):
+    # All are linear in dout: its gradient is the sequence of theirs.
+    B, N, D = ctx.shape
+    (mask,) = ctx.saved_tensors
+    given = zip(gradients, ctx.needs, strict=True)
+    patches, cls_token, mask_token, pos = (g if needed else None for g, needed in given)
+    some = next((g for g in (patches, cls_token, mask_token, pos) if g is not None), None)
+    if some is None:
+        return (None,) * 5
+    patches = some.new_zeros((B, N - 1, D), dtype=ctx.dtype) if patches is None else patches
+    cls_token = some.new_zeros(D) if cls_token is None else cls_token
+    if mask is not None and mask_token is None:
+        mask_token = some.new_zeros(D)
+    inputs = (patches, cls_token, mask_token, mask, pos)
+    ddout = torch.ops.beit_fast.mask_embed(*inputs, ctx.dtype, ctx.backend)
+    return ddout, None, None, None, None
+
+
 torch.library.register_autograd("beit_fast::mask_embed", _differentiate, setup_context=_save)
+torch.library.register_autograd(
+    "beit_fast::mask_embed_backward", _differentiate_backward, setup_context=_save_backward
+)
 
 
 def mask_embed(

@@ -262,7 +262,20 @@ def _differentiate(ctx, dbias: Tensor) -> tuple[Tensor, None]:
     return torch.ops.beit_fast.rel_pos_bias_backward(dbias, ctx.grid, ctx.dtype), None
 
 
+def _save_backward(ctx, inputs, output) -> None:
+    dbias, ctx.grid, _ = inputs
+    ctx.dtype = dbias.dtype
+
+
+def _differentiate_backward(ctx, ddtable: Tensor) -> tuple[Tensor, None, None]:
+    # The table's gradient is linear in the bias's: this is what forward does.
+    return torch.ops.beit_fast.rel_pos_bias(ddtable, ctx.grid).to(ctx.dtype), None, None
+
+
 torch.library.register_autograd("beit_fast::rel_pos_bias", _differentiate, setup_context=_save)
+torch.library.register_autograd(
+    "beit_fast::rel_pos_bias_backward", _differentiate_backward, setup_context=_save_backward
+)
 
 
 def rel_pos_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:

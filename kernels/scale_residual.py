@@ -26,6 +26,7 @@ from torch import Tensor
 
 from beit_fast.kernels._triton import check_floating, interpreting
 from beit_fast.kernels.drop_path import KeptSamples
+from beit_fast.kernels.first_order import first_order
 from beit_fast.kernels.philox import draw_rng
 from beit_fast.kernels.scale_residual_backward import scale_residual_backward
 from beit_fast.kernels.scale_residual_forward import scale_residual_forward
@@ -332,6 +333,11 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
+@first_order(
+    "scale_residual, with its norm or without, on Triton",
+    'pass backend="torch", which is differentiable as often as you like; a timm or transformers '
+    "model gets its own modules back by beit_fast.restore(model)",
+)
 def _differentiate(ctx, dout, dln, _dmean, _drstd):
     # Positions of x, branch, bias, gamma, norm_weight, norm_bias among the inputs.
     places = (0, 1, 2, 3, 9, 10)

@@ -6,12 +6,16 @@ import re
 import shlex
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+import beit_fast.data
 from beit_fast import recipes
 from beit_fast.cli import main, parse
+from beit_fast.tasks.dvae import DvaeTask
 from beit_fast.tasks.pretrain import PretrainTask
 from beit_fast.train.graph import CaptureError
 
@@ -29,6 +33,10 @@ def test_the_demo_runs_from_start_to_end_and_again(tmp_path, capsys):
     said = capsys.readouterr().out
     for name in ("checkpoint", "curve", "picture", "entropy of the token marginals"):
         assert name in said
+    photographs = Path(beit_fast.data.__file__).parent / "photographs"
+    for stage in ("images of the tokenizer", "images"):  # each once
+        line = f"\n{stage}: {photographs}: 19 images, 1 other file (1 .md) left out\n"
+        assert ("\n" + said).count(line) == 1
     assert (tmp_path / "demo" / "tokenizer" / "tokenizer.safetensors").exists()
     assert main(arguments) == 0  # finished: nothing is trained, the results are shown
     assert "resumes from" in capsys.readouterr().out
@@ -38,7 +46,9 @@ def test_the_demo_runs_from_a_token_cache_of_its_own_tokenizer(tmp_path, capsys)
     tokens, output = str(tmp_path / "tokens"), tmp_path / "demo"
     arguments = [*TINY, "--run.output", str(output)]
     assert main(["pretokenize", "demo", *arguments, "--output", tokens, "--num_views", "1"]) == 0
-    assert f"19 images x 1 in {tokens}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"19 images x 1 in {tokens}" in said
+    assert said.count("\nimages: ") == 1
     cached = [*arguments, "--token_cache", tokens]
     assert main(["pretrain", "demo", *cached]) == 1
     assert "--tokenizer_training null" in capsys.readouterr().err
@@ -154,6 +164,48 @@ def test_a_loss_that_is_not_finite_gives_one_line(tmp_path, capsys, monkeypatch)
     assert "not finite between steps 1 and 1, first at step 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("Storage size calculation overflowed with sizes=[4611686018427387904]"),
+        MemoryError(),
+    ],
+    ids=["gpu", "cpu", "size", "python"],
+)
+def test_memory_that_runs_out_is_one_line_whose_remedy_does(error, tmp_path, capsys, monkeypatch):
+    loss = DvaeTask.loss
+
+    def limited(self, batch):
+        if len(batch["images"]) > 4:
+            raise error
+        return loss(self, batch)
+
+    monkeypatch.setattr(DvaeTask, "loss", limited)
+    arguments = ["pretrain", "demo", *TINY, "--tokenizer_training.data.batch_size", "8"]
+    arguments += ["--run.output", str(tmp_path / "demo"), "--run.device", "cpu"]
+    assert main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "memory ran out (" in line
+    for flag in ("--tokenizer_training.data.batch_size", "--tokenizer_training.run.accumulate"):
+        assert flag in line
+    if error.args and "CUDA" in error.args[0]:
+        remedy = ["--tokenizer_training.data.batch_size", "4"]
+        assert main([*arguments, *remedy, "--tokenizer_training.run.accumulate", "2"]) == 0
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(DvaeTask, "__init__", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["tokenizer", "demo", "--run.device", "cpu"])
+
+
 def test_a_failed_capture_gives_one_line_whose_remedy_resumes_the_run(
     tmp_path, capsys, monkeypatch
 ):
@@ -192,11 +244,41 @@ def test_a_resume_that_is_refused_names_the_flag_that_accepts_it(tmp_path, capsy
     assert "no checkpoint of step 1: pass --run.resume_from with one of" in said
 
 
-def test_an_unknown_flag_is_named(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--model.depht", "3"], "there is no flag --model.depht, did you mean --model.depth?"),
+        (["--run.prec", "fp32"], "there is no flag --run.prec, did you mean --run.precision?"),
+        (["--run.precision", "fp99"], "--run.precision is fp99: give fp32, bf16 or fp8"),
+        (["--run.seed", "1.5"], "--run.seed is 1.5: give a whole number, at least 0 and at most"),
+        (
+            ["--tokenizer_training.optim.lr", "fast"],
+            "--tokenizer_training.optim.lr is fast: give a finite number, above 0;",
+        ),
+        (
+            ["--tokenizer_training.optim.lrr", "1"],
+            "there is no flag --tokenizer_training.optim.lrr, did you mean --tokenizer_training.o",
+        ),
+        (["--optim", "3"], "--optim is 3: give its fields (OptimConfig)"),
+        (["--run.compile"], "--run.compile: expected one argument"),
+        (["3"], "'3' is the value of no --flag"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_says_what_is_allowed(arguments, line, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["pretrain", "demo", "--model.depht", "3"])
+        main(["pretrain", "demo", *arguments])
     assert stop.value.code == 2
-    assert "--model.depht" in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"beit-fast: {line}")
+    assert said.endswith("; `beit-fast pretrain demo --help` has the flags")
+
+
+def test_a_wrong_value_in_a_file_is_told_with_the_file(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text("optim: {lr: fast}")
+    with pytest.raises(SystemExit):
+        main(["pretrain", "demo", "--config", str(file)])
+    assert f"--config {file}: --optim.lr is fast: give" in capsys.readouterr().err
 
 
 def test_help_lists_verbs_recipes_and_fields(capsys):
@@ -206,7 +288,9 @@ def test_help_lists_verbs_recipes_and_fields(capsys):
     assert "beit_plus_large_in22k" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["pretrain", "small", "--help"])
-    assert "--masking.num_masked" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--masking.num_masked" in said
+    assert "Annotated[float, above 0]" in said  # what a field may hold
 
 
 def test_print_config_is_yaml_that_config_reads(capsys, tmp_path):
@@ -225,3 +309,49 @@ def test_the_resolved_configuration_is_in_the_checkpoint(tmp_path):
     assert settings["model"]["embed_dim"] == 16
     assert settings["run"]["steps"] == 2
     assert settings["masking"]["strategy"] == "block"
+
+
+def broken_images(folder):
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(b"no image")
+    return str(folder)
+
+
+@pytest.mark.parametrize("section", ["", "tokenizer_training."], ids=["alone", "first"])
+def test_a_tokenizer_is_told_its_flags_as_they_are_typed(section, tmp_path, capsys, monkeypatch):
+    verb = "pretrain" if section else "tokenizer"
+    tiny = TINY if section else ["--run.steps", "2", "--optim.warmup_steps", "1"]
+    arguments = [verb, "demo", *tiny, "--run.output", str(tmp_path / "demo"), "--run.device", "cpu"]
+    broken = broken_images(tmp_path / "broken")
+
+    def refused(flag, value, remedy):
+        assert main([*arguments, f"--{section}{flag}", value]) == 1
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"--{section}{remedy}" in said
+        assert section or "--tokenizer_training" not in said
+
+    refused("run.cuda_graph", "true", "run.cuda_graph false")
+    refused(
+        "data.path", broken, "data.max_bad_share 0.001 allows 0; repair or remove them or raise"
+    )
+    refused("optim.warmup_steps", "2", "optim.warmup_steps or")
+    refused("run.resume", "must", "run.resume is must")
+    refused("temperature.end", "0", "temperature.end is 0.0")
+    with monkeypatch.context() as patch:
+        loss = DvaeTask.loss
+        patch.setattr(DvaeTask, "loss", lambda *a: (loss(*a)[0] * float("nan"), loss(*a)[1]))
+        refused("run.seed", "0", "optim.lr, lengthen the warm-up")
+    assert main([*arguments, f"--{section}run.cuda_graph", "false"]) == 0
+
+
+def test_paths_are_printed_as_they_are(tmp_path, capsys):
+    """Not as rich's markup or emoji codes: the second of these closes what nothing opened."""
+    for name in ("[bold] run :smile:", "[/b] run"):
+        output = tmp_path / name
+        assert main(["pretrain", "demo", *TINY, "--run.output", str(output)]) == 0
+        said = capsys.readouterr().out
+        for file in ("checkpoints/step_00000002", "curve.png", "tokenizer/tokenizer.safetensors"):
+            assert f"{output}/{file}" in said
+    assert main(["pretrain", "demo", *TINY, "--run.output", str(output)]) == 0
+    assert f"resumes from {output}/checkpoints" in capsys.readouterr().out

@@ -242,6 +242,65 @@ def test_pretrained_weights_are_fitted_to_the_model(tmp_path):
     assert other.head.out_features == 2
 
 
+# 14 x 18: no square grid has as many rows. 5 x 13 and 4 x 9: one has (of the table, of pos_embed).
+OBLONG = [(224, 288), (80, 208), (64, 144), (144, 64)]
+
+
+@pytest.mark.parametrize("size", OBLONG, ids=str)
+@pytest.mark.parametrize("suffix", ["", "_vanilla"])
+def test_a_model_of_any_grid_comes_back_from_the_folder_it_was_saved_in(suffix, size, tmp_path):
+    model, _ = pair(TEST + suffix, **NARROW, img_size=size)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert again.config == model.config
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    overlay = {"file": str(tmp_path / "model.safetensors"), "num_classes": 5}
+    options = {**NARROW, "img_size": size, "pretrained": True, "pretrained_cfg_overlay": overlay}
+    again = timm.create_model(TEST + suffix, **options)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("suffix", ["", "_vanilla"])
+def test_a_saved_model_of_any_grid_is_resized_to_another(suffix, tmp_path):
+    model, _ = pair(TEST + suffix, **NARROW, img_size=(80, 208))
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=(96, 96))
+    model.set_input_size((96, 96))
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+def test_positions_of_a_grid_that_nothing_tells_are_refused(tmp_path):
+    model, _ = pair(TEST, **NARROW, img_size=(224, 288))
+    path = tmp_path / "weights.pth"
+    torch.save(model.state_dict(), path)
+    overlay = {"file": str(path), "num_classes": 5}
+    options = {**NARROW, "pretrained": True, "img_size": 96}
+    with pytest.raises(ValueError, match=r"grid, 6x6.*pretrained_cfg_overlay"):
+        timm.create_model(TEST, **options, pretrained_cfg_overlay=overlay)
+    overlay["input_size"] = (3, 224, 288)  # what the error says
+    other = timm.create_model(TEST, **options, pretrained_cfg_overlay=overlay)
+    model.set_input_size(96)
+    name = "blocks.1.attn.relative_position_bias_table"
+    assert torch.equal(other.get_parameter(name), model.get_parameter(name))
+
+
+def test_another_pooling_is_refused_as_timm_refuses_it_and_as_we_do():
+    model = timm.create_model(TEST)
+    for kind in (AssertionError, ValueError):
+        with pytest.raises(kind, match="global_pool is 'catavgmax'"):
+            timm.create_model(TEST, global_pool="catavgmax")
+        with pytest.raises(kind, match="global_pool is 'catavgmax'"):
+            model.reset_classifier(7, "catavgmax")
+    assert model.num_classes == 1000
+
+
+def test_timms_tests_by_module_take_the_models():
+    assert set(CONFIGS) <= set(timm.list_models(module="beit"))
+
+
 def test_published_weights_are_those_of_timm():
     for name in timm.list_pretrained("beit_fast_*"):
         ours, theirs = (timm.get_pretrained_cfg(n) for n in (name, name.replace("_fast", "", 1)))
@@ -294,4 +353,4 @@ def test_timms_optimiser_gives_each_layer_the_rate_of_timms():
 
 def test_the_names_are_those_of_the_module():
     assert set(timm.list_models("beit_fast_*")) == set(CONFIGS)
-    assert all(callable(getattr(beit_fast.timm, name)) for name in CONFIGS)
+    assert all(callable(getattr(beit_fast.timm.beit, name)) for name in CONFIGS)

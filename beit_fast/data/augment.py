@@ -8,9 +8,19 @@ colour jitter is ignored there beside RandAugment, so there is none.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
+from beit_fast.checks import (
+    Fraction,
+    NonNegative,
+    PositiveRange,
+    Probability,
+    Range,
+    ShareRange,
+    check_fields,
+)
 from beit_fast.data.mixing import draw_erase, draw_mix
 from beit_fast.data.rand_augment import rand_augment
 from beit_fast.data.seeds import SampleSeed
@@ -21,25 +31,17 @@ from beit_fast.data.views import ViewConfig, make_views
 class AugmentConfig:
     """Augmentation and labels of training; the defaults are those of fine-tuning from MIM."""
 
-    scale: tuple[float, float] = (0.08, 1.0)  # area of the crop as a share of the image's
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, log-uniform
-    hflip: float = 0.5  # probability
-    rand_augment: float | None = 9.0  # magnitude, 0 ... 10; null: none
-    erase: float = 0.25  # probability of erasing a box of an image
-    mixup: float = 0.8  # alpha of Beta(alpha, alpha), one draw a micro-batch; 0: none
-    cutmix: float = 1.0
-    label_smoothing: float = 0.1
+    scale: ShareRange = (0.08, 1.0)  # area of the crop as a share of the image's
+    ratio: PositiveRange = (3 / 4, 4 / 3)  # width / height of the crop, log-uniform
+    hflip: Probability = 0.5  # probability
+    rand_augment: Annotated[float, Range(0, 10)] | None = 9.0  # magnitude; null: none
+    erase: Probability = 0.25  # probability of erasing a box of an image
+    mixup: NonNegative = 0.8  # alpha of Beta(alpha, alpha), one draw a micro-batch; 0: none
+    cutmix: NonNegative = 1.0
+    label_smoothing: Fraction = 0.1
 
     def __post_init__(self) -> None:
-        if self.rand_augment is not None and not 0 <= self.rand_augment <= 10:
-            raise ValueError(f"rand_augment is {self.rand_augment}: give 0 to 10, or null for none")
-        if not 0 <= self.erase <= 1 or not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"erase is {self.erase}, label_smoothing is {self.label_smoothing}: give a "
-                "probability, and a share below 1"
-            )
-        if self.mixup < 0 or self.cutmix < 0:
-            raise ValueError(f"mixup is {self.mixup}, cutmix is {self.cutmix}: give 0 for none")
+        check_fields(self)
 
     @property
     def mixes(self) -> bool:

@@ -8,7 +8,38 @@ import torch
 from torch import Tensor
 
 from beit_fast.data.datasets import ImageSource
-from beit_fast.data.decode import BadImageError
+from beit_fast.data.decode import BadImageError, decode_fast
+
+_AT_ONCE = 1024  # images handed to the threads
+
+
+def unusable_images(
+    source: ImageSource,
+    indices: Sequence[int] | None = None,
+    *,
+    num_threads: int,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, str]:
+    """Name -> reason of the images of `source` (of those with `indices`) that cannot be read and
+    decoded. `between` is called between portions: it may raise to leave."""
+
+    def reason(index: int) -> str | None:
+        try:
+            decode_fast(source.read(index))
+        except (BadImageError, OSError) as error:
+            return " ".join(str(error).split())
+        return None
+
+    found = {}
+    indices = range(len(source)) if indices is None else indices
+    with ThreadPoolExecutor(num_threads) as pool:
+        for first in range(0, len(indices), _AT_ONCE):
+            between()
+            part = indices[first : first + _AT_ONCE]
+            for index, why in zip(part, pool.map(reason, part), strict=True):
+                if why is not None:
+                    found[source.name(index)] = why
+    return found
 
 
 def batches_in_order(

@@ -28,6 +28,7 @@ from beit_fast.data.datasets import ImageSource
 from beit_fast.data.decode import BadImageError
 from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed, counter_seed
+from beit_fast.flags import flag
 
 logger = logging.getLogger("beit_fast.data")
 
@@ -80,7 +81,7 @@ class Loader:
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.num_threads = num_threads
-        self._bad = _BadSamples(source, max_bad_share)
+        self._bad = BadSamples(source, max_bad_share)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -197,11 +198,19 @@ class _Reader:
         raise BadDataError(f"none of the {num_samples} images can be used; see the log for each")
 
 
-class _BadSamples:
-    """The files that cannot be used, shared by the threads of a loader."""
+class BadSamples:
+    """The files that cannot be used, shared by the threads that read them; `outcome` says in the
+    log what becomes of one, `setting` is the share's. How many are borne: see `Loader`."""
 
-    def __init__(self, source: ImageSource, max_share: float):
-        self._source, self._max_share = source, max_share
+    def __init__(
+        self,
+        source: ImageSource,
+        max_share: float,
+        outcome: str = "the next image takes its place",
+        setting: str = "data.max_bad_share",
+    ):
+        self._source, self._max_share, self._outcome = source, max_share, outcome
+        self._flag = flag(setting)  # threads meet the bad files
         small = min(_TOLERATED, int(_TOLERATED_SHARE * len(source))) if max_share else 0
         self._allowed = max(int(max_share * len(source)), small)
         self._reasons: dict[int, str] = {}
@@ -229,13 +238,13 @@ class _BadSamples:
         with self._lock:
             if index not in self._reasons:
                 self._reasons[index] = reason
-                logger.warning("cannot use %s (%s): the next image takes its place", name, reason)
+                logger.warning("cannot use %s (%s): %s", name, reason, self._outcome)
             count = len(self._reasons)
             if count > self._allowed and not self._verdict:
                 self._verdict = (
                     f"cannot use {name} ({reason}): {count} of {len(self._source)} files are bad "
-                    f"and max_bad_share={self._max_share:g} allows {self._allowed}; repair or "
-                    "remove them or raise max_bad_share (the log beit_fast.data names them all)"
+                    f"and {self._flag} {self._max_share:g} allows {self._allowed}; repair or "
+                    f"remove them or raise {self._flag} (the log beit_fast.data names them all)"
                 )
             if self._verdict:
                 raise BadDataError(self._verdict) from error

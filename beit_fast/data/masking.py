@@ -24,6 +24,9 @@ from typing import Literal
 
 import numpy as np
 
+from beit_fast.checks import Count, FieldError, Positive, check_fields
+from beit_fast.flags import flag
+
 PAPER_RATIO = 0.4  # Algorithm 1 goes on until more than this share of the patches is hidden
 TRIES = 10  # rectangles drawn before a mask is left as it is
 
@@ -33,37 +36,31 @@ class MaskingConfig:
     """How masks are drawn; the defaults are the authors' for a 14 x 14 grid."""
 
     strategy: Literal["block", "block_exact", "block_paper", "random"] = "block"
-    num_masked: int = 75  # patches; "block_paper" hides 40 % of any grid instead
-    min_block: int = 16  # patches in one rectangle
-    max_block: int | None = None  # patches in one rectangle; None: as many as are left to hide
-    min_aspect: float = 0.3  # height / width of a rectangle
-    max_aspect: float | None = None  # None: 1 / min_aspect
+    num_masked: Count = 75  # patches; "block_paper" hides 40 % of any grid instead
+    min_block: Count = 16  # patches in one rectangle
+    max_block: Count | None = None  # patches in one rectangle; None: as many as are left to hide
+    min_aspect: Positive = 0.3  # height / width of a rectangle
+    max_aspect: Positive | None = None  # None: 1 / min_aspect
 
     def __post_init__(self):
-        if self.strategy not in ("block", "block_exact", "block_paper", "random"):
-            raise ValueError(
-                f"masking strategy {self.strategy!r} is unknown: "
-                "take block, block_exact, block_paper or random"
-            )
-        if self.num_masked < 1 or self.min_block < 1:
-            raise ValueError(
-                f"num_masked={self.num_masked} and min_block={self.min_block} must be at least 1"
-            )
+        check_fields(self)
         low, high = self.aspects
-        if not 0 < low <= high:
-            raise ValueError(
-                f"the aspects of a block run from {low:g} to {high:g}: "
-                "they must be positive and in order"
+        if low > high:
+            raise FieldError(
+                "min_aspect",
+                f"is {low:g} and max_aspect {high:g}: the aspects of a block must be in order",
             )
         if self.max_block is not None and self.max_block < self.min_block:
-            raise ValueError(
-                f"max_block={self.max_block} is below min_block={self.min_block}: "
-                "raise one or lower the other"
+            raise FieldError(
+                "max_block",
+                f"is {self.max_block}, below min_block={self.min_block}: raise one or lower the "
+                "other",
             )
         if self.strategy in ("block", "block_exact") and self.num_masked < self.min_block:
-            raise ValueError(
-                f"num_masked={self.num_masked} is below min_block={self.min_block}: hardly any "
-                "block would fit and most masks would be empty; lower min_block"
+            raise FieldError(
+                "num_masked",
+                f"is {self.num_masked}, below min_block={self.min_block}: hardly any block would "
+                "fit and most masks would be empty; lower min_block",
             )
 
     @property
@@ -192,7 +189,7 @@ def _check(grid: tuple[int, int], config: MaskingConfig) -> None:
     if config.strategy != "block_paper" and config.num_masked > height * width:
         raise ValueError(
             f"num_masked={config.num_masked}, but a {height}x{width} grid has {height * width} "
-            "patches: lower num_masked"
+            f"patches: lower {flag('masking.num_masked')}"
         )
     if config.strategy in ("block", "block_exact"):
         largest = min(config.max_block or config.num_masked, config.num_masked)
@@ -200,7 +197,8 @@ def _check(grid: tuple[int, int], config: MaskingConfig) -> None:
             low, high = config.aspects
             raise ValueError(
                 f"no block of {config.min_block} to {largest} patches with aspect {low:.3g} to "
-                f"{high:.3g} fits a {height}x{width} grid: lower min_block or widen the aspects"
+                f"{high:.3g} fits a {height}x{width} grid: lower {flag('masking.min_block')} or "
+                f"widen the aspects ({flag('masking.min_aspect')})"
             )
 
 

@@ -10,17 +10,17 @@ class Subset:
     """The images of `source` with these numbers, numbered anew."""
 
     def __init__(self, source: ImageSource, numbers: Sequence[int]):
-        self._source, self._numbers = source, [int(number) for number in numbers]
+        self.source, self._numbers = source, [int(number) for number in numbers]
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def read(self, index: int) -> bytes:
-        return self._source.read(self._numbers[index])
+        return self.source.read(self._numbers[index])
 
     def name(self, index: int) -> str:
-        return self._source.name(self._numbers[index])
+        return self.source.name(self._numbers[index])
 
     def digest(self) -> str:
         numbers = ",".join(map(str, self._numbers))
-        return hashlib.sha256(f"{self._source.digest()} {numbers}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.source.digest()} {numbers}".encode()).hexdigest()

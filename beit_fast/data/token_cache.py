@@ -40,6 +40,8 @@ from beit_fast.data.datasets import ImageSource
 from beit_fast.data.decode import MAX_PIXELS
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.views import ViewConfig, ViewDraw, make_views
+from beit_fast.files import damage as damage_of
+from beit_fast.files import drop
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -160,8 +162,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise TokenCacheError(
             f"{path} is missing: make the tokens with `beit-fast pretokenize`"
         ) from error
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise TokenCacheError(f"{path} is damaged: {error!r}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        raise TokenCacheError(f"{path} is damaged: {damage_of(error)}") from error
     return manifest
 
 
@@ -303,7 +305,7 @@ def _write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        drop(temporary)
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
             f"{path} not written ({free:.0f} MiB free): {error}. Finished files are kept: make "

@@ -37,8 +37,17 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
+from beit_fast.checks import (
+    Count,
+    PositiveRange,
+    Probability,
+    ShareRange,
+    Side,
+    check_fields,
+)
 from beit_fast.data.color_jitter import jitter_coefficients
 from beit_fast.data.decode import MAX_PIXELS, decode_fast, decode_pillow
+from beit_fast.flags import flag
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -57,32 +66,20 @@ class ViewConfig:
     """The two views of a sample; the defaults are the official pre-training's."""
 
     kind: Literal["reference", "fast"] = "fast"
-    size: int | tuple[int, int] = 224  # pixels (height, width) for the encoder
-    token_size: int | tuple[int, int] = 112  # pixels for the tokenizer: its stride per patch
-    scale: tuple[float, float] = (0.08, 1.0)  # area of the crop as a share of the image's
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, log-uniform
-    color_jitter: float = 0.4  # brightness, contrast, saturation factors: 1 - this to 1 + this
-    hflip: float = 0.5  # probability
-    max_pixels: int = MAX_PIXELS  # in one image file; larger ones are refused undecoded
+    size: Side = 224  # pixels (height, width) for the encoder
+    token_size: Side = 112  # pixels for the tokenizer: its stride per patch
+    scale: ShareRange = (0.08, 1.0)  # area of the crop as a share of the image's
+    ratio: PositiveRange = (3 / 4, 4 / 3)  # width / height of the crop, log-uniform
+    color_jitter: Probability = (
+        0.4  # brightness, contrast, saturation factors: 1 - this to 1 + this
+    )
+    hflip: Probability = 0.5  # probability
+    max_pixels: Count = MAX_PIXELS  # in one image file; larger ones are refused undecoded
 
     def __post_init__(self):
-        if self.kind not in ("reference", "fast"):
-            raise ValueError(f"view kind {self.kind!r} is unknown: take 'reference' or 'fast'")
+        check_fields(self)
         for name in ("size", "token_size"):
-            size = pair(getattr(self, name))
-            if min(size) < 1:
-                raise ValueError(f"{name}={size} px: both sides must be at least 1")
-            object.__setattr__(self, name, size)
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(
-                f"scale={self.scale}: give shares of the image as 0 < low <= high <= 1"
-            )
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio={self.ratio}: give width / height as 0 < low <= high")
-        if not 0 <= self.color_jitter <= 1 or not 0 <= self.hflip <= 1:
-            raise ValueError(
-                f"color_jitter={self.color_jitter} and hflip={self.hflip} must be within 0 and 1"
-            )
+            object.__setattr__(self, name, pair(getattr(self, name)))
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Raises ValueError unless both views split evenly into `grid` patches or tokens."""
@@ -94,7 +91,8 @@ class ViewConfig:
                 )
                 raise ValueError(
                     f"view {name}={height}x{width} px does not split into a grid of "
-                    f"{grid[0]}x{grid[1]} patches: take {near[0]}x{near[1]}"
+                    f"{grid[0]}x{grid[1]} patches: take {near[0]}x{near[1]} "
+                    f"({flag(f'views.{name}')})"
                 )
 
 

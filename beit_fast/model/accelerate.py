@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from beit_fast.kernels.attention_backends import WIDEST_HEAD
-from beit_fast.kernels.linear import linear
+from beit_fast.kernels.linear import NOT_TRACED, linear
 from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
 from beit_fast.model.layers import is_plain
 
@@ -46,7 +46,9 @@ def accelerate(model: nn.Module) -> Report:
 
     Parameters, state dict, outputs and first gradients stay (dropout of attention weights draws
     other random numbers at the same rate). Modules of subclasses, or with a `forward` of their own,
-    are left and named in the report. A second call takes up what has been added since.
+    are left and named in the report. A second call takes up what has been added since: after timm's
+    `reset_classifier`, or a new head, call it again (until then that layer runs as its library has
+    it, with the same results).
     Raises ValueError where there is no BEiT to accelerate.
 
     >>> report = accelerate(timm.create_model("beit_base_patch16_224"))  # doctest: +SKIP
@@ -187,12 +189,25 @@ class Accelerated:
         """Why this instance cannot be replaced, or None."""
         return None
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script: raises ValueError that names the exporters of today."""
+        raise ValueError(NOT_TRACED)
+
+    def _as_leaf(self, tracer: fx.Tracer, *inputs: Any) -> fx.Proxy:
+        """What torch.fx sees of this module where it is traced: one node, for kernels are no graph.
+
+        `inputs` are those of forward.
+        """
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), inputs, {})
+
 
 class Linear(Accelerated, nn.Linear):
     replaces = nn.Linear
     runs = "linear"
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return self._as_leaf(x.tracer, x)
         if x.ndim < 2 or type(self.weight) not in (Tensor, nn.Parameter):  # or quantised, sharded
             return super().forward(x)
         return linear(x, self.weight, self.bias)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import beit
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from beit_fast.kernels._triton import warn_once
 from beit_fast.kernels.attention import attention_qkvpacked, rel_pos_attention_qkvpacked
@@ -27,6 +27,8 @@ class RelativePositionBias(Accelerated, beit.RelativePositionBias):
     def forward(self) -> Tensor:
         grid = tuple(self.window_size)
         table = self.relative_position_bias_table
+        if isinstance(table, fx.Proxy):
+            return self._as_leaf(table.tracer)
         return self._bias_cache.get(table, grid, lambda table: rel_pos_bias(table, grid))
 
 
@@ -39,6 +41,8 @@ class Attention(Accelerated, beit.Attention):
         return head_obstacle(module.qkv.out_features // (3 * module.num_heads))
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return self._as_leaf(x.tracer, x, shared_rel_pos_bias)
         if not self.fused_attn and not is_plain(self.attn_drop, nn.Dropout):
             warn_once("attention weights are hooked (attn_drop): timm's own attention runs there")
             return super().forward(x, shared_rel_pos_bias)
@@ -80,6 +84,8 @@ class Block(Accelerated, beit.Block):
     runs = "residuals with LayerScale and drop path, and the norms"
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return self._as_leaf(x.tracer, x, shared_rel_pos_bias)
         branch = self.attn(normalize(x, self.norm1), shared_rel_pos_bias=shared_rel_pos_bias)
         x, ln = _add(x, branch, self.gamma_1, self.drop_path1, self.norm2)
         return _add(x, self.mlp(ln), self.gamma_2, self.drop_path2)[0]

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 
 from beit_fast.kernels._triton import warn_once
 from beit_fast.kernels.attention_bias import padding_once
+from beit_fast.kernels.linear import NOT_TRACED
 from beit_fast.kernels.mask_embed import mask_embed
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.init import init_pretraining
@@ -85,6 +86,10 @@ class Beit(nn.Module):
     def init_weights(self) -> None:
         """Start anew, as pre-training does; fills a model that `to_empty` left without values."""
         init_pretraining(self)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script: raises ValueError that names the exporters of today."""
+        raise ValueError(NOT_TRACED)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.forward_features(images, mask)

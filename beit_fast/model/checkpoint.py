@@ -11,6 +11,7 @@ head, its norm, the mask token) may be left out or stay fresh, and the report sa
 import dataclasses
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ from beit_fast.model.weight_files import replace_file, write_weights
 
 logger = logging.getLogger("beit_fast.model")
 
+# The last is written by `beit-fast convert`; an old one would belong to another model.
+_HF_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 # What a task adds to the encoder: absent as a whole it stays fresh, unwanted it is left out.
 _TASK_PARTS = ("mask_token", "norm", "fc_norm", "head", "lm_head", "fpn1", "fpn2")
 
@@ -151,7 +154,8 @@ def save_pretrained(
 
     The names are those of the hub's files, which transformers 4 and 5 both read; biases that the
     model does not have are zeros there. `labels` names the classes, in order; `statistics`, "half",
-    "imagenet" or mean and std, is kept beside the weights for `evaluate` and its like.
+    "imagenet" or mean and std, is kept beside the weights for `evaluate` and its like. What was
+    saved there is replaced, as transformers' method does.
     Warns where transformers computes something else with these files: it reads positions of a grid
     that is not square as if height were width. Raises ValueError where it has no such BEiT.
     """
@@ -198,35 +202,35 @@ def convert(
     img_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     statistics: Statistics | None = None,
+    overwrite: bool = False,
 ) -> ConvertReport:
     """Write a checkpoint in another layout; dtypes stay, and so does every value.
 
     "unilm" and "timm" write one file, .safetensors or anything else by `torch.save`, unilm's under
-    its root key; "hf" writes a folder. timm has no masked image modelling and no segmentation:
-    those parts are left out, and named in the report. Config, names of classes and statistics go
-    along, but in timm's layout by `torch.save`, which has no place for them. `img_size` and
-    `num_heads` are those of the source, where it does not say them; `statistics` ("half",
-    "imagenet", or mean and std of pixels) are else the source's. Raises as `read_checkpoint` does.
+    its root key; "hf" writes a folder. Folders are made as needed. timm has no masked image
+    modelling and no segmentation: those parts are left out, and named in the report. Config, names
+    of classes and statistics go along, but in timm's layout by `torch.save`, which has no place for
+    them. `img_size` and `num_heads` are those of the source, where it does not say them;
+    `statistics` ("half", "imagenet", or mean and std of pixels) are else the source's.
+    Raises ValueError for a target that exists unless `overwrite`, and as `read_checkpoint` does.
     """
+    target = Path(target)
+    _check_target(target, to, overwrite)
     given = {"img_size": img_size, "num_heads": num_heads}
     given = {name: value for name, value in given.items() if value is not None}
-    weights, target = read_checkpoint(source, key=key, unless_stated=given), Path(target)
+    weights = read_checkpoint(source, key=key, unless_stated=given)
     for name, value in given.items():
         _check_given(name, value, weights.config)
     if statistics is not None:
         weights = dataclasses.replace(weights, statistics=statistics)
     state, left_out, notes = weights.state, (), weights.guesses
     if to == "hf":
-        if target.is_file():
-            raise ValueError(f"{target} is a file: --to hf writes a folder, pass its path")
         left_out = tuple(sorted(name for name in state if name.startswith("cls_pt_layers.")))
         kept = {name: tensor for name, tensor in state.items() if name not in left_out}
         weights = dataclasses.replace(weights, state=kept)
         _write_hf(weights, target, weights.labels)
         written = len(from_house(with_zero_biases(kept, weights.config), "hf4"))
-    elif to in ("unilm", "timm"):
-        if target.is_dir():
-            raise ValueError(f"{target} is a folder: --to {to} writes a file, pass its path")
+    else:
         if to == "timm":
             left_out = tuple(sorted(name for name in state if _timm_lacks(name)))
             state = {name: tensor for name, tensor in state.items() if name not in left_out}
@@ -237,8 +241,6 @@ def convert(
             )
         _write_house(weights, state, target, to)
         written = len(state)
-    else:
-        raise ValueError(f"there is no layout {to!r}: pass 'unilm', 'timm' or 'hf'")
     return ConvertReport(
         source="the state dict" if isinstance(source, Mapping) else str(source),
         target=str(target),
@@ -251,6 +253,23 @@ def convert(
         left_out=left_out,
         notes=notes,
     )
+
+
+def _check_target(target: Path, to: str, overwrite: bool) -> None:
+    """Raise ValueError where `convert` cannot write, or should not."""
+    if to not in ("unilm", "timm", "hf"):
+        raise ValueError(f"there is no layout {to!r}: pass 'unilm', 'timm' or 'hf'")
+    if to == "hf" and target.is_file():
+        raise ValueError(f"{target} is a file: --to hf writes a folder, pass its path")
+    if to != "hf" and target.is_dir():
+        raise ValueError(f"{target} is a folder: --to {to} writes a file, pass its path")
+    files = [target / name for name in _HF_FILES] if to == "hf" else [target]
+    existing = [str(file) for file in files if os.path.lexists(file)]
+    if existing and not overwrite:
+        raise ValueError(
+            f"{' and '.join(existing)} would be overwritten: pass another path, or --overwrite "
+            "(overwrite=True) to replace what is there"
+        )
 
 
 def _check_given(name: str, value: Any, config: BeitConfig) -> None:
@@ -281,6 +300,7 @@ def _description(weights: Weights, labels: Sequence[str] | None) -> dict[str, st
 
 
 def _write_house(weights: Weights, state: dict[str, Tensor], target: Path, to: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     segmentation = to == "unilm" and weights.task == "segmentation"
     if segmentation:
         heads = ("decode_head.", "auxiliary_head.")

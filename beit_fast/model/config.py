@@ -10,6 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from beit_fast.checks import (
+    Count,
+    FieldError,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Side,
+    check_fields,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BeitConfig:
@@ -18,22 +29,22 @@ class BeitConfig:
     Raises ValueError for combinations that make no model, saying what to change.
     """
 
-    img_size: int | tuple[int, int] = 224  # pixels; (height, width) unless square
-    patch_size: int | tuple[int, int] = 16
+    img_size: Side = 224  # pixels; (height, width) unless square
+    patch_size: Side = 16
     # Images of any size that patches divide: positions are resized as they are used.
     dynamic_img_size: bool = False
-    in_chans: int = 3
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    attn_head_dim: int | None = None  # channels of a head; None: embed_dim / num_heads
+    in_chans: Count = 3
+    embed_dim: Count = 768
+    depth: Count = 12
+    num_heads: Count = 12
+    attn_head_dim: Count | None = None  # channels of a head; None: embed_dim / num_heads
     qkv_bias: bool = True  # of queries and values; keys never have one
-    mlp_ratio: float = 4.0
-    init_values: float | None = 0.1  # LayerScale at the start; None or 0: no LayerScale
+    mlp_ratio: Positive = 4.0
+    init_values: NonNegative | None = 0.1  # LayerScale at the start; None or 0: no LayerScale
     use_abs_pos_emb: bool = False
     use_rel_pos_bias: bool = False  # a table per block
     use_shared_rel_pos_bias: bool = True  # one table for all blocks; with both on, they add
-    drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 at the first
+    drop_path_rate: Fraction = 0.0  # of the last block; grows linearly from 0 at the first
     # Keep round(B (1 - rate)) samples per branch, drawn without replacement, and compute no others.
     drop_path_compact: bool = False
     # Same function and parameters with less memory: vectors go into the weights at each step.
@@ -41,48 +52,40 @@ class BeitConfig:
     fold_norm_affine: bool = False
     # In the last block, after attention, compute only what a loss over listed patches reads.
     skip_unread_rows: bool = False
-    norm_eps: float = 1e-6
-    num_classes: int = 1000  # of the classifier; 0: no head, pooled features
+    norm_eps: Positive = 1e-6
+    num_classes: Natural = 1000  # of the classifier; 0: no head, pooled features
     # Patches' mean then norm, norm then [CLS], or "": all tokens go to the head (timm's).
     global_pool: Literal["avg", "token", ""] = "avg"
     use_fc_norm: bool | None = None  # the norm after pooling and not before; None: with "avg"
-    drop_rate: float = 0.0  # dropout before the classifier
-    vocab_size: int = 8192
+    drop_rate: Fraction = 0.0  # dropout before the classifier
+    vocab_size: Count = 8192
     predict: Literal["tokens", "pixels"] = "tokens"  # of hidden patches; pixels: Table 4's ablation
 
     def __post_init__(self) -> None:
+        check_fields(self)
         (height, width), (patch_height, patch_width) = self.image_pixels, self.patch_pixels
-        if min(height, width, patch_height, patch_width) < 1:
-            raise ValueError(f"img_size {self.img_size}, patch_size {self.patch_size}: pass >= 1")
         if height % patch_height or width % patch_width:
             fit = (
                 max(1, round(height / patch_height)) * patch_height,
                 max(1, round(width / patch_width)) * patch_width,
             )
-            raise ValueError(
-                f"{height}x{width} pixels do not divide into patches of "
-                f"{patch_height}x{patch_width}: pass img_size={fit} or another patch_size"
+            raise FieldError(
+                "img_size",
+                f"is {self.img_size}, and {height}x{width} pixels do not divide into patches of "
+                f"{patch_height}x{patch_width}: pass img_size={fit} or another patch_size",
             )
-        for name in ("in_chans", "embed_dim", "depth", "num_heads", "attn_head_dim", "vocab_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: pass at least 1")
         if self.attn_head_dim is None and self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"embed_dim {self.embed_dim} does not divide into num_heads {self.num_heads}: "
-                "change one of them or set attn_head_dim"
+            raise FieldError(
+                "embed_dim",
+                f"{self.embed_dim} does not divide into num_heads {self.num_heads}: change one of "
+                "them or set attn_head_dim",
             )
-        for name in ("drop_path_rate", "drop_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: pass a rate in [0, 1)")
-        if (self.init_values or 0) < 0 or self.num_classes < 0:
-            raise ValueError(
-                f"init_values {self.init_values}, num_classes {self.num_classes}: pass 0 for none"
+        if int(self.embed_dim * self.mlp_ratio) < 1:
+            raise FieldError(
+                "mlp_ratio",
+                f"is {self.mlp_ratio}, which leaves an MLP no channel of embed_dim "
+                f"{self.embed_dim}: give {1 / self.embed_dim:g} or more",
             )
-        if self.global_pool not in ("avg", "token", ""):
-            raise ValueError(f"global_pool is {self.global_pool!r}: pass 'avg', 'token' or ''")
-        if self.predict not in ("tokens", "pixels"):
-            raise ValueError(f"predict is {self.predict!r}: pass 'tokens' or 'pixels'")
 
     @property
     def norm_follows_pooling(self) -> bool:

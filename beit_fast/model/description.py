@@ -12,6 +12,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from beit_fast.files import refuse_other_kinds
+
 # In a file's metadata, each a JSON text. `beit_fast.train.state` writes the same into checkpoints.
 CONFIG_KEY = "beit_fast.config"
 CLASSES_KEY = "beit_fast.classes"
@@ -112,6 +114,7 @@ def step_of(path: Path) -> Path | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object of JSON. Raises ValueError that names the file."""
+    refuse_other_kinds(path, "JSON")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

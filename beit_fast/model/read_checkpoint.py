@@ -108,9 +108,12 @@ def read_checkpoint(
         state, dropped = to_house(tensors)
         of_file = _own_fields(said.config)
         if hf_config is not None:
-            of_file |= fields_of_hf_config(hf_config)  # the newer: it can be edited
-            labels = labels_of_hf_config(hf_config) or labels
-            taps = taps_of_hf_config(hf_config)
+            try:
+                of_file |= fields_of_hf_config(hf_config)  # the newer: it can be edited
+                labels = labels_of_hf_config(hf_config) or labels
+                taps = taps_of_hf_config(hf_config)
+            except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+                raise ValueError(f"config.json is damaged ({error}): copy it anew") from error
             _drop_zero_biases(state, hf_config)
         stated = of_file | stated
         task = task_of(state)

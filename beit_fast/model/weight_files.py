@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from beit_fast.files import drop, naming, refuse_other_kinds
 from beit_fast.model.description import (
     MANIFEST,
     Description,
@@ -39,6 +41,7 @@ _DAMAGE = (
     AttributeError,
     EOFError,
     LookupError,
+    OSError,  # a cut archive: Invalid argument
     RuntimeError,
     TypeError,
     ValueError,
@@ -74,6 +77,7 @@ def read_weights(path: str | Path, *, key: str | None = None) -> WeightFile:
             f"there are no weights at {path}: pass a .pth or .safetensors file, a folder with "
             "config.json, a run's output, or one of beit_fast.model.published's names"
         )
+    refuse_other_kinds(path, "weights")
     if path.name.endswith(".index.json"):
         return WeightFile(_read_shards(path, key), path=path)
     if path.suffix != ".safetensors":
@@ -105,13 +109,14 @@ def replace_file(path: Path, write) -> None:
     """`write(file)` into a new file that takes the place of `path` when it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        drop(temporary)
         raise
 
 
@@ -186,7 +191,8 @@ def _read_shards(path: Path, key: str | None) -> dict[str, Tensor]:
 def _read_torch(path: Path, key: str | None) -> WeightFile:
     try:
         # unilm keeps its command line beside the weights, a plain record.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols torch.save does not write
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), None)

@@ -1,17 +1,17 @@
 """Test images are looked at before training starts: at its end it is late to find one broken."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from beit_fast.data.datasets import ImageSource
-from beit_fast.data.decode import BadImageError, decode_fast
+from beit_fast.data.in_order import unusable_images
+from beit_fast.files import naming
 from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted, heed_stop
 
 REMEMBERED = "test_images.json"
 NUM_NAMED = 10
-CHUNK = 256  # images between two looks at the stop flag
+PLACE = "while looking at the test images"
 
 
 def check_test_images(source: ImageSource, *, num_threads: int, world: World, folder: Path) -> None:
@@ -24,19 +24,16 @@ def check_test_images(source: ImageSource, *, num_threads: int, world: World, fo
     if any(world.gather(_remembers(remembered, digest))):
         return
     first, last = (len(source) * rank // world.size for rank in (world.rank, world.rank + 1))
-    found: dict[str, str] | int = {}
+    found: dict[str, str] | int
     try:
-        with ThreadPoolExecutor(num_threads) as pool:
-            for begin in range(first, last, CHUNK):
-                heed_stop("while looking at the test images")
-                part = range(begin, min(begin + CHUNK, last))
-                reasons = pool.map(lambda index: _reason(source, index), part)
-                found |= {source.name(i): why for i, why in zip(part, reasons, strict=True) if why}
+        found = unusable_images(
+            source, range(first, last), num_threads=num_threads, between=lambda: heed_stop(PLACE)
+        )
     except Interrupted as stop:
         found = stop.signum
     parts = world.gather(found)
     if signum := max((part for part in parts if isinstance(part, int)), default=0):
-        raise Interrupted(signum, "while looking at the test images")
+        raise Interrupted(signum, PLACE)
     bad = {name: why for part in parts for name, why in part.items()}
     if bad:
         named = "; ".join(f"{name} ({why})" for name, why in list(bad.items())[:NUM_NAMED])
@@ -47,7 +44,8 @@ def check_test_images(source: ImageSource, *, num_threads: int, world: World, fo
         )
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        remembered.write_text(json.dumps({"images": digest}), encoding="utf-8")
+        with naming(remembered):
+            remembered.write_text(json.dumps({"images": digest}), encoding="utf-8")
 
 
 def _remembers(path: Path, digest: str) -> bool:
@@ -55,12 +53,3 @@ def _remembers(path: Path, digest: str) -> bool:
         return json.loads(path.read_text(encoding="utf-8")) == {"images": digest}
     except (OSError, ValueError):
         return False
-
-
-def _reason(source: ImageSource, index: int) -> str:
-    """Why an image cannot be used, or ""."""
-    try:
-        decode_fast(source.read(index))
-    except (BadImageError, OSError) as error:
-        return " ".join(str(error).split())
-    return ""

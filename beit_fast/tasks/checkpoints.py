@@ -18,6 +18,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from beit_fast.checks import (
+    Count,
+    FieldError,
+    Filled,
+    Positive,
+    Probability,
+    Share,
+    Side,
+    Threads,
+    check_fields,
+)
 from beit_fast.data.centre_view import CropMode, Interpolation
 from beit_fast.data.views import HALF_MEAN, HALF_STD
 from beit_fast.model.checkpoint import load_pretrained
@@ -26,6 +37,7 @@ from beit_fast.model.description import Statistics, description_of, read_json, s
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.model.published import PUBLISHED, Published, published
 from beit_fast.model.read_checkpoint import Weights, read_checkpoint
+from beit_fast.model.weight_files import replace_file
 from beit_fast.tasks.classes import wordnet_ids
 from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.pretrain import STATISTICS
@@ -42,9 +54,9 @@ _SHIPPED = ("model", "pytorch_model")  # how weights are called that a configura
 class View:
     """How images become what a checkpoint was trained on; `origin` says who says so."""
 
-    mean: tuple[float, ...] = HALF_MEAN
-    std: tuple[float, ...] = HALF_STD
-    crop_pct: float
+    mean: tuple[Probability, Probability, Probability] = HALF_MEAN
+    std: tuple[Positive, Positive, Positive] = HALF_STD
+    crop_pct: Share
     interpolation: Interpolation = "bicubic"
     crop_mode: CropMode = "center"
     origin: str
@@ -56,6 +68,10 @@ class View:
                     f"{name} {self.origin} is {getattr(self, name)!r}: images here are made by "
                     f"{' or '.join(get_args(kind))}, pass --{name}"
                 )
+        try:
+            check_fields(self)
+        except FieldError as error:
+            raise ValueError(f"{error.field} {self.origin} {error.problem}") from error
 
     def __str__(self) -> str:
         share = "squashed to size" if self.crop_mode == "squash" else f"crop {self.crop_pct:.4g}"
@@ -68,25 +84,22 @@ class View:
 class ClassifierConfig:
     """A classifier's checkpoint and how it is run; null: as the checkpoint says."""
 
-    checkpoint: str  # run or one of its steps, file, folder, published name
+    checkpoint: Filled  # run or one of its steps, file, folder, published name
     weights: Which = "model"  # ema: the average that a run or a .pth file keeps beside them
-    img_size: int | tuple[int, int] | None = None  # pixels; positions are resized to it
-    num_heads: int | None = None  # where the checkpoint does not show it
+    img_size: Side | None = None  # pixels; positions are resized to it
+    num_heads: Count | None = None  # where the checkpoint does not show it
     statistics: Literal["half", "imagenet"] | None = None  # mean and std of pixels
-    crop_pct: float | None = None  # kept share of the resized short side
+    crop_pct: Share | None = None  # kept share of the resized short side
     interpolation: Interpolation | None = None
     crop_mode: CropMode | None = None  # squash: to the size whatever the proportions
     precision: Literal["fp32", "bf16"] = "bf16"
-    batch_size: int = 64  # on each rank
-    num_threads: int = 4  # decoding threads
+    batch_size: Count = 64  # on each rank
+    num_threads: Threads = 4  # decoding threads
+    follow_links: bool = True  # to images and folders, wherever they lead
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_threads", "num_heads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is {self.crop_pct}: give a share in (0, 1], or null")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +241,8 @@ def write_image_processor(source: str | Path, folder: str | Path) -> Path | None
         "image_std": list(view.std),
     }
     file = Path(folder) / PREPROCESSOR
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(file, lambda file: file.write(text.encode()))
     return file
 
 
@@ -314,7 +328,11 @@ def _of_folder(source: str | Path) -> dict[str, Any] | None:
         return None
     folder = path if path.is_dir() else path.parent
     if (file := folder / PREPROCESSOR).is_file():
-        return _of_image_processor(read_json(file)) | {"origin": f"of {file.name}"}
+        stated = read_json(file)
+        try:
+            return _of_image_processor(stated) | {"origin": f"of {file.name}"}
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{file} describes no images ({error}): copy it anew") from error
     if (file := folder / "config.json").is_file():
         stated = read_json(file).get("pretrained_cfg")
         if isinstance(stated, dict):

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
+from beit_fast.checks import Positive, check_fields
 from beit_fast.data.samples import TokenizerSample
 from beit_fast.data.single_view import SingleViewConfig
+from beit_fast.flags import flag
 from beit_fast.tasks.sources import (
     DataConfig,
+    describe_source,
     open_loader,
+    say,
     task_settings,
     unseen_batches,
 )
@@ -38,7 +41,7 @@ from beit_fast.tokenizer.metrics import (
 )
 from beit_fast.train.aside import Aside
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.log import METRICS, read_metrics
+from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import train
 from beit_fast.train.parallel import World, open_world
 from beit_fast.train.preflight import check_run
@@ -70,17 +73,25 @@ class DvaeTrainingConfig:
     )
     # random: as DALL-E. kmeans: as clusters of the untrained encoder's features, for short runs.
     codebook_init: Literal["random", "kmeans"] = "random"
-    encoder_lr_scale: float = 1.0  # the encoder's learning rate, as a multiple of optim.lr
+    encoder_lr_scale: Positive = 1.0  # the encoder's learning rate, as a multiple of optim.lr
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.view.size % STRIDE:
             raise ValueError(
-                f"view.size is {self.view.size} px: the dVAE needs a multiple of {STRIDE} px"
+                f"{flag('view.size')} is {self.view.size} px: the dVAE needs a multiple of "
+                f"{STRIDE} px"
             )
         if self.run.precision == "fp8":
-            raise ValueError("run.precision is fp8, which convolutions do not have: pass bf16")
-        if self.encoder_lr_scale <= 0:
-            raise ValueError(f"encoder_lr_scale is {self.encoder_lr_scale}: give a positive factor")
+            raise ValueError(
+                f"{flag('run.precision')} is fp8, which convolutions do not have: pass bf16"
+            )
+        for name in ("start", "end"):
+            if not (value := getattr(self.temperature, name)) > 0:
+                raise ValueError(
+                    f"{flag(f'temperature.{name}')} is {value}: scores are divided by the "
+                    "temperature, give a number above 0"
+                )
 
 
 class DvaeTask:
@@ -235,6 +246,7 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
     (also CheckpointError), OSError, NonFiniteLoss, CaptureError, Interrupted.
     """
     task = DvaeTask(config, world)
+    say(f"images of the tokenizer: {describe_source(task.loader.source)}", world)
     settings = task_settings(config)
     check_run(task, config.optim, config.run, settings=settings, world=world)
     outcome = train(task, config.optim, config.run, settings=settings, world=world)
@@ -246,7 +258,7 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
         with aside.work("the tokenizer's report"):
             curve = draw_curves(read_metrics(output / METRICS), output / "curve.png")
             error, counts = task.reconstruct(outcome.model)
-            console = Console(highlight=False, soft_wrap=True, markup=False)
+            console = plain_console()
             console.print(
                 f"tokenizer: absolute error {float(error.mae):.4f}, squared {float(error.mse):.5f} "
                 f"on unseen crops (pixels in 0..1); {describe_codebook(counts)}"

@@ -10,10 +10,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from beit_fast.checks import Filled
 from beit_fast.data.class_folders import class_folders
+from beit_fast.files import naming
 from beit_fast.tasks.checkpoints import ClassifierConfig, open_classifier
 from beit_fast.tasks.classes import describe_class, match_classes
 from beit_fast.tasks.evaluation import Classification, evaluate_classifier
+from beit_fast.tasks.sources import describe_source
+from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import open_world
 from beit_fast.train.preflight import check_output_file
 from beit_fast.train.state import environment
@@ -26,8 +30,8 @@ NUM_WORST = 10  # classes in the table
 class EvaluateConfig(ClassifierConfig):
     """A classifier's checkpoint, labelled images, and how the one meets the other."""
 
-    folder: str  # with a sub-folder of images for each class
-    output: str = "evaluation.json"  # file to write
+    folder: Filled  # with a sub-folder of images for each class
+    output: Filled = "evaluation.json"  # file to write
     # order: the folders, sorted, are the checkpoint's classes, whatever they are called.
     match: Literal["names", "order"] = "names"
 
@@ -37,21 +41,24 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns what the file holds, on every rank. Raises ValueError, OSError, Interrupted.
     """
-    with open_world(config.device) as world, stop_signals():
+    with open_world(config.device, named="device") as world, stop_signals():
         check_output_file(Path(config.output))
-        console = Console(
-            highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not world.is_main
-        )
+        console = plain_console(quiet=not world.is_main)
         classifier = open_classifier(config)
         view = classifier.view
-        source, labels, folders = class_folders(config.folder)
+        source, labels, folders = class_folders(
+            config.folder, follow_links=config.follow_links, fewest=1
+        )
         num_classes = classifier.model.config.num_classes
         class_of, names, how = match_classes(
             folders, classifier.classes, num_classes, by_order=config.match == "order"
         )
         output = Path(config.output)
-        console.print(f"{len(source)} images of {len(folders)} classes: {how}")
-        console.print(f"images: {view}")
+        console.print(f"images: {describe_source(source, folders)}")
+        console.print(f"classes: {how}")
+        if len(folders) == 1:
+            console.print("one class: what is counted says nothing of images of the others")
+        console.print(f"as the model gets them: {view}")
         found = evaluate_classifier(
             classifier.model.to(world.device),
             source,
@@ -80,7 +87,8 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
             "environment": environment(),
         }
         if world.is_main:
-            output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            with naming(output):
+                output.write_text(json.dumps(result, indent=1), encoding="utf-8")
             _show(result, output, console)
         return result
 

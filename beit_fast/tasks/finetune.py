@@ -14,6 +14,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from beit_fast.checks import (
+    Count,
+    Filled,
+    Given,
+    Part,
+    Probability,
+    Share,
+    Threads,
+    check_fields,
+)
 from beit_fast.data.augment import AugmentConfig, AugmentedSample
 from beit_fast.data.class_folders import class_folders
 from beit_fast.data.datasets import ImageSource
@@ -21,6 +31,8 @@ from beit_fast.data.loader import Loader
 from beit_fast.data.mixing import erase_boxes, mix, mixed_loss
 from beit_fast.data.subset import Subset
 from beit_fast.data.views import normalize
+from beit_fast.files import naming
+from beit_fast.flags import flag
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForImageClassification
@@ -31,10 +43,10 @@ from beit_fast.tasks.finetune_init import starting_point
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import split
-from beit_fast.tasks.sources import task_settings, unseen_batches
+from beit_fast.tasks.sources import describe_source, say, task_settings, unseen_batches
 from beit_fast.train.aside import Aside
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.log import METRICS, read_metrics
+from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
 from beit_fast.train.parallel import World, open_world
 from beit_fast.train.preflight import check_run
@@ -50,18 +62,21 @@ RESULT = "result.json"
 class LabelledDataConfig:
     """Labelled images and the batches made of them."""
 
-    path: str = ""  # folder with a sub-folder of images for each class
-    test: str = ""  # the same classes, to evaluate on
-    held_out: float | None = None  # without `test`: this share of each class, never trained on
-    batch_size: int = 128  # images per micro-batch on each rank
-    num_threads: int = 4  # decoding threads; batches do not depend on it
-    max_bad_share: float = 0.001  # of the training images; see `Loader`. Of the test's: none
+    path: Given = ""  # folder with a sub-folder of images for each class
+    test: Given = ""  # the same classes, to evaluate on
+    held_out: Part | None = None  # without `test`: this share of each class, never trained on
+    batch_size: Count = 128  # images per micro-batch on each rank
+    num_threads: Threads = 4  # decoding threads; batches do not depend on it
+    follow_links: bool = True  # to images and folders, wherever they lead
+    max_bad_share: Probability = 0.001  # of the training images; see `Loader`. Of the test's: none
 
     def __post_init__(self) -> None:
-        if self.held_out is not None and (self.test or not 0 < self.held_out < 1):
+        check_fields(self)
+        if self.held_out is not None and self.test:
             raise ValueError(
-                f"data.held_out is {self.held_out}: give a share between 0 and 1 of the training "
-                "images to evaluate on, and then no data.test"
+                f"{flag('data.held_out')} is {self.held_out} and {flag('data.test')} {self.test}: "
+                "give a share of the training images to evaluate on, and then no data.test, or "
+                "null and the folder"
             )
 
 
@@ -76,18 +91,17 @@ class FinetuneConfig:
     optim: OptimConfig
     run: RunConfig
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    init: str | None = None  # file, folder, run or published name; null: from scratch
-    init_key: str | None = None  # which of several weights: ema of a run, model_ema of unilm's
-    layer_decay: float = 0.65  # of the learning rate, from a layer to the one before; 1: none
+    init: Filled | None = None  # file, folder, run or published name; null: from scratch
+    init_key: Filled | None = None  # which of several weights: ema of a run, model_ema of unilm's
+    layer_decay: Share = 0.65  # of the learning rate, from a layer to the one before; 1: none
     statistics: Literal["half", "imagenet"] = "half"  # mean and std of pixels
-    crop_pct: float | None = None  # of test images; None: timm's for their size
+    crop_pct: Share | None = None  # of test images; None: timm's for their size
     # Less memory, as in pre-training.
     grad_checkpointing: bool | Literal["selective"] = False
     weight_decay_on_rel_pos_bias: bool = True  # as in pre-training
 
     def __post_init__(self) -> None:
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay is {self.layer_decay}: give 0 < decay <= 1")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -197,6 +211,13 @@ class FinetuneTask:
     def report(self) -> dict[str, Tensor]:
         return {}
 
+    def describe_images(self) -> list[str]:
+        """A line for each folder."""
+        lines = [f"images: {describe_source(self.loader.source, self.classes)}"]
+        if self.has_test:
+            lines.append(f"test images: {describe_source(self._test[0], self.classes)}")
+        return lines
+
     @property
     def has_test(self) -> bool:
         return self._test is not None
@@ -273,7 +294,9 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
     """
     with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
         task = FinetuneTask(config, world)
-        console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not world.is_main)
+        for line in task.describe_images():
+            say(line, world)
+        console = plain_console(quiet=not world.is_main)
         console.print(task.start.report)
         run = (task, config.optim, config.run)
         check_run(*run, settings=settings_of(task), world=world)
@@ -322,9 +345,11 @@ def open_labelled(
     """
     if not data.path:
         raise ValueError("no images were named: pass --data.path with a folder of classes")
-    source, labels, classes = class_folders(data.path)
+    source, labels, classes = class_folders(data.path, follow_links=data.follow_links)
     if data.test:
-        test, test_labels, test_classes = class_folders(data.test)
+        test, test_labels, test_classes = class_folders(
+            data.test, follow_links=data.follow_links, fewest=1
+        )
         if different := sorted(set(classes) ^ set(test_classes)):
             raise ValueError(
                 f"{data.path} has {len(classes)} classes and {data.test} {len(test_classes)}; only "
@@ -358,7 +383,8 @@ def _write_result(task: FinetuneTask, result: FinetuneOutcome) -> None:
     plain = {name: _plain(value) for name, value in _found(result).items()}
     content = {"classes": result.classes, "num_steps": result.train.num_steps, **plain}
     path = Path(task.config.run.output) / RESULT
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    with naming(path):
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) -> None:

@@ -5,21 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from beit_fast.flags import flags_of
 from beit_fast.tasks.dvae import DvaeTrainingConfig, finished_tokenizer, train_tokenizer
 from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask, TokensToCome
-from beit_fast.tasks.sources import task_settings
+from beit_fast.tasks.sources import describe_source, say, task_settings
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
 from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.aside import Aside
-from beit_fast.train.log import METRICS, read_metrics
+from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
 from beit_fast.train.parallel import World, open_world
 from beit_fast.train.preflight import check_run
 from beit_fast.train.stop import stop_signals
 from beit_fast.viz.curves import draw_curves
 
+# Settings of the tokenizer's training that are the run's own, wherever it trains one first.
+OUTER_FLAGS = ("run.output", "run.device", "run.cpu_threads", "data.path")
 CLEAR_GAIN = 0.05  # share of the marginals' entropy; less could be positions, not content
 
 
@@ -41,7 +42,8 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
         else:
             tokenizer = None if config.token_cache is not None else open_tokenizer(config, world)
         task = PretrainTask(config, tokenizer, world)
-        console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not world.is_main)
+        say(f"images: {describe_source(task.loader.source)}", world)
+        console = plain_console(quiet=not world.is_main)
         if file is not None:
             console.print(f"tokenizer: its training is finished, {file} is used")
         if task.cache is not None:
@@ -58,7 +60,7 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
                 unknown={"tokenizer"},
                 step=True,
             )
-            tokenizer = load_tokenizer(train_tokenizer(stage, world))
+            tokenizer = load_tokenizer(train_first(stage, world))
             stop.leave(world, "between the tokenizer's training and BEiT's")
             task.use(tokenizer)
         settings = settings_of(task, tokenizer)
@@ -91,7 +93,10 @@ def tokenizer_stage(config: PretrainConfig) -> DvaeTrainingConfig | None:
         return None
     training = config.tokenizer_training
     output = str(Path(config.run.output) / "tokenizer")
-    data = replace(training.data, path=training.data.path or config.data.path)
+    data = training.data
+    if not data.path:
+        links = data.follow_links and config.data.follow_links
+        data = replace(data, path=config.data.path, follow_links=links)
     return replace(training, data=data, run=replace(training.run, output=output))
 
 
@@ -103,7 +108,13 @@ def open_tokenizer(config: PretrainConfig, world: World) -> Dvae | None:
     stage = tokenizer_stage(config)
     if stage is None:
         return load_tokenizer(config.tokenizer)
-    return load_tokenizer(finished_tokenizer(stage) or train_tokenizer(stage, world))
+    return load_tokenizer(finished_tokenizer(stage) or train_first(stage, world))
+
+
+def train_first(stage: DvaeTrainingConfig, world: World) -> Path:
+    """`train_tokenizer` as a stage of another task, whose flags its messages name."""
+    with flags_of("tokenizer_training", OUTER_FLAGS):
+        return train_tokenizer(stage, world)
 
 
 def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> None:
@@ -112,7 +123,7 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
     vocab_size = config.model.vocab_size if task.predicts_tokens else None
     result = task.evaluate(outcome.model)
     curve = draw_curves(records, output / "curve.png", vocab_size=vocab_size)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain_console()
     console.print(f"\nAfter {outcome.num_steps} steps, on {task.evaluated_on}", style="bold")
     if vocab_size is None:
         console.print(f"  squared error of the pixels  {result['loss']:.4f}")
@@ -123,8 +134,8 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
             f"entropy of the token marginals = {entropy:.3f}\n"
             f"  accuracy  {accuracy:.1%}  chance 1/V = {1 / vocab_size:.2%}"
         )
-        told, colour = _verdict(entropy - loss, entropy)
-        console.print(f"  {told}", style=colour)
+        said, style = _verdict(entropy - loss, entropy)
+        console.print(f"  {said}", style=style)
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
     for failed in outcome.failed:

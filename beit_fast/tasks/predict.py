@@ -4,7 +4,8 @@ import contextlib
 import functools
 import glob
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from beit_fast.checks import Count, Given
 from beit_fast.data.centre_view import centre_view
 from beit_fast.data.datasets import ImageFolder, read_image_file
 from beit_fast.data.in_order import batches_in_order
+from beit_fast.files import naming
 from beit_fast.kernels.patches import normalized_patches
 from beit_fast.tasks.checkpoints import Classifier, ClassifierConfig, open_classifier
 from beit_fast.tasks.classes import describe_class
+from beit_fast.tasks.sources import describe_source
 from beit_fast.train.parallel import open_world
 
 
@@ -25,34 +29,36 @@ from beit_fast.train.parallel import open_world
 class PredictConfig(ClassifierConfig):
     """A classifier's checkpoint, images, and how many classes of each to say."""
 
-    images: tuple[str, ...]  # files, folders, patterns
-    top: int = 5
-    json: bool = False  # one JSON array on stdout, and nothing else
+    images: tuple[Given, ...]  # files, folders, patterns
+    top: Count = 5
+    # One JSON array on stdout, and nothing else. A byte of a name that is no UTF-8 is \udc80 to
+    # \udcff there, as `os.fsencode` takes it.
+    json: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top < 1:
-            raise ValueError(f"top is {self.top}: give at least 1")
 
 
 def run_prediction(config: PredictConfig) -> None:
-    """Print the likeliest classes of every image, in order.
+    """Print the likeliest classes of every image, in order; what folders hold goes to stderr.
 
     Raises ValueError that names the images that cannot be used, after all others are printed; at
     once where there is nothing to predict with or from.
     """
-    files = find_images(config.images)
-    with open_world(config.device) as world:
+    files = find_images(
+        config.images,
+        follow_links=config.follow_links,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    with open_world(config.device, named="device") as world:
         if world.size > 1:
             raise ValueError(f"torchrun started {world.size} processes: prediction runs in one")
         classifier = open_classifier(config)
         classifier.model.to(world.device)
         answers = predict(classifier, files, config)
-    if config.json:
-        print(json.dumps(answers, indent=1, ensure_ascii=False))
-    else:
-        _show(answers, classifier.model.config.num_classes)
+    with naming("standard output"):
+        if config.json:
+            print(json.dumps(answers, indent=1))  # in ASCII, so that any terminal and name will do
+        else:
+            _show(answers, classifier.model.config.num_classes)
     if bad := [f"{answer['image']} ({answer['error']})" for answer in answers if "error" in answer]:
         raise ValueError(f"{len(bad)} of {len(files)} images cannot be used: {'; '.join(bad)}")
 
@@ -109,9 +115,15 @@ def predict(
     return answers
 
 
-def find_images(arguments: Sequence[str]) -> list[str]:
+def find_images(
+    arguments: Sequence[str],
+    *,
+    follow_links: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[str]:
     """Image files: those named, those below folders, those that patterns match (`**`: any depth).
 
+    `say` is given a line for each folder, of what is read there and what is left out.
     What is not there stays in the list, to be told of with the images that cannot be read. Raises
     ValueError for a folder without images.
     """
@@ -122,7 +134,8 @@ def find_images(arguments: Sequence[str]) -> list[str]:
         matches = [] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))
         for path in matches or [argument]:
             if Path(path).is_dir():
-                folder = ImageFolder(path)
+                folder = ImageFolder(path, follow_links=follow_links)
+                say(describe_source(folder))
                 files += [folder.name(index) for index in range(len(folder))]
             else:
                 files.append(path)

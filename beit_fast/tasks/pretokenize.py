@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from beit_fast.checks import Count, Filled
 from beit_fast.data.color_jitter import jitter_views
 from beit_fast.data.loader import Loader
 from beit_fast.data.samples import TokenViewSample
@@ -55,9 +56,10 @@ from beit_fast.tasks.pretrain import (
     token_source,
     visual_tokens,
 )
-from beit_fast.tasks.sources import open_loader
+from beit_fast.tasks.sources import describe_source, open_loader, say
 from beit_fast.tokenizer.checkpoint import tokenizer_digest
 from beit_fast.tokenizer.protocol import Tokenizer
+from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import World, open_world
 from beit_fast.train.preflight import check_writable
 from beit_fast.train.state import environment
@@ -73,9 +75,10 @@ class PretokenizeConfig(PretrainConfig):
     Of the run, data, views, tokenizer, the model's grid and the seed count; the rest may differ.
     """
 
-    output: str  # folder of the token cache
-    num_views: int = 10  # K, of every image; more can be added later
-    images_per_shard: int = 65536  # in one file, 28 MB of 14 x 14 tokens; what a kill costs a rank
+    output: Filled  # folder of the token cache
+    num_views: Count = 10  # K, of every image; more can be added later
+    # In one file, 28 MB of 14 x 14 tokens; what a kill costs a rank.
+    images_per_shard: Count = 65536
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,9 +91,6 @@ class PretokenizeConfig(PretrainConfig):
             raise ValueError(
                 f"{self.model.vocab_size} codes do not fit the cache's 16 bits: at most {MAX_VOCAB}"
             )
-        for name in ("num_views", "images_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
 
 
 def run_pretokenize(config: PretokenizeConfig) -> Path:
@@ -100,10 +100,11 @@ def run_pretokenize(config: PretokenizeConfig) -> Path:
     """
     folder = Path(config.output)
     with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
-        check_writable(folder, "--output")
+        check_writable(folder, "output")
         loader = open_loader(
             config.data, TokenViewSample(config.views), seed=config.run.seed, world=world
         )
+        say(f"images: {describe_source(loader.source)}", world)
         if config.tokenizer_training is not None:  # before it is trained
             check_tokenizer(TokensToCome(config.tokenizer_training.dvae.vocab_size), config)
             if (folder / MANIFEST).exists():
@@ -114,7 +115,7 @@ def run_pretokenize(config: PretokenizeConfig) -> Path:
         check_tokenizer(tokenizer, config)
         made_from = token_source(config, loader.source, tokenizer_digest(tokenizer))
         world.same(hashlib.sha256(json.dumps(made_from).encode()).hexdigest())
-        lock = sole_user(folder, "--output") if world.is_main else nullcontext()
+        lock = sole_user(folder, "output") if world.is_main else nullcontext()
         with lock:
             world.barrier()  # nobody reads or writes before the lock is held
             manifest = _begin(config, made_from, world)
@@ -179,7 +180,7 @@ class _Writer:
     def write(self, manifest: Manifest) -> None:
         world, files = self.world, dict(manifest.files)
         self.dtype, self.num_files = manifest.dtype, len(files)
-        console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
+        console = plain_console(quiet=not world.is_main)
         missing = [shard for shard in manifest.shards() if shard.name not in files]
         num_images, num_views = len(self.loader.source), manifest.num_views
         if files:

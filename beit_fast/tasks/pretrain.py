@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
+from beit_fast.checks import Filled, check_fields
 from beit_fast.data.color_jitter import jitter_views
 from beit_fast.data.datasets import ImageSource
 from beit_fast.data.masking import MaskingConfig
@@ -62,14 +63,14 @@ class PretrainConfig:
     # Patches to predict: BEiT's hidden ones, or as ablations (paper, Table 4) all of them, from the
     # masked or from the whole image. model.predict "pixels" is the table's other ablation.
     objective: Literal["masked", "all", "all_unmasked"] = "masked"
-    tokenizer: str | None = None  # safetensors file; `beit-fast convert-dalle` writes DALL-E's
+    tokenizer: Filled | None = None  # safetensors file; `beit-fast convert-dalle` writes DALL-E's
     # Train one first, in the run's folder; on the same images unless it names others.
     tokenizer_training: DvaeTrainingConfig | None = None
     # Of a dVAE's convolutions; scores are fp32's in all. fp16 is the fast one on GPUs.
     tokenizer_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     # Folder that `beit-fast pretokenize` wrote with these very settings: training then needs no
     # tokenizer. One given besides is for evaluation and pictures, on crops that no step sees.
-    token_cache: str | None = None
+    token_cache: Filled | None = None
     # Less memory: blocks are computed again in the backward pass, or with "selective" all of them
     # but products and attention.
     grad_checkpointing: bool | Literal["selective"] = False
@@ -77,25 +78,26 @@ class PretrainConfig:
     weight_decay_on_rel_pos_bias: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         sources = (self.tokenizer is not None) + (self.tokenizer_training is not None)
         if self.token_cache is not None:
             if self.model.predict == "pixels" or self.tokenizer_training is not None:
                 raise ValueError(
-                    f"token_cache={self.token_cache} holds the tokens of a trained tokenizer, for "
-                    "a model that predicts tokens: pass null for token_cache, or "
+                    f"--token_cache {self.token_cache} holds the tokens of a trained tokenizer, "
+                    "for a model that predicts tokens: pass null for it, or "
                     "--tokenizer_training null (and for evaluation --tokenizer FILE, the one that "
                     "made them) and --model.predict tokens"
                 )
         elif self.model.predict == "tokens" and sources != 1:
             raise ValueError(
-                "give one of tokenizer (a file, written by `beit-fast convert-dalle` or "
-                "`beit-fast tokenizer`) and tokenizer_training, and null for the other; or a "
-                "token_cache, written by `beit-fast pretokenize`"
+                "give one of --tokenizer (a file, written by `beit-fast convert-dalle` or "
+                "`beit-fast tokenizer`) and --tokenizer_training, and null for the other; or a "
+                "--token_cache, written by `beit-fast pretokenize`"
             )
         if self.model.predict == "pixels" and sources:
             raise ValueError(
-                "a model that predicts pixels uses no tokenizer: pass null for tokenizer and "
-                "tokenizer_training"
+                "a model that predicts pixels uses no tokenizer: pass null for --tokenizer and "
+                "--tokenizer_training"
             )
         size = self.model.image_pixels
         if self.views.size != size:

@@ -24,7 +24,23 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from beit_fast.checks import (
+    Count,
+    FieldError,
+    Filled,
+    Given,
+    NonNegative,
+    Part,
+    Positive,
+    Probability,
+    Seed,
+    Share,
+    Side,
+    Threads,
+    check_fields,
+)
 from beit_fast.data.class_folders import class_folders
+from beit_fast.files import naming
 from beit_fast.model.beit import Beit
 from beit_fast.model.checkpoint import load_pretrained
 from beit_fast.model.read_checkpoint import Weights
@@ -39,6 +55,8 @@ from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.features import Features, cached_features
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import knn_accuracy, linear_probes, split
+from beit_fast.tasks.sources import describe_source, say
+from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import World, open_world
 from beit_fast.train.preflight import check_writable
 from beit_fast.train.state import environment
@@ -52,59 +70,53 @@ POOLS = ("cls", "mean")  # the order in the features
 class ProbeConfig:
     """Encoder, labelled images, and what to train on its features."""
 
-    checkpoint: str = ""  # of any task: run or one of its steps, file, folder, published name
-    train: str = ""  # folder with a sub-folder for each class
-    test: str = ""  # the same classes
-    output: str  # folder of results, and of the features, which are kept
+    checkpoint: Given = ""  # of any task: run or one of its steps, file, folder, published name
+    train: Given = ""  # folder with a sub-folder for each class
+    test: Given = ""  # the same classes
+    output: Filled  # folder of results, and of the features, which are kept
     weights: Literal["model", "ema", "random"] = "model"  # random: the same net untrained
-    img_size: int | tuple[int, int] | None = None  # pixels; positions are resized to it
-    num_heads: int | None = None  # where the checkpoint does not show it
+    img_size: Side | None = None  # pixels; positions are resized to it
+    num_heads: Count | None = None  # where the checkpoint does not show it
     statistics: Literal["half", "imagenet"] | None = None  # of pixels; null: the checkpoint's
     precision: Literal["fp32", "bf16"] = "bf16"  # of the encoder; features are stored in fp32
-    crop_pct: float | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
-    knn: tuple[int, ...] = (10, 20)  # neighbours
-    rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)  # learning rates, absolute
-    epochs: int = 100  # over the features
-    batch_size: int = 1024  # of the classifiers
-    weight_decay: float = 1e-4
-    held_out: float = 0.1  # of the training images, to choose learning rate, block and k
-    seed: int = 0
+    crop_pct: Share | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
+    knn: tuple[Count, ...] = (10, 20)  # neighbours
+    rates: tuple[Positive, ...] = (1e-3, 4e-3, 1.6e-2)  # learning rates, absolute
+    epochs: Count = 100  # over the features
+    batch_size: Count = 1024  # of the classifiers
+    weight_decay: NonNegative = 1e-4
+    held_out: Part = 0.1  # of the training images, to choose learning rate, block and k
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    images_at_once: int = 128  # through the encoder
-    num_threads: int = 4  # decoding threads
+    images_at_once: Count = 128  # through the encoder
+    num_threads: Threads = 4  # decoding threads
+    follow_links: bool = True  # to images and folders, wherever they lead
+    max_bad_share: Probability = 0.001  # of the training images; see `Loader`. Of the test's: none
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "images_at_once", "num_threads", "num_heads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
-        if not self.knn or min(self.knn) < 1 or not self.rates or min(self.rates) <= 0:
-            raise ValueError(
-                f"knn is {list(self.knn)}, rates are {list(self.rates)}: give at least one of "
-                "each, neighbours from 1 and rates above 0"
-            )
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}: give a share between 0 and 1")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is {self.crop_pct}: give a share in (0, 1], or null")
+        check_fields(self)
+        for name in ("knn", "rates"):
+            if not getattr(self, name):
+                raise FieldError(name, "is empty: give at least one")
 
 
 def run_probe(config: ProbeConfig) -> dict[str, Any]:
     """Probe every block, print the table, write probe.json and probe.png to `config.output`.
 
-    Returns what probe.json holds. Raises ValueError, OSError, Interrupted.
+    Returns what probe.json holds. Raises ValueError, OSError, BadDataError, Interrupted.
     """
     for name in ("checkpoint", "train", "test"):
         if not getattr(config, name):
             raise ValueError(f"no {name} was named: pass --{name} with a folder")
-    with open_world(config.device) as world, stop_signals():
+    with open_world(config.device, named="device") as world, stop_signals():
         if world.size > 1:
             raise ValueError(f"torchrun started {world.size} processes: a probe runs in one")
-        check_writable(Path(config.output), "--output")
+        check_writable(Path(config.output), "output")
         return _run(config, world)
 
 
 def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     random = config.weights == "random"
     given = {"img_size": config.img_size, "num_heads": config.num_heads}
     weights = open_weights(config.checkpoint, "model" if random else config.weights, **given)
@@ -114,7 +126,13 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
             f"{config.checkpoint} takes {model.config.in_chans} channels, images have 3"
         )
     model.to(world.device)
-    data = {name: class_folders(getattr(config, name)) for name in ("train", "test")}
+    data = {
+        name: class_folders(getattr(config, name), follow_links=config.follow_links, fewest=fewest)
+        # Test images are read before anything is computed.
+        for name, fewest in (("test", 1), ("train", 2))
+    }
+    for name, (source, _, classes) in data.items():
+        say(f"{name}: {describe_source(source, classes)}", world)
     names = data["train"][2]
     if different := sorted(set(names) ^ set(data["test"][2])):
         raise ValueError(
@@ -133,8 +151,7 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
     elif view.origin == UNSTATED:
         console.print(
             f"{config.checkpoint} does not say the mean and std of its pixels: half is taken, as "
-            "nearly all published BEiTs have; --statistics imagenet is the other",
-            markup=False,
+            "nearly all published BEiTs have; --statistics imagenet is the other"
         )
     crop_pct = config.crop_pct
     if crop_pct is None:
@@ -156,7 +173,13 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
             precision=config.precision,
             batch_size=config.images_at_once,
             num_threads=config.num_threads,
+            max_bad_share=config.max_bad_share if name == "train" else None,
             device=world.device,
+        )
+    if left_out := features["train"].left_out:
+        say(
+            f"{len(left_out)} images could not be used and were left out: {', '.join(left_out)}",
+            world,
         )
     result = probe_layers(features["train"], features["test"], len(names), config, world.device)
     result |= {
@@ -165,10 +188,12 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
         "classes": names,
         "num_train": len(features["train"].labels),
         "num_test": len(features["test"].labels),
+        "left_out": features["train"].left_out,
         "environment": environment(),
     }
     output = Path(config.output)
-    (output / "probe.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    with naming(output / "probe.json"):
+        (output / "probe.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     curves = {"linear, [CLS] and mean": [row["linear"] for row in result["layers"]]}
     k = result["chosen"]["knn"]["k"]
     for pool in POOLS:
@@ -271,7 +296,7 @@ def _show(result: dict[str, Any], output: Path, console: Console) -> None:
     )
     columns = ["block", "linear", "lr", *(f"{k}-NN\n{_TITLES[p]}" for p in POOLS for k in ks)]
     for column in columns:
-        table.add_column(column.replace("[", "\\["), justify="right")
+        table.add_column(column, justify="right")
     for row in layers:
         knn = [f"{row['knn'][pool][k]:.1%}" for pool in POOLS for k in ks]
         style = "bold" if row["block"] == chosen["linear"]["block"] else None
@@ -281,7 +306,7 @@ def _show(result: dict[str, Any], output: Path, console: Console) -> None:
     console.print(table)
     linear, knn = chosen["linear"], chosen["knn"]
     last = layers[-1]["knn"]["cls"][str(knn["k"])]
-    say = console.out  # [CLS] is no markup
+    say = console.out
     say("chosen on held-out training images, counted on test images:")
     say(f"  linear  {linear['accuracy']:.1%}  block {linear['block']}, lr {linear['lr']:g}")
     say(

@@ -1,18 +1,23 @@
 """Where the images of a task come from, and in what portions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import beit_fast.data
+from beit_fast.checks import Count, Given, Probability, Threads, check_fields
+from beit_fast.data.class_folders import called_as_parts
 from beit_fast.data.datasets import ImageFolder, ImageSource
 from beit_fast.data.digits import Digits, is_digits
 from beit_fast.data.loader import Loader
 from beit_fast.data.samples import Sample
+from beit_fast.data.scan import Found
+from beit_fast.data.subset import Subset
 from beit_fast.train.parallel import World
 
 PHOTOGRAPHS = "photographs"  # the name of the images that ship with the package
@@ -23,31 +28,58 @@ UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never 
 class DataConfig:
     """A folder of images and the batches made of it."""
 
-    path: str = (
-        ""  # folder of images, flat or in class folders; "photographs" ship with the package,
-        # "digits:train" comes with scikit-learn (data/digits.py)
-    )
-    batch_size: int = 128  # images per micro-batch on each rank
-    num_threads: int = 4  # decoding threads; batches do not depend on it
-    max_bad_share: float = (
-        0.001  # of the images; more unusable ones stop the run, 0: the first does
-    )
+    # Folder of images, flat or in class folders; "photographs" ship with the package,
+    # "digits:train" comes with scikit-learn (data/digits.py).
+    path: Given = ""
+    batch_size: Count = 128  # images per micro-batch on each rank
+    num_threads: Threads = 4  # decoding threads; batches do not depend on it
+    follow_links: bool = True  # to images and folders, wherever they lead
+    # Of the images; more unusable ones stop the run, 0: the first does.
+    max_bad_share: Probability = 0.001
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
-def open_source(path: str) -> ImageSource:
+def open_source(path: str, *, follow_links: bool = True) -> ImageSource:
     """The images below `path`. Raises ValueError for a folder that is missing or has none, and as
     `Digits` does."""
     if not path:
         raise ValueError("no images were named: pass --data.path with a folder of images")
     if path == PHOTOGRAPHS:
         return ImageFolder(Path(beit_fast.data.__file__).parent / PHOTOGRAPHS)
-    return Digits(path) if is_digits(path) else ImageFolder(Path(path))
+    return Digits(path) if is_digits(path) else ImageFolder(path, follow_links=follow_links)
+
+
+def describe_source(source: ImageSource, classes: Sequence[str] | None = None) -> str:
+    """What is read and what is not, in one line: "photos: 15 images, 5 of them by links, 3 classes,
+    2 other files (2 .avif) left out". Names that are not UTF-8 have their bytes escaped."""
+    if isinstance(source, Subset):
+        return f"{len(source)} of {describe_source(source.source, classes)}"
+    found = source.found if isinstance(source, ImageFolder) else Found()
+    said = [f"{len(source)} image{'s' * (len(source) != 1)}"]
+    if found.num_linked:
+        said[0] += f", {found.num_linked} of them by links"
+    if classes is not None:
+        said.append(f"{len(classes)} class{'es' * (len(classes) != 1)}")
+    elif len(found.folders) > 1 and called_as_parts(found.folders):
+        said.append(f"all of {', '.join(found.folders)} (pass the path of one to read that alone)")
+    said += filter(None, [found.left_out()])
+    path = source.root if isinstance(source, ImageFolder) else source.path
+    return f"{path}: {', '.join(said)}".encode(errors="backslashreplace").decode()
+
+
+def say(line: str, world: World) -> None:
+    """Print a line on the main rank as it is: no bracket in a path is markup."""
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    if world.is_main:
+        console.print(line)
 
 
 def open_loader(data: DataConfig, sample: Sample, *, seed: int, world: World) -> Loader:
     """Batches of this rank. Raises ValueError as `open_source` and `Loader` do."""
     return Loader(
-        open_source(data.path),
+        open_source(data.path, follow_links=data.follow_links),
         sample,
         batch_size=data.batch_size,
         seed=seed,

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from beit_fast.files import drop, naming, refuse_other_kinds
 from beit_fast.tokenizer.dvae import NUM_GROUPS, Dvae, DvaeConfig
 
 FORMAT = "beit_fast.dvae"
@@ -38,13 +39,14 @@ def save_tokenizer(dvae: Dvae, path: str | Path, *, source: Mapping[str, str] = 
     }
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            with open(temporary, "xb") as file:
+                file.write(save(tensors, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        drop(temporary)
         raise
 
 
@@ -61,6 +63,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Dvae
             f"there is no tokenizer at {path}: train one with `beit-fast tokenizer`, "
             "or convert DALL-E's with beit_fast.tokenizer.dalle"
         )
+    refuse_other_kinds(path, "a tokenizer")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             config = _read_config(file.metadata(), path)

@@ -7,6 +7,7 @@ by `pickled_module`, which runs nothing, so neither the `dall_e` package nor tru
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,17 +30,24 @@ CLASSES = _BLOCKS | {
 }
 
 
-def convert_dalle(encoder: str, decoder: str, output: str) -> Path:
+def convert_dalle(encoder: str, decoder: str, output: str, overwrite: bool = False) -> Path:
     """Convert OpenAI's pickled dVAE to one safetensors file, without running code from it.
 
     The widths come from the shapes of the tensors; the SHA-256 of both files goes into the
-    metadata. Raises FileNotFoundError, and ValueError for files that hold anything else.
+    metadata. Folders are made as needed. Raises FileNotFoundError, and ValueError for files that
+    hold anything else and for an output that exists.
 
     Args:
         encoder: path of encoder.pkl
         decoder: path of decoder.pkl
         output: path of the safetensors file to write
+        overwrite: replace an output that exists
     """
+    if os.path.lexists(output) and not overwrite:
+        raise ValueError(
+            f"{output} would be overwritten: pass another path, or --overwrite true "
+            "(overwrite=True) to replace it"
+        )
     encoder_module, read_encoder = _open(Path(encoder), ENCODER)
     decoder_module, read_decoder = _open(Path(decoder), DECODER)
     shapes = {
@@ -59,6 +67,7 @@ def convert_dalle(encoder: str, decoder: str, output: str) -> Path:
     ):
         _check_gain(path, module, ours.blocks["group_1"]["block_1"].gain)
     source = {"encoder_sha256": _sha256(encoder), "decoder_sha256": _sha256(decoder)}
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
     save_tokenizer(dvae, output, source=source)
     return Path(output)
 

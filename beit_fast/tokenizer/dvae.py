@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit_fast.checks import Count, FieldError, check_fields
 from beit_fast.kernels.linear_argmax import linear_argmax
 
 PIXEL_MARGIN = 0.1  # epsilon of the paper: pixels are mapped into (epsilon, 1 - epsilon)
@@ -31,21 +32,20 @@ STRIDE = 2 ** (NUM_GROUPS - 1)
 class DvaeConfig:
     """Widths of a dVAE; the defaults are DALL-E's (53.8 M parameters encode, 43.8 M decode)."""
 
-    vocab_size: int = 8192
-    encoder_width: int = 256  # channels of group 1; doubled by each further group
-    decoder_width: int = 256  # channels of group 4; each group before has twice as many
-    decoder_input_width: int = 128  # channels of the code embedding
-    blocks_per_group: int = 2
+    vocab_size: Count = 8192
+    encoder_width: Count = 256  # channels of group 1; doubled by each further group
+    decoder_width: Count = 256  # channels of group 4; each group before has twice as many
+    decoder_input_width: Count = 128  # channels of the code embedding
+    blocks_per_group: Count = 2
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if (value := getattr(self, field.name)) < 1:
-                raise ValueError(f"{field.name} is {value}: a dVAE needs at least 1")
+        check_fields(self)
         for name in ("encoder_width", "decoder_width"):
             if (width := getattr(self, name)) % 4:
-                raise ValueError(
-                    f"{name} is {width}: residual blocks work at a quarter of their width, "
-                    "so choose a multiple of 4"
+                raise FieldError(
+                    name,
+                    f"is {width}: residual blocks work at a quarter of their width, so choose a "
+                    "multiple of 4",
                 )
 
 

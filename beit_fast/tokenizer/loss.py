@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit_fast.checks import Natural, NonNegative, check_fields
 from beit_fast.tokenizer.dvae import DvaeOutput
 
 
@@ -27,13 +28,12 @@ class CosineSchedule:
     A linear schedule of the temperature tended to diverge (appendix A.2).
     """
 
-    start: float
-    end: float
-    num_steps: int
+    start: NonNegative
+    end: NonNegative
+    num_steps: Natural
 
     def __post_init__(self) -> None:
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps is {self.num_steps}: a schedule takes 0 steps or more")
+        check_fields(self)
 
     def __call__(self, step: int) -> float:
         """Value at `step`, counted from 0."""

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit_fast.files import refuse_other_kinds
+
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # first two pickles of the stream layout
 _MAX_PICKLE_BYTES = 2**24  # of the part without weights; DALL-E's takes 30 kB
 _MAX_MODULES, _MAX_DEPTH = 10_000, 16
@@ -104,6 +106,7 @@ def read_pickled_module(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    refuse_other_kinds(path, "a pickled module")
     try:
         if zipfile.is_zipfile(path):
             module, places = _open_archive(path, allowed_classes)

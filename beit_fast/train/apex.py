@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit_fast.flags import flag
+
 
 def apex_adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     """AdamW by apex, capturable: rate and step count are device tensors.
@@ -27,7 +29,9 @@ def check_apex(device: torch.device) -> None:
     """Raise ValueError where `apex_adamw` cannot train weights of this device."""
     _import_fused_adam()
     if device.type != "cuda":
-        raise ValueError("optim.backend is apex, which needs a GPU: pass --optim.backend torch")
+        raise ValueError(
+            f"optim.backend is apex, which needs a GPU: pass {flag('optim.backend')} torch"
+        )
 
 
 def _import_fused_adam() -> type[torch.optim.Optimizer]:
@@ -37,7 +41,7 @@ def _import_fused_adam() -> type[torch.optim.Optimizer]:
         raise ValueError(
             f"optim.backend is apex, and NVIDIA's apex is not installed ({error}; PyPI's package "
             "of that name is an unrelated one): build it from github.com/NVIDIA/apex with its CUDA "
-            "extensions, or pass --optim.backend torch"
+            f"extensions, or pass {flag('optim.backend')} torch"
         ) from error
     return FusedAdam
 

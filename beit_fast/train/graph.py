@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from beit_fast.flags import flag
+
 Batch = dict[str, Tensor]
 EAGER_STEPS = 3  # before the capture, as PyTorch's notes have it
 
@@ -31,11 +33,11 @@ class CaptureError(RuntimeError):
 
     def __init__(self, name: str, cause: Exception) -> None:
         why = str(cause).partition("\n")[0]
-        remedy = "pass --run.cuda_graph false, and the run resumes from its checkpoint"
+        remedy = f"pass {flag('run.cuda_graph')} false, and the run resumes from its checkpoint"
         # By the words: the driver's own error, as a graph is made executable, has no type for it.
         if "out of memory" in why:
             why = f"it keeps memory of its own there, and too little was free ({why})"
-            remedy += ". A new run with a smaller --data.batch_size needs less"
+            remedy += f". A new run with a smaller {flag('data.batch_size')} needs less"
         super().__init__(
             f"{name} cannot be captured in a CUDA graph: {why}. torch 2.11 leaves the random "
             "generator, the stream and the allocator unusable after a failed capture, so this "
@@ -47,8 +49,8 @@ def check_graphs(device: torch.device) -> None:
     """Raise ValueError for a device without CUDA graphs."""
     if device.type != "cuda":
         raise ValueError(
-            f"run.cuda_graph is true and the device is {device.type}: CUDA graphs need a GPU; "
-            "pass --run.cuda_graph false"
+            f"run.cuda_graph is true and the device is {device.type}: CUDA graphs need a GPU; pass "
+            f"{flag('run.cuda_graph')} false"
         )
 
 
@@ -124,7 +126,7 @@ class Graphed:
         if theirs != ours:
             raise ValueError(
                 f"the graph was captured for batches {ours} and got {theirs}: keep shapes fixed, "
-                "or pass --run.cuda_graph false"
+                f"or pass {flag('run.cuda_graph')} false"
             )
         for buffers, batch in zip(self._inputs, batches, strict=True):
             for name, buffer in buffers.items():

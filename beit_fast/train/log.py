@@ -16,7 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from beit_fast.files import naming
+
 METRICS = "metrics.jsonl"
+
+
+def plain_console(*, quiet: bool = False) -> Console:
+    """A terminal that gets text as it is: in paths and names, brackets and colons are no markup."""
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=quiet)
 
 
 class Meter:
@@ -63,15 +70,18 @@ class Meter:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, one a step: a step's evaluation is a line of its own there.
 
-    A last line cut short by a crash is left out.
+    A last line cut short by a crash is left out. Raises ValueError that names the file and the line
+    for one that is no step's metrics.
     """
     records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             break
-        if records and records[-1].get("step", -1) == record.get("step"):
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}, line {number} is of no step: remove it")
+        if records and records[-1]["step"] == record["step"]:
             records[-1] |= record
         else:
             records.append(record)
@@ -86,7 +96,7 @@ class Log:
     ) -> None:
         self._path, self._title, self._num_steps = output / METRICS, title, num_steps
         self._enabled = enabled
-        self.console = Console(quiet=not enabled, highlight=False)
+        self.console = plain_console(quiet=not enabled)
         self._done, self._images, self._since = start, 0, time.perf_counter()
         self._begun, self._start = self._since, start
         self._progress = None
@@ -98,7 +108,7 @@ class Log:
         self._board = SummaryWriter(output / "tensorboard", purge_step=start + 1 if start else None)
         if self.console.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[speed]}"),
@@ -113,8 +123,9 @@ class Log:
             return
         kept = [r for r in read_metrics(self._path) if r["step"] <= step]
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        with naming(self._path):
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            temporary.replace(self._path)
 
     def tick(self, num_images: int) -> None:
         """One optimiser step over `num_images` images has been launched."""
@@ -139,7 +150,7 @@ class Log:
         self._images, self._since = 0, now
         if not self._enabled:
             return
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics, "images_per_second": speed}) + "\n")
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
@@ -148,8 +159,7 @@ class Log:
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.console.print(
             f"{self._title} {step}/{self._num_steps}  {text}  {speed:.0f} images/s  "
-            f"{_clock(left)} left",
-            soft_wrap=True,
+            f"{_clock(left)} left"
         )
         if self._progress is not None:
             self._progress.update(self._bar, speed=f"{speed:.0f} images/s")

@@ -19,6 +19,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from beit_fast.flags import flag
 from beit_fast.train.aside import Aside
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import Graphed
@@ -360,8 +361,9 @@ def graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | Graphe
         return step
     if world.size > 1:
         logger.warning(
-            "run.cuda_graph: gradients are exchanged between %d processes, which is not captured; "
+            "%s: gradients are exchanged between %d processes, which is not captured; "
             "the steps run without a graph",
+            flag("run.cuda_graph"),
             world.size,
         )
         return step

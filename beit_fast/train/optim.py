@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from beit_fast.flags import flag
 from beit_fast.train.apex import apex_adamw
 from beit_fast.train.config import OptimConfig
 
@@ -45,8 +46,8 @@ def warmup_steps(optim: OptimConfig, num_steps: int, steps_per_epoch: float) -> 
         warmup = int(optim.warmup_epochs * steps_per_epoch)
     if warmup >= num_steps:
         raise ValueError(
-            f"the warm-up takes {warmup} of {num_steps} steps: shorten it (optim.warmup_steps or "
-            "optim.warmup_epochs) or train longer"
+            f"the warm-up takes {warmup} of {num_steps} steps: shorten it "
+            f"({flag('optim.warmup_steps')} or {flag('optim.warmup_epochs')}) or train longer"
         )
     return warmup
 

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from beit_fast.flags import flag
+
 TIMEOUT = timedelta(minutes=5)
 
 
@@ -67,17 +69,17 @@ class World:
 
 
 @contextlib.contextmanager
-def open_world(device: str, cpu_threads: int | None = None) -> Iterator[World]:
+def open_world(
+    device: str, cpu_threads: int | None = None, *, named: str = "run.device"
+) -> Iterator[World]:
     """The world that torchrun describes, or this process alone. `device`: auto, cpu or cuda.
 
     On a CPU, torch has `cpu_threads` threads inside (None: as many as before). Raises ValueError
-    where cuda is asked for and there is none.
+    where cuda is asked for and there is none, and for more threads than the machine has cores.
+    named: the setting that names the device.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "the device is cuda and torch sees no GPU: pass --run.device cpu, or --device cpu "
-            "where that is the flag"
-        )
+        raise ValueError(f"the device is cuda and torch sees no GPU: pass {flag(named)} cpu")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -86,6 +88,11 @@ def open_world(device: str, cpu_threads: int | None = None) -> Iterator[World]:
     if kind == "cuda":
         torch.cuda.set_device(chosen)
     elif cpu_threads is not None:
+        if cpu_threads > (cores := os.cpu_count() or cpu_threads):
+            raise ValueError(
+                f"{flag('run.cpu_threads')} is {cpu_threads} and this machine has {cores} cores: "
+                f"pass {cores} or less, or null"
+            )
         torch.set_num_threads(cpu_threads)
     if size > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)

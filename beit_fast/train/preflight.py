@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from beit_fast.flags import flag
 from beit_fast.train.apex import check_apex
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import check_graphs
@@ -72,11 +73,11 @@ def check_space(task: Task, run: RunConfig) -> None:
         raise OSError(
             f"{output} has {free / 2**30:.1f} GiB free and the run needs {needed / 2**30:.1f} for "
             f"its checkpoints of {size / 2**30:.1f} (run.keep is {run.keep}): make room, lower "
-            "--run.keep, or give another --run.output"
+            f"{flag('run.keep')}, or give another {flag('run.output')}"
         )
 
 
-def check_writable(folder: Path, flag: str = "--run.output") -> None:
+def check_writable(folder: Path, setting: str = "run.output") -> None:
     """Make the folder, and a file in it. Raises OSError with the path and the flag."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,19 +85,20 @@ def check_writable(folder: Path, flag: str = "--run.output") -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"nothing can be written to {folder} ({error.strerror or error}): give another {flag}"
+            f"nothing can be written to {folder} ({error.strerror or error}): give another "
+            f"{flag(setting)}"
         ) from error
 
 
-def check_output_file(path: Path, flag: str = "--output") -> None:
+def check_output_file(path: Path, setting: str = "output") -> None:
     """Make the folder of a file that will be written. Raises OSError, with path and flag, where it
     could not be."""
     if path.is_dir():
         raise OSError(
-            f"{path} is a folder, and a file is to be written: pass {flag} "
+            f"{path} is a folder, and a file is to be written: pass {flag(setting)} "
             f"{os.path.join(path, 'result.json')}, for example"
         )
-    check_writable(path.parent, flag)
+    check_writable(path.parent, setting)
 
 
 def _check_step(task: Task, run: RunConfig) -> None:

@@ -16,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from beit_fast.flags import flag
 from beit_fast.train.config import RunConfig
 from beit_fast.train.log import METRICS
 from beit_fast.train.parallel import World
@@ -120,8 +121,8 @@ def check_settings(
     found = [change for change in changes(theirs, ours) if change.name not in unknown]
     if wrong := sorted(set(accepted) - _comparable(theirs).keys() - _comparable(ours).keys()):
         raise CheckpointError(
-            f"run.resume_with names {', '.join(wrong)}, and there are no such settings: give "
-            "the names that the refusal listed"
+            f"{flag('run.resume_with')} names {', '.join(wrong)}, and there are no such settings: "
+            "give the names that the refusal listed"
         )
     refused = [
         change for change in found if not _is_advised(change) and change.name not in accepted
@@ -130,8 +131,8 @@ def check_settings(
         names = ",".join(change.name for change in refused)
         raise CheckpointError(
             f"{path} belongs to a run with other settings ({'; '.join(map(str, refused))}): "
-            "restore them, give another --run.output, or accept that they hold from here on: "
-            f"--run.resume_with '[{names}]'"
+            f"restore them, give another {flag('run.output')}, or accept that they hold from here "
+            f"on: {flag('run.resume_with')} '[{names}]'"
         )
     return found
 
@@ -195,17 +196,19 @@ def check_resume(
     paths = checkpoint_paths(output)
     if run.resume == "never" and paths:
         raise CheckpointError(
-            f"{output} holds checkpoints and run.resume is never: give another --run.output, "
-            "or delete that folder"
+            f"{output} holds checkpoints and {flag('run.resume')} is never: give another "
+            f"{flag('run.output')}, or delete that folder"
         )
     if not paths:
         if run.resume_from is not None:
-            raise CheckpointError(f"{output} holds no checkpoint to go back to: leave out "
-                                  "--run.resume_from")  # fmt: skip
+            raise CheckpointError(
+                f"{output} holds no checkpoint to go back to: leave out {flag('run.resume_from')}"
+            )
         if run.resume == "must":
             raise CheckpointError(
-                f"{output} holds no checkpoint and run.resume is must: give the --run.output of "
-                "the run to go on with, or --run.resume auto to start one"
+                f"{output} holds no checkpoint and {flag('run.resume')} is must: give the "
+                f"{flag('run.output')} of the run to go on with, or {flag('run.resume')} auto to "
+                "start one"
             )
         return None
     path = _target(paths, run, settings)
@@ -258,8 +261,8 @@ def _target(paths: list[Path], run: RunConfig, settings: Mapping[str, Any]) -> P
             return path
     steps = ", ".join(str(_step(path)) for path in paths)
     raise CheckpointError(
-        f"{newest.parent} holds no checkpoint of step {wanted}: pass --run.resume_from with one of "
-        f"{steps} (--run.keep says how many stay)"
+        f"{newest.parent} holds no checkpoint of step {wanted}: pass {flag('run.resume_from')} "
+        f"with one of {steps} ({flag('run.keep')} says how many stay)"
     )
 
 

@@ -30,6 +30,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
+from beit_fast.flags import flag
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 # Keys in the metadata of weight files, as `beit_fast.model.description` reads them, and settings.
@@ -186,7 +188,7 @@ def load_newest(output: Path, *, fallback: bool = False) -> Checkpoint | None:
         except CheckpointError as error:
             if not fallback:
                 raise CheckpointError(
-                    f"{error}. Pass --run.fallback true to resume from an older checkpoint"
+                    f"{error}. Pass {flag('run.fallback')} true to resume from an older checkpoint"
                 ) from error
             logger.warning("%s: trying the checkpoint before it", error)
             first_error = first_error or error

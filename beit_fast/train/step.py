@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from beit_fast.flags import flag
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import clip_gradients
 from beit_fast.train.parallel import World, gradient_sync
@@ -45,15 +46,16 @@ class Sentinel:
         if first == NEVER:
             return
         kept = checkpoint_paths(output)
+        back = f"go back with {flag('run.resume_from')} ({_steps(kept)}), or "
+        back = back if len(kept) > 1 else ""
         raise NonFiniteLoss(
             f"loss or gradient norm is not finite between steps {since + 1} and {done}, first at "
             f"step {first + 1}: no weight was changed from there on. "
             + (f"The last good checkpoint is {kept[-1]}. " if kept else "There is no checkpoint. ")
-            + "The same command meets the same numbers: lower --optim.lr, lengthen the warm-up "
-            "(--optim.warmup_steps) or clip harder (--optim.clip_grad), and it goes on from there. "
-            "Where that ends here again, the weights had gone off before: "
-            + (f"go back with --run.resume_from ({_steps(kept)}), or " if len(kept) > 1 else "")
-            + "start over in another --run.output"
+            + f"The same command meets the same numbers: lower {flag('optim.lr')}, lengthen the "
+            f"warm-up ({flag('optim.warmup_steps')}) or clip harder ({flag('optim.clip_grad')}), "
+            "and it goes on from there. Where that ends here again, the weights had gone off "
+            f"before: {back}start over in another {flag('run.output')}"
         )
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from beit_fast.flags import flag
+
 if TYPE_CHECKING:
     from beit_fast.train.parallel import World
 
@@ -81,10 +83,10 @@ def heed_stop(place: str) -> None:
 
 
 @contextlib.contextmanager
-def sole_user(folder: Path, flag: str = "--run.output") -> Iterator[None]:
+def sole_user(folder: Path, named: str = "run.output") -> Iterator[None]:
     """Hold the lock of an output folder. Raises ValueError, with the pid, if another run does.
 
-    flag: the one that names the folder.
+    named: the setting that names the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
@@ -94,7 +96,7 @@ def sole_user(folder: Path, flag: str = "--run.output") -> Iterator[None]:
             file.seek(0)
             raise ValueError(
                 f"{folder} is in use by process {file.read().strip() or 'unknown'}: give another "
-                f"{flag}, or end that run"
+                f"{flag(named)}, or end that run"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

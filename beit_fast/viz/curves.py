@@ -4,6 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from beit_fast.files import naming
+from beit_fast.flags import flag
+
 
 def draw_curves(
     records: Sequence[Mapping[str, float]], path: Path, *, vocab_size: int | None = None
@@ -15,7 +18,7 @@ def draw_curves(
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     if not records:
-        raise ValueError("no metrics were logged: train first, or lower run.log_every")
+        raise ValueError(f"no metrics were logged: train first, or lower {flag('run.log_every')}")
     panels = [
         name
         for name in ("loss", "accuracy", "test_top1", "lr")
@@ -40,5 +43,6 @@ def draw_curves(
         axes.set_title(name)
         if len(axes.get_lines()) > 1:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
     return path

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from beit_fast.files import naming
+
 
 def draw_layers(
     curves: Mapping[str, Sequence[float]], path: Path, *, chance: float | None = None
@@ -21,5 +23,6 @@ def draw_layers(
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
     return path

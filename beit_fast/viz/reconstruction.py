@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from beit_fast.files import naming
+
 
 def hide_patches(images: Tensor, mask: Tensor, grid: tuple[int, int], fill: float = 0.5) -> Tensor:
     """Fill the patches of `images` (B, 3, h, w) where `mask` (B, L) is True, with grey."""
@@ -29,5 +31,6 @@ def draw_columns(columns: Mapping[str, Tensor], path: Path) -> Path:
             grid[row][column].imshow(pixels[row], interpolation="nearest")
             grid[row][column].axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with naming(path):
+        figure.savefig(path, dpi=110)
     return path

@@ -1,11 +1,14 @@
+import hashlib
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from beit_fast.data import datasets
-from beit_fast.data.datasets import ImageFolder
+from beit_fast.data.datasets import ImageFolder, read_image_file
 from beit_fast.data.decode import BadImageError, decode_fast
+from beit_fast.data.scan import EXTENSIONS
 
 
 def touch(root: Path, *names: str) -> None:
@@ -13,6 +16,11 @@ def touch(root: Path, *names: str) -> None:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(name.encode())
+
+
+def bind_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(os.path.relpath(path))  # at most 107 bytes
 
 
 def listed(folder: ImageFolder) -> list[str]:
@@ -43,9 +51,12 @@ def test_a_file_of_another_format_than_its_name_is_read_by_its_bytes(
     ("make", "message"),
     [
         (lambda path: None, "data does not exist: check the path"),
-        (lambda path: path.mkdir(), "no images under .*data: expected files ending in .bmp"),
+        (lambda path: path.mkdir(), "no images under .*data: expected files ending in .apng"),
         (lambda path: path.write_text("x"), "data is not a folder"),
-        (lambda path: touch(path, "readme.txt"), "no images under"),
+        (
+            lambda path: touch(path, "readme.txt"),
+            r"no images under .*data \(1 other file \(1 .txt\) left out\)",
+        ),
     ],
     ids=["missing", "empty", "file", "no-images"],
 )
@@ -56,27 +67,50 @@ def test_a_folder_without_images_is_one_line_that_names_it(make, message, tmp_pa
     assert "\n" not in str(error.value)
 
 
-def test_links_are_left_out_unless_asked_for(tmp_path):
-    touch(tmp_path, "outside/far.jpg", "data/near.jpg", "data/sub/x.jpg")
-    data = tmp_path / "data"
-    (data / "file.jpg").symlink_to(tmp_path / "outside/far.jpg")
-    (data / "folder").symlink_to(tmp_path / "outside")
-    (data / "sub/loop").symlink_to(data)
-    (data / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    assert listed(ImageFolder(data)) == ["near.jpg", "sub/x.jpg"]
-    followed = ImageFolder(data, follow_links=True)
-    assert listed(followed) == ["file.jpg", "folder/far.jpg", "near.jpg", "sub/x.jpg"]
-    assert followed.read(1) == b"outside/far.jpg"
-
-
-def test_a_folder_of_links_only_says_how_to_follow_them(tmp_path):
+def test_a_folder_of_links_alone_is_read_and_without_them_names_the_flag(tmp_path):
     touch(tmp_path, "outside/far.jpg")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a").symlink_to(tmp_path / "outside")
-    with pytest.raises(ValueError, match="1 links left out: set follow_links"):
-        ImageFolder(tmp_path / "data")
+    assert listed(ImageFolder(tmp_path / "data")) == ["a/far.jpg"]
+    with pytest.raises(ValueError, match=r"\(1 link left out\).*pass --data.follow_links true, or"):
+        ImageFolder(tmp_path / "data", follow_links=False)
     (tmp_path / "root").symlink_to(tmp_path / "outside")  # the root itself may be a link
-    assert len(ImageFolder(tmp_path / "root")) == 1
+    assert len(ImageFolder(tmp_path / "root", follow_links=False)) == 1
+
+
+def test_every_ending_that_is_read_is_of_a_format_that_the_decoder_reads(
+    tmp_path, make_image, make_file
+):
+    formats = dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi"), "JPEG")
+    formats |= {".png": "PNG", ".apng": "PNG", ".webp": "WEBP", ".gif": "GIF"}
+    formats |= {".bmp": "BMP", ".dib": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+    formats |= dict.fromkeys((".pbm", ".pgm", ".ppm", ".pnm"), "PPM")
+    assert formats.keys() == EXTENSIONS
+    modes = {".pbm": "1", ".pgm": "L"}
+    for ending, format in formats.items():
+        image = make_image(8, 9).convert(modes.get(ending, "RGB"))
+        (tmp_path / f"image{ending}").write_bytes(make_file(image, format))
+    folder = ImageFolder(tmp_path)
+    assert [decode_fast(folder.read(i)).shape for i in range(len(folder))] == [(8, 9, 3)] * 18
+
+
+def test_the_digest_is_of_what_it_always_was(tmp_path):
+    """Token caches and runs of earlier versions go on."""
+    touch(tmp_path, "b/2.jpg", "b/10.JPEG", "a/x/deep.png", "a/notes.txt")
+    digest = hashlib.sha256(b"a/x/deep.png\0b/10.JPEG\0b/2.jpg\0" + b"12\x009\x007\0")
+    assert ImageFolder(tmp_path).digest() == digest.hexdigest()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, bind_socket], ids=["pipe", "socket"])
+def test_a_pipe_or_socket_is_refused_at_once(make, tmp_path):
+    make(tmp_path / "image.jpg")
+    with pytest.raises((BadImageError, OSError), match=r"pipe or a device|No such device"):
+        read_image_file(tmp_path / "image.jpg")
+
+
+def test_a_device_is_refused_at_once():
+    with pytest.raises(BadImageError, match="write the image into a file and pass that"):
+        read_image_file("/dev/zero")
 
 
 def test_a_huge_file_is_bad_and_not_read(tmp_path, monkeypatch):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from beit_fast.data import in_order
 from beit_fast.data.decode import BadImageError
-from beit_fast.data.in_order import batches_in_order
+from beit_fast.data.in_order import batches_in_order, unusable_images
 
 
 class Numbers:
@@ -54,3 +55,26 @@ def test_an_image_that_cannot_be_used_is_named_and_no_thread_stays():
     with pytest.raises(ValueError, match=r"cannot use number 7 \(is broken\): repair or remove it"):
         next(batches)
     assert threading.active_count() == before
+
+
+def test_images_that_cannot_be_used_are_all_found(make_image, make_file, monkeypatch):
+    class Files:
+        """Every third is broken in one of two ways."""
+
+        good = make_file(make_image(8, 8), "PNG")
+
+        def __len__(self):
+            return 9
+
+        def read(self, index):
+            if index == 3:
+                raise OSError("disk error")
+            return self.good if index % 3 else self.good[:50]
+
+        def name(self, index):
+            return f"number {index}"
+
+    monkeypatch.setattr(in_order, "_AT_ONCE", 4)
+    found = unusable_images(Files(), num_threads=2)
+    assert list(found) == ["number 0", "number 3", "number 6"]
+    assert found["number 3"] == "disk error"

@@ -1,3 +1,4 @@
+import hashlib
 import random
 
 import numpy as np
@@ -67,11 +68,35 @@ def test_shrinking_averages(make_file):
     assert np.abs(view.astype(int) - 100).max() < 15
 
 
-def test_an_image_smaller_than_the_crop_is_bad_and_says_what_to_do(make_image, make_file):
-    data = make_file(make_image(300, 200), "JPEG")
-    with pytest.raises(BadImageError, match=r"200x300 px is smaller than the crop of 256 px.*200"):
-        single_view(data, SingleViewConfig(), random.Random(0))
-    assert single_view(data, SingleViewConfig(size=200), random.Random(0)).shape == (200, 200, 3)
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.1, 1.0)], ids=str)
+def test_of_a_smaller_image_the_largest_square_is_enlarged(scale, make_image, make_file):
+    image = make_image(60, 40)
+    config = SingleViewConfig(size=64, scale=scale, hflip=0)
+    tops = set()
+    for i in range(20):
+        view = single_view(make_file(image, "PNG"), config, random.Random(i))
+        errors = [
+            np.abs(view - np.asarray(square_of(image, top).resize((64, 64)), np.int32)).max()
+            for top in range(21)
+        ]
+        assert min(errors) == 0  # bicubic, all of the width, some height
+        tops.add(errors.index(0))
+    assert len(tops) > 5
+    across, down = spans(single_view(positions(9, 7, make_file), config, random.Random(0)))
+    assert across == pytest.approx(1, abs=0.1)
+    assert down == pytest.approx(6 / 8, abs=0.15)  # the edges of a pixel, not its centre
+
+
+def square_of(image, top):
+    return image.crop((0, top, 40, top + 40))
+
+
+def test_views_of_large_images_are_those_of_earlier_versions(make_image, make_file):
+    """A run that is resumed sees the crops it would have seen."""
+    data = make_file(make_image(300, 200), "PNG")
+    config = SingleViewConfig(size=48, scale=(0.2, 1.0))
+    views = [single_view(data, config, random.Random(i)) for i in range(20)]
+    assert hashlib.sha256(np.stack(views)).hexdigest()[:16] == "c050c3698949c004"
 
 
 def test_the_view_is_a_function_of_the_generator(make_image, make_file):

@@ -383,10 +383,10 @@ def test_the_operators_keep_what_they_promise_the_compiler(backend):
     torch.library.opcheck(ops.attention_qkvpacked.default, (qkv, table, *of_table))
     out, lse = ops.attention(q, k, v, bias, *options)
     dout = torch.randn_like(out)
-    tensors = [t.detach() for t in (dout, q, k, v, bias, out, lse)]
+    tensors = [t.detach() for t in (dout, lse, q, k, v, bias, out, lse)]
     for needs in ([True] * 4, [False, True, False, True]):
         torch.library.opcheck(ops.attention_backward.default, (*tensors, *options, needs))
-    tensors = [t.detach() for t in (dout, qkv, table, out, lse)]
+    tensors = [dout, None, *(t.detach() for t in (qkv, table, out, lse))]
     torch.library.opcheck(
         ops.attention_qkvpacked_backward.default, (*tensors, *of_table, [True, False])
     )

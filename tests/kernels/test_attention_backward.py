@@ -8,7 +8,7 @@ import torch
 from beit_fast.kernels._triton import A100, B200, H100, Gpu, pretend, record
 from beit_fast.kernels.attention import attention_reference
 from beit_fast.kernels.attention_backward import attention_backward, choose_kernels
-from beit_fast.kernels.attention_bias import pad_bias, padded_length
+from beit_fast.kernels.attention_bias import bias_unit, pad_bias, padded_length
 from beit_fast.kernels.attention_configs import general_config
 from beit_fast.kernels.philox import keep_mask_reference
 
@@ -27,8 +27,9 @@ def inputs(B, N, M, H=2, K=64, G=1, dtype=torch.bfloat16, std=1.0, device=None):
     """dout, q, k, v in the dtype, and an fp32 bias (G, H, N, M) that padding does not round."""
     shapes = ((B, N, H, K), (B, N, H, K), (B, M, H, K), (B, M, H, K))
     tensors = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    raw = std * K**0.5 * torch.randn(G, H, N, M, device=device)
-    return *tensors, raw.half().float() * K**-0.5
+    unit = K**-0.5 * (bias_unit(dtype, K**-0.5) or 1)  # of what is stored, in logits
+    stored = std / unit * torch.randn(G, H, N, M, device=device)
+    return *tensors, stored.half().float() * unit
 
 
 def autograd(dout, q, k, v, bias, **options):

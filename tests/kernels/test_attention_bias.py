@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from beit_fast.kernels.attention_bias import (
+    bias_unit,
     pad_bias,
     pad_bias_reference,
     padded_dtype,
@@ -32,7 +33,7 @@ def test_padding_is_the_reference_bit_for_bit(G, N, M, dtype, device):
     bias[0, 0, 0, 2] = -1e9
     q = queries(N, device, dtype)
     padded = pad_bias(bias, [], q, M, 0.125)
-    assert torch.equal(padded, pad_bias_reference(bias, 0.125, padded_dtype(dtype, 0.125)))
+    assert torch.equal(padded, pad_bias_reference(bias, 0.125, padded_dtype(dtype)))
     assert padded.dtype == (torch.float16 if dtype == torch.bfloat16 else torch.float32)
     assert padded[0, 0, 0, 2].isfinite()
 
@@ -59,11 +60,35 @@ def test_a_table_is_padded_as_its_dense_bias_is(device):
     assert torch.equal(padded, pad_bias_reference(dense[None], 0.125, torch.float16))
 
 
-def test_a_scale_too_small_for_fp16_takes_fp32(device):
-    bias = torch.full((2, 4, 4), 1000.0, device=device)
-    padded = pad_bias(bias, [], queries(4, device), 4, 1e-3)
-    assert padded.dtype == torch.float32
-    torch.testing.assert_close(padded[0, 0, 0, 0].item(), 1e6)
+@pytest.mark.parametrize("scale", [1 / 3, 32**-0.5, 1e-3, 1 / 64])
+def test_a_bias_that_division_would_round_or_lose_is_stored_as_it_is(scale, device):
+    bias = torch.randn(2, 4, 4, device=device).half()
+    bias[0, 0, 0] = 1000.0
+    padded = pad_bias(bias, [], queries(4, device), 4, scale)
+    assert torch.equal(padded[0, :, :4, :4], bias)
+    assert bias_unit(torch.float16, scale) == 1 / scale
+
+
+@pytest.mark.parametrize("scale", [0.125, 0.25, 1 / 32, 1.0, 2.0])
+def test_a_power_of_two_divides_the_bias_exactly(scale, device):
+    bias = torch.randn(2, 4, 4, device=device).half()
+    padded = pad_bias(bias, [], queries(4, device), 4, scale)
+    assert torch.equal(padded[0, :, :4, :4] * scale, bias)
+    assert bias_unit(torch.float16, scale) is None
+
+
+def test_in_fp32_any_scale_divides_the_bias(device):
+    bias = torch.randn(2, 4, 4, device=device)
+    padded = pad_bias(bias, [], queries(4, device, torch.float32), 4, 0.3)
+    assert torch.equal(padded[0, :, :4, :4], bias * (1 / 0.3))
+    assert bias_unit(torch.float32, 0.3) is None
+
+
+def test_a_table_is_stored_as_its_dense_bias_is_at_any_scale(device):
+    table = torch.randn(relative_position_rows((4, 5)), 2, device=device)
+    padded = pad_bias(table, [4, 5], queries(21, device), 21, 0.3)
+    dense = rel_pos_bias_reference(table, (4, 5))
+    assert torch.equal(padded, pad_bias(dense, [], queries(21, device), 21, 0.3))
 
 
 def test_infinite_and_nan_entries_stay_visible(device):

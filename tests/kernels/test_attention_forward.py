@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import A100, B200, H100, pretend, record
-from beit_fast.kernels.attention_bias import pad_bias_reference, padded_dtype, padded_length
+from beit_fast.kernels.attention_bias import (
+    bias_unit,
+    pad_bias_reference,
+    padded_dtype,
+    padded_length,
+)
 from beit_fast.kernels.attention_configs import (
     FlashForward,
     WholeForward,
@@ -50,7 +55,7 @@ def make(
 
 
 def pad(bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return pad_bias_reference(bias, scale, padded_dtype(dtype, scale))
+    return pad_bias_reference(bias, scale, padded_dtype(dtype))
 
 
 def run(case: Case, config=None, tf32: bool = False) -> tuple[Tensor, Tensor]:
@@ -77,7 +82,7 @@ def reference(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     M = case.k.shape[1]
     q, k, v = (t.transpose(1, 2).to(dtype) for t in (case.q, case.k, case.v))
     images = torch.arange(B, device=q.device) % len(case.bias)
-    bias = case.bias[images, :, :N, :M].to(wide)
+    bias = case.bias[images, :, :N, :M].to(wide) * (bias_unit(case.q.dtype, case.scale) or 1)
     logits = case.scale * (q.to(wide) @ k.to(wide).mT + bias)
     sees_nothing = (logits == -math.inf).all(-1)
     weights = logits.masked_fill(sees_nothing[..., None], 0).softmax(-1) * ~sees_nothing[..., None]
@@ -246,11 +251,11 @@ def test_rows_and_images_more_than_2_to_the_31_elements_apart(config, device):
 
 
 @pytest.mark.parametrize("config", [whole(65), FLASH], ids=["whole", "flash"])
-def test_a_small_scale_brings_a_bias_in_fp32(config, device):
-    case = make(65, K=32, device=device)
-    bias = pad(torch.randn(1, 2, 65, 65), 1e-4, BF16).to(device)
-    assert bias.dtype == FP32
-    assert_exact(replace(case, bias=bias, scale=1e-4), config)
+@pytest.mark.parametrize("scale", [1e-4, 1 / 64, 0.3, 2.0])
+def test_any_scale_is_exact(config, scale, device):
+    case = make(65, K=32, size=scale**-0.25, device=device)
+    bias = pad(torch.randn(1, 2, 65, 65), scale, BF16).to(device)
+    assert_exact(replace(case, bias=bias, scale=scale), config)
 
 
 @pytest.mark.parametrize("config", [whole(197), FLASH], ids=["whole", "flash"])

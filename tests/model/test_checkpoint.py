@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -144,14 +145,49 @@ def test_timm_reads_what_we_convert_and_we_what_it_saves(
 def test_every_conversion_and_its_way_back_keep_every_value(to, mim, classifier, tmp_path):
     for model in (mim.bfloat16(), classifier.half()):
         torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
-        convert(tmp_path / "a.pth", tmp_path / to, to=to)
-        back = convert(tmp_path / to, tmp_path / "b.safetensors", to="unilm")
+        convert(tmp_path / "a.pth", tmp_path / to, to=to, overwrite=True)
+        back = convert(tmp_path / to, tmp_path / "b.safetensors", to="unilm", overwrite=True)
         assert back.layout == ("house" if to == "unilm" else "hf4")
         weights = read_checkpoint(tmp_path / "b.safetensors")
         assert_identical(weights.state, dict(model.state_dict()))
         assert from_pretrained(weights).cls_token.dtype == model.cls_token.dtype
-        if to == "unilm":
-            (tmp_path / to).unlink()
+
+
+@pytest.mark.parametrize("to", ["unilm", "timm", "hf"])
+def test_conversion_makes_folders_and_replaces_nothing_unasked(to, classifier, mim, tmp_path):
+    target = tmp_path / "new" / "folder" / "beit"
+    convert(classifier.state_dict(), target, to=to)
+    files = [target] if to != "hf" else sorted(target.iterdir())
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(ValueError, match=r"beit.* would be overwritten: .*or --overwrite"):
+        convert(mim.state_dict(), target, to=to)
+    assert [file.read_bytes() for file in files] == before
+    convert(mim.state_dict(), target, to=to, overwrite=True)
+    assert all(file.read_bytes() != old for file, old in zip(files, before, strict=True))
+    assert sorted(target.parent.rglob("*")) == sorted({target, *files})  # nothing temporary
+
+
+def test_a_target_is_looked_at_before_the_source_is_read(tmp_path):
+    (tmp_path / "preprocessor_config.json").touch()  # of another model
+    with pytest.raises(ValueError, match=r"preprocessor_config.json would be overwritten"):
+        convert(tmp_path / "no such file", tmp_path, to="hf")
+    (tmp_path / "link.pth").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"link.pth would be overwritten"):
+        convert(tmp_path / "no such file", tmp_path / "link.pth", to="unilm")
+
+
+def test_an_interrupted_conversion_leaves_the_old_file_whole(classifier, tmp_path, monkeypatch):
+    file = tmp_path / "beit.pth"
+    file.write_bytes(b"old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(classifier.state_dict(), file, to="unilm", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["beit.pth"]
+    assert file.read_bytes() == b"old"
 
 
 def test_timm_leaves_out_what_it_lacks_and_the_report_names_it(mim, tmp_path):

@@ -1,9 +1,12 @@
 """Programs that leave this package behind: torch's operators alone, any number of images."""
 
+import io
+
 import pytest
 import torch
 
 from beit_fast.kernels.attention_backends import use_backend
+from beit_fast.model.accelerate import accelerate, restore
 from beit_fast.model.beit import Beit
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.pyramid import BeitFeaturePyramid
@@ -111,3 +114,40 @@ def test_onnx_computes_what_a_backbone_computes(tiny, randomize, assert_agree):
     found = ReferenceEvaluator(program.model_proto).run(None, {feed.name: images.numpy()})
     for one, other in zip(found, leaves(model(images)), strict=True):
         assert_agree(torch.from_numpy(one), other.detach())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of what is old and of what a trace cannot see
+@pytest.mark.parametrize("kind", ["ours", "pyramid", "accelerated", "inside"])
+@pytest.mark.parametrize("exporter", ["trace", "script", "onnx"])
+def test_an_old_exporter_is_refused_with_the_names_of_the_new(exporter, kind, tiny, timm_beit):
+    if kind == "pyramid":
+        model = BeitFeaturePyramid(tiny(**PYRAMID)).eval()
+    elif kind == "accelerated":
+        model = timm_beit(tiny(**OWN)).eval()
+        accelerate(model)
+    else:
+        model = BeitForImageClassification(tiny(**OWN)).eval()
+    model = torch.nn.Sequential(model) if kind == "inside" else model
+    images = torch.randn(2, 3, *((64, 64) if kind == "pyramid" else (32, 32)))
+    run = {
+        "trace": lambda: torch.jit.trace(model, images),
+        "script": lambda: torch.jit.script(model),
+        "onnx": lambda: torch.onnx.export(model, (images,), io.BytesIO(), dynamo=False),
+    }[exporter]
+    with pytest.raises(
+        ValueError, match=r"use torch.export.export, or torch.onnx.export.*dynamo=True"
+    ):
+        run()
+    assert not torch.jit.is_tracing()
+    found = leaves(exported(model, images).module()(images))  # the remedy
+    for one, other in zip(found, leaves(model(images)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, as above
+def test_what_was_accelerated_is_traced_after_restore(tiny, timm_beit):
+    model = timm_beit(tiny(**OWN)).eval()
+    accelerate(model)
+    restore(model)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.trace(model, images)(images), model(images))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from beit_fast.kernels.attention_bias import pad_bias_reference, padded_length
+from beit_fast.kernels.attention_bias import bias_unit, pad_bias_reference, padded_length
 
 
 @dataclass
@@ -28,7 +28,7 @@ def gradients(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Ten
     """(dq, dk, dv, dbias), out, lse in base 2: PyTorch with matrix products in `dtype`."""
     wide = torch.promote_types(dtype, torch.float32)
     B, N, M, G = len(case.q), case.q.shape[1], case.k.shape[1], len(case.bias)
-    raw = case.bias[:, :, :N, :M].to(wide)
+    raw = case.bias[:, :, :N, :M].to(wide) * (bias_unit(case.bias.dtype, case.scale) or 1)
     leaves = [t.detach().to(dtype).requires_grad_() for t in (case.q, case.k, case.v)]
     leaves.append((raw * case.scale).requires_grad_())
     q, k, v, bias = leaves

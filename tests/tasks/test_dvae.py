@@ -256,8 +256,13 @@ def test_dalles_own_schedules_are_the_defaults():
     [
         ({"view": {"size": 36}}, "view.size is 36 px.*multiple of 8"),
         ({"encoder_lr_scale": 0.0}, "encoder_lr_scale is 0.0"),
+        ({"run": {"precision": "fp8"}}, "precision is fp8, which convolutions do not have"),
+        (
+            {"temperature": CosineSchedule(start=1.0, end=0.0, num_steps=1)},
+            r"--temperature\.end is 0\.0: .* above 0",
+        ),
     ],
-    ids=["size", "scale"],
+    ids=["size", "scale", "fp8", "temperature"],
 )
 def test_impossible_configurations_are_explained(config, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -1,7 +1,9 @@
 """beit-fast evaluate on a tiny run: what is printed, what is written, what is refused."""
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,7 +51,12 @@ def test_it_prints_the_worst_classes_and_writes_every_one(run_folder, folder, tm
     assert result["classes"][2]["top1"] is None
     assert sum(row["correct"] for row in result["classes"]) == round(15 * result["top1"])
     assert result["top5"] == 1.0
-    for words in ("1 of 4 classes have no folder: pink", "half statistics (of the run)", "top-1"):
+    for words in (
+        f"{folder}: 15 images, 3 classes",
+        "1 of 4 classes have no folder: pink",
+        "half statistics (of the run)",
+        "top-1",
+    ):
         assert words in said
     shares = [row["top1"] for row in result["classes"] if row["images"]]
     lines = [line.split("│")[1].split()[0] for line in said.splitlines() if line.startswith("│")]
@@ -139,6 +146,24 @@ def test_a_stop_signal_is_heeded_between_batches(
     assert "while evaluating" in capsys.readouterr().err
 
 
+def test_classes_with_any_name_are_printed_as_they_are(run_folder, folder, tmp_path, monkeypatch):
+    names = [b"[red]", b"bl\xfce", b":smile:", "grün".encode()]
+    classes = os.fsencode(tmp_path) + b"/[b]"
+    for name in names:
+        place = os.path.join(classes, name)
+        shutil.copytree(folder / "red", os.fsdecode(place))
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    output = f"{tmp_path}/[i].json"
+    arguments = ["evaluate", str(run_folder), os.fsdecode(classes), "--match", "order"]
+    assert main([*arguments, *ALONE, "--output", output]) == 0
+    stdout.flush()
+    said = stdout.buffer.getvalue()
+    assert f"every class in {output}".encode() in said
+    said_names = [row["name"] for row in json.loads(Path(output).read_text())["classes"]]
+    assert sorted(map(os.fsencode, said_names)) == sorted(names)
+
+
 def test_scores_that_are_not_finite_are_no_hits_and_valid_json(folder, tmp_path, capsys):
     model = tiny_classifier(replace(TINY_CLASSIFIER, num_classes=3))
     torch.nn.init.constant_(model.fc_norm.weight, 3e38)  # scores overflow
@@ -166,6 +191,25 @@ def test_a_mistake_is_one_line(run_folder, folder, flags, message, tmp_path, cap
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "e.json").exists()
+
+
+def test_one_class_is_counted_and_links_are_followed_if_wanted(
+    run_folder, folder, tmp_path, capsys
+):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "red").symlink_to(folder / "red")
+    result = evaluate(run_folder, tmp_path / "test", output=tmp_path / "one.json")
+    assert [row["images"] for row in result["classes"]] == [5, 0, 0, 0]
+    said = capsys.readouterr().out
+    assert "5 images, 5 of them by links, 1 class\n" in said
+    assert "one class: what is counted says nothing of" in said
+    arguments = [str(run_folder), str(tmp_path / "test"), *ALONE, "--follow_links", "false"]
+    assert main(["evaluate", *arguments]) == 1
+    assert "or --follow_links true" in capsys.readouterr().err
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "val").symlink_to(folder)
+    assert main(["evaluate", str(run_folder), str(tmp_path / "set"), *ALONE]) == 1
+    assert f"pass {tmp_path / 'set' / 'val'}" in capsys.readouterr().err
 
 
 def test_a_class_folder_without_images_is_named(run_folder, tmp_path, capsys):

@@ -410,7 +410,7 @@ def test_test_images_are_looked_at_before_the_first_step(
     (test / "lemurs" / "1.png").unlink()
     assert run_finetuning(config).raw.num_images == 5
     # They are not looked at again, and one that breaks later ends the evaluation alone.
-    monkeypatch.setattr(check_images, "decode_fast", lambda data: pytest.fail("looked at again"))
+    monkeypatch.setattr(check_images, "unusable_images", lambda *_, **__: pytest.fail("again"))
     (test / "bee" / "0.png").write_bytes(b"x" * len(whole))
     with pytest.raises(ValueError, match=r"bee/0\.png .* finished and saved in .*step_00000006"):
         run_finetuning(config)
@@ -454,7 +454,13 @@ def test_the_command_line_fine_tunes_in_bf16_and_says_what_is_wrong_in_one_line(
     arguments += ["--model.img_size", "32", "--data.batch_size", "8", "--run.device", "cpu"]
     arguments += ["--run.epochs", "1", "--optim.warmup_steps", "1", "--data.path", train]
     assert main([*arguments, "--data.test", test]) == 0
-    assert "averaged weights  top-1" in capsys.readouterr().out
+    said = "\n" + capsys.readouterr().out
+    for words in (
+        f"\nimages: {train}: 18 images, 3 classes\n",
+        f"\ntest images: {test}: 6 images, 3 classes\n",
+        "averaged weights  top-1",
+    ):
+        assert said.count(words) == 1
     (tmp_path / "empty" / "bee").mkdir(parents=True)
     (tmp_path / "fewer" / "bee").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "fewer" / "bee" / "1.png")
@@ -466,6 +472,9 @@ def test_the_command_line_fine_tunes_in_bf16_and_says_what_is_wrong_in_one_line(
         ([], "run.evaluate_every is set and there are no test images: pass --data.test"),
         (["--data.path", ""], "pass --data.path with a folder of classes"),
         (["--data.test", str(tmp_path / "empty")], "no images under"),
+        (["--data.path", str(tmp_path / "fewer")], "has one class, bee, and one class teaches"),
+        (["--data.path", str(photographs)], f"not like classes: pass {test} or {train}"),
+        (["--data.test", str(photographs)], f"not like classes: pass {test} or {train}"),
         (["--data.test", str(tmp_path / "hollow")], "no images in the class 'cat'"),
         (["--data.test", str(tmp_path / "fewer")], "only one has galaxies, lemurs: give folders"),
         (["--data.test", test, "--model.num_classes", "4"], "pass --model.num_classes 3"),
@@ -474,7 +483,10 @@ def test_the_command_line_fine_tunes_in_bf16_and_says_what_is_wrong_in_one_line(
             ["--data.test", test, "--init", "no/such", "--run.output", f"{tmp_path}/new"],
             "there are no weights at no/such",
         ),
-        (["--data.test", test, "--layer_decay", "0"], "give 0 < decay <= 1"),
+        (
+            ["--data.test", test, "--layer_decay", "0"],
+            "--layer_decay is 0.0: give a finite",
+        ),
     ):
         assert main([*arguments, *changes]) == 1
         said = capsys.readouterr().err

@@ -1,7 +1,12 @@
 """beit-fast predict: files, folders, patterns, JSON, and what cannot be read."""
 
+import errno
+import io
 import json
+import os
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,7 +55,7 @@ def test_json_has_names_and_probabilities_of_every_image(
     assert predict(run_folder, *images, *arguments) == 0
     said = capsys.readouterr()
     answers = json.loads(said.out)
-    assert said.err == ""
+    assert said.err == f"{folder / 'red'}: 3 images\n"  # of the one that is a folder
     names = [f"{folder}/{name}.png" for name in ("red/0", "red/1", "red/2")]
     names += [f"{folder}/{name}/0.png" for name in ("blue", "green", "red")]
     assert [answer["image"] for answer in answers] == [str(tmp_path / "image.png"), *names]
@@ -64,6 +69,53 @@ def test_json_has_names_and_probabilities_of_every_image(
     assert [row["class"] for row in first] == [CLASSES[row["index"]] for row in first]
     probabilities = torch.tensor([row["probability"] for row in first])
     torch.testing.assert_close(probabilities, wanted.sort(descending=True).values)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """`terminal(encoding)` is stdout in that encoding, its bytes what a terminal gets."""
+
+    def start(encoding):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        return sys.stdout
+
+    return start
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_are_no_text_are_printed_as_they_are(
+    run_folder, folder, encoding, tmp_path, terminal
+):
+    name = b"caf\xe9 \xc3\xa9 [b].png"  # e acute in Latin-1, and in UTF-8
+    path = os.fsencode(tmp_path) + b"/" + name
+    Path(os.fsdecode(path)).write_bytes((folder / "red" / "0.png").read_bytes())
+    shown = {"utf-8": path, "ascii": path.replace(b"\xc3\xa9", rb"\xe9")}[encoding]
+
+    stdout = terminal(encoding)
+    assert main(["predict", str(run_folder), os.fsdecode(path), "--device", "cpu"]) == 0
+    stdout.flush()
+    assert stdout.buffer.getvalue().startswith(shown + b"\n")
+
+    stdout = terminal(encoding)
+    assert main(["predict", str(run_folder), str(tmp_path), "--device", "cpu", "--json"]) == 0
+    stdout.flush()
+    said = stdout.buffer.getvalue()
+    assert rb"caf\udce9 \u00e9 [b].png" in said
+    (answer,) = json.loads(said)
+    assert os.fsencode(answer["image"]) == path
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize("method", ["write", "flush"])  # a terminal's stream, and a file's
+def test_an_output_that_takes_nothing_is_named(
+    run_folder, folder, flags, method, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", type("Full", (io.StringIO,), {method: full})())
+    assert predict(run_folder, folder / "red" / "0.png", *flags) == 1
+    assert capsys.readouterr().err == "beit-fast: standard output: No space left on device\n"
 
 
 def test_text_names_the_likeliest_first_and_as_many_as_asked(run_folder, folder, capsys):
@@ -92,6 +144,23 @@ def test_what_cannot_be_read_is_named_after_the_others_are_done(
     if flags:
         kinds = [set(answer) - {"image"} for answer in json.loads(said.out)]
         assert kinds == [{"error"}, {"predictions"}, {"error"}]
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
+def test_pipes_are_told_and_never_waited_for(run_folder, folder, tmp_path, flags, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "0.png").write_bytes((folder / "red" / "0.png").read_bytes())
+    (images / "1.avif").write_bytes(b"")
+    os.mkfifo(images / "pipe.png")
+    arguments = [images, images / "pipe.png", tmp_path / "images/p*.png", "--follow_links", "false"]
+    assert predict(run_folder, *arguments, *flags) == 1
+    said = capsys.readouterr()
+    assert f"{images}: 1 image, 1 other file (1 .avif), 1 pipe or device left out\n" in said.err
+    assert "2 of 3 images cannot be used" in said.err
+    assert said.err.count("pipe.png (it is a pipe or a device and no file") == 2
+    assert "0.png" in said.out
+    assert not flags or len(json.loads(said.out)) == 3
 
 
 def test_classes_without_names_are_numbered(model, folder, tmp_path, capsys):
@@ -132,6 +201,12 @@ def test_images_are_files_folders_and_patterns(folder, tmp_path, capsys):
     odd.write_bytes(b"")
     assert find_images([str(odd), "none*.png"]) == [str(odd), "none*.png"]
     assert len(find_images([str(folder)])) == 9
+    (tmp_path / "linked").mkdir()
+    for name in ("image.png", "other.png"):
+        (tmp_path / "linked" / name).symlink_to(folder / "red" / "0.png")
+    assert len(find_images([str(tmp_path / "linked")])) == 2
+    with pytest.raises(ValueError, match=r"2 links left out.*--follow_links true"):
+        find_images([str(tmp_path / "linked")], follow_links=False)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images under"):
         find_images([str(tmp_path / "empty")])

@@ -55,7 +55,7 @@ def two_stages(pretrain_config, image_folder):
         ({"model": {"vocab_size": 64}}, "pass --model.vocab_size 32"),
         ({"views": {"token_size": (40, 40)}}, r"pass --views.token_size \[32,48\]"),
         ({"model": {"in_chans": 1}}, "pass --model.in_chans 3"),
-        ({"run": {"resume": "must"}}, "holds no checkpoint and run.resume is must"),
+        ({"run": {"resume": "must"}}, "holds no checkpoint and --run.resume is must"),
         ({"run": {"resume_from": 3}}, "no checkpoint to go back to"),
         ({"run": {"cuda_graph": True}}, "pass --run.cuda_graph false"),
         ({"optim": {"backend": "apex"}}, "pass --optim.backend torch"),

@@ -267,7 +267,7 @@ def test_half_precision_tokens_are_nearly_those_of_full_precision(pretrain_confi
         ({"model": {"vocab_size": 64}}, r"32 codes .* 64: pass --model\.vocab_size 32"),
         ({"views": {"size": 32}}, r"views are 32x32 px .* 32x48: pass --views\.size \[32,48\]"),
         ({"views": {"token_size": 48}}, r"needs 32x48: pass --views\.token_size \[32,48\]"),
-        ({"tokenizer": None}, "give one of tokenizer"),
+        ({"tokenizer": None}, "give one of --tokenizer"),
         ({"model": {"predict": "pixels"}}, "uses no tokenizer"),
         ({"data": {"path": "no/such/folder"}}, "does not exist"),
         ({"data": {"path": ""}}, r"pass --data\.path"),

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from beit_fast.cli import main
 from beit_fast.data.class_folders import class_folders
+from beit_fast.data.loader import BadDataError
 from beit_fast.model.beit import Beit
 from beit_fast.model.checkpoint import convert
 from beit_fast.model.config import BeitConfig
@@ -92,7 +93,13 @@ def test_the_command_probes_every_block_and_keeps_features(config, capsys, monke
     arguments += ["--epochs", "4", "--batch_size", "8"]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    for words in ("3-NN", "patch mean", "The usual mistake", "probe.png"):
+    for words in (
+        f"train: {config.train}: 24 images, 3 classes",
+        "3-NN",
+        "patch mean",
+        "The usual mistake",
+        "probe.png",
+    ):
         assert words in said
     report = Path(config.output) / "probe.json"
     edge = [r["block"] for r in json.loads(report.read_text())["layers"] if r["lr"] == 0.1]
@@ -137,12 +144,55 @@ def test_damaged_features_are_refused(config):
         run_probe(config)
 
 
-def test_an_image_that_cannot_be_used_is_named_and_nothing_is_kept(config, tmp_path):
+def test_training_images_that_cannot_be_used_are_left_out_with_their_labels(
+    config, folders, tmp_path, capsys, caplog
+):
+    folder = write_class_folders(tmp_path / "broken", 8, seed=0)  # as folders[0]
+    broken = [folder / "blue" / "5.png", folder / "red" / "0.png"]
+    for path in broken:
+        path.write_bytes(b"no image")
+    wanted = run_probe(config)
+    whole = np.load(Path(config.output) / "features" / "train" / "features.npy")
+    config = replace(config, train=str(folder), output=str(tmp_path / "other"))
+    for _ in range(2):  # computed, and kept
+        caplog.clear()
+        result = run_probe(config)
+        assert result["num_train"] == wanted["num_train"] - 2
+        assert list(result["left_out"]) == [str(path) for path in broken]
+        said = capsys.readouterr().out
+        assert f"2 images could not be used and were left out: {broken[0]}, {broken[1]}" in said
+        assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+            f"cannot use {path}" for path in broken
+        ]
+        assert all(record.getMessage().endswith("it is left out") for record in caplog.records)
+    kept = [row for row in range(24) if row not in (5, 16)]
+    features = Path(config.output) / "features" / "train"
+    np.testing.assert_array_equal(np.load(features / "features.npy"), whole[kept])
+    assert np.load(features / "labels.npy").tolist() == [row // 8 for row in kept]
+    with pytest.raises(BadDataError, match=r"1 of 24 files are bad and --max_bad_share 0 allows 0"):
+        run_probe(replace(config, max_bad_share=0))
+
+
+def test_more_bad_training_images_than_allowed_end_it_and_the_remedy_works(config, tmp_path):
     folder = write_class_folders(tmp_path / "broken", 8, seed=0)
-    (folder / "red" / "5.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"cannot use .*red/5.png .*repair or remove"):
-        run_probe(replace(config, train=str(folder)))
+    for number in range(3):  # of 24: a tenth is borne
+        (folder / "red" / f"{number}.png").write_bytes(b"no image")
+    config = replace(config, train=str(folder))
+    with pytest.raises(BadDataError, match=r"3 of 24 files are bad.*or raise --max_bad_share"):
+        run_probe(config)
     assert list((Path(config.output) / "features" / "train").iterdir()) == []
+    assert run_probe(replace(config, max_bad_share=0.2))["num_train"] == 21
+
+
+def test_test_images_that_cannot_be_used_are_all_named_before_anything_is_computed(
+    config, tmp_path, monkeypatch
+):
+    folder = write_class_folders(tmp_path / "broken", 4, seed=1)
+    for number in (1, 3):
+        (folder / "red" / f"{number}.png").write_bytes(b"no image")
+    monkeypatch.setattr(features_module, "block_features", None)
+    with pytest.raises(ValueError, match=r"2 of 12 .*red/1.png \(.*red/3.png \(.*repair or remove"):
+        run_probe(replace(config, test=str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -244,10 +294,11 @@ def test_a_net_that_was_trained_knows_more_than_a_random_one():
         ({"weights": "ema"}, "no average of the weights"),
         ({"knn": (1, 22)}, "asks for 22 neighbours"),
         ({"knn": ()}, "at least one"),
-        ({"rates": (0.0,)}, "rates above 0"),
+        ({"rates": (0.0,)}, "rates is .0.0,.: give a list .* above 0"),
         ({"epochs": 0}, "epochs is 0"),
         ({"held_out": 1.0}, "held_out is 1.0"),
         ({"crop_pct": 1.1}, "crop_pct is 1.1"),
+        ({"max_bad_share": 2}, "max_bad_share is 2"),
     ],
 )
 def test_a_mistake_is_explained(config, change, message):

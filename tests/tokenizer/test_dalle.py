@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from beit_fast.cli import main
 from beit_fast.tokenizer.checkpoint import load_tokenizer
 from beit_fast.tokenizer.dalle import convert_dalle
 
@@ -52,6 +53,19 @@ def test_the_digests_of_the_sources_are_kept(files):
         with open(path, "rb") as content:
             digest = hashlib.sha256(content.read()).hexdigest()
         assert source[f"{name}_sha256"] == digest
+
+
+def test_folders_are_made_and_nothing_is_replaced_unasked(files, tmp_path):
+    (encoder, decoder, _), _ = files
+    output = tmp_path / "new" / "folder" / "dalle.safetensors"
+    convert_dalle(encoder, decoder, str(output))
+    output.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"would be overwritten: .*or --overwrite true"):
+        convert_dalle(encoder, decoder, str(output))
+    assert output.read_bytes() == b"mine"
+    arguments = ["--encoder", encoder, "--decoder", decoder, "--output", str(output)]
+    assert main(["convert-dalle", *arguments, "--overwrite", "true"]) == 0
+    load_tokenizer(output)
 
 
 def refuse(arguments, message):

@@ -116,11 +116,24 @@ def test_a_warm_up_longer_than_the_run_is_refused():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 1, "epochs": 1}, {}, {"steps": 0}, {"steps": 1, "log_every": 0}]
+    ("wrong", "message"),
+    [
+        ({"steps": 1, "epochs": 1}, "--run.steps is 1 and --run.epochs is 1: give exactly one"),
+        ({}, "give exactly one"),
+        ({"steps": 0}, "steps is 0: give a whole number"),
+        ({"steps": 1, "log_every": 0}, "log_every is 0"),
+    ],
 )
-def test_an_impossible_run_is_refused(wrong):
-    with pytest.raises(ValueError, match="run"):
+def test_an_impossible_run_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
         RunConfig(output="x", **wrong)
+
+
+def test_more_epochs_than_a_checkpoint_can_name_are_refused():
+    run = RunConfig(output="x", epochs=1e6, accumulate=2)
+    assert run.num_steps(199) == 99_500_000
+    with pytest.raises(ValueError, match=r"--run\.epochs 1e\+06 are 100000000 steps: at"):
+        run.num_steps(200)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Two ranks over gloo: the same run as one, and faults of one rank are met by both."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -88,5 +89,23 @@ def test_ranks_with_different_settings_do_not_start(tmp_path):
 def test_cuda_is_refused_where_there_is_none():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match=r"pass --run\.device cpu"), open_world("cuda"):
+    with pytest.raises(ValueError, match=r"pass --run\.device cpu$"), open_world("cuda"):
+        pass
+
+
+def test_more_threads_than_cores_are_refused_and_as_many_are_not():
+    cores = os.cpu_count()
+    with (
+        pytest.raises(ValueError, match=rf"this machine has {cores} cores: pass {cores} or less"),
+        open_world("cpu", cores + 1),
+    ):
+        pass
+    with open_world("cpu", cores):
+        assert torch.get_num_threads() == cores
+
+
+def test_the_flag_of_the_device_is_named_as_the_verb_has_it():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=r"pass --device cpu$"), open_world("cuda", named="device"):
         pass

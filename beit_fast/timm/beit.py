@@ -1,17 +1,12 @@
-"""Importing this gives timm the models called `beit_fast_*`.
+"""The models called `beit_fast_*`: their class, weights and registration.
 
-    import timm
-    import beit_fast.timm
-
-    model = timm.create_model("beit_fast_base_patch16_224", num_classes=10, img_size=384)
-
-They are timm's `beit_*` in weights, names, arguments and methods. What timm publishes for those is
-what `pretrained=True` loads here, its positions resized as unilm does (`model/resize.py`) and not
-as timm does.
+The module has the name of timm's because that is how timm's tests know which models have
+intermediates: `FEAT_INTER_FILTERS` lists names of modules.
 """
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
@@ -28,6 +23,7 @@ from timm.models._input import update_model_args, update_model_input_size
 from timm.models.beit import Beit as TimmBeit
 from torch import Tensor, fx, nn
 
+from beit_fast.kernels.rel_pos_bias import relative_position_rows
 from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.model.layers import Block, PatchEmbed, RelativePositionBias
@@ -49,6 +45,10 @@ FIXED = {
 }
 
 
+class UnknownPooling(AssertionError, ValueError):
+    """timm asserts that a model has the pooling it is asked for; this package raises ValueError."""
+
+
 class BeitForTimm(BeitForImageClassification):
     """BeitForImageClassification as timm makes it, and what only timm asks of a model."""
 
@@ -61,7 +61,8 @@ class BeitForTimm(BeitForImageClassification):
     ) -> None:
         """options: those of timm's `Beit`, or fields of BeitConfig.
 
-        Raises TypeError for an unknown one, ValueError for a value that this model cannot have.
+        Raises TypeError for an unknown one, UnknownPooling for a pooling and ValueError for any
+        other value that this model cannot have.
         """
         known = {field.name for field in fields(BeitConfig)}
         if unknown := sorted(options.keys() - known - FIXED.keys()):
@@ -72,6 +73,10 @@ class BeitForTimm(BeitForImageClassification):
                     f"{name} is {value!r}: a beit_fast model has {FIXED[name]!r}, for others "
                     "create timm's own beit model and call beit_fast.accelerate on it"
                 )
+        _check_pooling(options.get("global_pool"))
+        for name in {"img_size", "patch_size"} & options.keys():
+            if isinstance(options[name], list):  # from config.json
+                options[name] = tuple(options[name])
         with torch.device(device) if device is not None else nullcontext():
             super().__init__(BeitConfig(**options))
         self.to(dtype=dtype)
@@ -85,6 +90,7 @@ class BeitForTimm(BeitForImageClassification):
         update_model_input_size(self, self.config.image_pixels)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        _check_pooling(global_pool)
         super().reset_classifier(num_classes, global_pool)
         if global_pool is not None:
             update_model_args(self, use_fc_norm=self.config.use_fc_norm)
@@ -121,25 +127,59 @@ class BeitForTimm(BeitForImageClassification):
         return model.to(self.cls_token.device).train(self.training)
 
 
+def _check_pooling(global_pool: str | None) -> None:
+    if global_pool not in (None, "avg", "token", ""):
+        raise UnknownPooling(f"global_pool is {global_pool!r}: pass 'avg', 'token' or ''")
+
+
 def checkpoint_filter_fn(state: Mapping[str, Tensor], model: BeitForTimm) -> dict[str, Tensor]:
     """Weights under the model's names, with its positions for its grid.
 
-    state: of timm, unilm or transformers, also inside "model" or "module". Positions are taken to
-    be of a square grid, as all published ones are.
+    state: of timm, unilm or transformers, also inside "model" or "module". Positions that have the
+    model's shape are taken as they are. Others are of the grid that `pretrained_cfg["input_size"]`
+    gives, or of a square one. Raises ValueError where they are of neither.
     """
     state, _ = to_house(state.get("model", state.get("module", state)))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     grid, fitted = model.config.grid, {}
     for name, tensor in state.items():
-        if name.endswith("relative_position_bias_table"):
-            tensor = resize_rel_pos_table(tensor, _square((len(tensor) - 3) ** 0.5 / 2 + 0.5), grid)
-        elif name == "pos_embed":
-            tensor = resize_pos_embed(tensor, _square((tensor.shape[1] - 1) ** 0.5), grid)
+        if tensor.shape != shapes.get(name):
+            if name.endswith("relative_position_bias_table"):
+                source = _source_grid(name, tensor, len(tensor), relative_position_rows, model)
+                tensor = resize_rel_pos_table(tensor, source, grid)
+            elif name == "pos_embed":
+                source = _source_grid(name, tensor, tensor.shape[1], _num_tokens, model)
+                tensor = resize_pos_embed(tensor, source, grid)
         fitted[name] = tensor
     return fitted
 
 
-def _square(side: float) -> tuple[int, int]:
-    return round(side), round(side)
+def _num_tokens(grid: tuple[int, int]) -> int:
+    return grid[0] * grid[1] + 1
+
+
+def _source_grid(
+    name: str,
+    tensor: Tensor,
+    rows: int,
+    rows_of: Callable[[tuple[int, int]], int],
+    model: BeitForTimm,
+) -> tuple[int, int]:
+    """The grid that so many rows of positions were trained on; `rows_of` counts a grid's."""
+    grids = [(side, side) for side in range(1, math.isqrt(rows) + 1)]
+    stated = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    if stated is not None:
+        height, width = model.config.patch_pixels
+        grids.insert(0, (stated[1] // height, stated[2] // width))
+    found = next((grid for grid in grids if rows_of(grid) == rows), None)
+    if found is None:
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)}: neither of this model's grid, "
+            f"{model.config.grid[0]}x{model.config.grid[1]}, nor of a square one, nor of the "
+            f"images that pretrained_cfg states, {stated}: say what they were, "
+            "pretrained_cfg_overlay={'input_size': (3, height, width), ...}"
+        )
+    return found
 
 
 def _create(variant: str, pretrained: bool, config: BeitConfig, **options: Any) -> nn.Module:

@@ -1,0 +1,61 @@
+"""Errors of files say which file, and what lies there in its place."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+_HEAD_BYTES = 512
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """OSErrors inside have this path: a full disk, as a file system says it, names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:  # others have a message of ours
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def drop(path: Path) -> None:
+    """Remove a file left half written, if it can be: the error that left it is the one to tell."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def describe(error: Exception) -> str:
+    """An error in one line: of a file its path as it is, and what is wrong."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def damage(error: Exception) -> str:
+    """What a parser of a file's content stumbled over, in a line of bounded length."""
+    said = " ".join(describe(error).split())
+    said = said if isinstance(error, OSError) else f"{type(error).__name__}: {said}"
+    return said if len(said) <= 200 else f"{said[:197]}..."
+
+
+def refuse_other_kinds(path: Path, wanted: str) -> None:
+    """Raise ValueError for what often comes in the place of `wanted`: by its first bytes.
+
+    Raises OSError for a file that cannot be opened.
+    """
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        raise ValueError(f"{path} is empty and not {wanted}: copy or download it anew")
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        raise ValueError(
+            f"{path} is a web page and not {wanted}: download the file itself; a page's address is "
+            "that of its description, or of a log-in"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is git-lfs's note of a file and not {wanted}: `git lfs pull` fetches it"
+        )
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf")):
+        raise ValueError(f"{path} is an archive and not {wanted}: unpack it first")

@@ -1,0 +1,147 @@
+"""Arguments of the command line -> a configuration, and one line where they make none.
+
+jsonargparse reads flags, files and defaults, and writes the help. Errors are worded here: the flag
+as it is typed, what came, what is allowed.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import itertools
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from jsonargparse import ArgumentParser, Namespace
+
+from beit_fast.checks import FieldError, allowed, hints
+from beit_fast.flags import flags_of
+
+
+def new_parser(command: str, **options: Any) -> ArgumentParser:
+    """jsonargparse's, for `read`. A flag is never guessed from its first letters."""
+    return ArgumentParser(prog=command, exit_on_error=False, allow_abbrev=False, **options)
+
+
+def read(
+    parser: ArgumentParser, arguments: Sequence[str], config_type: type | None = None
+) -> dict[str, Any]:
+    """The values of all arguments; those of `config_type` are its fields.
+
+    Exits with 2 and one line on stderr where they are wrong.
+    """
+    try:
+        return dict(vars(parser.parse_args(list(arguments))))
+    except (argparse.ArgumentError, ValueError, TypeError, OSError) as error:
+        line = _explain(str(error), parser, config_type)
+        typed = any(name.split("=")[0] in arguments for name in re.findall(r"--[\w.]+", line))
+        if not typed and (files := _files(arguments)):
+            line = f"{', '.join(files)}: {line}"  # of a file of fields
+        print(f"beit-fast: {line}; `{parser.prog} --help` has the flags", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _files(arguments: Sequence[str]) -> list[str]:
+    """The flags whose values are files, with them."""
+    words = [word for a in arguments for word in (a.split("=", 1) if a[:2] == "--" else [a])]
+    pairs = itertools.pairwise(words)
+    return [f"{name} {file}" for name, file in pairs if name[:2] == "--" and os.path.exists(file)]
+
+
+def _explain(message: str, parser: ArgumentParser, config_type: type | None) -> str:
+    """One line for what jsonargparse says in many, with whole configurations in them."""
+    keys = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message))  # each once
+    path = ".".join(key for key in keys if key != "config")
+    if unknown := _foreign(message, path):
+        return _unknown(unknown, parser, config_type)
+    came = re.search(r"(?:Got value|Given value|path string): (.*)", message)
+    came = came or re.search(r"Unable to load config '(.*)'", message)
+    if (hint := _hint(path, config_type)) is not None:
+        value = f" is {came[1][:80]}" if came else ""
+        return f"--{path}{value}: give {allowed(hint)}"
+    line = re.sub(r'^Parser key "([^"]+)":', r"--\1:", " ".join(message.split()))
+    line = re.sub(
+        r": Expected a typing\.Literal\[(.+?)\]. Got value: (.*)", r" is \2: give \1", line
+    )
+    line = re.sub(r"^argument (--\S+)", r"\1", line)
+    return line[:200]
+
+
+def _foreign(message: str, path: str) -> str | None:
+    """The argument that there is no field for, if it is that what `message` says."""
+    if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+        return unknown[1]
+    section = f"{path}." if path else ""
+    if group := re.search(r"Group '(.+?)' does not accept option '(.+?)'", message):
+        return f"--{section}{group[1]}.{group[2]}"
+    if option := re.search(r"Option '(.+?)' is not accepted", message):
+        return f"--{section}{option[1]}"
+    nested = re.search(r"NestedArg\(key='([^']+)'", message)
+    return f"--{path}.{nested[1]}" if nested and not path.endswith(nested[1]) else None
+
+
+def _unknown(argument: str, parser: ArgumentParser, config_type: type | None) -> str:
+    name = argument.partition("=")[0]
+    if not name.startswith("-"):
+        return f"{name!r} is the value of no --flag"
+    known = [option for action in parser._actions for option in action.option_strings]
+    known += [] if config_type is None else [f"--{path}" for path in paths(config_type)]
+    near = difflib.get_close_matches(name, known, 1)
+    return f"there is no flag {name}" + (f", did you mean {near[0]}?" if near else "")
+
+
+def _hint(path: str, config_type: type | None) -> Any:
+    """Type of the field at a dotted path; None where there is none."""
+    hint = None
+    for name in path.split("."):
+        if config_type is None or name not in hints(config_type):
+            return None
+        hint = hints(config_type)[name]
+        config_type = section_type(hint)
+    return hint
+
+
+def section_type(hint: Any) -> type | None:
+    """The dataclass that a field's type is, or may be besides null."""
+    options = (hint, *get_args(hint))
+    return next((t for t in options if isinstance(t, type) and dataclasses.is_dataclass(t)), None)
+
+
+def paths(config_type: type, section: str = "") -> list[str]:
+    """Dotted names of all fields that are no sections."""
+    found = []
+    for name, hint in hints(config_type).items():
+        inner = section_type(hint)
+        found += [section + name] if inner is None else paths(inner, f"{section}{name}.")
+    return found
+
+
+def make(
+    config_type: type, values: Mapping[str, Any], section: str = "", arguments: Sequence[str] = ()
+) -> Any:
+    """A configuration of plain values, its sections being mappings.
+
+    Raises ValueError that names the flag as it is typed; `arguments` are the fields that have no
+    flag but are named by their place.
+    """
+    fields = {}
+    for name, value in values.items():
+        inner = section_type(hints(config_type)[name])
+        if inner is not None and value is not None:
+            value = dict(vars(value)) if isinstance(value, Namespace) else value
+            if not isinstance(value, Mapping):
+                raise ValueError(f"--{section}{name} is {value!r}: give its fields, one below it")
+            if any(section_type(hint) for hint in hints(inner).values()):  # a task of its own
+                with flags_of(name):
+                    fields[name] = make(inner, value, f"{section}{name}.")
+            else:
+                fields[name] = make(inner, value, f"{section}{name}.")
+        else:
+            fields[name] = value
+    try:
+        return config_type(**fields)
+    except FieldError as error:
+        where = error.field.upper() if error.field in arguments else f"--{section}{error.field}"
+        raise ValueError(f"{where} {error.problem}") from error

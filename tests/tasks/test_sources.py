@@ -1,0 +1,89 @@
+"""The line that says what a folder holds, and how folders are opened."""
+
+import os
+
+import pytest
+import torch
+
+from beit_fast.cli import main
+from beit_fast.data.class_folders import class_folders
+from beit_fast.data.datasets import ImageFolder
+from beit_fast.data.subset import Subset
+from beit_fast.tasks.sources import describe_source, open_source, say, task_settings
+from beit_fast.train.parallel import World
+from beit_fast.train.resume import without_habits
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes; one image is a link, one file of another format."""
+    for name in ("far.png", "data/a/1.png", "data/b/2.png", "data/b/3.avif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "data/a/far.png").symlink_to(tmp_path / "far.png")
+    return tmp_path / "data"
+
+
+def test_the_line_has_images_links_classes_and_what_is_left_out(folder):
+    source, _, classes = class_folders(folder)
+    said = "3 images, 1 of them by links, 2 classes, 1 other file (1 .avif) left out"
+    assert describe_source(source, classes) == f"{folder}: {said}"
+    assert describe_source(Subset(source, [0, 2]), classes) == f"2 of {folder}: {said}"
+    said = "2 images, 1 other file (1 .avif), 1 link left out"
+    assert describe_source(open_source(str(folder), follow_links=False)) == f"{folder}: {said}"
+    assert describe_source(open_source("digits:test")) == "digits:test: 500 images"
+
+
+def test_links_that_were_files_are_no_other_run(pretrain_config):
+    followed, not_followed = (
+        without_habits(task_settings(pretrain_config(data={"follow_links": follow})))
+        for follow in (True, False)
+    )
+    assert followed == not_followed
+    assert followed["data"] == {"batch_size": 4, "max_bad_share": 0.001}  # as of earlier versions
+
+
+def test_parts_that_are_read_together_are_told(tmp_path):
+    for name in ("train/1.jpg", "val/2.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"")
+    said = describe_source(open_source(str(tmp_path)))
+    assert (
+        said == f"{tmp_path}: 2 images, all of train, val (pass the path of one to read that alone)"
+    )
+    assert describe_source(open_source(str(tmp_path / "train"))) == f"{tmp_path}/train: 1 image"
+
+
+def test_a_path_is_printed_as_it_is_by_one_rank(tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"[x] b] :bee: \xff")
+    folder.mkdir()
+    (folder / "1.jpg").write_bytes(b"")
+    line = describe_source(ImageFolder(folder))
+    for rank in (0, 1):
+        say(line, World(rank, 2, CPU))
+    assert capsys.readouterr().out == f"{tmp_path}/[x] b] :bee: \\udcff: 1 image\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pretrain", "small", "--data.path"],  # of its tokenizer, which reads the same images
+        ["pretokenize", "small", "--data.path"],
+        ["tokenizer", "demo", "--data.path"],
+        ["finetune", "small_data", "--init", "null", "--data.path"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_command_that_is_to_follow_no_links_names_what_it_left_out(
+    command, folder, tmp_path, capsys
+):
+    for name in ("c", "d"):
+        (tmp_path / "linked" / name).mkdir(parents=True)
+        (tmp_path / "linked" / name / "1.png").symlink_to(folder / "a" / "1.png")
+    command = [*command, str(tmp_path / "linked"), "--run.output", str(tmp_path / "run")]
+    assert main([*command, "--data.follow_links", "false"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "(2 links left out): expected" in line
+    assert "pass --data.follow_links true" in line

@@ -1,0 +1,101 @@
+"""Errors of files name them."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit_fast.files import damage, describe, drop, naming, refuse_other_kinds
+from beit_fast.model.weight_files import read_weights, write_weights
+from beit_fast.tasks.features import _allocate
+from beit_fast.tokenizer.checkpoint import load_tokenizer, save_tokenizer
+from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
+from beit_fast.train.log import Log
+from beit_fast.viz.curves import draw_curves
+from beit_fast.viz.layers import draw_layers
+from beit_fast.viz.reconstruction import draw_columns
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_error_without_a_name_gets_one_and_is_said_as_it_is():
+    with pytest.raises(OSError, match="No space") as raised, naming("runs/[x]/a"):
+        full()
+    assert describe(raised.value) == "runs/[x]/a: No space left on device"
+    with pytest.raises(OSError, match="our own words") as raised, naming("runs/a"):
+        raise OSError("our own words")
+    assert describe(raised.value) == "our own words"
+    assert describe(ValueError("a value")) == "a value"
+    assert damage(KeyError("format")) == "KeyError: 'format'"
+    assert len(damage(ValueError("x\n" * 900))) == 200
+    drop(Path("no/such/file"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty and not weights: copy or download it anew"),
+        (b"\n<!doctype html><html>", "is a web page and not weights: download the file itself"),
+        (b"\xef\xbb\xbf<HTML>", "is a web page"),
+        (b'<?xml version="1.0"?><Error>', "is a web page"),
+        (POINTER, "is git-lfs's note of a file and not weights: `git lfs pull` fetches it"),
+        (b"\x1f\x8b\x08\0", "is an archive and not weights: unpack it first"),
+    ],
+)
+def test_what_comes_in_the_place_of_a_file_is_told(content, message, tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        refuse_other_kinds(path, "weights")
+    assert str(raised.value).startswith(str(path))
+    for read in (read_weights, load_tokenizer):
+        with pytest.raises(ValueError, match=message.partition(" and not")[0]):
+            read(path)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.99])
+def test_a_cut_file_of_torch_save_is_named(share, tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"model": {"a": torch.zeros(100)}}, path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match=r"copy it anew|damaged") as raised:
+        read_weights(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_full_disk_is_named_by_every_writer(tmp_path, monkeypatch):
+    dvae = Dvae(DvaeConfig(vocab_size=8, encoder_width=4, decoder_width=4, decoder_input_width=4))
+    image = {"a": torch.zeros(1, 3, 8, 8)}
+    writers = {
+        "w.pth": lambda path: write_weights(path, {"a": torch.zeros(1)}),
+        "w.safetensors": lambda path: write_weights(path, {"a": torch.zeros(1)}),
+        "t.safetensors": lambda path: save_tokenizer(dvae, path),
+        "features.npy": lambda path: _allocate(path, (2, 3)),
+        "curve.png": lambda path: draw_curves([{"step": 1, "loss": 1.0}], path),
+        "layers.png": lambda path: draw_layers({"a": [0.5]}, path),
+        "picture.png": lambda path: draw_columns(image, path),
+    }
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    for name, write in writers.items():
+        with pytest.raises(OSError, match="No space left") as raised:
+            write(tmp_path / name)
+        assert describe(raised.value) == f"{tmp_path / name}: No space left on device"
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named_by_the_log(tmp_path, monkeypatch):
+    log = Log(tmp_path, title="train", start=0, num_steps=2)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as raised:
+        log.line(1, {"loss": 1.0})
+    log.close()
+    assert describe(raised.value) == f"{tmp_path / 'metrics.jsonl'}: No space left on device"

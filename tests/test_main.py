@@ -1,0 +1,102 @@
+"""The command itself: signals while it imports, and readers that go away. Imports are played."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from beit_fast.cli import WITHOUT_RECIPE, main
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = f"import runpy; runpy.run_path({str(ROOT / 'beit_fast_main.py')!r}, run_name='__main__')"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """`start(code, **options)`: the command in a process, `code` being its beit_fast.cli."""
+
+    def start(code, **options):
+        (tmp_path / "beit_fast").mkdir()
+        (tmp_path / "beit_fast" / "__init__.py").touch()
+        (tmp_path / "beit_fast" / "cli.py").write_text(code)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        pipes |= {"cwd": tmp_path, "text": True}
+        return subprocess.Popen([sys.executable, "-c", RUN], env=environment, **pipes)
+
+    return start
+
+
+def test_it_is_what_the_package_installs():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert 'entry_points={"console_scripts": ["beit-fast=beit_fast_main:main"]}' in setup
+    assert 'py_modules=["beit_fast_main"]' in setup
+
+
+def test_ctrl_c_while_it_imports_is_one_line_whatever_an_import_swallows(start):
+    process = start(
+        "import time\n"
+        "print('importing', flush=True)\n"
+        "try:\n"
+        "    time.sleep(30)\n"
+        "except BaseException:\n"
+        "    pass\n"
+        "main = lambda: print('went on')\n"
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    said, error = process.communicate(timeout=20)
+    assert (process.returncode, said) == (130, "")
+    assert error == "beit-fast: interrupted before it began\n"
+
+
+def test_ctrl_c_later_is_the_commands_own(start):
+    process = start(
+        "import time\n"
+        "def main():\n"
+        "    print('running', flush=True)\n"
+        "    try:\n"
+        "        time.sleep(30)\n"
+        "    except KeyboardInterrupt:\n"
+        "        return 7\n"
+    )
+    assert process.stdout.readline() == "running\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 7
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "main = lambda: print('x' * 100_000)\n",
+        "main = lambda: print('x')\n",  # leaves when the process ends
+        "def main():\n    print('x')\n    raise SystemExit(0)\n",
+    ],
+    ids=["much", "little", "and-exits"],
+)
+def test_a_reader_that_goes_away_is_no_traceback(code, start):
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = start(code, stdout=writing)
+    os.close(writing)
+    assert process.communicate(timeout=20)[1] == ""
+    assert process.returncode == 141
+
+
+def test_exit_codes_are_passed_on(start):
+    process = start("main = lambda: 3\n")
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 3
+
+
+def test_the_command_line_leaves_a_broken_pipe_to_it(monkeypatch):
+    def print_to_nobody(_arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(WITHOUT_RECIPE, "convert", print_to_nobody)
+    with pytest.raises(BrokenPipeError):
+        main(["convert"])
