@@ -19,7 +19,7 @@ from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
 from beit_fast.model.checkpoint import convert
 from beit_fast.parsing import make, new_parser, read
-from beit_fast.tasks.checkpoints import write_image_processor
+from beit_fast.tasks.checkpoints import statistics_of, write_image_processor
 from beit_fast.tasks.dvae import run_dvae
 from beit_fast.tasks.evaluate import EvaluateConfig, run_evaluation
 from beit_fast.tasks.finetune import run_finetuning
@@ -170,8 +170,14 @@ def _convert(arguments: Sequence[str]) -> None:
     parser.add_argument("target", help="file to write; for hf a folder")
     parser.add_argument("--to", type=Literal["unilm", "timm", "hf"], required=True)
     parser.add_argument("--key", type=str, help="which of several weights: model_ema, ema ...")
+    size = int | tuple[int, int]
+    parser.add_argument("--img_size", type=size, help="pixels, where the source does not show them")
+    parser.add_argument("--num_heads", type=int, help="where the source does not show them")
+    named = Literal["half", "imagenet"]
+    parser.add_argument("--statistics", type=named, help="of pixels; else what the source says")
     parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
     chosen = read(parser, arguments)
+    chosen["statistics"] = chosen["statistics"] or statistics_of(chosen["source"])
     print(convert(**chosen))
     if chosen["to"] == "hf" and (file := write_image_processor(chosen["source"], chosen["target"])):
         print(f"{file}: how its images are made")

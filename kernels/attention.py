@@ -10,7 +10,8 @@ Shapes    q, out (B, N, H, K); k, v (B, M, H, K); packed qkv (B, N, 3, H, K); bi
           (G, H, N, M), G a divisor of B: one bias for each of G windows, images outermost
 Types     bf16, fp16, fp32, on a CPU fp64; out has q's dtype; scores, softmax and all sums in fp32,
           and so is lse (B, H, N)
-Masks     a bias of -inf hides a pair; a query that sees no key gets zeros, and lse -inf
+Masks     a bias of -inf hides a pair, and so does False in a bias of bool, which is a mask as
+          SDPA's is; a query that sees no key gets zeros, and lse -inf
 Backward  P the weights, dP = Z (dout v^T), dS = P (dP - rowsum(dout out)):
           dq = scale dS k;  dk = scale dS^T q;  dv = (Z P)^T dout;  dbias = sum_b dS, in fp32
           and with lse an output too, dS = P (dP - rowsum(dout out) + dlse)
@@ -338,7 +339,8 @@ def attention(
 
     q (B, N, H, K); k, v (B, M, H, K), of q's dtype, any strides; under autocast they are cast to
     its dtype. bias (H, N, M) or (G, H, N, M), of any floating dtype, which its gradient has too;
-    image b takes bias b mod G; -inf hides a pair. `scale` is positive and defaults to K^-0.5.
+    image b takes bias b mod G; -inf hides a pair. Or a mask of bool, True where a query sees a key,
+    of any shape that broadcasts to one of these. `scale` is positive and defaults to K^-0.5.
     `dropout_p` drops weights (in eval the caller passes 0), by `rng`, the int64 (2,) seed and
     offset on q's device, or where it is None by fresh ones from torch's default generator.
     `backend` names one of `attention_backends.BACKENDS`; None chooses, see `attention_backend`.
@@ -355,6 +357,7 @@ def attention(
     """
     q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v)
+    bias = _additive(bias, q, k)
     _check_bias(q, k, bias)
     options = _Options(q, k, v, bias, (), scale, dropout_p, rng, backend, return_lse)
     if options.runs_operator:
@@ -378,6 +381,7 @@ def attention_qkvpacked(
     """
     (qkv,) = _autocast(qkv)
     q, k, v = _unpack(qkv)
+    bias = _additive(bias, q, k)
     _check_bias(q, k, bias)
     options = _Options(q, k, v, bias, (), scale, dropout_p, rng, backend, return_lse)
     if options.runs_operator:
@@ -450,7 +454,8 @@ def attention_backend(
     >>> attention_backend(*torch.zeros(3, 1, 5, 2, 8).unbind()).backend
     'sdpa'
     """
-    return choose_backend(*_autocast(q, k, v), bias, dropout_p, backend, return_lse)
+    q, k, v = _autocast(q, k, v)
+    return choose_backend(q, k, v, _additive(bias, q, k), dropout_p, backend, return_lse)
 
 
 class _Options:
@@ -522,6 +527,29 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
 
 
+def _additive(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """What is added to the scores: a mask of bool as 0 where it is True and -inf elsewhere."""
+    if bias is None or bias.is_floating_point():
+        return bias
+    if bias.dtype != torch.bool:
+        raise ValueError(
+            f"the bias is {bias.dtype}: pass floats, which are added to the scores, or a mask of "
+            "bool, True where a query sees a key (mask.bool(), where 1 says that)"
+        )
+    pairs = (q.shape[2], q.shape[1], k.shape[1])
+    wanted = (*bias.shape[:-3], *pairs)
+    if bias.ndim > 4 or any(
+        ours not in (1, theirs)
+        for ours, theirs in zip(bias.shape[::-1], wanted[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"the mask is {tuple(bias.shape)}, the attention {pairs} (heads, queries, keys): pass "
+            "(N, M), (H, N, M), (B, 1, N, M) or what else broadcasts to it"
+        )
+    hidden = torch.zeros(bias.shape, dtype=q.dtype, device=bias.device)
+    return hidden.masked_fill(~bias, -torch.inf).expand(wanted)
+
+
 def _dense(bias: Tensor | None, grid: list[int]) -> Tensor | None:
     """A dense bias (G, H, N, M) from what an operator takes."""
     if bias is None:
@@ -551,8 +579,8 @@ def _empty_lse(q: Tensor) -> Tensor:
 
 
 def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv is {tuple(qkv.shape)}: pass (B, N, 3, H, K)")
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
+        raise ValueError(f"qkv is {qkv.dtype} {tuple(qkv.shape)}: pass (B, N, 3, H, K), floats")
     return qkv.unbind(2)
 
 
@@ -564,8 +592,10 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q has heads of {q.shape[3]} channels, k and v of {k.shape[3]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}: cast them to one dtype")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(
+            f"q is {q.dtype}, k {k.dtype} and v {v.dtype}: cast them to one dtype, a floating one"
+        )
     if not q.device == k.device == v.device:
         raise ValueError(f"q is on {q.device}, k on {k.device} and v on {v.device}: move them")
 

@@ -31,6 +31,7 @@ from beit_fast.kernels._triton import (
     HAS_TRITON,
     Gpu,
     cdiv,
+    check_floating,
     gpu_of,
     launch,
     launch_obstacle,
@@ -518,6 +519,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, poo
         )
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"the bias is {tuple(bias.shape)}: pass ({len(weight)},)")
+    check_floating(bias=bias)
     if residual is not None and residual.shape != (*x.shape[:3], len(weight)):
         raise ValueError(
             f"the residual is {tuple(residual.shape)}: pass {(*x.shape[:3], len(weight))}"

@@ -22,7 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import cdiv, gpu_of, launch, launch_obstacle, tl, triton, warn_once
+from beit_fast.kernels._triton import (
+    cdiv,
+    check_floating,
+    gpu_of,
+    launch,
+    launch_obstacle,
+    tl,
+    triton,
+    warn_once,
+)
 from beit_fast.kernels.exact_fp32 import exact_fp32
 
 BACKENDS = ("triton", "torch")
@@ -196,6 +205,7 @@ def conv_pixels(
         )
     if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
         raise ValueError(f"pixels are {pixels.dtype}: pass uint8 or floats")
+    check_floating(weight=weight, bias=bias)
     chosen = conv_pixels_backend(pixels, weight, backend)
     return torch.ops.beit_fast.conv_pixels(
         pixels.detach(), weight.detach(), bias.detach(), scale, fill, chosen

@@ -15,7 +15,7 @@ Cost      forward moves 2 I D elements, backward I D + B N D: bound by memory
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import launch_obstacle, warn_once
+from beit_fast.kernels._triton import check_floating, launch_obstacle, warn_once
 from beit_fast.kernels.gather_norm import (
     WIDEST,
     check_index,
@@ -119,6 +119,7 @@ def gather_rows(x: Tensor, index: Tensor, *, backend: str | None = None) -> Tens
     """
     if x.ndim != 3:
         raise ValueError(f"x is {tuple(x.shape)}: pass (B, N, D)")
+    check_floating(x=x)
     check_index(index)
     return torch.ops.beit_fast.gather_rows(x, index.contiguous(), _resolve(x, backend))
 

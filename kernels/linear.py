@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit_fast.kernels._triton import check_product
+
 NOT_TRACED = (
     "torch.jit.trace, torch.jit.script and torch.onnx.export(dynamo=False) cannot look into these "
     "kernels: use torch.export.export, or torch.onnx.export(..., dynamo=True); "
@@ -57,7 +59,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x (..., D), at least two axes; weight (F, D); bias (F,) or None. On the CPU in fp32, outside
     autocast and torch.compile, oneDNN multiplies; all else is torch's own.
-    Raises ValueError where shapes do not fit, and under torch.jit.trace.
+    Raises ValueError where shapes or dtypes do not fit, and under torch.jit.trace.
     """
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():
         raise ValueError(NOT_TRACED)
@@ -66,6 +68,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"x is {tuple(x.shape)}, the weight {tuple(weight.shape)}: pass x (..., D) and "
             "weight (F, D)"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"the bias is {tuple(bias.shape)}: pass ({weight.shape[0]},), or None")
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        check_product(x=x, weight=weight, bias=bias)
     if _takes_onednn(x, weight, bias):
         return _LinearOneDnn.apply(x, weight, bias)
     return F.linear(x, weight, bias)

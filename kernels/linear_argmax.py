@@ -28,7 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import cdiv, gpu_of, launch, launch_obstacle, tl, triton, warn_once
+from beit_fast.kernels._triton import (
+    cdiv,
+    check_floating,
+    gpu_of,
+    launch,
+    launch_obstacle,
+    tl,
+    triton,
+    warn_once,
+)
 from beit_fast.kernels.exact_fp32 import exact_fp32
 
 PRECISIONS = ("fp32", "tf32x3", "fp16x2", "tf32", "bf16", "fp16")
@@ -345,6 +354,7 @@ def linear_argmax(
             f"x is {tuple(x.shape)}, the weight {tuple(weight.shape)}: pass x (..., D) and weight "
             "(V, D)"
         )
+    check_floating(x=x, weight=weight, bias=bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"the bias is {tuple(bias.shape)}: pass ({weight.shape[0]},), or None")
     if index is not None and (index.ndim != 1 or index.dtype not in (torch.int32, torch.int64)):

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from beit_fast.kernels._triton import Gpu, cdiv, gpu_of, launch_obstacle, warn_once
+from beit_fast.kernels._triton import Gpu, cdiv, check_floating, gpu_of, launch_obstacle, warn_once
 from beit_fast.kernels.first_order import first_order
 from beit_fast.kernels.gather_norm import (
     WIDEST,
@@ -460,11 +460,12 @@ def _check(x: Tensor, index: Tensor, target: Tensor, weight: Tensor, reduction: 
             f"x is {tuple(x.shape)}, the head's weight {tuple(weight.shape)}: pass x (B, N, D) "
             "and weight (V, D)"
         )
+    check_floating(x=x, weight=weight)
     check_index(index)
     if target.shape != index.shape or target.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"{target.dtype} targets {tuple(target.shape)} for {tuple(index.shape)} rows: pass one "
-            "integer for each row, padded ones included"
+            "integer for each row, int64 or int32, padded ones included"
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}: pass 'mean', 'sum' or 'none'")
@@ -478,5 +479,6 @@ def _check_vectors(
     for name, (vector, length) in wanted.items():
         if vector is not None and tuple(vector.shape) != (length,):
             raise ValueError(f"{name} is {tuple(vector.shape)}: pass ({length},), or None")
+        check_floating(**{name: vector})
     if norm_weight is None and norm_bias is not None:
         raise ValueError("a norm_bias came without a norm_weight: pass ones, or no norm at all")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from beit_fast.kernels._triton import (
     cdiv,
+    check_floating,
     exporting,
     gpu_of,
     launch,
@@ -497,6 +498,7 @@ def _resolve(backend: str, x: Tensor, dtype: torch.dtype) -> str:
 def _check(patches, cls_token, mask_token, mask, pos) -> None:
     if patches.ndim != 3:
         raise ValueError(f"the patches are {tuple(patches.shape)}: pass (B, L, D)")
+    check_floating(patches=patches, cls_token=cls_token, mask_token=mask_token, pos=pos)
     B, L, D = patches.shape
     for name, vector in {"cls_token": cls_token, "mask_token": mask_token}.items():
         if vector is not None and vector.shape != (D,):

@@ -336,7 +336,7 @@ def normalized_patches(
     """All patches (B, L, P), or with an index (I, P) those listed, in one pass over the bytes.
 
     images uint8 (B, height, width, C); patch_pixels (height, width) of a patch; mean, std: C
-    numbers of pixels in 0 .. 1; index (I,) integers, b L + l, -1 for padding; `dtype` else
+    numbers of pixels in 0 .. 1; index int32 or int64 (I,), b L + l, -1 for padding; `dtype` else
     autocast's where autocast is on, else fp32. `backend` "triton" is the default on CUDA, "torch"
     elsewhere. Raises ValueError where shapes do not fit.
     """
@@ -414,7 +414,7 @@ def _check(images, patch_pixels, mean, std, index) -> None:
             f"mean is {tuple(mean)}, std {tuple(std)}: pass {C} numbers each, one per channel, "
             "those of std above 0"
         )
-    if index is not None and (
-        index.ndim != 1 or index.dtype.is_floating_point or index.dtype == torch.bool
-    ):
-        raise ValueError(f"the index is {index.dtype} {tuple(index.shape)}: pass integers (I,)")
+    if index is not None and (index.ndim != 1 or index.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"the index is {index.dtype} {tuple(index.shape)}: pass integers (I,), int32 or int64"
+        )

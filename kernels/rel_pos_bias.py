@@ -21,7 +21,15 @@ import functools
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import HAS_TRITON, cdiv, exporting, launch, tl, triton
+from beit_fast.kernels._triton import (
+    HAS_TRITON,
+    cdiv,
+    check_floating,
+    exporting,
+    launch,
+    tl,
+    triton,
+)
 
 
 def relative_position_index(grid: tuple[int, int]) -> Tensor:
@@ -285,6 +293,7 @@ def rel_pos_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def check_table(table: Tensor, grid: tuple[int, int]) -> None:
     """Raise ValueError for a table that is not one of the grid."""
+    check_floating(table=table)
     rows = relative_position_rows(grid)
     if table.ndim != 2 or table.shape[0] != rows:
         raise ValueError(

@@ -24,7 +24,7 @@ Source    LayerScale arXiv:2103.17239; stochastic depth arXiv:1603.09382; compac
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import interpreting
+from beit_fast.kernels._triton import check_floating, interpreting
 from beit_fast.kernels.drop_path import KeptSamples
 from beit_fast.kernels.first_order import first_order
 from beit_fast.kernels.philox import draw_rng
@@ -545,9 +545,14 @@ def _check_branch(x, branch, gamma, keep, bias, dropout_p, drop_path_p, kept) ->
     if x.ndim != 3 or branch.shape != (samples, *x.shape[1:]):
         wanted = "both as (B, N, D)" if kept is None else f"({samples}, N, D), the kept samples"
         raise ValueError(f"x is {tuple(x.shape)}, the branch {tuple(branch.shape)}: pass {wanted}")
+    if not branch.is_floating_point() or not x.is_floating_point():
+        check_floating(x=x, branch=branch)
     _check_vectors(x, {"gamma": gamma, "the branch's bias": bias})
-    if keep is not None and keep.shape != x.shape[:1]:
-        raise ValueError(f"keep is {tuple(keep.shape)}: pass ({x.shape[0]},), one per sample")
+    if keep is not None and (keep.shape != x.shape[:1] or not keep.is_floating_point()):
+        raise ValueError(
+            f"keep is {keep.dtype} {tuple(keep.shape)}: pass floats ({x.shape[0]},), one per "
+            "sample, 0 or 1 / (1 - p)"
+        )
     if not (0 <= dropout_p < 1 and 0 <= drop_path_p < 1):
         raise ValueError(
             f"dropout_p is {dropout_p}, drop_path_p {drop_path_p}: pass rates in [0, 1)"
@@ -564,15 +569,20 @@ def _check_norm(
 ) -> None:
     if x.ndim != 3:
         raise ValueError(f"x is {tuple(x.shape)}: pass (B, N, D)")
+    if not x.is_floating_point():
+        check_floating(x=x)
     _check_vectors(x, {"the norm's weight": weight, "the norm's bias": bias})
     _check_kept(x, kept)
 
 
 def _check_vectors(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
     for name, vector in vectors.items():
-        if vector is not None and vector.shape != x.shape[2:]:
+        if vector is None:
+            continue
+        if vector.shape != x.shape[2:] or not vector.is_floating_point():
             raise ValueError(
-                f"{name} is {tuple(vector.shape)}: pass ({x.shape[2]},), one per channel"
+                f"{name} is {vector.dtype} {tuple(vector.shape)}: pass floats ({x.shape[2]},), one "
+                "per channel"
             )
 
 

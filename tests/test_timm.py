@@ -28,6 +28,7 @@ def flags(config):
     names = (
         *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values"),
         *("num_classes", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"),
+        "qkv_bias",
     )
     return {name: getattr(config, name) for name in names}
 
@@ -86,6 +87,11 @@ def test_frozen_or_not_and_in_both_modes(suffix, frozen, training):
             elif frozen == "all-but-the-head":
                 parameter.requires_grad_(name.startswith("head."))
     assert_agree(*models, images_for(models[0]))
+
+
+def test_without_qkv_bias_it_is_timms_too():
+    ours, theirs = pair(TEST, **NARROW, qkv_bias=False)
+    assert_agree(ours, theirs, images_for(ours))
 
 
 def test_the_base_size_agrees():
@@ -182,7 +188,7 @@ def test_what_a_model_cannot_do_is_refused_and_not_swallowed():
         timm.create_model(TEST, attn_drop_rate=0.1)
     with pytest.raises(TypeError, match="takes no patch_drop_rate"):
         timm.create_model(TEST, patch_drop_rate=0.1)
-    timm.create_model(TEST, attn_drop_rate=0.0, qkv_bias=True)
+    timm.create_model(TEST, attn_drop_rate=0.0)
     with pytest.raises(ValueError, match="patch_size 8: these weights"):
         timm.create_model(TEST).set_input_size(patch_size=8)
 
@@ -308,8 +314,9 @@ def test_published_weights_are_those_of_timm():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, and still asked for
-def test_a_script_and_a_graph_compute_the_same():
-    model = timm.create_model(TEST, **NARROW).eval()
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_a_script_and_a_graph_compute_the_same(qkv_bias):
+    model = timm.create_model(TEST, **NARROW, qkv_bias=qkv_bias).eval()
     images = images_for(model)
     scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(images), model(images))

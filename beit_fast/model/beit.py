@@ -99,8 +99,8 @@ class Beit(nn.Module):
 
         images (B, C, height, width), normalised, or patches (B, L, P) of them; mask bool (B, L),
         True where the patch is hidden.
-        Raises ValueError for images of another size, and for a mask that does not fit or that
-        this model has no mask token for.
+        Raises ValueError for images of another size or dtype, and for a mask that does not fit or
+        that this model has no mask token for.
         """
         return self._encode(images, mask)
 
@@ -249,6 +249,11 @@ class Beit(nn.Module):
         tap: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """The sequence through these blocks; `rows` and `tap` as for `run_blocks`."""
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"the images are a {type(images).__name__}: pass a tensor (B, C, height, width) of "
+                "normalised floats, torch.from_numpy(...) or torch.stack(...)"
+            )
         grid = self.patch_embed.grid_of(images)
         x_BND = self._embed(images, mask)
         shared_bias_HNN = None

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig
-from beit_fast.model.hf_config import hf_config_of
-from beit_fast.model.layouts import SEGMENTATION, from_house, shorten
+from beit_fast.model.description import Description, Statistics
+from beit_fast.model.hf_config import hf_config_of, transformers_differs
+from beit_fast.model.layouts import SEGMENTATION, from_house, shorten, with_zero_biases
 from beit_fast.model.read_checkpoint import (
     MODEL_CLASSES,
     OWN_TABLE,
@@ -36,7 +37,7 @@ from beit_fast.model.read_checkpoint import (
     task_of,
 )
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
-from beit_fast.model.weight_files import CONFIG_KEY, replace_file, write_weights
+from beit_fast.model.weight_files import replace_file, write_weights
 
 logger = logging.getLogger("beit_fast.model")
 
@@ -82,6 +83,7 @@ class ConvertReport:
     written: int
     dropped: tuple[str, ...] = field(default=())
     left_out: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())  # what was taken by custom, and what is lost
 
     def __str__(self) -> str:
         c, (height, width) = self.config, self.config.image_pixels
@@ -94,7 +96,7 @@ class ConvertReport:
             lines.append(f"dropped: {len(self.dropped)} relative_position_index")
         if self.left_out:
             lines.append(f"left out: {', '.join(self.left_out)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def load_pretrained(model: Beit, source: Source, *, key: str | None = None) -> LoadReport:
@@ -103,10 +105,12 @@ def load_pretrained(model: Beit, source: Source, *, key: str | None = None) -> L
     A shared table is copied to each block where the blocks have tables; tables and positions of
     another grid are resized (exactly as unilm does); a head with other classes stays fresh, and so
     does what the source's task does not have, with the values `model` has. dtype and device are the
-    model's. `source` and `key`: as for `read_checkpoint`.
+    model's. Where the source does not say its heads they are the model's, and where its positions
+    are as many as the model's grid has, that is their grid. `source` and `key`: as for
+    `read_checkpoint`.
     Raises ValueError, before a weight is changed, for anything else that does not fit.
     """
-    weights = read_checkpoint(source, key=key)
+    weights = read_checkpoint(source, key=key, unless_stated=_unless_stated(model.config))
     prepared, report = _fit(weights, model)
     model.load_state_dict({**model.state_dict(), **prepared}, strict=True)
     return report
@@ -124,32 +128,44 @@ def from_pretrained(
     `model_class` is that of the checkpoint's task unless given; `overrides` replace fields of the
     config: `img_size=384` resizes the positions, `num_classes=10` gives a fresh head (a pre-trained
     checkpoint has 0 classes), `use_rel_pos_bias=True, use_shared_rel_pos_bias=False` a table for
-    each block, as fine-tuning has. What is fresh or left out is logged as a warning;
-    `load_pretrained` returns it.
+    each block, as fine-tuning has. Where the checkpoint does not say its heads, `num_heads` does;
+    where its positions are as many as the grid of `img_size` has, that is their grid. What is
+    fresh, left out or guessed is logged as a warning; `load_pretrained` returns it.
     Raises as `read_checkpoint` and `load_pretrained` do.
     """
-    weights = read_checkpoint(source, key=key)
+    weights = read_checkpoint(source, key=key, unless_stated=overrides)
     model_class = model_class or MODEL_CLASSES.get(weights.task, Beit)
     model = model_class(dataclasses.replace(weights.config, **overrides))
     model.to(weights.state["cls_token"].dtype)
     report = load_pretrained(model, weights)
-    if report.fresh or report.left_out:
+    if report.fresh or report.left_out or weights.guesses:
         logger.warning("%s", report)
     return model.eval()
 
 
 def save_pretrained(
-    model: Beit, folder: str | Path, *, labels: Sequence[str] | None = None
+    model: Beit,
+    folder: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    statistics: Statistics | None = None,
 ) -> Path:
     """Write config.json and model.safetensors that transformers' BEiT classes read, and ours too.
 
-    The names are those of the hub's files, which transformers 4 and 5 both read. `labels` names the
-    classes, in order. What was saved there is replaced, as transformers' method does.
-    Raises ValueError where transformers has no such BEiT.
+    The names are those of the hub's files, which transformers 4 and 5 both read; biases that the
+    model does not have are zeros there. `labels` names the classes, in order; `statistics`, "half",
+    "imagenet" or mean and std, is kept beside the weights for `evaluate` and its like. What was
+    saved there is replaced, as transformers' method does.
+    Warns where transformers computes something else with these files: it reads positions of a grid
+    that is not square as if height were width. Raises ValueError where it has no such BEiT.
     """
     task = task_of(model.state_dict())
     weights = Weights(
-        state=dict(model.state_dict()), config=model.config, task=task, layout="house"
+        state=dict(model.state_dict()),
+        config=model.config,
+        task=task,
+        layout="house",
+        statistics=statistics,
     )
     return _write_hf(weights, Path(folder), labels)
 
@@ -159,6 +175,7 @@ def push_to_hub(
     repo_id: str,
     *,
     labels: Sequence[str] | None = None,
+    statistics: Statistics | None = None,
     private: bool | None = None,
     commit_message: str = "Upload BEiT",
 ) -> str:
@@ -169,7 +186,7 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, labels=labels)
+        save_pretrained(model, folder, labels=labels, statistics=statistics)
         api = HfApi()
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
@@ -182,29 +199,46 @@ def convert(
     *,
     to: Literal["unilm", "timm", "hf"],
     key: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    statistics: Statistics | None = None,
     overwrite: bool = False,
 ) -> ConvertReport:
     """Write a checkpoint in another layout; dtypes stay, and so does every value.
 
     "unilm" and "timm" write one file, .safetensors or anything else by `torch.save`, unilm's under
     its root key; "hf" writes a folder. Folders are made as needed. timm has no masked image
-    modelling and no segmentation: those parts are left out, and named in the report.
+    modelling and no segmentation: those parts are left out, and named in the report. Config, names
+    of classes and statistics go along, but in timm's layout by `torch.save`, which has no place for
+    them. `img_size` and `num_heads` are those of the source, where it does not say them;
+    `statistics` ("half", "imagenet", or mean and std of pixels) are else the source's.
     Raises ValueError for a target that exists unless `overwrite`, and as `read_checkpoint` does.
     """
     target = Path(target)
     _check_target(target, to, overwrite)
-    weights = read_checkpoint(source, key=key)
-    state, left_out = weights.state, ()
+    given = {"img_size": img_size, "num_heads": num_heads}
+    given = {name: value for name, value in given.items() if value is not None}
+    weights = read_checkpoint(source, key=key, unless_stated=given)
+    for name, value in given.items():
+        _check_given(name, value, weights.config)
+    if statistics is not None:
+        weights = dataclasses.replace(weights, statistics=statistics)
+    state, left_out, notes = weights.state, (), weights.guesses
     if to == "hf":
         left_out = tuple(sorted(name for name in state if name.startswith("cls_pt_layers.")))
         kept = {name: tensor for name, tensor in state.items() if name not in left_out}
         weights = dataclasses.replace(weights, state=kept)
         _write_hf(weights, target, weights.labels)
-        written = len(from_house(kept, "hf4"))
+        written = len(from_house(with_zero_biases(kept, weights.config), "hf4"))
     else:
         if to == "timm":
             left_out = tuple(sorted(name for name in state if _timm_lacks(name)))
             state = {name: tensor for name, tensor in state.items() if name not in left_out}
+        if to == "timm" and target.suffix != ".safetensors":
+            notes += (
+                f"{target.name} has no place for config, classes and statistics: read it with "
+                "img_size and num_heads where its shapes do not show them, or write .safetensors",
+            )
         _write_house(weights, state, target, to)
         written = len(state)
     return ConvertReport(
@@ -217,6 +251,7 @@ def convert(
         written=written,
         dropped=weights.dropped,
         left_out=left_out,
+        notes=notes,
     )
 
 
@@ -237,17 +272,44 @@ def _check_target(target: Path, to: str, overwrite: bool) -> None:
         )
 
 
+def _check_given(name: str, value: Any, config: BeitConfig) -> None:
+    is_size = name == "img_size"
+    theirs = config.image_pixels if is_size else config.num_heads
+    ours = dataclasses.replace(config, img_size=value).image_pixels if is_size else value
+    if ours != theirs:
+        raise ValueError(
+            f"{name} {value} was given, the source has {theirs}: a conversion changes no model, "
+            f"leave {name} out (from_pretrained resizes positions)"
+        )
+
+
+def _unless_stated(config: BeitConfig) -> dict[str, Any]:
+    return {"img_size": config.img_size, "num_heads": config.num_heads}
+
+
+def _description(weights: Weights, labels: Sequence[str] | None) -> dict[str, str]:
+    """What a file says of itself, as its metadata."""
+    is_classifier = weights.task == "classifier"
+    said = Description(
+        config=dataclasses.asdict(weights.config),
+        classes=tuple(labels) if labels is not None and is_classifier else None,
+        statistics=weights.statistics,
+    )
+    said.check_statistics()
+    return said.metadata()
+
+
 def _write_house(weights: Weights, state: dict[str, Tensor], target: Path, to: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     segmentation = to == "unilm" and weights.task == "segmentation"
     if segmentation:
         heads = ("decode_head.", "auxiliary_head.")
         state = {n if n.startswith(heads) else f"backbone.{n}": t for n, t in state.items()}
+    said = _description(weights, weights.labels)
     if target.suffix == ".safetensors":
-        config = json.dumps(dataclasses.asdict(weights.config))
-        write_weights(target, state, metadata={CONFIG_KEY: config})
+        write_weights(target, state, metadata=said)
     elif to == "unilm":
-        write_weights(target, {"state_dict" if segmentation else "model": state})
+        write_weights(target, {"state_dict" if segmentation else "model": state, **said})
     else:
         write_weights(target, state)
 
@@ -261,12 +323,15 @@ def _write_hf(weights: Weights, folder: Path, labels: Sequence[str] | None) -> P
         has_mask_token="mask_token" in weights.state,
     )
     dtype = str(weights.state["cls_token"].dtype).removeprefix("torch.")
-    renamed = from_house(weights.state, "hf4")
+    said = _description(weights, labels)
+    if warning := transformers_differs(weights.config):
+        logger.warning("%s", warning)
+    renamed = from_house(with_zero_biases(weights.state, weights.config), "hf4")
     if config["architectures"] == ["BeitModel"]:
         renamed = {name.removeprefix("beit."): tensor for name, tensor in renamed.items()}
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps({**config, "torch_dtype": dtype}, indent=2, sort_keys=True) + "\n"
-    write_weights(folder / "model.safetensors", renamed)
+    write_weights(folder / "model.safetensors", renamed, metadata=said)
     replace_file(folder / "config.json", lambda file: file.write(content.encode()))
     return folder
 
@@ -317,9 +382,9 @@ def _fit(weights: Weights, model: Beit) -> tuple[dict[str, Tensor], LoadReport]:
     _check_norm_of_head(wanted, fresh)
     state = {name: tensor for name, tensor in state.items() if name not in left_out}
     compare_tensors(state, {n: t for n, t in wanted.items() if n not in fresh}, "the model")
-    notes = ()
+    notes = weights.guesses
     if "norm_eps" in weights.stated and source.norm_eps != target.norm_eps:
-        notes = (f"norm_eps is {source.norm_eps} in the source, {target.norm_eps} in the model",)
+        notes += (f"norm_eps is {source.norm_eps} in the source, {target.norm_eps} in the model",)
     return state, LoadReport(
         loaded=tuple(state),
         resized=resized,

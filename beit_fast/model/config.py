@@ -38,6 +38,7 @@ class BeitConfig:
     depth: Count = 12
     num_heads: Count = 12
     attn_head_dim: Count | None = None  # channels of a head; None: embed_dim / num_heads
+    qkv_bias: bool = True  # of queries and values; keys never have one
     mlp_ratio: Positive = 4.0
     init_values: NonNegative | None = 0.1  # LayerScale at the start; None or 0: no LayerScale
     use_abs_pos_emb: bool = False

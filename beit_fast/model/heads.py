@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from beit_fast.kernels.gather_norm import check_index
 from beit_fast.kernels.gather_rows import gather_rows
 from beit_fast.kernels.linear_argmax import linear_argmax
 from beit_fast.kernels.linear_cross_entropy import masked_linear_cross_entropy
@@ -47,6 +48,7 @@ class BeitForMaskedImageModeling(Beit):
         Raises ValueError where shapes do not fit or this model predicts pixels.
         """
         self._check_predicts("tokens")
+        check_index(masked_index)
         target_I = visual_tokens
         if visual_tokens.shape != masked_index.shape:
             self._check_tokens(visual_tokens, mask)
@@ -93,6 +95,12 @@ class BeitForMaskedImageModeling(Beit):
 
         All tokens (B, N, D), or if the config says so and it is less, the listed ones (I, 1, D).
         """
+        check_index(masked_index)
+        if mask.ndim != 2:
+            raise ValueError(
+                f"the mask is {mask.dtype} {tuple(mask.shape)}: pass bool (B, L), True where a "
+                "patch is hidden"
+            )
         # Patch b L + l is row b N + 1 + l of the sequence, N = L + 1; floor: -1 // L is -1.
         rows = masked_index + masked_index // mask.shape[1] + 1
         if not self.config.skip_unread_rows or len(rows) >= mask.numel():
@@ -149,7 +157,13 @@ class BeitForImageClassification(Beit):
         """Tokens (B, N, D) to logits (B, num_classes), or with `pre_logits` to features (B, D).
 
         Without pooling (global_pool "") the same of every token, (B, N, num_classes).
+        Raises ValueError for anything but tokens.
         """
+        if isinstance(x, Tensor) and (x.ndim != 3 or x.shape[2] != self.config.embed_dim):
+            raise ValueError(
+                f"x is {tuple(x.shape)}: pass tokens (B, N, {self.config.embed_dim}), as "
+                "forward_features gives them"
+            )
         if self.config.global_pool:
             x = x[:, 1:].mean(dim=1) if self.config.global_pool == "avg" else x[:, 0]
         features = self.head_drop(self.fc_norm(x))

@@ -124,6 +124,8 @@ def hf_config_of(
         "use_mean_pooling": task in ("mim", "segmentation") or config.global_pool == "avg",
         "vocab_size": config.vocab_size,
     }
+    if not config.qkv_bias:
+        written["qkv_bias"] = False  # ours: transformers keeps it, and has zeros there
     if task in ("classifier", "segmentation"):
         labels = labels or [f"LABEL_{index}" for index in range(classes)]
         written["id2label"] = {str(index): name for index, name in enumerate(labels)}
@@ -134,6 +136,35 @@ def hf_config_of(
             raise ValueError(f"no taps are known for {config.depth} blocks: pass 4 block numbers")
         written["out_indices"] = list(taps)
     return written
+
+
+def transformers_differs(config: BeitConfig) -> str | None:
+    """What transformers makes of a model of this config that is not what we do, or None.
+
+    Seen in transformers 5 `modeling_beit.py`: a table is laid out as (width, height) before it is
+    resized, absolute positions as a square, and a pair as `patch_size` is divided by.
+    """
+    (height, width), square_patch = config.image_pixels, len(set(config.patch_pixels)) == 1
+    if not square_patch:
+        return (
+            f"transformers takes no patches of {config.patch_pixels} px: beit_fast reads these "
+            "files, transformers raises TypeError"
+        )
+    if config.grid[0] == config.grid[1]:
+        return None
+    if config.use_rel_pos_bias or config.use_shared_rel_pos_bias:
+        return (
+            f"{height}x{width} px are not square: transformers reads the table of relative "
+            "positions transposed there, so its outputs differ; beit_fast reads these files as "
+            "they are meant"
+        )
+    if config.use_abs_pos_emb:
+        return (
+            f"{height}x{width} px are not square: transformers takes positions for those of a "
+            "square and moves them or raises RuntimeError; beit_fast reads these files as they "
+            "are meant"
+        )
+    return None
 
 
 def mlp_ratio_of(hidden_dim: int, embed_dim: int) -> float:

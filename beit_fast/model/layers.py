@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from beit_fast.kernels._triton import TRITON_DTYPES
 from beit_fast.kernels.attention import attention_qkvpacked, rel_pos_attention_qkvpacked
 from beit_fast.kernels.drop_path import KeptSamples, draw_kept_samples, num_kept
 from beit_fast.kernels.fold import fold_layer_scale, fold_norm_affine
@@ -46,7 +47,7 @@ class PatchEmbed(nn.Module):
     matrix product it is: 10.8 ms against 12.3 (channels-last images: 14.3) forward and backward at
     B2-224 for Base, one core. Images that are patches already, (B, L, P), stay as they are.
     Raises ValueError for images of another size than the model's, or with `dynamic_img_size` of one
-    that patches do not divide.
+    that patches do not divide, and for another dtype (under autocast any of 16 or 32 bits will do).
     """
 
     def __init__(self, config: BeitConfig) -> None:
@@ -64,6 +65,7 @@ class PatchEmbed(nn.Module):
         self.patches_shape = (config.num_patches, config.patch_dim)
 
     def forward(self, images: Tensor) -> Tensor:
+        self._check_dtype(images)
         return linear(self.patches(images), self.proj.weight.flatten(1), self.proj.bias)
 
     def patches(self, images: Tensor) -> Tensor:
@@ -79,6 +81,26 @@ class PatchEmbed(nn.Module):
             return None
         (height, width), (patch_height, patch_width) = images.shape[2:], self.patch_pixels
         return height // patch_height, width // patch_width
+
+    def _check_dtype(self, images: Tensor) -> None:
+        weight = self.proj.weight.dtype
+        if images.dtype == weight:
+            return
+        device = images.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        if autocast and images.dtype in TRITON_DTYPES and weight in TRITON_DTYPES:
+            return
+        if images.is_floating_point():
+            remedy = (
+                f"pass images.to({weight}), or run under torch.autocast, which takes float32, "
+                "bfloat16 and float16"
+            )
+        else:
+            remedy = (
+                "pass normalised floats, (images.float() / 255 - mean) / std, or patches made by "
+                "beit_fast.kernels.patches.normalized_patches"
+            )
+        raise ValueError(f"the images are {images.dtype}, the model is {weight}: {remedy}")
 
     def _check(self, images: Tensor) -> None:
         channels, height, width = self.image_shape
@@ -123,7 +145,8 @@ class RelativePositionBias(nn.Module):
 class Attention(nn.Module):
     """Self-attention, biased by the block's own table where it has one plus the shared bias.
 
-    Queries and values have a trained bias, keys a hard zero: softmax would not see it.
+    Queries and values have a trained bias, keys a hard zero: softmax would not see it. With
+    `config.qkv_bias` False none has one.
     """
 
     def __init__(self, config: BeitConfig) -> None:
@@ -132,9 +155,10 @@ class Attention(nn.Module):
         self.grid = config.grid
         width = config.num_heads * config.head_dim
         self.qkv = Linear(config.embed_dim, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("k_bias", torch.zeros(width), persistent=False)
+        biased = config.qkv_bias
+        self.q_bias = nn.Parameter(torch.zeros(width)) if biased else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if biased else None
+        self.register_buffer("k_bias", torch.zeros(width) if biased else None, persistent=False)
         self.relative_position_bias_table = _table(config) if config.use_rel_pos_bias else None
         self.proj = Linear(width, config.embed_dim)
 
@@ -149,12 +173,11 @@ class Attention(nn.Module):
 
         grid (Gh, Gw) of the patches in x; None: the model's own.
         """
-        # 3 us of 45 ms at B2-N197-D768: a packed bias would save nothing, and cost its own names.
-        qkv_bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        qkv_bias = self.qkv_bias()
         if is_plain(self.qkv, Linear):
             qkv_BND3 = linear(x, self.qkv.weight, qkv_bias)
         else:  # hooked, or another layer in its place
-            qkv_BND3 = self.qkv(x) + qkv_bias
+            qkv_BND3 = self.qkv(x) if qkv_bias is None else self.qkv(x) + qkv_bias
         qkv_BN3HK = qkv_BND3.unflatten(2, (3, self.num_heads, -1))
         table = self.relative_position_bias_table
         if table is None:
@@ -166,6 +189,13 @@ class Attention(nn.Module):
             else:
                 out_BNHK = attention_qkvpacked(qkv_BN3HK, rel_pos_bias(table, grid) + shared_bias)
         return self.proj(select_rows(out_BNHK.flatten(2), rows))
+
+    def qkv_bias(self) -> Tensor | None:
+        """That of queries, keys and values, (3 H K,), or None."""
+        if self.q_bias is None:
+            return None
+        # 3 us of 45 ms at B2-N197-D768: a packed bias would save nothing, and cost its own names.
+        return torch.cat((self.q_bias, self.k_bias, self.v_bias))
 
 
 class Mlp(nn.Module):
@@ -310,10 +340,11 @@ class Block(nn.Module):
     ) -> Tensor:
         attn, folded = self.attn, {}
         if self._folds(self.norm1):
-            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-            weight, bias = fold_norm_affine(attn.qkv.weight, bias, *_parameters(self.norm1))
-            folded = dict(zip(("q_bias", "k_bias", "v_bias"), bias.chunk(3), strict=True))
-            folded["qkv.weight"] = weight
+            parameters = attn.qkv.weight, attn.qkv_bias(), *_parameters(self.norm1)
+            weight, bias = fold_norm_affine(*parameters)
+            folded = {"qkv.weight": weight}
+            if bias is not None:  # the norm's, where queries and values have none of their own
+                folded |= zip(("q_bias", "k_bias", "v_bias"), bias.chunk(3), strict=True)
         if self.config.fold_layer_scale and self.gamma_1 is not None:
             folded |= _scaled("proj", attn.proj, self.gamma_1)
         return _call(attn, folded, *_without_defaults(ln, shared_bias, rows, grid))

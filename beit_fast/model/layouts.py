@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from beit_fast.model.config import BeitConfig
+
 Layout = Literal["house", "hf4", "hf5"]
 LAYOUTS: tuple[Layout, ...] = ("house", "hf4", "hf5")
 
@@ -154,6 +156,19 @@ def from_house(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]
     if unknown:
         raise ValueError(f"{layout} has no name for {shorten(sorted(unknown))}: leave them out")
     return renamed
+
+
+def with_zero_biases(state: Mapping[str, Tensor], config: BeitConfig) -> dict[str, Tensor]:
+    """For transformers, which has no BEiT without them: the biases of queries and values, zero."""
+    if config.qkv_bias:
+        return dict(state)
+    whole = {}
+    for name, tensor in state.items():
+        if name.endswith(".attn.qkv.weight"):
+            stem = name.removesuffix("qkv.weight")
+            whole |= {f"{stem}{part}_bias": tensor.new_zeros(len(tensor) // 3) for part in "qv"}
+        whole[name] = tensor
+    return whole
 
 
 def missing_of_segmentation(names: Iterable[str]) -> list[str]:

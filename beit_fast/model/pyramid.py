@@ -83,9 +83,9 @@ class BeitFeaturePyramid(Beit):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...] | dict[str, Tensor]:
         """The four maps; patches (B, L, P) are of the config's grid."""
-        grid = self.patch_embed.grid_of(images) or self.config.grid
         outputs: list[Tensor] = []
         self._run(self.blocks[: max(self.taps) + 1], images, tap=outputs.append)
+        grid = self.patch_embed.grid_of(images) or self.config.grid
         maps = []
         for level, tap in enumerate(self.taps, 1):
             map_BDGG = outputs[tap][:, 1:].transpose(1, 2).unflatten(2, grid)

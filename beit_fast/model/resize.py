@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import exporting
+from beit_fast.kernels._triton import check_floating, exporting
 from beit_fast.kernels.rel_pos_bias import relative_position_rows
 
 
@@ -38,6 +38,7 @@ def resize_rel_pos_table(
     >>> resize_rel_pos_table(torch.zeros(732, 12), (14, 14), (24, 24)).shape
     torch.Size([2212, 12])
     """
+    check_floating(table=table)
     if table.ndim != 2 or len(table) != relative_position_rows(src_grid):
         raise ValueError(
             f"the table is {tuple(table.shape)}, one of a {src_grid[0]}x{src_grid[1]} grid has "
@@ -61,6 +62,7 @@ def resize_pos_embed(
     [CLS]'s position stays. Differentiable. Raises ValueError where `pos_embed` is not of
     `src_grid`. Source: unilm beit `run_class_finetuning.py`.
     """
+    check_floating(pos_embed=pos_embed)
     if pos_embed.ndim != 3 or pos_embed.shape[:2] != (1, 1 + src_grid[0] * src_grid[1]):
         raise ValueError(
             f"the positions are {tuple(pos_embed.shape)}, those of a {src_grid[0]}x{src_grid[1]} "

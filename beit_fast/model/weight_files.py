@@ -5,7 +5,6 @@ Nothing of a file is run: safetensors and JSON hold no code, and a pickle that n
 
 import argparse
 import hashlib
-import json
 import os
 import pickle
 import warnings
@@ -20,9 +19,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from beit_fast.files import drop, naming, refuse_other_kinds
+from beit_fast.model.description import (
+    MANIFEST,
+    Description,
+    description_of_metadata,
+    description_of_settings,
+    read_json,
+    step_of,
+)
 
 ROOT_KEYS = ("model", "module", "state_dict")  # unilm; DeepSpeed; mmseg
-CONFIG_KEY = "beit_fast.config"  # our BeitConfig as JSON, in the metadata of what we write
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -47,20 +53,20 @@ class WeightFile:
     """Tensors as they are named in the file, and what stands beside them."""
 
     tensors: dict[str, Tensor]
-    config: dict[str, Any] | None = None  # fields of our BeitConfig
+    said: Description = field(default_factory=Description)  # by a run or a file of ours
     hf_config: dict[str, Any] | None = None  # config.json
     path: Path = field(default_factory=Path)
-    classes: tuple[str, ...] | None = None  # their names, of a run of ours
 
 
 def read_weights(path: str | Path, *, key: str | None = None) -> WeightFile:
     """The tensors of a file or a folder, on the CPU, in the dtype they are stored in.
 
-    A file is .safetensors, an index of shards (.index.json), or anything `torch.save` wrote. A
-    folder is one of transformers or timm (config.json), a step of a run of ours, or the run's
-    output, of which the newest step is taken. `key` chooses the weights in a file that has more
-    than one set, "model_ema" in unilm's, "ema" in a run's; without it "model", "module" or
-    "state_dict", or the root.
+    A file is .safetensors, an index of shards (.index.json), or anything `torch.save` wrote; one
+    of a run's step is read with the manifest beside it. A folder is one of transformers or timm
+    (config.json), a step of a run of ours, or the run's output, of which the newest step is taken.
+    `key` chooses the weights in a file that has more than one set, "model_ema" in unilm's, "ema" in
+    a run's; without it "model", "module" or "state_dict", or the root. Values are as they are
+    stored, NaN too.
     Raises FileNotFoundError, and ValueError that names the file and what is wrong with it.
     """
     path = Path(path)
@@ -74,9 +80,13 @@ def read_weights(path: str | Path, *, key: str | None = None) -> WeightFile:
     refuse_other_kinds(path, "weights")
     if path.name.endswith(".index.json"):
         return WeightFile(_read_shards(path, key), path=path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, key)
-    return WeightFile(_read_torch(path, key), path=path)
+    if path.suffix != ".safetensors":
+        return _read_torch(path, key)
+    if key is not None:
+        raise ValueError(f"{path} holds one set of weights: pass no key ({key!r})")
+    if (step := step_of(path)) is not None:
+        return _read_run_step(step, path.stem)
+    return _read_safetensors(path)
 
 
 def write_weights(
@@ -110,31 +120,16 @@ def replace_file(path: Path, write) -> None:
         raise
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError that names the file."""
-    refuse_other_kinds(path, "JSON")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it anew") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object: copy it anew")
-    return content
-
-
 def _read_folder(path: Path, key: str | None) -> WeightFile:
-    steps = sorted(path.glob("checkpoints/step_" + "[0-9]" * 8))
-    if (path / "manifest.json").is_file():
-        return _read_run_step(path, key or "model")
-    if steps:
-        return _read_run_step(steps[-1], key or "model")
+    if (step := step_of(path)) is not None:
+        return _read_run_step(step, key or "model")
     weights = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
     if weights is None:
         raise ValueError(f"{path} holds none of {', '.join(_WEIGHTS)}: pass the file's own path")
     file = read_weights(weights, key=key)
     config = path / "config.json"
     hf_config = read_json(config) if config.is_file() else None
-    return WeightFile(file.tensors, file.config, hf_config, weights)
+    return WeightFile(file.tensors, file.said, hf_config, weights)
 
 
 def _read_run_step(path: Path, key: str) -> WeightFile:
@@ -142,11 +137,11 @@ def _read_run_step(path: Path, key: str) -> WeightFile:
 
     The optimiser's file, twice as large, stays unread.
     """
-    manifest = read_json(path / "manifest.json")
+    manifest = read_json(path / MANIFEST)
     settings, files = manifest.get("settings"), manifest.get("files")
     name = f"{key}.safetensors"
     if manifest.get("format") != 1 or not isinstance(files, dict) or not isinstance(settings, dict):
-        raise ValueError(f"{path / 'manifest.json'} is of another format: no step of a run of ours")
+        raise ValueError(f"{path / MANIFEST} is of another format: no step of a run of ours")
     if name not in files or Path(name).name != name:
         raise ValueError(f"{path} has {', '.join(sorted(files))}, no {name}: pass another key")
     if not (path / name).is_file():
@@ -156,33 +151,21 @@ def _read_run_step(path: Path, key: str) -> WeightFile:
             raise ValueError(
                 f"{path / name} is damaged: its SHA-256 is not the one it was saved with"
             )
-    weights = _read_safetensors(path / name, None)
-    model = settings.get("model")
-    classes = settings.get("classes")
-    return WeightFile(
-        weights.tensors,
-        model if isinstance(model, dict) else None,
-        path=path,
-        classes=tuple(map(str, classes)) if isinstance(classes, list) else None,
-    )
+    weights = _read_safetensors(path / name)
+    said = description_of_settings(settings, path / MANIFEST)
+    return WeightFile(weights.tensors, said, path=path)
 
 
-def _read_safetensors(path: Path, key: str | None) -> WeightFile:
-    if key is not None:
-        raise ValueError(f"{path} holds one set of weights: pass no key ({key!r})")
+def _read_safetensors(path: Path) -> WeightFile:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            text = (file.metadata() or {}).get(CONFIG_KEY)
+            metadata = file.metadata()
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}): copy or write it anew"
         ) from error
-    try:
-        config = None if text is None else dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: its config cannot be read ({error}): write it anew") from error
-    return WeightFile(tensors, config, None, path)
+    return WeightFile(tensors, description_of_metadata(metadata, path), path=path)
 
 
 def _read_shards(path: Path, key: str | None) -> dict[str, Tensor]:
@@ -205,7 +188,7 @@ def _read_shards(path: Path, key: str | None) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_torch(path: Path, key: str | None) -> dict[str, Tensor]:
+def _read_torch(path: Path, key: str | None) -> WeightFile:
     try:
         # unilm keeps its command line beside the weights, a plain record.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -237,7 +220,9 @@ def _read_torch(path: Path, key: str | None) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: these are no dense tensors: {', '.join(sorted(foreign)[:8])}; pass key"
         )
-    return dict(state)
+    # Beside unilm's root key, as in a safetensors file's metadata.
+    texts = {name: text for name, text in content.items() if isinstance(text, str)}
+    return WeightFile(dict(state), description_of_metadata(texts, path), path=path)
 
 
 def _is_dense(value: object) -> bool:

@@ -33,14 +33,14 @@ from beit_fast.data.centre_view import CropMode, Interpolation
 from beit_fast.data.views import HALF_MEAN, HALF_STD
 from beit_fast.model.checkpoint import load_pretrained
 from beit_fast.model.config import BeitConfig
+from beit_fast.model.description import Statistics, description_of, read_json, step_of
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.model.published import PUBLISHED, Published, published
 from beit_fast.model.read_checkpoint import Weights, read_checkpoint
-from beit_fast.model.weight_files import read_json, replace_file
+from beit_fast.model.weight_files import replace_file
 from beit_fast.tasks.classes import wordnet_ids
 from beit_fast.tasks.evaluation import default_crop_pct
 from beit_fast.tasks.pretrain import STATISTICS
-from beit_fast.train.state import MANIFEST, checkpoint_paths
 
 UNSTATED = "nothing says otherwise"
 PREPROCESSOR = "preprocessor_config.json"
@@ -87,6 +87,7 @@ class ClassifierConfig:
     checkpoint: Filled  # run or one of its steps, file, folder, published name
     weights: Which = "model"  # ema: the average that a run or a .pth file keeps beside them
     img_size: Side | None = None  # pixels; positions are resized to it
+    num_heads: Count | None = None  # where the checkpoint does not show it
     statistics: Literal["half", "imagenet"] | None = None  # mean and std of pixels
     crop_pct: Share | None = None  # kept share of the resized short side
     interpolation: Interpolation | None = None
@@ -114,15 +115,35 @@ class Classifier:
     path: str
 
 
-def open_weights(source: str | Path, which: Which = "model") -> Weights:
+def open_weights(
+    source: str | Path,
+    which: Which = "model",
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+) -> Weights:
     """Read a checkpoint: its weights, or with "ema" their average.
 
-    Raises ValueError where there is no average, and as `read_checkpoint` does.
+    `img_size` and `num_heads` count where the checkpoint leaves them open; what it leaves open all
+    the same is logged. Raises ValueError where there is no average, and where the checkpoint has
+    another number of heads, and as `read_checkpoint` does.
     """
+    weights = _read(source, which, {"img_size": img_size, "num_heads": num_heads})
+    if num_heads not in (None, weights.config.num_heads):
+        raise ValueError(
+            f"{source} has {weights.config.num_heads} heads, --num_heads is {num_heads}: leave it "
+            "out"
+        )
+    for guess in weights.guesses:
+        logger.warning("%s: %s", source, guess)
+    return weights
+
+
+def _read(source: str | Path, which: Which, unless_stated: Mapping[str, Any]) -> Weights:
     if which == "model":
-        return read_checkpoint(source)
+        return read_checkpoint(source, unless_stated=unless_stated)
     path = Path(source)
-    if step := run_step(path):
+    if step := step_of(path):
         if not (step / "ema.safetensors").is_file():
             raise ValueError(f"{step} has no average of the weights: pass --weights model")
         return read_checkpoint(step, key="ema")
@@ -131,7 +152,7 @@ def open_weights(source: str | Path, which: Which = "model") -> Weights:
             f"{source} has no average beside its weights: pass --weights model, or a run or a .pth "
             "file with model_ema"
         )
-    return read_checkpoint(path, key="model_ema")
+    return read_checkpoint(path, key="model_ema", unless_stated=unless_stated)
 
 
 def open_classifier(config: ClassifierConfig) -> Classifier:
@@ -141,13 +162,14 @@ def open_classifier(config: ClassifierConfig) -> Classifier:
     `open_weights` does.
     """
     source = config.checkpoint
-    weights = open_weights(source, config.weights)
+    given = {"img_size": config.img_size, "num_heads": config.num_heads}
+    weights = open_weights(source, config.weights, **given)
     if weights.task != "classifier":
         raise ValueError(f"{source} {_NO_CLASSES[weights.task].format(source=source)}")
     shape = weights.config
     if shape.in_chans != 3:
         raise ValueError(f"{source} takes {shape.in_chans} channels: images here have 3")
-    view = view_of(source, shape, config.img_size, **_chosen(config))
+    view = view_of(source, shape, config.img_size, said=weights.statistics, **_chosen(config))
     if config.img_size is not None:
         shape = dataclasses.replace(shape, img_size=config.img_size)
     model = BeitForImageClassification(shape).eval()
@@ -157,7 +179,7 @@ def open_classifier(config: ClassifierConfig) -> Classifier:
         model=model,
         classes=wordnet_ids(shape.num_classes) if by_number else weights.labels,
         view=view,
-        path=str(run_step(Path(source)) or source),
+        path=opened_path(source),
     )
 
 
@@ -165,16 +187,18 @@ def view_of(
     source: str | Path,
     config: BeitConfig,
     img_size: int | tuple[int, int] | None = None,
+    *,
+    said: Statistics | None = None,
     **chosen: Any,
 ) -> View:
     """What the checkpoint, or the folder it lies in, says of its images; else the original's.
 
-    `img_size` is another size than the checkpoint's: its crop is then the original's. `chosen` are
-    fields of `View` that are wanted otherwise. Raises ValueError for what no view here can be.
+    `img_size` is another size than the checkpoint's: its crop is then the original's. `said` are
+    the statistics that came with the weights, if they did. `chosen` are fields of `View` that are
+    wanted otherwise. Raises ValueError for what no view here can be.
     """
     usual = default_crop_pct(config.image_pixels if img_size is None else img_size)
-    views = (stated(source) for stated in (_of_run, _of_published, _of_folder))
-    fields = next(filter(None, views), {"origin": UNSTATED})
+    fields = _stated(source, said) or {"origin": UNSTATED}
     if img_size is not None and fields.get("crop_mode") != "squash":
         fields["crop_pct"] = usual
     if chosen:
@@ -183,13 +207,14 @@ def view_of(
 
 
 def write_image_processor(source: str | Path, folder: str | Path) -> Path | None:
-    """Beside a checkpoint written for transformers, what it needs to make images as here.
+    """Beside a checkpoint of `source` that `folder` holds for transformers, how images are made.
 
     Returns preprocessor_config.json, or None with a warning where transformers has no such
     transform: a centre that is not square.
     """
-    config = read_checkpoint(source).config
-    view, (height, width) = view_of(source, config), config.image_pixels
+    written = read_checkpoint(folder)
+    view = view_of(source, written.config, said=written.statistics)
+    height, width = written.config.image_pixels
     if height != width and view.crop_mode == "center":
         logger.warning(
             "transformers resizes no image to cover %dx%d: no preprocessor_config.json was written",
@@ -221,11 +246,24 @@ def write_image_processor(source: str | Path, folder: str | Path) -> Path | None
     return file
 
 
-def run_step(path: Path) -> Path | None:
-    """The step's folder that a run or a step of ours is read from; None: it is none of ours."""
-    if (path / MANIFEST).is_file():
-        return path
-    return next(reversed(checkpoint_paths(path)), None)
+def opened_path(source: str | Path) -> str:
+    """What is read of a source: of a run's folder the newest step, else the source."""
+    path = Path(source)
+    return str(step_of(path) or source) if path.is_dir() else str(source)
+
+
+def statistics_of(source: str | Path) -> Statistics | None:
+    """Mean and std of pixels in 0..1, or a name of them, that a checkpoint says; None: it does not.
+
+    Known of runs and safetensors files of ours, of published names, and of folders of
+    transformers' and timm's.
+    """
+    said = description_of(Path(source)).statistics
+    fields = _stated(source, said)
+    if fields is None or not {"mean", "std"} <= fields.keys():
+        return None
+    pair = fields["mean"], fields["std"]
+    return said if isinstance(said, str) and STATISTICS.get(said) == pair else pair
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
@@ -258,15 +296,18 @@ def _chosen(config: ClassifierConfig) -> dict[str, Any]:
     return chosen
 
 
-def _of_run(source: str | Path) -> dict[str, Any] | None:
-    step = run_step(Path(source))
-    if step is None:
-        return None
-    name = read_json(step / MANIFEST)["settings"].get("statistics")
-    if name not in STATISTICS:
-        return None
-    mean, std = STATISTICS[name]
-    return {"mean": mean, "std": std, "origin": "of the run"}
+def _stated(source: str | Path, said: Statistics | None) -> dict[str, Any] | None:
+    """Fields of the checkpoint's view, from the first of those who know of it."""
+    is_run = step_of(Path(source)) is not None
+    ours = _of_ours(said, "of the run" if is_run else f"of {Path(source).name}")
+    if is_run:
+        return ours
+    return _of_published(source) or _of_folder(source) or ours
+
+
+def _of_ours(said: Statistics | None, origin: str) -> dict[str, Any] | None:
+    pair = STATISTICS.get(said) if isinstance(said, str) else said
+    return None if pair is None else {"mean": pair[0], "std": pair[1], "origin": origin}
 
 
 def _of_published(source: str | Path) -> dict[str, Any] | None:

@@ -37,8 +37,9 @@ from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.tasks.check_images import check_test_images
+from beit_fast.tasks.checkpoints import statistics_of
 from beit_fast.tasks.evaluation import Classification, default_crop_pct, evaluate_classifier
-from beit_fast.tasks.finetune_init import starting_point, stated_statistics
+from beit_fast.tasks.finetune_init import starting_point
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.pretrain import STATISTICS
 from beit_fast.tasks.probes import split
@@ -364,7 +365,7 @@ def open_labelled(
 
 def check_statistics(config: FinetuneConfig) -> None:
     """Raise ValueError where the checkpoint is known to have seen pixels in other units."""
-    stated = stated_statistics(config.init) if config.init is not None else None
+    stated = statistics_of(config.init) if config.init is not None else None
     theirs = next((name for name, value in STATISTICS.items() if stated in (name, value)), None)
     if theirs not in (None, config.statistics):
         raise ValueError(

@@ -16,15 +16,14 @@ import torch
 from beit_fast.model.checkpoint import load_pretrained
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForImageClassification
-from beit_fast.model.published import PUBLISHED
 from beit_fast.model.read_checkpoint import Weights, read_checkpoint
-from beit_fast.model.weight_files import read_json
-from beit_fast.tasks.checkpoints import run_step, weights_digest
-from beit_fast.train.state import MANIFEST, newest_manifest
+from beit_fast.model.sizes import UnknownHeads
+from beit_fast.tasks.checkpoints import weights_digest
+from beit_fast.train.state import newest_manifest
 
 ARCHITECTURE = (
     *("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "attn_head_dim", "mlp_ratio"),
-    *("init_values", "use_abs_pos_emb", "norm_eps"),
+    *("qkv_bias", "init_values", "use_abs_pos_emb", "norm_eps"),
 )
 
 
@@ -47,9 +46,11 @@ def starting_point(
 ) -> Start:
     """The classifier of `wanted` with the weights of `init`, anything `read_checkpoint` reads.
 
-    What the checkpoint lacks starts as `seed` draws it, the head near 0. `output` is a run's: if it
-    was begun, and `init` has gone since, it goes on without. Raises ValueError where the folders do
-    not have the classes that `wanted` counts, and as `read_checkpoint` does.
+    What the checkpoint lacks starts as `seed` draws it, the head near 0. Where it does not say its
+    heads, `wanted` does if it has as many blocks of the same width; where its positions are as
+    many as the grid of `wanted` has, that is their grid. `output` is a run's: if it was begun, and
+    `init` has gone since, it goes on without. Raises ValueError where the folders do not have the
+    classes that `wanted` counts, and as `read_checkpoint` does.
     """
     if wanted.num_classes not in (0, len(classes)):
         raise ValueError(
@@ -62,7 +63,7 @@ def starting_point(
     if init is None:
         return Start(BeitForImageClassification(wanted), None, "from scratch: no init was given")
     try:
-        weights = read_checkpoint(init, key=key)
+        weights = _read(wanted, init, key)
     except (ValueError, OSError) as error:
         begun = newest_manifest(output) if output is not None and not Path(init).exists() else None
         if begun is None:
@@ -106,17 +107,15 @@ def architecture(wanted: BeitConfig, weights: Weights) -> BeitConfig:
     return dataclasses.replace(wanted, **fields)
 
 
-def stated_statistics(init: str) -> tuple[tuple[float, ...], tuple[float, ...]] | str | None:
-    """Mean and std, or the name of them, that a checkpoint was trained with; None: it does not say.
-
-    Known of runs of ours and of published names.
-    """
-    path = Path(init)
-    if step := run_step(path):
-        settings = read_json(step / MANIFEST).get("settings")
-        stated = settings.get("statistics") if isinstance(settings, dict) else None
-        return stated if isinstance(stated, str) else None
-    for name, entry in PUBLISHED.items():
-        if not path.exists() and init in (name, entry.hf_id):
-            return entry.mean, entry.std
-    return None
+def _read(wanted: BeitConfig, init: str, key: str | None) -> Weights:
+    try:
+        weights = read_checkpoint(init, key=key, unless_stated={"img_size": wanted.img_size})
+    except UnknownHeads as unknown:
+        if (wanted.embed_dim, wanted.depth) != unknown.sizes:
+            raise ValueError(
+                f"{unknown}: --model.num_heads of the checkpoint, with --model.embed_dim "
+                f"{unknown.sizes[0]} --model.depth {unknown.sizes[1]}, which say that it is meant"
+            ) from unknown
+        given = {"img_size": wanted.img_size, "num_heads": wanted.num_heads}
+        weights = read_checkpoint(init, key=key, unless_stated=given)
+    return weights

@@ -12,6 +12,7 @@ every epoch, which costs a pass of the encoder each. Learning rate, block and k 
 of the training images; test images are only counted.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,17 +35,19 @@ from beit_fast.checks import (
     Probability,
     Seed,
     Share,
+    Side,
     Threads,
     check_fields,
 )
 from beit_fast.data.class_folders import class_folders
 from beit_fast.files import naming
 from beit_fast.model.beit import Beit
+from beit_fast.model.checkpoint import load_pretrained
 from beit_fast.model.read_checkpoint import Weights
 from beit_fast.tasks.checkpoints import (
     UNSTATED,
     open_weights,
-    run_step,
+    opened_path,
     view_of,
     weights_digest,
 )
@@ -72,6 +75,8 @@ class ProbeConfig:
     test: Given = ""  # the same classes
     output: Filled  # folder of results, and of the features, which are kept
     weights: Literal["model", "ema", "random"] = "model"  # random: the same net untrained
+    img_size: Side | None = None  # pixels; positions are resized to it
+    num_heads: Count | None = None  # where the checkpoint does not show it
     statistics: Literal["half", "imagenet"] | None = None  # of pixels; null: the checkpoint's
     precision: Literal["fp32", "bf16"] = "bf16"  # of the encoder; features are stored in fp32
     crop_pct: Share | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
@@ -113,8 +118,9 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
 def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
     console = plain_console()
     random = config.weights == "random"
-    weights = open_weights(config.checkpoint, "model" if random else config.weights)
-    model, digest = load_encoder(weights, config.seed if random else None)
+    given = {"img_size": config.img_size, "num_heads": config.num_heads}
+    weights = open_weights(config.checkpoint, "model" if random else config.weights, **given)
+    model, digest = load_encoder(weights, config.seed if random else None, config.img_size)
     if model.config.in_chans != 3:
         raise ValueError(
             f"{config.checkpoint} takes {model.config.in_chans} channels, images have 3"
@@ -138,7 +144,7 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
             f"--knn asks for {max(config.knn)} neighbours, more than the images of {config.train} "
             "without those held out: give a smaller number"
         )
-    view = view_of(config.checkpoint, model.config)
+    view = view_of(config.checkpoint, model.config, said=weights.statistics)
     statistics = (view.mean, view.std)
     if config.statistics is not None:
         statistics = STATISTICS[config.statistics]
@@ -150,6 +156,8 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
     crop_pct = config.crop_pct
     if crop_pct is None:
         crop_pct = default_crop_pct(model.config.image_pixels)
+    # Heads that no tensor shows are not in the digest.
+    asked = {} if config.num_heads is None else {"num_heads": config.num_heads}
     features = {}
     for name, (source, labels, _) in data.items():
         folder = Path(config.output) / "features" / name
@@ -159,7 +167,7 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
             model,
             source,
             labels,
-            made_from={"weights": digest, "classes": names},
+            made_from={"weights": digest, "classes": names} | asked,
             statistics=statistics,
             crop_pct=crop_pct,
             precision=config.precision,
@@ -175,7 +183,7 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
         )
     result = probe_layers(features["train"], features["test"], len(names), config, world.device)
     result |= {
-        "checkpoint": str(run_step(Path(config.checkpoint)) or config.checkpoint),
+        "checkpoint": opened_path(config.checkpoint),
         "weights": config.weights,
         "classes": names,
         "num_train": len(features["train"].labels),
@@ -258,18 +266,23 @@ def split_rows(config: ProbeConfig, labels: Tensor) -> tuple[np.ndarray, np.ndar
     return split(labels, config.held_out, config.seed)
 
 
-def load_encoder(weights: Weights, seed: int | None = None) -> tuple[Beit, str]:
+def load_encoder(
+    weights: Weights, seed: int | None = None, img_size: int | tuple[int, int] | None = None
+) -> tuple[Beit, str]:
     """The encoder of a checkpoint of any task, without its head, and what identifies its weights.
 
-    With a `seed` its weights are new ones. It is in eval mode and fp32.
+    With a `seed` its weights are new ones; positions are resized to `img_size`. It is in eval mode
+    and fp32.
     """
     torch.manual_seed(seed or 0)
-    model = Beit(weights.config).eval()
+    config = weights.config
+    if img_size is not None:
+        config = dataclasses.replace(config, img_size=img_size)
+    model = Beit(config).eval()
     if seed is not None:
         return model, f"random, seed {seed}"
-    encoder = {name: weights.state[name] for name in model.state_dict()}
-    model.load_state_dict(encoder)
-    return model, weights_digest(encoder)
+    load_pretrained(model, weights)
+    return model, weights_digest({name: weights.state[name] for name in model.state_dict()})
 
 
 _TITLES = {"cls": "[CLS]", "mean": "patch mean"}

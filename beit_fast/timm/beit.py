@@ -36,7 +36,6 @@ for leaf in (Block, PatchEmbed, RelativePositionBias):  # their kernels are no g
 
 # Arguments of timm's Beit that have no counterpart here, and the only value they may have.
 FIXED = {
-    "qkv_bias": True,
     "swiglu_mlp": False,
     "scale_mlp": False,
     "pos_drop_rate": 0.0,
@@ -114,8 +113,8 @@ class BeitForTimm(BeitForImageClassification):
         config = self.config
         same = (
             *("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim"),
-            *("depth", "num_heads", "mlp_ratio", "drop_rate", "drop_path_rate", "init_values"),
-            *("use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"),
+            *("depth", "num_heads", "qkv_bias", "mlp_ratio", "drop_rate", "drop_path_rate"),
+            *("init_values", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"),
         )
         model = TimmBeit(
             **{name: getattr(config, name) for name in same},

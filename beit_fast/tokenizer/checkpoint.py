@@ -92,7 +92,16 @@ def tokenizer_digest(dvae: Dvae) -> str:
 
 
 def dvae_from_state(config: DvaeConfig, state: dict[str, Tensor]) -> Dvae:
-    """A frozen dVAE over `state` (not copied), whose names and shapes `infer_config` accepted."""
+    """A frozen dVAE over `state` (not copied), whose names and shapes `infer_config` accepted.
+
+    Raises ValueError for NaN or infinity: every token would be the same, and nothing would say so.
+    """
+    bad = sorted(name for name, tensor in state.items() if not _is_finite(tensor))
+    if bad:
+        raise ValueError(
+            f"{len(bad)} tensors of the tokenizer have NaN or infinity ({', '.join(bad[:5])}): "
+            "take weights from before its training diverged"
+        )
     with torch.device("meta"):
         dvae = Dvae(config)
     dvae.load_state_dict(state, strict=True, assign=True)
@@ -139,6 +148,11 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> DvaeConfig:
         shown = "; ".join(sorted(problems)[:5])
         raise ValueError(f"the tensors are not those of a dVAE, {len(problems)} differ: {shown}")
     return config
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum is finite only if all are; it may also overflow.
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
 def _read_config(metadata: dict[str, str] | None, path: Path) -> DvaeConfig:

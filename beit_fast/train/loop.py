@@ -38,6 +38,7 @@ from beit_fast.train.resume import Resume, find_resume, without_habits
 from beit_fast.train.state import (
     CheckpointError,
     checkpoint_paths,
+    metadata_of,
     save_checkpoint,
 )
 from beit_fast.train.step import Sentinel, TrainStep, autocast
@@ -183,7 +184,15 @@ def train(
                 if ema:
                     tensors["ema"] = ema.module.state_dict()
                 more = {"schedule": asdict(length), "history": resume.history if resume else []}
-                save_checkpoint(output, step, tensors, settings, keep=run.keep, **more)
+                save_checkpoint(
+                    output,
+                    step,
+                    tensors,
+                    settings,
+                    keep=run.keep,
+                    metadata=metadata_of(settings),
+                    **more,
+                )
             world.barrier()
 
         def draw(name: str) -> Path:

@@ -34,6 +34,12 @@ from beit_fast.flags import flag
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+# Keys in the metadata of weight files, as `beit_fast.model.description` reads them, and settings.
+DESCRIBED = {
+    "beit_fast.config": "model",
+    "beit_fast.classes": "classes",
+    "beit_fast.statistics": "statistics",
+}
 logger = logging.getLogger("beit_fast.train")
 
 
@@ -66,11 +72,13 @@ def save_checkpoint(
     settings: Mapping[str, Any],
     *,
     keep: int,
+    metadata: Mapping[str, str] = {},
     **more: Any,
 ) -> Path:
     """Write step `step`, then drop all but the newest `keep`. Returns the checkpoint's folder.
 
-    `more` are further entries of the manifest, as JSON has them.
+    Every weight file carries `metadata`, as `metadata_of` makes it. `more` are further entries of
+    the manifest, as JSON has them.
 
     Raises OSError, with the path and the free space, if it cannot be written; what was there
     before stays whole.
@@ -86,7 +94,8 @@ def save_checkpoint(
         digests = {}
         for stem, values in tensors.items():
             path = temporary / f"{stem}.safetensors"
-            save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, path)
+            content = {k: v.detach().cpu().contiguous() for k, v in values.items()}
+            save_file(content, path, metadata={"format": "pt", **metadata})
             path.chmod(0o666 & ~_umask())  # safetensors makes files only their owner can read
             digests[path.name] = _flush(path)
         manifest = {
@@ -116,6 +125,12 @@ def save_checkpoint(
         except OSError as error:
             logger.warning("old checkpoint %s was not deleted: %s", old, error)
     return final
+
+
+def metadata_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What a weight file says of itself where it is without its manifest, as JSON texts."""
+    named = {key: settings.get(setting) for key, setting in DESCRIBED.items()}
+    return {key: json.dumps(value) for key, value in named.items() if value is not None}
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -491,13 +491,13 @@ def test_shapes_that_do_not_fit_are_refused_by_name():
     x, branch, gamma, keep = inputs(True, True)
     with pytest.raises(ValueError, match="pass both as \\(B, N, D\\)"):
         scale_residual(x, branch[:, 1:])
-    with pytest.raises(ValueError, match="gamma is \\(63,\\): pass \\(64,\\)"):
+    with pytest.raises(ValueError, match=r"gamma is .* \(63,\): pass floats \(64,\)"):
         scale_residual(x, branch, gamma[1:])
-    with pytest.raises(ValueError, match="keep is \\(2,\\): pass \\(3,\\)"):
+    with pytest.raises(ValueError, match=r"keep is .* \(2,\): pass floats \(3,\)"):
         scale_residual(x, branch, gamma, keep[1:])
-    with pytest.raises(ValueError, match="the branch's bias is \\(63,\\)"):
+    with pytest.raises(ValueError, match=r"the branch's bias is .* \(63,\)"):
         scale_residual(x, branch, bias=gamma[1:])
-    with pytest.raises(ValueError, match="the norm's weight is \\(63,\\)"):
+    with pytest.raises(ValueError, match=r"the norm's weight is .* \(63,\)"):
         scale_residual_norm(x, branch, gamma[1:])
     with pytest.raises(ValueError, match="pass \\(B, N, D\\)"):
         layer_norm(x[0], gamma)

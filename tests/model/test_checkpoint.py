@@ -128,16 +128,15 @@ def test_timm_reads_what_we_convert_and_we_what_it_saves(
 ):
     import timm
 
-    # Vanilla's heads cannot be read from shapes: published ones have 64 channels.
-    widths = {"embed_dim": 64, "num_heads": 1} if overrides is VANILLA else {}
-    theirs = randomize(timm_beit(tiny(**overrides, **widths))).eval()
+    given = {"num_heads": 4} if overrides is VANILLA else {}  # no tensor shows them
+    theirs = randomize(timm_beit(tiny(**overrides))).eval()
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    ours = from_pretrained(tmp_path / "theirs.pth")
+    ours = from_pretrained(tmp_path / "theirs.pth", **given)
     batch = images()
     assert_agree(ours(batch), theirs(batch))
-    report = convert(tmp_path / "theirs.pth", tmp_path / f"ours.{suffix}", to="timm")
+    report = convert(tmp_path / "theirs.pth", tmp_path / f"ours.{suffix}", to="timm", **given)
     assert (report.left_out, report.read) == ((), report.written)
-    again = timm_beit(tiny(**overrides, **widths)).eval()
+    again = timm_beit(tiny(**overrides)).eval()
     timm.models.load_checkpoint(again, str(tmp_path / f"ours.{suffix}"), strict=True)
     assert_identical(again.state_dict(), theirs.state_dict())
 
@@ -223,8 +222,8 @@ def test_positions_are_resized_exactly(img_size, mim, tiny, randomize):
     expected = resize_rel_pos_table(table, (4, 4), model.config.grid)
     assert torch.equal(model.state_dict()[TABLE], expected)
     assert TABLE in report.resized
-    vanilla = randomize(Beit(tiny(**VANILLA, embed_dim=64, num_heads=1)))
-    larger = from_pretrained(vanilla.state_dict(), img_size=img_size)
+    vanilla = randomize(Beit(tiny(**VANILLA)))
+    larger = from_pretrained(vanilla.state_dict(), img_size=img_size, num_heads=4)
     expected = resize_pos_embed(vanilla.pos_embed, (4, 4), larger.config.grid)
     assert torch.equal(larger.pos_embed, expected)
 

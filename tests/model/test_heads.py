@@ -7,10 +7,13 @@ import torch.nn.functional as F
 
 from beit_fast.kernels import linear_argmax
 from beit_fast.kernels.linear_cross_entropy import masked_linear_cross_entropy
+from beit_fast.kernels.patches import normalized_patches
 from beit_fast.model import heads
+from beit_fast.model.beit import Beit
 from beit_fast.model.config import beit_config
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.layers import patchify
+from beit_fast.model.pyramid import BeitFeaturePyramid
 
 B, L, V = 3, 16, 24
 
@@ -337,3 +340,90 @@ def test_tokens_of_another_grid_are_refused_with_a_remedy(tiny):
     images, mask, index, tokens = masked_inputs()
     with pytest.raises(ValueError, match="one token per patch"):
         BeitForMaskedImageModeling(tiny()).loss(images, mask, index, tokens[:, 1:])
+
+
+# --- arguments that no model can take -------------------------------------------------------------
+
+MODELS = {
+    "encoder": Beit,
+    "mim": BeitForMaskedImageModeling,
+    "classifier": BeitForImageClassification,
+    "pyramid": BeitFeaturePyramid,
+}
+
+
+@pytest.mark.parametrize("kind", MODELS.values(), ids=MODELS)
+def test_images_of_another_dtype_are_refused_and_each_remedy_works(kind, tiny):
+    model = kind(tiny()).eval()
+    images = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
+    fields = {"patch_pixels": (8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    normalised = (images.float() / 255 - 0.5) / 0.5
+
+    def first(out):
+        return out[0] if isinstance(out, tuple) else out
+
+    wanted = first(model(normalised))
+    for dtype in (torch.uint8, torch.int64, torch.bool):
+        with pytest.raises(ValueError, match=rf"images are {dtype}, .*\.float\(\) / 255 - mean"):
+            model(images.to(dtype))
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(ValueError, match=rf"images are {dtype}"),
+        ):
+            model(images.to(dtype))
+    patches = normalized_patches(images.permute(0, 2, 3, 1).contiguous(), **fields)
+    torch.testing.assert_close(first(model(patches)), wanted)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        with pytest.raises(ValueError, match=rf"{dtype}, .*pass images\.to\(torch\.float32\)"):
+            model(normalised.to(dtype))
+        torch.testing.assert_close(
+            first(model(normalised.to(dtype).to(torch.float32))), wanted, rtol=0.1, atol=0.1
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            out = first(model(normalised.to(dtype)))
+            assert (out.float() - wanted).norm() / wanted.norm() < 0.05
+        with pytest.raises(ValueError, match=r"images are torch\.float64"):
+            model(normalised.double())
+    assert first(model.double()(normalised.double())).dtype == torch.float64
+    for other in (normalised.numpy(), list(normalised)):
+        with pytest.raises(TypeError, match=f"images are a {type(other).__name__}: pass a tensor"):
+            model(other)
+
+
+@pytest.mark.parametrize("predict", ["tokens", "pixels"])
+@pytest.mark.parametrize("skip_unread_rows", [False, True])
+def test_indices_masks_and_tokens_of_another_kind_are_refused(predict, skip_unread_rows, tiny):
+    model = BeitForMaskedImageModeling(tiny(predict=predict, skip_unread_rows=skip_unread_rows))
+    images, mask, index, tokens = masked_inputs(num_padding=0)
+
+    def loss(images=images, mask=mask, index=index, tokens=tokens):
+        arguments = (images, mask, index)
+        if predict == "tokens":
+            return model.loss(*arguments, tokens)
+        return model.pixel_loss(*arguments)
+
+    loss()
+    for wrong in (index[None], index.float(), index.bool(), torch.tensor(3, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"the index is .*pass int32 or int64 \(I,\)"):
+            loss(index=wrong)
+    for wrong in (mask.flatten(), mask[0], mask.int(), mask[None], mask[:, :3], torch.tensor(True)):
+        with pytest.raises(ValueError, match="mask"):
+            loss(mask=wrong)
+    with pytest.raises(ValueError, match=r"images are torch\.uint8"):
+        loss(images=torch.zeros(B, 3, 32, 32, dtype=torch.uint8))
+    if predict == "tokens":
+        for wrong in (tokens.float(), tokens.to(torch.uint8), tokens[0], tokens[..., None]):
+            with pytest.raises(ValueError, match=r"tokens|targets"):
+                loss(tokens=wrong)
+        assert model.predict(images, mask).shape == (B, L)
+        with pytest.raises(ValueError, match="mask"):
+            model.predict(images, mask.int())
+
+
+def test_the_head_takes_tokens_alone(tiny):
+    model = BeitForImageClassification(tiny())
+    for shape in ((2, 32), (2, 17, 31), (32,)):
+        with pytest.raises(ValueError, match=r"pass tokens \(B, N, 32\)"):
+            model.forward_head(torch.zeros(shape))
+    assert model.forward_head(torch.zeros(2, 17, 32)).shape == (2, 5)

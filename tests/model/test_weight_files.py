@@ -173,7 +173,7 @@ def test_a_step_of_a_run_is_read_against_its_digest(tmp_path):
     for path in (tmp_path, step):
         found = read_weights(path)
         assert_read(found.tensors)
-        assert found.config == {"depth": 2}
+        assert found.said.config == {"depth": 2}
     assert torch.equal(read_weights(tmp_path, key="ema").tensors["a"], old["a"])
     with pytest.raises(ValueError, match=r"no swa\.safetensors: pass another key"):
         read_weights(step, key="swa")

@@ -87,10 +87,12 @@ def test_every_layout_gives_the_same_classifier_and_the_names_it_can_hold(run_fo
     wanted = logits(opened(run_folder).model)
     for to, target, names in (
         ("hf", "hf", tuple(CLASSES)),
-        ("timm", "timm.safetensors", None),
-        ("unilm", "unilm.pth", None),
+        ("timm", "timm.safetensors", tuple(CLASSES)),
+        ("unilm", "unilm.pth", tuple(CLASSES)),
+        ("timm", "timm.pth", None),
     ):
-        convert(run_folder, tmp_path / target, to=to)
+        report = convert(run_folder, tmp_path / target, to=to)
+        assert ("has no place for config, classes" in str(report)) == (names is None)
         classifier = opened(tmp_path / target)
         assert logits(classifier.model).equal(wanted)
         assert classifier.classes == names

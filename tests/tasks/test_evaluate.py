@@ -70,12 +70,13 @@ def test_it_prints_the_worst_classes_and_writes_every_one(run_folder, folder, tm
 
 def test_conversion_changes_no_count(run_folder, folder, tmp_path):
     wanted = evaluate(run_folder, folder, output=tmp_path / "run.json")
-    convert(run_folder, tmp_path / "hf", to="hf")
-    again = evaluate(tmp_path / "hf", folder, output=tmp_path / "hf.json")
-    for name in ("top1", "top5", "loss", "classes"):
-        assert again[name] == wanted[name]
-    convert(run_folder, tmp_path / "unilm.pth", to="unilm")
-    assert main(["evaluate", str(tmp_path / "unilm.pth"), str(folder), *ALONE]) == 1
+    for to, target in (("hf", "hf"), ("unilm", "unilm.pth"), ("timm", "timm.safetensors")):
+        convert(run_folder, tmp_path / target, to=to)
+        again = evaluate(tmp_path / target, folder, output=tmp_path / f"{to}.json")
+        for name in ("top1", "top5", "loss", "classes"):
+            assert again[name] == wanted[name]
+    convert(run_folder, tmp_path / "timm.pth", to="timm")  # has no place for names
+    assert main(["evaluate", str(tmp_path / "timm.pth"), str(folder), *ALONE]) == 1
 
 
 def test_an_order_can_be_forced_and_changes_what_counts(run_folder, folder, tmp_path, capsys):
@@ -163,9 +164,9 @@ def test_classes_with_any_name_are_printed_as_they_are(run_folder, folder, tmp_p
     assert sorted(map(os.fsencode, said_names)) == sorted(names)
 
 
-def test_weights_that_are_not_finite_are_no_hits_and_valid_json(folder, tmp_path, capsys):
+def test_scores_that_are_not_finite_are_no_hits_and_valid_json(folder, tmp_path, capsys):
     model = tiny_classifier(replace(TINY_CLASSIFIER, num_classes=3))
-    torch.nn.init.constant_(model.head.bias, float("nan"))
+    torch.nn.init.constant_(model.fc_norm.weight, 3e38)  # scores overflow
     torch.save({"model": model.state_dict()}, tmp_path / "nan.pth")
     result = evaluate(tmp_path / "nan.pth", folder, output=tmp_path / "nan.json")
     assert (result["top1"], result["loss"]) == (0.0, None)

@@ -22,6 +22,7 @@ from beit_fast.data.augment import AugmentConfig
 from beit_fast.data.views import normalize
 from beit_fast.model.checkpoint import convert
 from beit_fast.model.config import BeitConfig
+from beit_fast.model.read_checkpoint import read_checkpoint
 from beit_fast.tasks import check_images
 from beit_fast.tasks.finetune import (
     FinetuneConfig,
@@ -176,6 +177,11 @@ def test_a_run_is_read_back_converted_and_fine_tuned_further(finetune_config, tm
     assert isinstance(model, BeitForImageClassification)
     for name, value in result.train.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
+    lone = read_checkpoint(
+        shutil.copy(result.train.checkpoint / "model.safetensors", tmp_path / "lone.safetensors")
+    )
+    assert (lone.config, lone.labels) == (result.train.model.config, tuple(CLASSES))
+    assert lone.statistics == "half"
     convert(str(tmp_path / "run"), tmp_path / "hf", to="hf")
     labels = json.loads((tmp_path / "hf" / "config.json").read_text())["id2label"]
     assert list(labels.values()) == CLASSES

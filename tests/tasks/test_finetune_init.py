@@ -9,7 +9,8 @@ from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.published import PUBLISHED
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
-from beit_fast.tasks.finetune_init import starting_point, stated_statistics
+from beit_fast.tasks.checkpoints import statistics_of
+from beit_fast.tasks.finetune_init import starting_point
 from beit_fast.train.state import save_checkpoint
 
 TINY = BeitConfig(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, vocab_size=16)
@@ -124,10 +125,10 @@ def test_a_head_stays_for_its_own_classes_alone(run):
 
 
 def test_what_a_checkpoint_was_trained_with_is_known_of_runs_and_published_names(mim, run):
-    assert stated_statistics(run[1]) == "imagenet"
-    assert stated_statistics(mim[1]) is None
+    assert statistics_of(run[1]) == "imagenet"
+    assert statistics_of(mim[1]) is None
     entry = PUBLISHED["beit_base_patch16_224_pt1k_800ep"]
-    assert stated_statistics(entry.name) == (entry.mean, entry.std)
+    assert statistics_of(entry.name) == (entry.mean, entry.std)
 
 
 def test_what_does_not_fit_is_refused_with_the_remedy(mim, tmp_path):

@@ -344,12 +344,18 @@ def test_every_layout_and_task_gives_the_encoders_features(config, run_folder, t
     save_checkpoint(tmp_path / "tuned", 1, {"model": tuned.state_dict()}, settings, keep=1)
     convert(source, tmp_path / "hf", to="hf")
     convert(source, tmp_path / "unilm.safetensors", to="unilm")
-    for name in ("tuned", "hf", "unilm.safetensors"):
+    convert(source, tmp_path / "timm.pth", to="timm")
+    # A file that says nothing of itself, whose grid is not square.
+    for name, given in (
+        ("tuned", {}),
+        ("hf", {}),
+        ("unilm.safetensors", {}),
+        ("timm.pth", {"img_size": TINY.img_size}),
+    ):
         capsys.readouterr()
-        result = run_probe(
-            replace(config, checkpoint=str(tmp_path / name), output=str(tmp_path / f"of {name}"))
-        )
+        paths = {"checkpoint": str(tmp_path / name), "output": str(tmp_path / f"of {name}")}
+        result = run_probe(replace(config, **paths, **given))
         assert result["layers"] == wanted
-        assert ("does not say the mean" in capsys.readouterr().out) == (name != "tuned")
+        assert ("does not say the mean" in capsys.readouterr().out) == (name == "timm.pth")
     with pytest.raises(ValueError, match=r"mean was \[0.5, 0.5, 0.5\], is \[0.485"):
         run_probe(replace(config, statistics="imagenet"))

@@ -56,6 +56,14 @@ def test_weights_in_channels_last_order_or_half_precision_survive(tmp_path, tiny
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_tokenizer_that_diverged_is_refused_by_name(path, value):
+    name = "encoder.blocks.output.conv.b"
+    rewrite(path, lambda tensors: tensors[name].view(-1)[:2].fill_(value))
+    with pytest.raises(ValueError, match=rf"1 tensors .* NaN or infinity \({name}\)"):
+        load_tokenizer(path)
+
+
 def test_metadata_is_json_and_says_where_the_weights_came_from(tmp_path, tiny):
     path = tmp_path / "tokenizer.safetensors"
     save_tokenizer(tiny, path, source={"run": "a run"})
