@@ -1,6 +1,6 @@
 """Every image once, in order, as one batch of views after another: how anything is counted."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +11,7 @@ from beit_fast.data.datasets import ImageSource
 from beit_fast.data.decode import BadImageError, decode_fast
 
 _AT_ONCE = 1024  # images handed to the threads
+_NAMED = 5  # images in an error
 
 
 def unusable_images(
@@ -40,6 +41,16 @@ def unusable_images(
                 if why is not None:
                     found[source.name(index)] = why
     return found
+
+
+def name_unusable(unusable: Mapping[str, str], num_images: int, kind: str = "images") -> str:
+    """The error of images that all count, the first by name."""
+    named = "; ".join(f"{name} ({why})" for name, why in [*unusable.items()][:_NAMED])
+    more = f" and {len(unusable) - _NAMED} more" if len(unusable) > _NAMED else ""
+    return (
+        f"{len(unusable)} of {num_images} {kind} cannot be used: {named}{more}. Repair or remove "
+        "them: every one counts, so none is left out"
+    )
 
 
 def batches_in_order(

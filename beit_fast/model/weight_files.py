@@ -195,11 +195,13 @@ def _read_torch(path: Path, key: str | None) -> WeightFile:
             warnings.simplefilter("ignore")  # of protocols torch.save does not write
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), None)
-        reason = reason or str(error).splitlines()[0]
+        # torch's own text begins with the advice to read it without care, which is not ours.
+        lines = str(error).splitlines()
+        reasons = [line for line in lines if "GLOBAL" in line or line.startswith("Unsupported")]
+        reason = reasons[0].strip().partition(". ")[0] if reasons else "no pickle of tensors"
         raise ValueError(
-            f"{path} needs code of its own to be read, or is damaged ({reason.strip()}): nothing "
-            "of it was run; save its state dict alone where you trust it, "
+            f"{path} needs code of its own to be read, or is damaged ({reason}): "
+            "nothing of it was run; save its state dict alone where you trust it, "
             "torch.save({'model': state_dict}, ...)"
         ) from error
     except _DAMAGE as error:

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 from beit_fast.data.datasets import ImageSource
-from beit_fast.data.in_order import unusable_images
+from beit_fast.data.in_order import name_unusable, unusable_images
 from beit_fast.files import naming
 from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted, heed_stop
 
 REMEMBERED = "test_images.json"
-NUM_NAMED = 10
 PLACE = "while looking at the test images"
 
 
@@ -36,12 +35,7 @@ def check_test_images(source: ImageSource, *, num_threads: int, world: World, fo
         raise Interrupted(signum, PLACE)
     bad = {name: why for part in parts for name, why in part.items()}
     if bad:
-        named = "; ".join(f"{name} ({why})" for name, why in list(bad.items())[:NUM_NAMED])
-        more = f" and {len(bad) - NUM_NAMED} more" if len(bad) > NUM_NAMED else ""
-        raise ValueError(
-            f"{len(bad)} of {len(source)} test images cannot be used: {named}{more}. Repair or "
-            "remove them: every test image counts, so none is left out"
-        )
+        raise ValueError(name_unusable(bad, len(source), "test images"))
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         with naming(remembered):

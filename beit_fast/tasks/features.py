@@ -27,7 +27,7 @@ from torch import Tensor
 from beit_fast.data.centre_view import centre_view
 from beit_fast.data.datasets import ImageFolder
 from beit_fast.data.decode import BadImageError
-from beit_fast.data.in_order import batches_in_order, unusable_images
+from beit_fast.data.in_order import batches_in_order, name_unusable, unusable_images
 from beit_fast.data.loader import BadSamples
 from beit_fast.files import drop, naming
 from beit_fast.kernels.patches import normalized_patches
@@ -110,11 +110,7 @@ def cached_features(
             between=lambda: heed_stop("while looking at the test images"),
         )
     if unusable:
-        named = "; ".join(f"{name} ({reason})" for name, reason in unusable.items())
-        raise ValueError(
-            f"{len(unusable)} of {len(source)} images cannot be used: {named}: repair or remove "
-            "them; every image counts, so none is left out"
-        )
+        raise ValueError(name_unusable(unusable, len(source)))
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{FEATURES}"
     array = _allocate(temporary, shape)
