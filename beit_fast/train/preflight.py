@@ -1,6 +1,5 @@
 """What would stop a run, found before its first step: or before that of the stage before it."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping
@@ -96,7 +95,7 @@ def check_output_file(path: Path, setting: str = "output") -> None:
     if path.is_dir():
         raise OSError(
             f"{path} is a folder, and a file is to be written: pass {flag(setting)} "
-            f"{os.path.join(path, 'result.json')}, for example"
+            f"{path / 'result.json'}, for example"
         )
     check_writable(path.parent, setting)
 
