@@ -161,6 +161,8 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         # A sum is finite only if all are; it may also overflow, and then it is counted.
         is_number = tensor.is_floating_point() and not tensor.is_meta
+        if is_number and tensor.itemsize == 1:
+            tensor = tensor.float()  # torch adds up no fp8
         if is_number and not tensor.sum().isfinite() and (n := int((~tensor.isfinite()).sum())):
             bad[name] = n
     if bad:
