@@ -96,7 +96,7 @@ def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None) -> T
     if bias is None:
         return logits_BHNM
     bias_GHNM = bias if bias.ndim == 4 else bias[None]
-    return logits_BHNM + bias_GHNM.repeat(B // len(bias_GHNM), 1, 1, 1)
+    return logits_BHNM + bias_GHNM.repeat(B // bias_GHNM.shape[0], 1, 1, 1)
 
 
 # The operators. `bias` is dense, or a table (R, H) where `grid` is [Gh, Gw] and not []; `backend`

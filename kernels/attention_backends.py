@@ -116,7 +116,8 @@ def attention_sdpa(
     B, N, H, K = q.shape
     if bias is not None and not torch.is_grad_enabled():
         bias = bias.detach()  # SDPA looks at requires_grad alone, and takes twice the time
-    if bias is None or len(bias) == 1:
+    G = 1 if bias is None else bias.shape[0]  # `len` would make a number of an exporter's symbol
+    if G in (1, B):
         mask = None if bias is None else bias.to(q.dtype)
         q_BHNK, k_BHMK, v_BHMK = (t.transpose(1, 2) for t in (q, k, v))
         out_BHNK = F.scaled_dot_product_attention(
@@ -126,7 +127,6 @@ def attention_sdpa(
         # Strides are the implementation's, and a program may run on another one: ONNX does.
         return out_BNHK.clone(memory_format=torch.contiguous_format) if exporting() else out_BNHK
     # The groups become heads: image b has the bias of group b mod G.
-    G = len(bias)
     q_IXNK, k_IXMK, v_IXMK = (
         t.unflatten(0, (-1, G)).transpose(2, 3).flatten(1, 2) for t in (q, k, v)
     )

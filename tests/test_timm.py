@@ -10,6 +10,7 @@ import torch
 from timm.models.beit import Beit as TimmBeit
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
 
 import beit_fast.timm
 from beit_fast.model.beit import Beit
@@ -17,7 +18,7 @@ from beit_fast.model.checkpoint import load_pretrained
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.model.read_checkpoint import read_checkpoint
-from beit_fast.timm import CONFIGS, BeitForTimm
+from beit_fast.timm import CONFIGS, LEAVES, BeitForTimm
 
 NARROW = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 TEST = "beit_fast_test_patch16_160"
@@ -322,10 +323,15 @@ def test_a_script_and_a_graph_compute_the_same(qkv_bias):
     torch.testing.assert_close(scripted(images), model(images))
     scripted(images).sum().backward()  # the parameters are the model's own
     assert all(parameter.grad is not None for parameter in model.parameters())
-    nodes = timm.models.create_feature_extractor(model, {"blocks.1": "taps", "head": "logits"})
-    found = nodes(images)
-    torch.testing.assert_close(found["logits"], model(images))
-    torch.testing.assert_close(found["taps"], model.forward_features(images))
+    names = {"blocks.1": "taps", "head": "logits"}
+    options = {"tracer_kwargs": {"leaf_modules": LEAVES}}
+    for nodes in (
+        timm.models.create_feature_extractor(model, names),
+        torchvision_extractor(model, names, **options),
+    ):
+        found = nodes(images)
+        torch.testing.assert_close(found["logits"], model(images))
+        torch.testing.assert_close(found["taps"], model.forward_features(images))
 
 
 def test_models_copy_pickle_and_start_on_the_meta_device():

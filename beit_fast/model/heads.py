@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from beit_fast.kernels._triton import check_product
 from beit_fast.kernels.gather_norm import check_index
 from beit_fast.kernels.gather_rows import gather_rows
 from beit_fast.kernels.linear_argmax import linear_argmax
@@ -157,17 +158,26 @@ class BeitForImageClassification(Beit):
         """Tokens (B, N, D) to logits (B, num_classes), or with `pre_logits` to features (B, D).
 
         Without pooling (global_pool "") the same of every token, (B, N, num_classes).
-        Raises ValueError for anything but tokens.
+        Raises ValueError for anything but tokens, and for another dtype than the head's.
         """
-        if isinstance(x, Tensor) and (x.ndim != 3 or x.shape[2] != self.config.embed_dim):
-            raise ValueError(
-                f"x is {tuple(x.shape)}: pass tokens (B, N, {self.config.embed_dim}), as "
-                "forward_features gives them"
-            )
+        if isinstance(x, Tensor):
+            self._check_head_takes(x)
         if self.config.global_pool:
             x = x[:, 1:].mean(dim=1) if self.config.global_pool == "avg" else x[:, 0]
         features = self.head_drop(self.fc_norm(x))
         return features if pre_logits else self.head(features)
+
+    def _check_head_takes(self, x: Tensor) -> None:
+        D = self.config.embed_dim
+        if x.ndim != 3 or x.shape[2] != D or not x.is_floating_point():
+            raise ValueError(
+                f"x is {x.dtype} {tuple(x.shape)}: pass tokens (B, N, {D}), floats, as "
+                "forward_features gives them"
+            )
+        weights = (getattr(part, "weight", None) for part in (self.fc_norm, self.head))
+        first = next((weight for weight in weights if isinstance(weight, Tensor)), x)
+        if x.dtype != first.dtype:
+            check_product(x=x, weight=first)
 
     @property
     def num_classes(self) -> int:

@@ -114,7 +114,7 @@ def read_checkpoint(
                 taps = taps_of_hf_config(hf_config)
             except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
                 raise ValueError(f"config.json is damaged ({error}): copy it anew") from error
-            _drop_zero_biases(state, hf_config)
+        _drop_zero_biases(state, of_file if hf_config is None else hf_config)
         stated = of_file | stated
         task = task_of(state)
         config, guesses = _config_of(state, task, layout, stated, unless_stated)
@@ -161,6 +161,8 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         # A sum is finite only if all are; it may also overflow, and then it is counted.
         is_number = tensor.is_floating_point() and not tensor.is_meta
+        if is_number and tensor.itemsize == 1:
+            tensor = tensor.float()  # torch adds up no fp8
         if is_number and not tensor.sum().isfinite() and (n := int((~tensor.isfinite()).sum())):
             bad[name] = n
     if bad:
@@ -245,10 +247,13 @@ def _config_of(
     return BeitConfig(**fields), tuple(guesses)
 
 
-def _drop_zero_biases(state: dict[str, Tensor], hf_config: Mapping[str, Any]) -> None:
-    """Take out the zeros that stand for no biases where transformers has no model without them."""
+def _drop_zero_biases(state: dict[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Take out the zeros that stand for no biases where transformers has no model without them.
+
+    config: config.json's, or without one the fields that the file itself says.
+    """
     names = [name for name in state if name.endswith((".attn.q_bias", ".attn.v_bias"))]
-    if hf_config.get("qkv_bias") is False and not any(state[name].any() for name in names):
+    if config.get("qkv_bias") is False and not any(state[name].any() for name in names):
         for name in names:
             del state[name]
 

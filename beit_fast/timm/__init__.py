@@ -10,6 +10,6 @@ what `pretrained=True` loads here, its positions resized as unilm does (`model/r
 as timm does.
 """
 
-from beit_fast.timm.beit import CONFIGS, BeitForTimm, checkpoint_filter_fn
+from beit_fast.timm.beit import CONFIGS, LEAVES, BeitForTimm, checkpoint_filter_fn
 
-__all__ = ["CONFIGS", "BeitForTimm", "checkpoint_filter_fn"]
+__all__ = ["CONFIGS", "LEAVES", "BeitForTimm", "checkpoint_filter_fn"]

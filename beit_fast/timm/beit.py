@@ -31,7 +31,9 @@ from beit_fast.model.layouts import to_house
 from beit_fast.model.published import PUBLISHED
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 
-for leaf in (Block, PatchEmbed, RelativePositionBias):  # their kernels are no graph of torch.fx
+# Their kernels are no graph of torch.fx. timm's tracer knows them from here, others are told.
+LEAVES: list[type[nn.Module]] = [Block, PatchEmbed, RelativePositionBias]
+for leaf in LEAVES:
     register_notrace_module(leaf)
 
 # Arguments of timm's Beit that have no counterpart here, and the only value they may have.

@@ -79,6 +79,20 @@ def test_a_mask_goes_through_the_compiler_in_one_graph(device):
     assert_same(compiled(q, k, v, mask), by_torch(q, k, v, mask), (q, k, v))
 
 
+@pytest.mark.parametrize("with_lse", [False, True], ids=["out", "lse"])
+def test_a_mask_of_every_image_is_exported_for_any_number_of_them(with_lse):
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v, mask):
+            return attention(q, k, v, mask, return_lse=with_lse)
+
+    module, batch = Attention(), {0: torch.export.Dim("batch")}
+    tensors = [t.detach() for t in inputs("cpu")]
+    arguments = (*tensors, random_mask((B, 1, 1, M), "cpu"))
+    program = torch.export.export(module, arguments, dynamic_shapes=(batch,) * 4)
+    twice = [torch.cat((t, t.flip(0))) for t in arguments]
+    torch.testing.assert_close(program.module()(*twice), module(*twice), rtol=1e-5, atol=1e-6)
+
+
 def test_under_autocast_a_mask_takes_the_dtype_of_the_queries(device):
     q, k, v = inputs(device)
     mask = random_mask((N, M), device)

@@ -294,3 +294,14 @@ def test_large_values_are_finite(tiny):
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight.fill_(60000)  # their sum is infinite in fp16
     read_checkpoint(model.state_dict())
+
+
+def test_fp8_in_a_file_is_read_and_its_nan_is_said(tiny):
+    model = BeitForImageClassification(tiny())
+    state, name = model.state_dict(), "blocks.0.mlp.fc1.weight"
+    state[name] = state[name].to(torch.float8_e4m3fn)
+    again = from_pretrained(state)
+    assert again.state_dict()[name].equal(state[name].float())
+    state[name][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=rf"NaN or infinite: {name} \(1 of"):
+        from_pretrained(state)

@@ -427,3 +427,15 @@ def test_the_head_takes_tokens_alone(tiny):
         with pytest.raises(ValueError, match=r"pass tokens \(B, N, 32\)"):
             model.forward_head(torch.zeros(shape))
     assert model.forward_head(torch.zeros(2, 17, 32)).shape == (2, 5)
+    for wrong in (torch.int64, torch.bool):
+        with pytest.raises(ValueError, match=rf"x is {wrong} \(2, 17, 32\): pass tokens"):
+            model.forward_head(torch.zeros(2, 17, 32, dtype=wrong))
+    features = BeitForImageClassification(tiny(num_classes=0))
+    for head in (model, features):
+        with pytest.raises(ValueError, match=r"x is torch\.float64, weight is torch\.float32"):
+            head.forward_head(torch.zeros(2, 17, 32).double())
+    half = torch.zeros(2, 17, 32, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"run under torch\.autocast"):
+        model.forward_head(half)
+    with torch.autocast(half.device.type, torch.bfloat16):
+        assert model.forward_head(half).shape == (2, 5)

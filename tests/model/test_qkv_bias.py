@@ -137,6 +137,13 @@ def test_every_layout_holds_it_and_gives_it_back(to, name, unbiased, tmp_path):
     assert not from_pretrained(tmp_path / name).config.qkv_bias
 
 
+def test_a_folders_file_alone_has_none_either(unbiased, tmp_path):
+    file = save_pretrained(unbiased, tmp_path) / "model.safetensors"
+    assert from_pretrained(file).config == unbiased.config
+    convert(file, tmp_path / "again.pth", to="unilm")
+    assert read_checkpoint(tmp_path / "again.pth").state.keys() == unbiased.state_dict().keys()
+
+
 def test_transformers_reads_zeros_and_trained_ones_come_back(unbiased, tmp_path, assert_agree):
     from transformers import BeitForImageClassification as Theirs
 
