@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from beit_fast.flags import flags_of
-from beit_fast.tasks.dvae import DvaeTrainingConfig, finished_tokenizer, train_tokenizer
+from beit_fast.tasks.dvae import (
+    TOKENIZER,
+    DvaeTrainingConfig,
+    finished_tokenizer,
+    train_tokenizer,
+)
 from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask, TokensToCome
 from beit_fast.tasks.sources import describe_source, say, task_settings
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
@@ -16,6 +21,7 @@ from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
 from beit_fast.train.parallel import World, open_world
 from beit_fast.train.preflight import check_run
+from beit_fast.train.state import CheckpointError, newest_manifest
 from beit_fast.train.stop import stop_signals
 from beit_fast.viz.curves import draw_curves
 
@@ -60,6 +66,7 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
                 unknown={"tokenizer"},
                 step=True,
             )
+            keep_tokenizer(stage, config)
             tokenizer = load_tokenizer(train_first(stage, world))
             stop.leave(world, "between the tokenizer's training and BEiT's")
             task.use(tokenizer)
@@ -109,6 +116,30 @@ def open_tokenizer(config: PretrainConfig, world: World) -> Dvae | None:
     if stage is None:
         return load_tokenizer(config.tokenizer)
     return load_tokenizer(finished_tokenizer(stage) or train_first(stage, world))
+
+
+def keep_tokenizer(stage: DvaeTrainingConfig, config: PretrainConfig) -> None:
+    """Raise CheckpointError where more training would write over the tokenizer that BEiT's
+    checkpoints were trained with: BEiT could not go on, and the tokenizer would be gone."""
+    trained = newest_manifest(Path(config.run.output))
+    before = newest_manifest(Path(stage.run.output))
+    file = Path(stage.run.output) / TOKENIZER
+    if trained is None or before is None or not file.is_file():
+        return
+    if "tokenizer" in config.run.resume_with:
+        return
+    more = stage.run.resume_from is not None
+    if stage.run.steps is not None:
+        more = more or before["step"] < stage.run.steps
+    else:
+        more = more or before["settings"]["run"].get("epochs") != stage.run.epochs
+    if more and tokenizer_digest(load_tokenizer(file)) == trained["settings"].get("tokenizer"):
+        raise CheckpointError(
+            f"{file} would be trained on and written over, and the checkpoints in "
+            f"{config.run.output} were trained with it as it is: restore the settings of "
+            "--tokenizer_training, give another --run.output, or accept another tokenizer from "
+            "here on: --run.resume_with '[tokenizer]'"
+        )
 
 
 def train_first(stage: DvaeTrainingConfig, world: World) -> Path:

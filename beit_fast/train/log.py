@@ -70,22 +70,28 @@ class Meter:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, one a step: a step's evaluation is a line of its own there.
 
-    A last line cut short by a crash is left out. Raises ValueError that names the file and the line
-    for one that is no step's metrics.
+    A line cut short, by a crash or a full disk, is left out. Raises ValueError that names the file
+    and the line for one that is no step's metrics.
     """
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}, line {number} is of no step: remove it")
+    for _, record in _records(path):
         if records and records[-1]["step"] == record["step"]:
             records[-1] |= record
         else:
             records.append(record)
     return records
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The whole lines of a `metrics.jsonl`, each with what it holds."""
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}, line {number} is of no step: remove it")
+        yield line, record
 
 
 class Log:
@@ -121,10 +127,10 @@ class Log:
     def _keep_lines_up_to(self, step: int) -> None:
         if not self._path.exists():
             return
-        kept = [r for r in read_metrics(self._path) if r["step"] <= step]
+        kept = [line for line, record in _records(self._path) if record["step"] <= step]
         temporary = self._path.with_suffix(".tmp")
         with naming(self._path):
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             temporary.replace(self._path)
 
     def tick(self, num_images: int) -> None:

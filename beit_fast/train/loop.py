@@ -269,7 +269,7 @@ def train(
             model=ema.module if ema else task.model,
             checkpoint=checkpoint_paths(output)[-1],
             picture=picture,
-            num_steps=num_steps,
+            num_steps=max(start, num_steps),  # a run may have been asked for fewer than it has
             failed=tuple(aside.failed),
         )
 

@@ -128,6 +128,23 @@ def test_a_finished_tokenizer_is_taken_as_it_is(two_stages, tmp_path, monkeypatc
         run_pretraining(two_stages({"dvae": {"encoder_width": 16}}))
 
 
+def test_a_tokenizer_that_beit_was_trained_with_is_not_written_over(two_stages, tmp_path):
+    run_pretraining(two_stages(run={"steps": 3}))
+    file = tmp_path / "run" / "tokenizer" / "tokenizer.safetensors"
+    written, more = file.read_bytes(), {"run": {"steps": 5}}
+    with pytest.raises(CheckpointError, match=r"--run\.resume_with '\[tokenizer\]'"):
+        run_pretraining(two_stages(more, run={"steps": 4}))
+    assert file.read_bytes() == written
+    run_pretraining(two_stages(run={"steps": 4}))  # restored
+    run_pretraining(two_stages(more, run={"steps": 5, "resume_with": ("tokenizer",)}))
+    assert file.read_bytes() != written
+
+
+def test_a_run_of_fewer_steps_than_it_has_says_how_many_it_has(two_stages):
+    run_pretraining(two_stages(run={"steps": 4}))
+    assert run_pretraining(two_stages(run={"steps": 3})).num_steps == 4
+
+
 def test_a_tokenizer_made_anew_of_its_checkpoint_is_the_same(two_stages, tmp_path):
     run_pretraining(two_stages(run={"steps": 3}))
     file = tmp_path / "run" / "tokenizer" / "tokenizer.safetensors"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from beit_fast.train.log import read_metrics
+from beit_fast.train.log import METRICS, Log, read_metrics
 
 
 def test_a_last_line_cut_short_is_left_out(tmp_path):
@@ -19,3 +19,14 @@ def test_a_line_of_something_else_is_named_and_removing_it_helps(line, tmp_path)
         read_metrics(path)
     path.write_text('{"step": 1}\n{"step": 3}\n')
     assert [record["step"] for record in read_metrics(path)] == [1, 3]
+
+
+def test_a_resume_keeps_lines_as_they_are_and_those_after_a_broken_one(tmp_path):
+    lines = ['{"step": 1, "loss": 1.0}', '{"step": 1, "test_loss": 2.0}', '{"step": 2, "lo']
+    lines += ['{"step": 3, "loss": 0.5}', '{"step": 4, "loss": 0.4}']
+    path = tmp_path / METRICS
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert [record["step"] for record in read_metrics(path)] == [1, 3, 4]
+    Log(tmp_path, title="run", start=3, num_steps=5).close()
+    kept = path.read_text(encoding="utf-8").splitlines()
+    assert kept == [lines[0], lines[1], lines[3]]
