@@ -90,6 +90,7 @@ Positive = Annotated[float, Range(0, math.inf, "low")]
 NonNegative = Annotated[float, Range(0, math.inf)]
 Share = Annotated[float, Range(0, 1, "low")]  # of a whole that must leave something
 Probability = Annotated[float, Range(0, 1)]
+CropShare = Annotated[float, Range(0.05, 1)]  # of a resized side: what it is divided by
 Fraction = Annotated[float, Range(0, 1, "high")]  # of a whole that must not take all
 Part = Annotated[float, Range(0, 1, "both")]  # neither nothing nor all
 Filled = Annotated[str, Text()]

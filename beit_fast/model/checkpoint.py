@@ -265,6 +265,10 @@ def _check_target(target: Path, to: str, overwrite: bool) -> None:
         raise ValueError(f"{target} is a folder: --to {to} writes a file, pass its path")
     files = [target / name for name in _HF_FILES] if to == "hf" else [target]
     existing = [str(file) for file in files if os.path.lexists(file)]
+    if special := [name for name in existing if os.path.exists(name) and not os.path.isfile(name)]:
+        raise ValueError(
+            f"{' and '.join(special)} is no file, and nothing takes its place: pass another path"
+        )
     if existing and not overwrite:
         raise ValueError(
             f"{' and '.join(existing)} would be overwritten: pass another path, or --overwrite "

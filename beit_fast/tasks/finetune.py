@@ -16,6 +16,7 @@ from torch import Tensor
 
 from beit_fast.checks import (
     Count,
+    CropShare,
     Filled,
     Given,
     Part,
@@ -95,7 +96,7 @@ class FinetuneConfig:
     init_key: Filled | None = None  # which of several weights: ema of a run, model_ema of unilm's
     layer_decay: Share = 0.65  # of the learning rate, from a layer to the one before; 1: none
     statistics: Literal["half", "imagenet"] = "half"  # mean and std of pixels
-    crop_pct: Share | None = None  # of test images; None: timm's for their size
+    crop_pct: CropShare | None = None  # of test images; None: timm's for their size
     # Less memory, as in pre-training.
     grad_checkpointing: bool | Literal["selective"] = False
     weight_decay_on_rel_pos_bias: bool = True  # as in pre-training

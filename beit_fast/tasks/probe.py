@@ -26,6 +26,7 @@ from torch import Tensor
 
 from beit_fast.checks import (
     Count,
+    CropShare,
     FieldError,
     Filled,
     Given,
@@ -34,7 +35,6 @@ from beit_fast.checks import (
     Positive,
     Probability,
     Seed,
-    Share,
     Side,
     Threads,
     check_fields,
@@ -79,7 +79,7 @@ class ProbeConfig:
     num_heads: Count | None = None  # where the checkpoint does not show it
     statistics: Literal["half", "imagenet"] | None = None  # of pixels; null: the checkpoint's
     precision: Literal["fp32", "bf16"] = "bf16"  # of the encoder; features are stored in fp32
-    crop_pct: Share | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
+    crop_pct: CropShare | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
     knn: tuple[Count, ...] = (10, 20)  # neighbours
     rates: tuple[Positive, ...] = (1e-3, 4e-3, 1.6e-2)  # learning rates, absolute
     epochs: Count = 100  # over the features

@@ -294,3 +294,9 @@ def test_large_values_are_finite(tiny):
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight.fill_(60000)  # their sum is infinite in fp16
     read_checkpoint(model.state_dict())
+
+
+def test_a_web_page_in_the_place_of_weights_is_called_one(tmp_path):
+    (tmp_path / "w.safetensors").write_text("<!doctype html>")
+    with pytest.raises(ValueError, match=r"w.safetensors is a web page and not weights"):
+        description_of(tmp_path / "w.safetensors")
