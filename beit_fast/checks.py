@@ -83,6 +83,7 @@ class Rising:
 
 
 Count = Annotated[int, Range(1)]
+Batch = Annotated[int, Range(1, 65536)]  # images at once; more would be read for minutes, and held
 Natural = Annotated[int, Range(0)]
 Threads = Annotated[int, Range(1, 1024)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]  # packed as a signed 64-bit integer
@@ -90,6 +91,7 @@ Positive = Annotated[float, Range(0, math.inf, "low")]
 NonNegative = Annotated[float, Range(0, math.inf)]
 Share = Annotated[float, Range(0, 1, "low")]  # of a whole that must leave something
 Probability = Annotated[float, Range(0, 1)]
+CropShare = Annotated[float, Range(0.05, 1)]  # of a resized side: what it is divided by
 Fraction = Annotated[float, Range(0, 1, "high")]  # of a whole that must not take all
 Part = Annotated[float, Range(0, 1, "both")]  # neither nothing nor all
 Filled = Annotated[str, Text()]

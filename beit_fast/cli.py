@@ -10,10 +10,11 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from beit_fast import recipes, recipes_finetune
+from beit_fast.checks import Count, Filled, Side, check_fields
 from beit_fast.data.loader import BadDataError
 from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
@@ -163,20 +164,33 @@ def _convert_dalle(arguments: Sequence[str]) -> None:
     print(f"wrote {convert_dalle(**read(parser, arguments))}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """A checkpoint, where to write it, and under whose names."""
+
+    source: Filled
+    target: Filled
+    to: Literal["unilm", "timm", "hf"]
+    key: Filled | None = None  # which of several weights: model_ema, ema ...
+    img_size: Side | None = None  # pixels, where the source does not show them
+    num_heads: Count | None = None  # where the source does not show them
+    statistics: Literal["half", "imagenet"] | None = None  # of pixels; else what the source says
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 def _convert(arguments: Sequence[str]) -> None:
     description = inspect.getdoc(convert).splitlines()[0]
     parser = new_parser("beit-fast convert", description=description)
     parser.add_argument("source", help="file, folder, output of a run, or published name")
     parser.add_argument("target", help="file to write; for hf a folder")
     parser.add_argument("--to", type=Literal["unilm", "timm", "hf"], required=True)
-    parser.add_argument("--key", type=str, help="which of several weights: model_ema, ema ...")
-    size = int | tuple[int, int]
-    parser.add_argument("--img_size", type=size, help="pixels, where the source does not show them")
-    parser.add_argument("--num_heads", type=int, help="where the source does not show them")
-    named = Literal["half", "imagenet"]
-    parser.add_argument("--statistics", type=named, help="of pixels; else what the source says")
     parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
-    chosen = read(parser, arguments)
+    parser.add_class_arguments(ConvertConfig, skip={"source", "target", "to", "overwrite"})
+    fields = read(parser, arguments, ConvertConfig)
+    chosen = asdict(make(ConvertConfig, fields, arguments=("source", "target")))
     chosen["statistics"] = chosen["statistics"] or statistics_of(chosen["source"])
     print(convert(**chosen))
     if chosen["to"] == "hf" and (file := write_image_processor(chosen["source"], chosen["target"])):

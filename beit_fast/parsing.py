@@ -17,6 +17,7 @@ from typing import Any, get_args
 from jsonargparse import ArgumentParser, Namespace
 
 from beit_fast.checks import FieldError, allowed, hints
+from beit_fast.files import naming
 from beit_fast.flags import flags_of
 
 
@@ -32,22 +33,94 @@ def read(
 
     Exits with 2 and one line on stderr where they are wrong.
     """
+    kept, nulls = _without_nulls(arguments, config_type)
     try:
-        return dict(vars(parser.parse_args(list(arguments))))
-    except (argparse.ArgumentError, ValueError, TypeError, OSError) as error:
-        line = _explain(str(error), parser, config_type)
+        chosen = parser.parse_args([argument.translate(_SHOWN) for argument in kept])
+        for path in nulls:
+            _set_null(chosen, path)
+        return _as_typed(dict(vars(chosen)))
+    except BrokenPipeError:  # of --print_config
+        raise
+    except OSError as error:
+        if error.filename is None:  # no file of ours, so what --help and --print_config write to
+            with naming("standard output"):
+                raise
+        raise
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        line = _as_typed(_explain(str(error), parser, config_type))
         typed = any(name.split("=")[0] in arguments for name in re.findall(r"--[\w.]+", line))
-        if not typed and (files := _files(arguments)):
+        if not typed and (files := _files(arguments, config_type)):
             line = f"{', '.join(files)}: {line}"  # of a file of fields
         print(f"beit-fast: {line}; `{parser.prog} --help` has the flags", file=sys.stderr)
         raise SystemExit(2) from error
 
 
-def _files(arguments: Sequence[str]) -> list[str]:
-    """The flags whose values are files, with them."""
+# Bytes of names that are not UTF-8, which YAML refuses, and what stands for them in the parser.
+_SHOWN = {0xDC80 + byte: 0x10FF80 + byte for byte in range(128)}
+_TYPED = {shown: typed for typed, shown in _SHOWN.items()}
+
+
+def _as_typed(value: Any) -> Any:
+    """A value of the parser with the bytes of names as they were given."""
+    if isinstance(value, str):
+        return value.translate(_TYPED)
+    if isinstance(value, Namespace):
+        return _as_typed(dict(vars(value)))
+    if isinstance(value, dict):
+        return {name: _as_typed(inner) for name, inner in value.items()}
+    return type(value)(map(_as_typed, value)) if isinstance(value, list | tuple) else value
+
+
+def _without_nulls(
+    arguments: Sequence[str], config_type: type | None
+) -> tuple[list[str], list[str]]:
+    """The arguments without `--section.field null` of sections that may be null themselves, and the
+    dotted fields of those: jsonargparse would make a text of such a null."""
+    kept, nulls = [], []
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not _may_be_null(name, config_type):
+            kept.append(word)
+            continue
+        value = value if equals else next(words, None)
+        nulls = [path for path in nulls if path != name]  # the last one counts
+        if value == "null":
+            nulls.append(name)
+        else:
+            kept += [word] if equals or value is None else [word, value]
+    return kept, nulls
+
+
+def _may_be_null(path: str, config_type: type | None) -> bool:
+    """Whether null may be in the field at a dotted path, below a section that may be null."""
+    section, _, name = path.rpartition(".")
+    outer = section.partition(".")[0]
+    optional = outer and type(None) in get_args(_hint(outer, config_type))
+    return bool(optional and name and type(None) in get_args(_hint(path, config_type)))
+
+
+def _set_null(values: Namespace, path: str) -> None:
+    """Raises ValueError where the section is null itself."""
+    *sections, name = path.split(".")
+    inner: Any = values
+    for section in sections:
+        inner = inner[section] if inner is not None else None
+    if inner is None:
+        raise ValueError(f"--{path} is null and so is {'.'.join(sections)}: leave one of them out")
+    inner[name] = None
+
+
+def _files(arguments: Sequence[str], config_type: type | None) -> list[str]:
+    """The flags whose values are files of fields, with them."""
     words = [word for a in arguments for word in (a.split("=", 1) if a[:2] == "--" else [a])]
-    pairs = itertools.pairwise(words)
-    return [f"{name} {file}" for name, file in pairs if name[:2] == "--" and os.path.exists(file)]
+    return [
+        f"{name} {file}"
+        for name, file in itertools.pairwise(words)
+        if (name == "--config" or section_type(_hint(name[2:], config_type)) is not None)
+        and name[:2] == "--"
+        and os.path.exists(file)
+    ]
 
 
 def _explain(message: str, parser: ArgumentParser, config_type: type | None) -> str:
@@ -130,7 +203,6 @@ def make(
     for name, value in values.items():
         inner = section_type(hints(config_type)[name])
         if inner is not None and value is not None:
-            value = dict(vars(value)) if isinstance(value, Namespace) else value
             if not isinstance(value, Mapping):
                 raise ValueError(f"--{section}{name} is {value!r}: give its fields, one below it")
             if any(section_type(hint) for hint in hints(inner).values()):  # a task of its own

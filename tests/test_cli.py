@@ -1,10 +1,13 @@
 """The command line: generated flags, one-line errors, exit codes, a run from start to end."""
 
+import contextlib
+import errno
 import json
 import os
 import re
 import shlex
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,6 +233,24 @@ def test_a_failed_capture_gives_one_line_whose_remedy_resumes_the_run(
     assert "resumes from" in capsys.readouterr().out
 
 
+def test_null_is_null_below_a_section_that_may_be_null_too(capsys):
+    nulls = ["--tokenizer_training.optim.clip_grad", "null", "--tokenizer_training.run.steps=null"]
+    nulls += [
+        "--tokenizer_training.run.epochs",
+        "2",
+        "--tokenizer_training.run.cpu_threads",
+        "null",
+    ]
+    stage = parse("pretrain", "demo", recipes.demo, nulls).tokenizer_training
+    assert (stage.optim.clip_grad, stage.run.steps, stage.run.cpu_threads) == (None, None, None)
+    assert stage.run.epochs == 2.0
+    last = [*nulls, "--tokenizer_training.optim.clip_grad", "2"]
+    assert parse("pretrain", "demo", recipes.demo, last).tokenizer_training.optim.clip_grad == 2.0
+    with pytest.raises(SystemExit):
+        parse("pretrain", "demo", recipes.demo, ["--tokenizer_training", "null", *nulls[:2]])
+    assert "clip_grad is null and so is tokenizer_training.optim" in capsys.readouterr().err
+
+
 def test_a_resume_that_is_refused_names_the_flag_that_accepts_it(tmp_path, capsys):
     arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
     assert main([*arguments, "--run.save_every", "1"]) == 0
@@ -261,7 +282,7 @@ def test_a_resume_that_is_refused_names_the_flag_that_accepts_it(tmp_path, capsy
         ),
         (["--optim", "3"], "--optim is 3: give its fields (OptimConfig)"),
         (["--run.compile"], "--run.compile: expected one argument"),
-        (["3"], "'3' is the value of no --flag"),
+        (["--data.path", "/", "3"], "'3' is the value of no --flag"),
     ],
 )
 def test_wrong_usage_is_one_line_that_says_what_is_allowed(arguments, line, capsys):
@@ -355,3 +376,39 @@ def test_paths_are_printed_as_they_are(tmp_path, capsys):
             assert f"{output}/{file}" in said
     assert main(["pretrain", "demo", *TINY, "--run.output", str(output)]) == 0
     assert f"resumes from {output}/checkpoints" in capsys.readouterr().out
+
+
+def test_paths_that_are_not_utf8_are_taken(tmp_path, capfdbinary):
+    name = tmp_path / os.fsdecode(b"caf\xe9")
+    name.mkdir()
+    config = parse("probe", "digits", recipes.PROBE["digits"], ["--train", str(name)])
+    assert config.train == str(name)
+    assert main(["pretrain", "demo", *TINY, "--data.path", str(name / "none")]) == 1
+    assert b"caf\xe9/none does not exist" in capfdbinary.readouterr().err
+    assert main(["pretrain", "demo", *TINY, "--run.output", str(name)]) == 1
+    assert b"caf\xe9 is not UTF-8" in capfdbinary.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--num_heads", "0"], "--num_heads is 0: give a whole number, at least 1, or null"),
+        (["--img_size", "x"], "--img_size is x: give a whole number, at least 1, or [a, b]"),
+        (["--key", ""], "--key is '': give text"),
+    ],
+)
+def test_a_conversion_checks_its_flags_first(arguments, problem, capsys):
+    with contextlib.suppress(SystemExit):
+        assert main(["convert", "nowhere", "target", "--to", "timm", *arguments]) == 1
+    assert f"beit-fast: {problem}" in capsys.readouterr().err
+    assert main(["convert", "nowhere", "", "--to", "timm"]) == 1
+    assert "TARGET is ''" in capsys.readouterr().err
+
+
+def test_a_configuration_that_cannot_be_printed_is_told_of_the_output(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys.stdout, "write", full)
+    assert main(["pretrain", "demo", "--print_config"]) == 1
+    assert capsys.readouterr().err == "beit-fast: standard output: No space left on device\n"

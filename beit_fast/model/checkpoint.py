@@ -22,7 +22,7 @@ from torch import Tensor
 
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig
-from beit_fast.model.description import Description, Statistics
+from beit_fast.model.description import Description, Statistics, step_of
 from beit_fast.model.hf_config import hf_config_of, transformers_differs
 from beit_fast.model.layouts import SEGMENTATION, from_house, shorten, with_zero_biases
 from beit_fast.model.read_checkpoint import (
@@ -265,6 +265,14 @@ def _check_target(target: Path, to: str, overwrite: bool) -> None:
         raise ValueError(f"{target} is a folder: --to {to} writes a file, pass its path")
     files = [target / name for name in _HF_FILES] if to == "hf" else [target]
     existing = [str(file) for file in files if os.path.lexists(file)]
+    if special := [name for name in existing if os.path.exists(name) and not os.path.isfile(name)]:
+        raise ValueError(
+            f"{' and '.join(special)} is no file, and nothing takes its place: pass another path"
+        )
+    if step_of(target) is not None:
+        raise ValueError(
+            f"{target} is of a run, whose checkpoints stay as they were written: pass another path"
+        )
     if existing and not overwrite:
         raise ValueError(
             f"{' and '.join(existing)} would be overwritten: pass another path, or --overwrite "

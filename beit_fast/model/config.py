@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from beit_fast.checks import (
+    LARGE,
     Count,
     FieldError,
     Fraction,
@@ -79,6 +80,12 @@ class BeitConfig:
                 "embed_dim",
                 f"{self.embed_dim} does not divide into num_heads {self.num_heads}: change one of "
                 "them or set attn_head_dim",
+            )
+        if self.embed_dim * self.mlp_ratio > LARGE:
+            raise FieldError(
+                "mlp_ratio",
+                f"is {self.mlp_ratio}, with embed_dim {self.embed_dim} more channels than {LARGE}: "
+                "give less",
             )
         if int(self.embed_dim * self.mlp_ratio) < 1:
             raise FieldError(

@@ -86,6 +86,7 @@ def description_of(path: Path) -> Description:
     path = path / "model.safetensors" if path.is_dir() else path
     if path.suffix != ".safetensors" or not path.is_file():
         return Description()
+    refuse_other_kinds(path, "weights")
     try:
         with safe_open(path, framework="pt") as file:
             return description_of_metadata(file.metadata(), path)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from beit_fast.checks import (
+    Batch,
     Count,
+    CropShare,
     FieldError,
     Filled,
     Positive,
     Probability,
-    Share,
     Side,
     Threads,
     check_fields,
@@ -56,7 +57,7 @@ class View:
 
     mean: tuple[Probability, Probability, Probability] = HALF_MEAN
     std: tuple[Positive, Positive, Positive] = HALF_STD
-    crop_pct: Share
+    crop_pct: CropShare
     interpolation: Interpolation = "bicubic"
     crop_mode: CropMode = "center"
     origin: str
@@ -89,11 +90,11 @@ class ClassifierConfig:
     img_size: Side | None = None  # pixels; positions are resized to it
     num_heads: Count | None = None  # where the checkpoint does not show it
     statistics: Literal["half", "imagenet"] | None = None  # mean and std of pixels
-    crop_pct: Share | None = None  # kept share of the resized short side
+    crop_pct: CropShare | None = None  # kept share of the resized short side
     interpolation: Interpolation | None = None
     crop_mode: CropMode | None = None  # squash: to the size whatever the proportions
     precision: Literal["fp32", "bf16"] = "bf16"
-    batch_size: Count = 64  # on each rank
+    batch_size: Batch = 64  # on each rank
     num_threads: Threads = 4  # decoding threads
     follow_links: bool = True  # to images and folders, wherever they lead
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from beit_fast.checks import (
-    Count,
+    Batch,
+    CropShare,
     Filled,
     Given,
     Part,
@@ -65,7 +66,7 @@ class LabelledDataConfig:
     path: Given = ""  # folder with a sub-folder of images for each class
     test: Given = ""  # the same classes, to evaluate on
     held_out: Part | None = None  # without `test`: this share of each class, never trained on
-    batch_size: Count = 128  # images per micro-batch on each rank
+    batch_size: Batch = 128  # images per micro-batch on each rank
     num_threads: Threads = 4  # decoding threads; batches do not depend on it
     follow_links: bool = True  # to images and folders, wherever they lead
     max_bad_share: Probability = 0.001  # of the training images; see `Loader`. Of the test's: none
@@ -95,7 +96,7 @@ class FinetuneConfig:
     init_key: Filled | None = None  # which of several weights: ema of a run, model_ema of unilm's
     layer_decay: Share = 0.65  # of the learning rate, from a layer to the one before; 1: none
     statistics: Literal["half", "imagenet"] = "half"  # mean and std of pixels
-    crop_pct: Share | None = None  # of test images; None: timm's for their size
+    crop_pct: CropShare | None = None  # of test images; None: timm's for their size
     # Less memory, as in pre-training.
     grad_checkpointing: bool | Literal["selective"] = False
     weight_decay_on_rel_pos_bias: bool = True  # as in pre-training
@@ -389,7 +390,6 @@ def _write_result(task: FinetuneTask, result: FinetuneOutcome) -> None:
 
 def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) -> None:
     output, found = Path(task.config.run.output), _found(result)
-    curve = draw_curves(read_metrics(output / METRICS), output / "curve.png")
     console.print(f"\nAfter {result.train.num_steps} steps", style="bold")
     for name, value in found.items():
         console.print(
@@ -402,6 +402,7 @@ def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) ->
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
     for failed in result.train.failed:
         console.print(f"  failed, beside training: {failed}")
+    curve = draw_curves(read_metrics(output / METRICS), output / "curve.png")
     for name, path in (
         ("checkpoint", result.train.checkpoint),
         ("result", output / RESULT),

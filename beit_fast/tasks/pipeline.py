@@ -150,10 +150,8 @@ def train_first(stage: DvaeTrainingConfig, world: World) -> Path:
 
 def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> None:
     output = Path(config.run.output)
-    records = read_metrics(output / METRICS)
     vocab_size = config.model.vocab_size if task.predicts_tokens else None
     result = task.evaluate(outcome.model)
-    curve = draw_curves(records, output / "curve.png", vocab_size=vocab_size)
     console = plain_console()
     console.print(f"\nAfter {outcome.num_steps} steps, on {task.evaluated_on}", style="bold")
     if vocab_size is None:
@@ -171,6 +169,7 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
     for failed in outcome.failed:
         console.print(f"  failed, beside training: {failed}")
+    curve = draw_curves(read_metrics(output / METRICS), output / "curve.png", vocab_size=vocab_size)
     for name, path in (
         ("checkpoint", outcome.checkpoint),
         ("metrics", output / METRICS),

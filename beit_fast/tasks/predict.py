@@ -4,6 +4,7 @@ import contextlib
 import functools
 import glob
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from beit_fast.checks import Count, Given
+from beit_fast.checks import Count, Filled
 from beit_fast.data.centre_view import centre_view
 from beit_fast.data.datasets import ImageFolder, read_image_file
 from beit_fast.data.in_order import batches_in_order
@@ -29,7 +30,7 @@ from beit_fast.train.parallel import open_world
 class PredictConfig(ClassifierConfig):
     """A classifier's checkpoint, images, and how many classes of each to say."""
 
-    images: tuple[Given, ...]  # files, folders, patterns
+    images: tuple[Filled, ...]  # files, folders, patterns
     top: Count = 5
     # One JSON array on stdout, and nothing else. A byte of a name that is no UTF-8 is \udc80 to
     # \udcff there, as `os.fsencode` takes it.
@@ -124,14 +125,15 @@ def find_images(
     """Image files: those named, those below folders, those that patterns match (`**`: any depth).
 
     `say` is given a line for each folder, of what is read there and what is left out.
-    What is not there stays in the list, to be told of with the images that cannot be read. Raises
-    ValueError for a folder without images.
+    However links lead back to where a pattern began, each image of it is there once. What is not
+    there stays in the list, to be told of with the images that cannot be read. Raises ValueError
+    for a folder without images.
     """
     if not arguments:
         raise ValueError("no images were named: pass files, folders or patterns after CHECKPOINT")
     files = []
     for argument in arguments:
-        matches = [] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))
+        matches = [] if Path(argument).exists() else _matches(argument)
         for path in matches or [argument]:
             if Path(path).is_dir():
                 folder = ImageFolder(path, follow_links=follow_links)
@@ -140,6 +142,20 @@ def find_images(
             else:
                 files.append(path)
     return files
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a pattern matches, sorted, without what lies in a folder that it matches, or by another
+    way is there already."""
+    matches, seen = [], set()
+    for path in sorted(glob.glob(pattern, recursive=True), key=lambda path: path.split(os.sep)):
+        folder, name = os.path.split(path)
+        place = os.path.realpath(path if Path(path).is_dir() else folder)
+        place = place if Path(path).is_dir() else os.path.join(place, name)
+        if not any(part in seen for part in (place, *map(str, Path(place).parents))):
+            matches.append(path)
+            seen.add(place)
+    return matches
 
 
 class _Files:

@@ -25,7 +25,9 @@ from rich.table import Table
 from torch import Tensor
 
 from beit_fast.checks import (
+    Batch,
     Count,
+    CropShare,
     FieldError,
     Filled,
     Given,
@@ -34,7 +36,6 @@ from beit_fast.checks import (
     Positive,
     Probability,
     Seed,
-    Share,
     Side,
     Threads,
     check_fields,
@@ -79,7 +80,7 @@ class ProbeConfig:
     num_heads: Count | None = None  # where the checkpoint does not show it
     statistics: Literal["half", "imagenet"] | None = None  # of pixels; null: the checkpoint's
     precision: Literal["fp32", "bf16"] = "bf16"  # of the encoder; features are stored in fp32
-    crop_pct: Share | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
+    crop_pct: CropShare | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
     knn: tuple[Count, ...] = (10, 20)  # neighbours
     rates: tuple[Positive, ...] = (1e-3, 4e-3, 1.6e-2)  # learning rates, absolute
     epochs: Count = 100  # over the features
@@ -88,7 +89,7 @@ class ProbeConfig:
     held_out: Part = 0.1  # of the training images, to choose learning rate, block and k
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    images_at_once: Count = 128  # through the encoder
+    images_at_once: Batch = 128  # through the encoder
     num_threads: Threads = 4  # decoding threads
     follow_links: bool = True  # to images and folders, wherever they lead
     max_bad_share: Probability = 0.001  # of the training images; see `Loader`. Of the test's: none

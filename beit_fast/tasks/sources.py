@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 import beit_fast.data
-from beit_fast.checks import Count, Given, Probability, Threads, check_fields
+from beit_fast.checks import Batch, Given, Probability, Threads, check_fields
 from beit_fast.data.class_folders import called_as_parts
 from beit_fast.data.datasets import ImageFolder, ImageSource
 from beit_fast.data.digits import Digits, is_digits
@@ -31,7 +31,7 @@ class DataConfig:
     # Folder of images, flat or in class folders; "photographs" ship with the package,
     # "digits:train" comes with scikit-learn (data/digits.py).
     path: Given = ""
-    batch_size: Count = 128  # images per micro-batch on each rank
+    batch_size: Batch = 128  # images per micro-batch on each rank
     num_threads: Threads = 4  # decoding threads; batches do not depend on it
     follow_links: bool = True  # to images and folders, wherever they lead
     # Of the images; more unusable ones stop the run, 0: the first does.

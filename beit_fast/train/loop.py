@@ -297,7 +297,7 @@ def _load_model(model: nn.Module, resume: Resume) -> None:
         why = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"the weights of {resume.checkpoint.path} are not of the model that the settings "
-            f"describe ({why}): give the settings of that run, or another --run.output"
+            f"describe ({why}): give the settings of that run, or another {flag('run.output')}"
         ) from error
 
 

@@ -42,6 +42,7 @@ def check_run(
     """
     output = Path(run.output)
     settings = complete_settings(task, optim, run, settings, world)
+    _check_name(output)
     check_writable(output)
     manifest = check_resume(output, run, settings, unknown)
     length = run_length(task, optim, run, settings, world, manifest)
@@ -74,6 +75,17 @@ def check_space(task: Task, run: RunConfig) -> None:
             f"its checkpoints of {size / 2**30:.1f} (run.keep is {run.keep}): make room, lower "
             f"{flag('run.keep')}, or give another {flag('run.output')}"
         )
+
+
+def _check_name(output: Path) -> None:
+    """Raise ValueError for a name that TensorBoard's files cannot have."""
+    try:
+        str(output).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{output} is not UTF-8, and TensorBoard writes below no other names: give another "
+            f"{flag('run.output')}"
+        ) from error
 
 
 def check_writable(folder: Path, setting: str = "run.output") -> None:

@@ -174,6 +174,9 @@ def test_a_target_is_looked_at_before_the_source_is_read(tmp_path):
     (tmp_path / "link.pth").symlink_to("nowhere")
     with pytest.raises(ValueError, match=r"link.pth would be overwritten"):
         convert(tmp_path / "no such file", tmp_path / "link.pth", to="unilm")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe is no file, and nothing takes its place"):
+        convert(tmp_path / "no such file", tmp_path / "pipe", to="unilm", overwrite=True)
 
 
 def test_an_interrupted_conversion_leaves_the_old_file_whole(classifier, tmp_path, monkeypatch):

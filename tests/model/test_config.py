@@ -54,6 +54,7 @@ def test_overrides_replace_fields_of_a_variant():
         ({"drop_path_rate": 1.0}, "give a finite number, at least 0 and below 1"),
         ({"init_values": -1.0}, "give a finite number, at least 0, or null"),
         ({"mlp_ratio": 1e-4}, "mlp_ratio is 0.0001, which leaves an MLP no channel"),
+        ({"mlp_ratio": 1e30}, "mlp_ratio is 1e.30, with embed_dim 768 more channels than"),
         ({"global_pool": "max"}, "give avg, token or ''"),
         ({"predict": "depth"}, "give tokens or pixels"),
     ],

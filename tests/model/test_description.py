@@ -305,3 +305,9 @@ def test_fp8_in_a_file_is_read_and_its_nan_is_said(tiny):
     state[name][0, 0] = torch.nan
     with pytest.raises(ValueError, match=rf"NaN or infinite: {name} \(1 of"):
         from_pretrained(state)
+
+
+def test_a_web_page_in_the_place_of_weights_is_called_one(tmp_path):
+    (tmp_path / "w.safetensors").write_text("<!doctype html>")
+    with pytest.raises(ValueError, match=r"w.safetensors is a web page and not weights"):
+        description_of(tmp_path / "w.safetensors")

@@ -207,6 +207,11 @@ def test_images_are_files_folders_and_patterns(folder, tmp_path, capsys):
     assert len(find_images([str(tmp_path / "linked")])) == 2
     with pytest.raises(ValueError, match=r"2 links left out.*--follow_links true"):
         find_images([str(tmp_path / "linked")], follow_links=False)
+    (folder / "red" / "up").symlink_to(folder)
+    told = []
+    assert len(find_images([f"{folder}/**"], say=told.append)) == 9
+    assert len(told) == 1  # what lies in a folder that matches is not read again
+    assert len(find_images([f"{folder}/**/*.png"])) == 9
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images under"):
         find_images([str(tmp_path / "empty")])
