@@ -1,8 +1,10 @@
 """Errors of files say which file, and what lies there in its place."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _HEAD_BYTES = 512
 
@@ -22,6 +24,18 @@ def drop(path: Path) -> None:
     """Remove a file left half written, if it can be: the error that left it is the one to tell."""
     with contextlib.suppress(OSError):
         path.unlink()
+
+
+def order_metadata(file: BinaryIO) -> None:
+    """Sort the metadata of a safetensors file, open for reading and writing from its beginning on:
+    the library writes it in an order of chance, and the same weights are to be the same bytes."""
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) <= size:  # a header ends with spaces
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def describe(error: Exception) -> str:

@@ -5,6 +5,7 @@ Nothing of a file is run: safetensors and JSON hold no code, and a pickle that n
 
 import argparse
 import hashlib
+import io
 import os
 import pickle
 import warnings
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from beit_fast.files import drop, naming, refuse_other_kinds
+from beit_fast.files import drop, naming, order_metadata, refuse_other_kinds
 from beit_fast.model.description import (
     MANIFEST,
     Description,
@@ -99,8 +100,9 @@ def write_weights(
     path = Path(path)
     if path.suffix == ".safetensors":
         flat = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        content = save(_unshare(flat), {"format": "pt", **metadata})
-        replace_file(path, lambda file: file.write(content))
+        content = io.BytesIO(save(_unshare(flat), {"format": "pt", **metadata}))
+        order_metadata(content)
+        replace_file(path, lambda file: file.write(content.getbuffer()))
     else:
         replace_file(path, lambda file: torch.save(tensors, file))
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from beit_fast.files import drop, naming, refuse_other_kinds
+from beit_fast.files import drop, naming, order_metadata, refuse_other_kinds
 from beit_fast.tokenizer.dvae import NUM_GROUPS, Dvae, DvaeConfig
 
 FORMAT = "beit_fast.dvae"
@@ -40,8 +40,10 @@ def save_tokenizer(dvae: Dvae, path: str | Path, *, source: Mapping[str, str] = 
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
-            with open(temporary, "xb") as file:
+            with open(temporary, "x+b") as file:
                 file.write(save(tensors, metadata))
+                file.seek(0)
+                order_metadata(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -30,6 +30,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
+from beit_fast.files import order_metadata
 from beit_fast.flags import flag
 
 FORMAT = 1
@@ -96,6 +97,8 @@ def save_checkpoint(
             path = temporary / f"{stem}.safetensors"
             content = {k: v.detach().cpu().contiguous() for k, v in values.items()}
             save_file(content, path, metadata={"format": "pt", **metadata})
+            with path.open("rb+") as file:
+                order_metadata(file)
             path.chmod(0o666 & ~_umask())  # safetensors makes files only their owner can read
             digests[path.name] = _flush(path)
         manifest = {

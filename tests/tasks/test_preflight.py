@@ -13,7 +13,6 @@ from beit_fast.tasks import dvae
 from beit_fast.tasks.dvae import DvaeTask, train_tokenizer
 from beit_fast.tasks.pipeline import run_pretraining
 from beit_fast.tasks.pretrain import PretrainTask
-from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
 from beit_fast.train import preflight
 from beit_fast.train.parallel import World
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
@@ -148,10 +147,10 @@ def test_a_run_of_fewer_steps_than_it_has_says_how_many_it_has(two_stages):
 def test_a_tokenizer_made_anew_of_its_checkpoint_is_the_same(two_stages, tmp_path):
     run_pretraining(two_stages(run={"steps": 3}))
     file = tmp_path / "run" / "tokenizer" / "tokenizer.safetensors"
-    before = tokenizer_digest(load_tokenizer(file))
+    before = file.read_bytes()
     file.unlink()
     run_pretraining(two_stages(run={"steps": 4}))
-    assert tokenizer_digest(load_tokenizer(file)) == before
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("where", ["picture", "report", "between"])
