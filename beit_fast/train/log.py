@@ -6,6 +6,7 @@ lines past the checkpoint are cut, so none is doubled.
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -156,8 +157,7 @@ class Log:
         self._images, self._since = 0, now
         if not self._enabled:
             return
-        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics, "images_per_second": speed}) + "\n")
+        self._append({"step": step, **metrics, "images_per_second": speed})
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         self._board.add_scalar("images_per_second", speed, step)
@@ -174,12 +174,20 @@ class Log:
         """Write what an evaluation after `step` came to."""
         if not self._enabled:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._append({"step": step, **values})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True)
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        """A line of its own, also behind one that a full disk cut short."""
+        with naming(self._path), self._path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
 
     def close(self) -> None:
         if self._progress is not None:

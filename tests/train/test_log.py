@@ -30,3 +30,15 @@ def test_a_resume_keeps_lines_as_they_are_and_those_after_a_broken_one(tmp_path)
     Log(tmp_path, title="run", start=3, num_steps=5).close()
     kept = path.read_text(encoding="utf-8").splitlines()
     assert kept == [lines[0], lines[1], lines[3]]
+
+
+def test_a_line_behind_one_cut_short_is_its_own(tmp_path):
+    log = Log(tmp_path, title="run", start=0, num_steps=5)
+    log.line(1, {"loss": 1.0})
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 2, "lo')
+    log.line(3, {"loss": 0.5})
+    log.evaluation(3, {"test_loss": 0.4})
+    log.close()
+    assert [record["step"] for record in read_metrics(tmp_path / METRICS)] == [1, 3]
+    assert read_metrics(tmp_path / METRICS)[-1]["test_loss"] == 0.4
