@@ -8,7 +8,7 @@ Shapes    patches (B, L, D); mask (B, L) bool; cls_token, mask_token (D,); pos (
 Types     each bf16, fp16, fp32 (on a CPU fp64), and so is out; arithmetic and sums in fp32
 Backward  dpatches = dout, 0 where hidden;  dpos = sum_b dout;  dcls_token = sum_b dout[b,0];
           dmask_token = sum of dout over the hidden: added up in the same pass, by shares, in a
-          fixed order. What needs no gradient is not computed. Once differentiable
+          fixed order. What needs no gradient is not computed. Differentiable again
 Cost      bytes per element, bf16 patches and fp32 out: forward reads patches, writes out: 6, less
           what is hidden; backward reads dout, writes dpatches: 6. Bound by memory
 Source    arXiv:2106.08254, 2.1 and 2.3

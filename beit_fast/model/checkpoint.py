@@ -269,7 +269,8 @@ def _check_target(target: Path, to: str, overwrite: bool) -> None:
         raise ValueError(
             f"{' and '.join(special)} is no file, and nothing takes its place: pass another path"
         )
-    if step_of(target) is not None:
+    weights = target / "model.safetensors" if to == "hf" else target
+    if step_of(weights) is not None or any(target.glob("checkpoints/step_*")):
         raise ValueError(
             f"{target} is of a run, whose checkpoints stay as they were written: pass another path"
         )

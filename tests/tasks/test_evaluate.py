@@ -79,6 +79,20 @@ def test_conversion_changes_no_count(run_folder, folder, tmp_path):
     assert main(["evaluate", str(tmp_path / "timm.pth"), str(folder), *ALONE]) == 1
 
 
+def test_nothing_is_converted_onto_a_run(run_folder, tmp_path):
+    (own,) = (run_folder / "checkpoints").glob("*/model.safetensors")
+    before = own.read_bytes()
+    for target, to in ((own, "unilm"), (own.parent, "hf"), (run_folder, "hf")):
+        with pytest.raises(ValueError, match="is of a run, whose checkpoints stay"):
+            convert(run_folder, target, to=to, overwrite=True)
+    assert own.read_bytes() == before
+    convert(run_folder, own.parent / "unilm.safetensors", to="unilm")  # beside them, it may
+    (own.parent / "unilm.safetensors").unlink()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "manifest.json").write_text("{}")  # of something else
+    convert(run_folder, tmp_path / "site", to="hf")
+
+
 def test_an_order_can_be_forced_and_changes_what_counts(run_folder, folder, tmp_path, capsys):
     three = replace(TINY_CLASSIFIER, num_classes=3)
     state = tiny_classifier(three).state_dict()
