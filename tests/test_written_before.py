@@ -1,0 +1,94 @@
+"""What an earlier version wrote is read, converted and continued as that version did."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from beit_fast import BeitForImageClassification, BeitForMaskedImageModeling, from_pretrained
+from beit_fast.cli import main
+
+WRITTEN = Path(__file__).parent / "written_before"
+EXPECTED = json.loads((WRITTEN / "expected.json").read_text())
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """A copy to continue in, with the working directory there: configurations name its files."""
+    shutil.copytree(WRITTEN, tmp_path / "written")
+    monkeypatch.chdir(tmp_path / "written")
+    return tmp_path / "written"
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_steps(run: Path, expected: list[dict[str, float]]) -> None:
+    steps = {line["step"]: line for line in metrics_of(run)}
+    for wanted in expected:
+        got = steps[wanted["step"]]
+        for name in wanted:
+            assert got[name] == pytest.approx(wanted[name], rel=1e-4), (wanted["step"], name)
+
+
+def test_a_pretraining_goes_on_as_it_did(written):
+    assert main(["pretrain", "digits", "--config", "pretrain.yaml", "--run.steps", "6"]) == 0
+    assert_steps(written / "pretrained", EXPECTED["pretrain"])
+
+
+def test_a_finetuning_goes_on_as_it_did(written):
+    assert main(["finetune", "digits", "--config", "finetune.yaml", "--run.steps", "6"]) == 0
+    assert_steps(written / "finetuned", EXPECTED["finetune"])
+
+
+def test_a_token_cache_is_read_as_it_was(written):
+    command = ["pretrain", "digits", "--config", "pretrain.yaml", "--run.steps", "3"]
+    command += ["--run.output", "fresh", "--token_cache", "tokens", "--tokenizer_training", "null"]
+    assert main(command) == 0
+    assert_steps(written / "fresh", EXPECTED["from_cache"])
+
+
+def test_weights_convert_to_the_same_bytes(written):
+    assert main(["convert", "pretrained", "again_hf", "--to", "hf"]) == 0
+    assert main(["convert", "finetuned", "again.safetensors", "--to", "timm"]) == 0
+    pairs = [
+        ("as_hf/model.safetensors", "again_hf/model.safetensors"),
+        ("classifier_timm.safetensors", "again.safetensors"),
+    ]
+    for before, now in pairs:
+        assert_same_tensors(written / before, written / now)
+    configs = [
+        json.loads((written / folder / "config.json").read_text())
+        for folder in ("as_hf", "again_hf")
+    ]
+    assert configs[0] == configs[1]
+
+
+def assert_same_tensors(before: Path, now: Path) -> None:
+    before, now = load_file(before), load_file(now)
+    assert before.keys() == now.keys()
+    assert all(torch.equal(before[name], now[name]) for name in before)
+
+
+def test_models_are_made_of_them():
+    images = torch.zeros(2, 3, 16, 16)
+    classifier = from_pretrained(WRITTEN / "finetuned", BeitForImageClassification)
+    same = from_pretrained(WRITTEN / "classifier_timm.safetensors", BeitForImageClassification)
+    torch.testing.assert_close(classifier(images), same(images))
+    model = from_pretrained(WRITTEN / "pretrained", BeitForMaskedImageModeling)
+    same = from_pretrained(WRITTEN / "as_hf", BeitForMaskedImageModeling)
+    torch.testing.assert_close(model.forward_features(images), same.forward_features(images))
+
+
+def test_a_classifier_is_as_right_as_it_was(written):
+    command = ["evaluate", "finetuned", "images", "--output", "evaluation.json"]
+    assert main([*command, "--precision", "fp32", "--crop_pct", "1"]) == 0
+    now = json.loads((written / "evaluation.json").read_text())
+    before = json.loads((written / "finetuned" / "result.json").read_text())["raw"]
+    assert now["top1"] == before["top1"]
+    assert now["loss"] == pytest.approx(before["loss"], rel=1e-4)
