@@ -12,7 +12,11 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["beit_fast.kernels", *find_packages(include=["beit_fast", "beit_fast.*"])],
+    packages=[
+        *find_packages(include=["beit_fast", "beit_fast.*"]),
+        "beit_fast.kernels",
+        *(f"beit_fast.kernels.{room}" for room in find_packages("kernels")),
+    ],
     py_modules=["beit_fast_main"],
     package_dir={"beit_fast.kernels": "kernels"},
     package_data={"beit_fast.data": ["photographs/*"]},

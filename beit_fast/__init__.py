@@ -1,19 +1,19 @@
 """beit_fast: BEiT pre-training and backbones, built for throughput."""
 
-from beit_fast.model.accelerate import accelerate, restore
+from beit_fast.acceleration.patching import accelerate, restore
 from beit_fast.model.beit import Beit
-from beit_fast.model.checkpoint import (
+from beit_fast.model.config import BeitConfig, beit_config
+from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
+from beit_fast.model.pyramid import BeitFeaturePyramid
+from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
+from beit_fast.weights.pretrained import (
     convert,
     from_pretrained,
     load_pretrained,
     push_to_hub,
     save_pretrained,
 )
-from beit_fast.model.config import BeitConfig, beit_config
-from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.model.published import PUBLISHED, published
-from beit_fast.model.pyramid import BeitFeaturePyramid
-from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
+from beit_fast.weights.published import PUBLISHED, published
 
 __all__ = [
     "PUBLISHED",

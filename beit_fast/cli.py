@@ -13,25 +13,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from beit_fast import recipes, recipes_finetune
+from beit_fast import recipes
 from beit_fast.checks import Count, Filled, Side, check_fields
 from beit_fast.data.loader import BadDataError
 from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
-from beit_fast.model.checkpoint import convert
 from beit_fast.parsing import make, new_parser, read
-from beit_fast.tasks.checkpoints import statistics_of, write_image_processor
-from beit_fast.tasks.dvae import run_dvae
-from beit_fast.tasks.evaluate import EvaluateConfig, run_evaluation
-from beit_fast.tasks.finetune import run_finetuning
-from beit_fast.tasks.pipeline import run_pretraining
-from beit_fast.tasks.predict import PredictConfig, run_prediction
-from beit_fast.tasks.pretokenize import run_pretokenize
-from beit_fast.tasks.probe import run_probe
+from beit_fast.tasks.evaluate.checkpoints import statistics_of, write_image_processor
+from beit_fast.tasks.evaluate.predict import PredictConfig, run_prediction
+from beit_fast.tasks.evaluate.task import EvaluateConfig, run_evaluation
+from beit_fast.tasks.finetune.task import run_finetuning
+from beit_fast.tasks.pretrain.dvae import run_dvae
+from beit_fast.tasks.pretrain.pipeline import run_pretraining
+from beit_fast.tasks.pretrain.pretokenize import run_pretokenize
+from beit_fast.tasks.probe.task import run_probe
 from beit_fast.tokenizer.dalle import convert_dalle
 from beit_fast.train.graph import CaptureError
 from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
+from beit_fast.weights.pretrained import convert
 
 NAMES = "beit_fast.names"
 # torch's words: a GPU's error has a type of its own, a CPU's and a size beyond 64 bits have none.
@@ -57,7 +57,7 @@ and `--print_config` its values as YAML for `--config FILE`."""
 VERBS: dict[str, tuple[dict[str, Callable[[], Any]], Callable[[Any], None]]] = {
     "pretrain": (recipes.PRETRAIN, run_pretraining),
     "pretokenize": (recipes.PRETOKENIZE, run_pretokenize),
-    "finetune": (recipes_finetune.FINETUNE, run_finetuning),
+    "finetune": (recipes.FINETUNE, run_finetuning),
     "probe": (recipes.PROBE, run_probe),
     "tokenizer": (recipes.TOKENIZER, run_dvae),
 }

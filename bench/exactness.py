@@ -22,27 +22,27 @@ from tokenizer import random_dvae
 from torch import Tensor
 
 from beit_fast.kernels.attention import attention_qkvpacked, attention_reference
-from beit_fast.kernels.drop_path import draw_kept_samples
-from beit_fast.kernels.gather_rows import gather_rows, gather_rows_reference
-from beit_fast.kernels.linear_cross_entropy import (
-    masked_linear_cross_entropy,
-    masked_linear_cross_entropy_reference,
-)
-from beit_fast.kernels.mask_embed import mask_embed, mask_embed_reference
-from beit_fast.kernels.patches import normalized_patches, normalized_patches_reference
-from beit_fast.kernels.philox import keep_mask_reference
-from beit_fast.kernels.rel_pos_bias import (
+from beit_fast.kernels.attention.rel_pos_bias import (
     rel_pos_bias,
     rel_pos_bias_reference,
     relative_position_rows,
 )
-from beit_fast.kernels.scale_residual import (
+from beit_fast.kernels.head.gather_rows import gather_rows, gather_rows_reference
+from beit_fast.kernels.head.linear_cross_entropy import (
+    masked_linear_cross_entropy,
+    masked_linear_cross_entropy_reference,
+)
+from beit_fast.kernels.input.mask_embed import mask_embed, mask_embed_reference
+from beit_fast.kernels.input.patches import normalized_patches, normalized_patches_reference
+from beit_fast.kernels.philox import keep_mask_reference
+from beit_fast.kernels.residual import (
     layer_norm,
     layer_norm_reference,
     scale_residual_norm,
     scale_residual_norm_reference,
     scale_residual_reference,
 )
+from beit_fast.kernels.residual.drop_path import draw_kept_samples
 from beit_fast.model.config import beit_config
 from beit_fast.tokenizer.dvae import DvaeConfig, map_pixels
 from beit_fast.tokenizer.frozen import FrozenTokenizer

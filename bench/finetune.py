@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from beit_fast.kernels.exact_fp32 import exact_fp32
 from beit_fast.model.config import BeitConfig
-from beit_fast.model.layouts import from_house
-from beit_fast.tasks.finetune import FinetuneConfig, FinetuneTask, LabelledDataConfig
+from beit_fast.tasks.finetune.task import FinetuneConfig, FinetuneTask, LabelledDataConfig
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import TaskLoss
 from beit_fast.train.optim import Schedule, build_optimizer
 from beit_fast.train.parallel import World
 from beit_fast.train.step import Sentinel, TrainStep
+from beit_fast.weights.layouts import from_house
 
 Batch = dict[str, Tensor]
 COMPILE_MODE = "default"

@@ -410,7 +410,7 @@ def loader(room: Room) -> None:
     from beit_fast.data.loader import Loader
     from beit_fast.data.masking import MaskingConfig
     from beit_fast.data.samples import PretrainSample
-    from beit_fast.data.views import ViewConfig
+    from beit_fast.data.views.two_views import ViewConfig
 
     cores = len(os.sched_getaffinity(0))
     source = ManyTimes(InMemory(None))

@@ -47,7 +47,7 @@ from timing import (
 )
 from torch import Tensor, nn
 
-from beit_fast.model.accelerate import accelerate
+from beit_fast.acceleration.patching import accelerate
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling

@@ -19,7 +19,7 @@ from beit_fast.kernels.attention import (
     attention_reference,
     rel_pos_attention_qkvpacked,
 )
-from beit_fast.kernels.rel_pos_bias import (
+from beit_fast.kernels.attention.rel_pos_bias import (
     rel_pos_bias,
     relative_position_index,
     relative_position_rows,

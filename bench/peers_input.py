@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from beit_fast.kernels.mask_embed import mask_embed, mask_embed_reference
-from beit_fast.kernels.patches import normalized_patches, normalized_patches_reference
+from beit_fast.kernels.input.mask_embed import mask_embed, mask_embed_reference
+from beit_fast.kernels.input.patches import normalized_patches, normalized_patches_reference
 from kernels import Case, gradients_of, try_all
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

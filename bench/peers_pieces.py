@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels.drop_path import KeptSamples, draw_kept_samples
-from beit_fast.kernels.linear import linear, linear_reference
-from beit_fast.kernels.rel_pos_bias import (
+from beit_fast.kernels.attention.rel_pos_bias import (
     rel_pos_bias,
     rel_pos_bias_reference,
     relative_position_rows,
 )
-from beit_fast.kernels.scale_residual import layer_norm, scale_residual
+from beit_fast.kernels.linear import linear, linear_reference
+from beit_fast.kernels.residual import layer_norm, scale_residual
+from beit_fast.kernels.residual.drop_path import KeptSamples, draw_kept_samples
 from kernels import Case, require_as_exact, try_all
 
 EPS, GRID, N = 1e-6, (14, 14), 197

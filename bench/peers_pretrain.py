@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.samples import PretrainSample
-from beit_fast.data.views import HALF_MEAN, HALF_STD, ViewConfig, normalize
+from beit_fast.data.views.statistics import HALF_MEAN, HALF_STD
+from beit_fast.data.views.two_views import ViewConfig, normalize
 from beit_fast.kernels.exact_fp32 import exact_fp32
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForMaskedImageModeling

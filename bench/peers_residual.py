@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels.scale_residual import scale_residual_norm, scale_residual_norm_reference
+from beit_fast.kernels.residual import scale_residual_norm, scale_residual_norm_reference
 from kernels import Case, gradients_of, try_all
 
 EPS = 1e-6

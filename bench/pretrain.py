@@ -76,9 +76,9 @@ from beit_fast.data.loader import Loader
 from beit_fast.data.masking import MaskingConfig, draw_mask
 from beit_fast.data.samples import PretrainSample
 from beit_fast.data.seeds import SampleSeed
-from beit_fast.data.views import ViewConfig
+from beit_fast.data.views.two_views import ViewConfig
 from beit_fast.model.config import BeitConfig, beit_config
-from beit_fast.tasks.pretrain import PretrainConfig, PretrainTask
+from beit_fast.tasks.pretrain.task import PretrainConfig, PretrainTask
 from beit_fast.tasks.sources import PHOTOGRAPHS, DataConfig
 from beit_fast.tokenizer.dvae import STRIDE, Dvae, DvaeConfig
 from beit_fast.train.config import OptimConfig, RunConfig

@@ -184,7 +184,7 @@ def _blocks(step: Step) -> Iterator[Work]:
         yield _weight_gradient("fc1", rows, D, F, e)
         yield _weight_gradient("proj", rows, W, D, e)
         yield _weight_gradient("qkv", qkv_rows, D, 3 * W, e)
-        for _ in range(2):  # LayerScale's gradient comes from the weights: kernels/fold.py
+        for _ in range(2):  # LayerScale's gradient comes from the weights: kernels/residual/fold.py
             num_bytes = rows * D * (2 * e + 3 * r) + 8 * rows
             yield Work(backward, "residual, norm", num_bytes=num_bytes)
 

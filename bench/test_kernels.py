@@ -12,19 +12,18 @@ import pytest
 import torch
 
 from beit_fast.kernels.attention import attention_qkvpacked, attention_reference
+from beit_fast.kernels.attention.rel_pos_bias import rel_pos_bias, rel_pos_bias_reference
 from beit_fast.kernels.conv import conv, conv_reference
-from beit_fast.kernels.conv_pixels import conv_pixels, conv_pixels_reference
-from beit_fast.kernels.drop_path import draw_kept_samples
-from beit_fast.kernels.linear import linear, linear_reference
-from beit_fast.kernels.linear_argmax import linear_argmax, linear_argmax_reference
-from beit_fast.kernels.linear_cross_entropy import (
+from beit_fast.kernels.conv.pixels import conv_pixels, conv_pixels_reference
+from beit_fast.kernels.head.linear_argmax import linear_argmax, linear_argmax_reference
+from beit_fast.kernels.head.linear_cross_entropy import (
     masked_linear_cross_entropy,
     masked_linear_cross_entropy_reference,
 )
-from beit_fast.kernels.mask_embed import mask_embed, mask_embed_reference
-from beit_fast.kernels.patches import normalized_patches, normalized_patches_reference
-from beit_fast.kernels.rel_pos_bias import rel_pos_bias, rel_pos_bias_reference
-from beit_fast.kernels.scale_residual import (
+from beit_fast.kernels.input.mask_embed import mask_embed, mask_embed_reference
+from beit_fast.kernels.input.patches import normalized_patches, normalized_patches_reference
+from beit_fast.kernels.linear import linear, linear_reference
+from beit_fast.kernels.residual import (
     layer_norm,
     layer_norm_reference,
     scale_residual,
@@ -32,6 +31,7 @@ from beit_fast.kernels.scale_residual import (
     scale_residual_norm_reference,
     scale_residual_reference,
 )
+from beit_fast.kernels.residual.drop_path import draw_kept_samples
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE, B = ("cuda", torch.bfloat16, 128) if CUDA else ("cpu", torch.float32, 4)

@@ -3,8 +3,8 @@
     python bench/tune.py [--only forward|backward] [--tokens 197]
 
 Needs a GPU. For each shape the candidates run interleaved on the same data; printed are the times,
-the table's choice marked, and which line of `kernels/attention_configs.py` (or constant of
-`kernels/attention_chunks.py`) the fastest would be. Everything goes to results/tune-<gpu>.json,
+the table's choice marked, and which line of `kernels/attention/configs.py` (or constant of
+`kernels/attention/chunks.py`) the fastest would be. Everything goes to results/tune-<gpu>.json,
 after each shape and pass, into the place of what was known of them (records.py has the rule).
 
 All of it compiles for more than an hour; as estimated, not measured, `--tokens 197 --only forward`
@@ -23,11 +23,11 @@ import torch
 from records import kept_results
 from timing import RESULTS, conditions, conditions_line, time_interleaved, write_whole
 
-from beit_fast.kernels import attention_backward_hopper
 from beit_fast.kernels._triton import gpu_of
-from beit_fast.kernels.attention_backward import attention_backward, choose_kernels
-from beit_fast.kernels.attention_bias import pad_bias
-from beit_fast.kernels.attention_configs import (
+from beit_fast.kernels.attention import backward_hopper as attention_backward_hopper
+from beit_fast.kernels.attention.backward import attention_backward, choose_kernels
+from beit_fast.kernels.attention.bias import pad_bias
+from beit_fast.kernels.attention.configs import (
     FlashForward,
     GeneralBackward,
     Tile,
@@ -35,7 +35,7 @@ from beit_fast.kernels.attention_configs import (
     forward_config,
     general_config,
 )
-from beit_fast.kernels.attention_forward import attention_forward
+from beit_fast.kernels.attention.forward import attention_forward
 
 # B, H, N, K: BEiT at 224, 384 and 512 px, large batches of windows, other head widths.
 SHAPES = (

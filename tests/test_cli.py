@@ -18,8 +18,8 @@ import yaml
 import beit_fast.data
 from beit_fast import recipes
 from beit_fast.cli import main, parse
-from beit_fast.tasks.dvae import DvaeTask
-from beit_fast.tasks.pretrain import PretrainTask
+from beit_fast.tasks.pretrain.dvae import DvaeTask
+from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.train.graph import CaptureError
 
 TINY = [

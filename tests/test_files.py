@@ -10,14 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from beit_fast.files import damage, describe, drop, naming, order_metadata, refuse_other_kinds
-from beit_fast.model.weight_files import read_weights, write_weights
-from beit_fast.tasks.features import _allocate
+from beit_fast.tasks.probe.features import _allocate
 from beit_fast.tokenizer.checkpoint import load_tokenizer, save_tokenizer
 from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
 from beit_fast.train.log import Log
 from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.layers import draw_layers
 from beit_fast.viz.reconstruction import draw_columns
+from beit_fast.weights.files import read_weights, write_weights
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 

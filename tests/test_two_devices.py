@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from beit_fast.kernels._triton import launch, launch_obstacle, tl, triton
-from beit_fast.kernels.gather_rows import gather_rows
-from beit_fast.kernels.mask_embed import mask_embed
+from beit_fast.kernels.head.gather_rows import gather_rows
+from beit_fast.kernels.input.mask_embed import mask_embed
 from two_devices import CPU, GPU
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU to mix with")

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit_fast.data.datasets import ImageSource
-from beit_fast.data.decode import BadImageError, decode_fast
+from beit_fast.data.sources.decode import BadImageError, decode_fast
+from beit_fast.data.sources.folder import ImageSource
 
 _AT_ONCE = 1024  # images handed to the threads
 _NAMED = 5  # images in an error

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit_fast.data.datasets import ImageSource
-from beit_fast.data.decode import BadImageError
 from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed, counter_seed
+from beit_fast.data.sources.decode import BadImageError
+from beit_fast.data.sources.folder import ImageSource
 from beit_fast.flags import flag
 
 logger = logging.getLogger("beit_fast.data")

@@ -35,11 +35,11 @@ import numpy as np
 import torch
 
 import beit_fast.data
-from beit_fast.data.color_jitter import jitter_views
-from beit_fast.data.datasets import ImageSource
-from beit_fast.data.decode import MAX_PIXELS
 from beit_fast.data.seeds import SampleSeed
-from beit_fast.data.views import ViewConfig, ViewDraw, make_views
+from beit_fast.data.sources.decode import MAX_PIXELS
+from beit_fast.data.sources.folder import ImageSource
+from beit_fast.data.views.color_jitter import jitter_views
+from beit_fast.data.views.two_views import ViewConfig, ViewDraw, make_views
 from beit_fast.files import damage as damage_of
 from beit_fast.files import drop
 

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import (
 )
 
 from beit_fast.kernels._triton import warn_once
-from beit_fast.kernels.attention_bias import padding_once
+from beit_fast.kernels.attention.bias import padding_once
+from beit_fast.kernels.input.mask_embed import mask_embed
 from beit_fast.kernels.linear import NOT_TRACED
-from beit_fast.kernels.mask_embed import mask_embed
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.init import init_pretraining
 from beit_fast.model.intermediates import Layout, chosen_blocks, laid_out

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from beit_fast.kernels._triton import check_product
-from beit_fast.kernels.gather_norm import check_index
-from beit_fast.kernels.gather_rows import gather_rows
-from beit_fast.kernels.linear_argmax import linear_argmax
-from beit_fast.kernels.linear_cross_entropy import masked_linear_cross_entropy
+from beit_fast.kernels.head.gather_norm import check_index
+from beit_fast.kernels.head.gather_rows import gather_rows
+from beit_fast.kernels.head.linear_argmax import linear_argmax
+from beit_fast.kernels.head.linear_cross_entropy import masked_linear_cross_entropy
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.init import init_finetuning

@@ -13,12 +13,12 @@ from torch.func import functional_call
 
 from beit_fast.kernels._triton import TRITON_DTYPES
 from beit_fast.kernels.attention import attention_qkvpacked, rel_pos_attention_qkvpacked
-from beit_fast.kernels.drop_path import KeptSamples, draw_kept_samples, num_kept
-from beit_fast.kernels.fold import fold_layer_scale, fold_norm_affine
-from beit_fast.kernels.gather_rows import gather_rows
+from beit_fast.kernels.attention.rel_pos_bias import rel_pos_bias, relative_position_rows
+from beit_fast.kernels.head.gather_rows import gather_rows
 from beit_fast.kernels.linear import linear
-from beit_fast.kernels.rel_pos_bias import rel_pos_bias, relative_position_rows
-from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
+from beit_fast.kernels.residual import layer_norm, scale_residual, scale_residual_norm
+from beit_fast.kernels.residual.drop_path import KeptSamples, draw_kept_samples, num_kept
+from beit_fast.kernels.residual.fold import fold_layer_scale, fold_norm_affine
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.resize import resize_rel_pos_table
 
@@ -98,7 +98,7 @@ class PatchEmbed(nn.Module):
         else:
             remedy = (
                 "pass normalised floats, (images.float() / 255 - mean) / std, or patches made by "
-                "beit_fast.kernels.patches.normalized_patches"
+                "beit_fast.kernels.input.patches.normalized_patches"
             )
         raise ValueError(f"the images are {images.dtype}, the model is {weight}: {remedy}")
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.kernels._triton import check_floating, exporting
-from beit_fast.kernels.rel_pos_bias import relative_position_rows
+from beit_fast.kernels.attention.rel_pos_bias import relative_position_rows
 
 
 def resize_rel_pos_table(

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from beit_fast.data.datasets import ImageSource
 from beit_fast.data.in_order import name_unusable, unusable_images
+from beit_fast.data.sources.folder import ImageSource
 from beit_fast.files import naming
 from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted, heed_stop

@@ -11,13 +11,13 @@ from torch import Tensor
 
 import beit_fast.data
 from beit_fast.checks import Batch, Given, Probability, Threads, check_fields
-from beit_fast.data.class_folders import called_as_parts
-from beit_fast.data.datasets import ImageFolder, ImageSource
-from beit_fast.data.digits import Digits, is_digits
 from beit_fast.data.loader import Loader
 from beit_fast.data.samples import Sample
-from beit_fast.data.scan import Found
-from beit_fast.data.subset import Subset
+from beit_fast.data.sources.class_folders import called_as_parts
+from beit_fast.data.sources.digits import Digits, is_digits
+from beit_fast.data.sources.folder import ImageFolder, ImageSource
+from beit_fast.data.sources.scan import Found
+from beit_fast.data.sources.subset import Subset
 from beit_fast.train.parallel import World
 
 PHOTOGRAPHS = "photographs"  # the name of the images that ship with the package

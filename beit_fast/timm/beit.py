@@ -23,13 +23,13 @@ from timm.models._input import update_model_args, update_model_input_size
 from timm.models.beit import Beit as TimmBeit
 from torch import Tensor, fx, nn
 
-from beit_fast.kernels.rel_pos_bias import relative_position_rows
+from beit_fast.kernels.attention.rel_pos_bias import relative_position_rows
 from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.model.layers import Block, PatchEmbed, RelativePositionBias
-from beit_fast.model.layouts import to_house
-from beit_fast.model.published import PUBLISHED
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
+from beit_fast.weights.layouts import to_house
+from beit_fast.weights.published import PUBLISHED
 
 # Their kernels are no graph of torch.fx. timm's tracer knows them from here, others are told.
 LEAVES: list[type[nn.Module]] = [Block, PatchEmbed, RelativePositionBias]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels.linear_argmax import linear_argmax
+from beit_fast.kernels.head.linear_argmax import linear_argmax
 from beit_fast.tokenizer.dvae import Dvae, map_pixels
 
 # Standard deviation of a position's logits over the codes at the start. High enough that a draw

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_fast.checks import Count, FieldError, check_fields
-from beit_fast.kernels.linear_argmax import linear_argmax
+from beit_fast.kernels.head.linear_argmax import linear_argmax
 
 PIXEL_MARGIN = 0.1  # epsilon of the paper: pixels are mapped into (epsilon, 1 - epsilon)
 NUM_GROUPS = 4

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels.conv import conv, conv_backend
-from beit_fast.kernels.conv_pixels import conv_pixels, conv_pixels_backend
-from beit_fast.kernels.linear_argmax import linear_argmax, split_fp16
+from beit_fast.kernels.conv.pixels import conv_pixels, conv_pixels_backend
+from beit_fast.kernels.head.linear_argmax import linear_argmax, split_fp16
 from beit_fast.tokenizer.dvae import NUM_GROUPS, PIXEL_MARGIN, STRIDE, Conv, Dvae, check_images
 
 # Of features and of scores, by which tokens change least. Of 19,600 tokens of the demo's dVAE 44

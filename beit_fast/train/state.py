@@ -35,7 +35,7 @@ from beit_fast.flags import flag
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-# Keys in the metadata of weight files, as `beit_fast.model.description` reads them, and settings.
+# Keys in the metadata of weight files, as `beit_fast.weights.description` reads them, and settings.
 DESCRIBED = {
     "beit_fast.config": "model",
     "beit_fast.classes": "classes",

@@ -26,7 +26,7 @@ from beit_fast.kernels._triton import (
     pretend,
     record,
 )
-from beit_fast.kernels.attention_configs import Tile, dbias_ctas
+from beit_fast.kernels.attention.configs import Tile, dbias_ctas
 
 pytest.importorskip("triton", reason="machine code needs Triton")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beit_fast.data.single_view import SingleViewConfig, single_view
+from beit_fast.data.views.single_view import SingleViewConfig, single_view
 from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
 from beit_fast.tokenizer.frozen import PRECISIONS
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from beit_fast.data import in_order
-from beit_fast.data.decode import BadImageError
 from beit_fast.data.in_order import batches_in_order, unusable_images
+from beit_fast.data.sources.decode import BadImageError
 
 
 class Numbers:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_fast.data.datasets import ImageFolder
 from beit_fast.data.loader import Loader
 from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.samples import CachedSample, PretrainSample, TokenViewSample
 from beit_fast.data.seeds import SampleSeed
+from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.token_cache import (
     MANIFEST,
     Manifest,
@@ -29,7 +29,7 @@ from beit_fast.data.token_cache import (
     write_manifest,
     write_shard,
 )
-from beit_fast.data.views import ViewConfig
+from beit_fast.data.views.two_views import ViewConfig
 
 VIEW = ViewConfig(size=(32, 48), token_size=(16, 24))
 MASKING = MaskingConfig(num_masked=6, min_block=2)

@@ -12,17 +12,17 @@ from beit_fast.kernels.attention import (
     rel_pos_attention,
     rel_pos_attention_qkvpacked,
 )
+from beit_fast.kernels.attention.rel_pos_bias import rel_pos_bias
 from beit_fast.kernels.conv import conv
-from beit_fast.kernels.conv_pixels import conv_pixels
-from beit_fast.kernels.fold import fold_layer_scale, fold_norm_affine
-from beit_fast.kernels.gather_rows import gather_rows
+from beit_fast.kernels.conv.pixels import conv_pixels
+from beit_fast.kernels.head.gather_rows import gather_rows
+from beit_fast.kernels.head.linear_argmax import linear_argmax
+from beit_fast.kernels.head.linear_cross_entropy import masked_linear_cross_entropy
+from beit_fast.kernels.input.mask_embed import mask_embed
+from beit_fast.kernels.input.patches import normalized_patches
 from beit_fast.kernels.linear import linear
-from beit_fast.kernels.linear_argmax import linear_argmax
-from beit_fast.kernels.linear_cross_entropy import masked_linear_cross_entropy
-from beit_fast.kernels.mask_embed import mask_embed
-from beit_fast.kernels.patches import normalized_patches
-from beit_fast.kernels.rel_pos_bias import rel_pos_bias
-from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
+from beit_fast.kernels.residual import layer_norm, scale_residual, scale_residual_norm
+from beit_fast.kernels.residual.fold import fold_layer_scale, fold_norm_affine
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 
 INTEGERS = (torch.uint8, torch.int32, torch.int64, torch.bool)

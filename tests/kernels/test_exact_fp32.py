@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from beit_fast.kernels.conv import conv
-from beit_fast.kernels.conv_pixels import conv_pixels
+from beit_fast.kernels.conv.pixels import conv_pixels
 from beit_fast.kernels.exact_fp32 import exact_fp32
-from beit_fast.kernels.linear_argmax import linear_argmax
+from beit_fast.kernels.head.linear_argmax import linear_argmax
 
 CONV, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 

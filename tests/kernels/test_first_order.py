@@ -19,16 +19,16 @@ from beit_fast.kernels.attention import (
     attention_reference,
     rel_pos_attention,
 )
-from beit_fast.kernels.attention_backends import use_backend
-from beit_fast.kernels.gather_rows import gather_rows, gather_rows_reference
-from beit_fast.kernels.linear import linear, linear_reference
-from beit_fast.kernels.linear_cross_entropy import (
+from beit_fast.kernels.attention.backends import use_backend
+from beit_fast.kernels.attention.rel_pos_bias import rel_pos_bias, rel_pos_bias_reference
+from beit_fast.kernels.head.gather_rows import gather_rows, gather_rows_reference
+from beit_fast.kernels.head.linear_cross_entropy import (
     masked_linear_cross_entropy,
     masked_linear_cross_entropy_reference,
 )
-from beit_fast.kernels.mask_embed import mask_embed, mask_embed_reference
-from beit_fast.kernels.rel_pos_bias import rel_pos_bias, rel_pos_bias_reference
-from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
+from beit_fast.kernels.input.mask_embed import mask_embed, mask_embed_reference
+from beit_fast.kernels.linear import linear, linear_reference
+from beit_fast.kernels.residual import layer_norm, scale_residual, scale_residual_norm
 from beit_fast.model.resize import resize_rel_pos_table
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from beit_fast.kernels.drop_path import KeptSamples
-from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
+from beit_fast.kernels.residual import layer_norm, scale_residual, scale_residual_norm
+from beit_fast.kernels.residual.drop_path import KeptSamples
 from beit_fast.model import layers
 from beit_fast.model.beit import Beit
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from beit_fast.kernels.rel_pos_bias import relative_position_rows
+from beit_fast.kernels.attention.rel_pos_bias import relative_position_rows
 from beit_fast.model import resize
 from beit_fast.model.beit import Beit
-from beit_fast.model.checkpoint import load_pretrained
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.model.read_checkpoint import read_checkpoint
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
+from beit_fast.weights.pretrained import load_pretrained
+from beit_fast.weights.read import read_checkpoint
 
 POSITIONS = {
     "shared": {},

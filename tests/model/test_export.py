@@ -5,8 +5,8 @@ import io
 import pytest
 import torch
 
-from beit_fast.kernels.attention_backends import use_backend
-from beit_fast.model.accelerate import accelerate, restore
+from beit_fast.acceleration.patching import accelerate, restore
+from beit_fast.kernels.attention.backends import use_backend
 from beit_fast.model.beit import Beit
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.pyramid import BeitFeaturePyramid

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beit_fast.kernels import linear_argmax
-from beit_fast.kernels.linear_cross_entropy import masked_linear_cross_entropy
-from beit_fast.kernels.patches import normalized_patches
+from beit_fast.kernels.head import linear_argmax
+from beit_fast.kernels.head.linear_cross_entropy import masked_linear_cross_entropy
+from beit_fast.kernels.input.patches import normalized_patches
 from beit_fast.model import heads
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import beit_config

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from beit_fast.kernels.attention import attention_reference
-from beit_fast.kernels.rel_pos_bias import rel_pos_bias_reference
+from beit_fast.kernels.attention.rel_pos_bias import rel_pos_bias_reference
 from beit_fast.model.layers import Attention, Block, Mlp, PatchEmbed, patchify
 
 

@@ -7,13 +7,13 @@ import logging
 import pytest
 import torch
 
-from beit_fast.model.accelerate import accelerate
+from beit_fast.acceleration.patching import accelerate
 from beit_fast.model.beit import Beit
-from beit_fast.model.checkpoint import convert, from_pretrained, load_pretrained, save_pretrained
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.model.read_checkpoint import read_checkpoint
+from beit_fast.weights.pretrained import convert, from_pretrained, load_pretrained, save_pretrained
+from beit_fast.weights.read import read_checkpoint
 
 PER_BLOCK = {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
 

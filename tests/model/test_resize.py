@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beit_fast.kernels.rel_pos_bias import relative_position_rows
+from beit_fast.kernels.attention.rel_pos_bias import relative_position_rows
 from beit_fast.model.resize import (
     _source_offsets,
     growth_ratio,

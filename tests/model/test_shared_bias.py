@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from beit_fast.kernels import attention_bias
 from beit_fast.kernels.attention import attention
-from beit_fast.kernels.attention_backends import use_backend
+from beit_fast.kernels.attention import bias as attention_bias
+from beit_fast.kernels.attention.backends import use_backend
 from beit_fast.model.heads import BeitForMaskedImageModeling
 
 IMAGES, DEPTH = (2, 3, 16, 16), 3

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from beit_fast.kernels.attention_backends import use_backend
+from beit_fast.kernels.attention.backends import use_backend
 from beit_fast.model.heads import BeitForMaskedImageModeling
 
 STEPS = 20

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from beit_fast.kernels import _triton
-from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
+from beit_fast.kernels.residual import layer_norm, scale_residual, scale_residual_norm
 from beit_fast.model import layers
 from beit_fast.model.heads import BeitForMaskedImageModeling
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from beit_fast.kernels.attention_bias import bias_unit, pad_bias_reference, padded_length
+from beit_fast.kernels.attention.bias import bias_unit, pad_bias_reference, padded_length
 
 
 @dataclass

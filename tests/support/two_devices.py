@@ -309,7 +309,8 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
 def _patch_triton(patch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import GridExecutor
 
-    from beit_fast.kernels import _triton, scale_residual
+    from beit_fast.kernels import _triton
+    from beit_fast.kernels.residual import operators as scale_residual
 
     def check(number: int, value: Any) -> None:
         value = getattr(value, "base", value)  # of a tensor descriptor

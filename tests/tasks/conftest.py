@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from beit_fast.data.masking import MaskingConfig
-from beit_fast.data.views import ViewConfig
+from beit_fast.data.views.two_views import ViewConfig
 from beit_fast.model.config import BeitConfig
-from beit_fast.tasks.pretrain import PretrainConfig
+from beit_fast.tasks.pretrain.task import PretrainConfig
 from beit_fast.tasks.sources import DataConfig
 from beit_fast.tokenizer.checkpoint import save_tokenizer
 from beit_fast.tokenizer.dvae import Dvae, DvaeConfig

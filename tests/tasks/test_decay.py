@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from beit_fast.data.augment import AugmentConfig
+from beit_fast.data.views.augment import AugmentConfig
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.recipes import PRETRAIN, TOKENIZER
-from beit_fast.recipes_finetune import FINETUNE
-from beit_fast.tasks.dvae import DvaeTask
-from beit_fast.tasks.finetune import FinetuneTask
-from beit_fast.tasks.pretrain import PretrainTask
+from beit_fast.recipes import FINETUNE, PRETRAIN, TOKENIZER
+from beit_fast.tasks.finetune.task import FinetuneTask
+from beit_fast.tasks.pretrain.dvae import DvaeTask
+from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer
 from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.config import OptimConfig

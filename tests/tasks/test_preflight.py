@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from beit_fast.recipes import demo_tokenizer
-from beit_fast.tasks import dvae
-from beit_fast.tasks.dvae import DvaeTask, train_tokenizer
-from beit_fast.tasks.pipeline import run_pretraining
-from beit_fast.tasks.pretrain import PretrainTask
+from beit_fast.recipes.tokenizer import demo_tokenizer
+from beit_fast.tasks.pretrain import dvae
+from beit_fast.tasks.pretrain.dvae import DvaeTask, train_tokenizer
+from beit_fast.tasks.pretrain.pipeline import run_pretraining
+from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.train import preflight
 from beit_fast.train.parallel import World
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
@@ -101,7 +101,7 @@ def test_an_output_that_cannot_be_written_is_said_at_once(two_stages, tmp_path):
 
 def test_the_check_changes_nothing_of_the_run(two_stages, tmp_path, monkeypatch):
     run_pretraining(two_stages(run={"output": str(tmp_path / "checked")}))
-    monkeypatch.setattr("beit_fast.tasks.pipeline.check_run", lambda *_, **__: None)
+    monkeypatch.setattr("beit_fast.tasks.pretrain.pipeline.check_run", lambda *_, **__: None)
     run_pretraining(two_stages(run={"output": str(tmp_path / "plain")}))
     digests = [
         read_manifest(checkpoint_paths(tmp_path / name)[-1])["files"]
@@ -169,7 +169,7 @@ def test_a_stop_between_the_stages_is_heard(two_stages, tmp_path, monkeypatch, w
             stop()
             return path
 
-        monkeypatch.setattr("beit_fast.tasks.pipeline.train_tokenizer", train_and_stop)
+        monkeypatch.setattr("beit_fast.tasks.pretrain.pipeline.train_tokenizer", train_and_stop)
     begin_step = PretrainTask.begin_step
     steps = []
     monkeypatch.setattr(PretrainTask, "begin_step", lambda self, step: steps.append(step))
@@ -187,7 +187,7 @@ def test_a_summary_that_fails_takes_nothing_down(two_stages, monkeypatch, caplog
     def fails(*_, **__):
         raise ValueError("no metrics were logged")
 
-    monkeypatch.setattr("beit_fast.tasks.pipeline.draw_curves", fails)
+    monkeypatch.setattr("beit_fast.tasks.pretrain.pipeline.draw_curves", fails)
     monkeypatch.setattr(dvae, "draw_curves", fails)
     run_pretraining(two_stages())
     assert "the tokenizer's report failed" in caplog.text

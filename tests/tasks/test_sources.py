@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from beit_fast.cli import main
-from beit_fast.data.class_folders import class_folders
-from beit_fast.data.datasets import ImageFolder
-from beit_fast.data.subset import Subset
+from beit_fast.data.sources.class_folders import class_folders
+from beit_fast.data.sources.folder import ImageFolder
+from beit_fast.data.sources.subset import Subset
 from beit_fast.tasks.sources import describe_source, open_source, say, task_settings
 from beit_fast.train.parallel import World
 from beit_fast.train.resume import without_habits

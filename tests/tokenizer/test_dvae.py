@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from beit_fast.kernels import linear_argmax
+from beit_fast.kernels.head import linear_argmax
 from beit_fast.tokenizer.dvae import (
     Dvae,
     DvaeConfig,

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beit_fast.data.single_view import SingleViewConfig, single_view
-from beit_fast.kernels import linear_argmax
+from beit_fast.data.views.single_view import SingleViewConfig, single_view
 from beit_fast.kernels._triton import A100, H100, interpreting, pretend
+from beit_fast.kernels.head import linear_argmax
 from beit_fast.tasks.sources import PHOTOGRAPHS, open_source
 from beit_fast.tokenizer import frozen as module
 from beit_fast.tokenizer.dvae import Dvae, DvaeConfig, map_pixels

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit_fast.recipes import PRETRAIN, TOKENIZER
-from beit_fast.recipes_finetune import FINETUNE
+from beit_fast.recipes import FINETUNE, PRETRAIN, TOKENIZER
 from beit_fast.tasks.sources import task_settings
 from beit_fast.train import resume
 from beit_fast.train.config import OptimConfig, RunConfig

@@ -1,0 +1,1 @@
+"""Where images come from: folders, class folders, digits, parts of these; and their decoding."""

@@ -1,0 +1,113 @@
+"""Where images come from: a protocol, and folders.
+
+A source is random access to encoded files; it decodes nothing. Shards of tar files can join behind
+the same four methods.
+"""
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import Protocol
+
+from beit_fast.data.sources.decode import BadImageError
+from beit_fast.data.sources.scan import EXTENSIONS, scan
+
+MAX_FILE_BYTES = 256 * 2**20  # no photograph is that large; the file would be read whole
+_SIZES_IN_DIGEST = 1024
+
+
+class ImageSource(Protocol):
+    """Encoded images by number, the same numbers in every process and run."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes:
+        """The file's bytes. Raises OSError or BadImageError if they cannot be had."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call it in a message: enough to find the file."""
+        ...
+
+    def digest(self) -> str:
+        """Changes with the images or their order, and not where they lie."""
+        ...
+
+
+class ImageFolder:
+    """All images under a folder, at any depth (classes or flat), in the order of their paths.
+
+    Files are found by extension, in either case; names that begin with a dot are left out. Links to
+    files and folders are followed wherever they lead, as timm and torchvision do, unless
+    `follow_links` is false. A folder that links in several classes lead to is read for each class;
+    reached again in the same one, or by a link from below itself, it is not. `paths` are relative
+    to the folder, `found` tells what else lies there.
+
+    Raises ValueError if the folder is missing, is no folder, cannot be read, or holds no image.
+    """
+
+    def __init__(self, path: str | Path, *, follow_links: bool = True):
+        self.root = Path(path)
+        if not self.root.exists():
+            raise ValueError(f"the image folder {self.root} does not exist: check the path")
+        if not self.root.is_dir():
+            raise ValueError(f"{self.root} is not a folder: give the folder the images are in")
+        self.paths, self.found = scan(self.root, follow_links)
+        if not self.paths:
+            said = f" ({left})" if (left := self.found.left_out()) else ""
+            remedy = ""
+            if self.found.links_left_out:
+                remedy = (
+                    "; to follow links pass --data.follow_links true, or --follow_links true where "
+                    "that is the flag"
+                )
+            raise ValueError(
+                f"no images under {self.root}{said}: expected files ending in "
+                f"{' '.join(sorted(EXTENSIONS))}{remedy}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        return read_image_file(self.name(index))
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, self.paths[index])
+
+    def digest(self) -> str:
+        """SHA-256 of all paths below the folder, and of the sizes of 1,024 files spread evenly.
+
+        Not of every size: asking a network disk for 14 million takes hours, for the names of
+        14 million no time beyond the scan. Raises OSError for a file that is gone.
+        """
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(os.fsencode(path.replace(os.sep, "/")) + b"\0")
+        for number in range(min(_SIZES_IN_DIGEST, len(self))):
+            index = number * len(self) // min(_SIZES_IN_DIGEST, len(self))
+            digest.update(b"%d\0" % os.stat(self.name(index)).st_size)
+        return digest.hexdigest()
+
+
+def read_image_file(path: str | Path) -> bytes:
+    """The bytes of one file.
+
+    Raises OSError, and BadImageError for one too large for an image and for a pipe or device,
+    which might never end.
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImageError(
+                "it is a pipe or a device and no file: write the image into a file and pass that"
+            )
+        if status.st_size > MAX_FILE_BYTES:
+            raise BadImageError(f"the file has {status.st_size} bytes, more than {MAX_FILE_BYTES}")
+        return file.read()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Without waiting for somebody to write into a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -1,0 +1,64 @@
+"""Named runs: functions that return a whole configuration, here by the verb that runs them.
+
+A variation is `dataclasses.replace`, or a flag on the command line.
+"""
+
+from collections.abc import Callable
+
+from beit_fast.recipes import finetune as _finetune
+from beit_fast.recipes.digits import digits, finetune_digits, probe_digits, tokenizer_digits
+from beit_fast.recipes.pretrain import (
+    beit_base_in1k,
+    beit_large_in1k,
+    beit_plus_base_in1k,
+    beit_plus_base_in22k,
+    beit_plus_large_in22k,
+    demo,
+    small,
+    tokens_of,
+)
+from beit_fast.recipes.probe import probe_imagenet, probe_small
+from beit_fast.recipes.tokenizer import dalle_tokenizer, demo_tokenizer, small_tokenizer
+from beit_fast.tasks.finetune.task import FinetuneConfig
+from beit_fast.tasks.pretrain.dvae import DvaeTrainingConfig
+from beit_fast.tasks.pretrain.task import PretrainConfig
+from beit_fast.tasks.probe.task import ProbeConfig
+
+PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {
+    "demo": demo,
+    "digits": digits,
+    "small": small,
+    "beit_base_in1k": beit_base_in1k,
+    "beit_plus_base_in1k": beit_plus_base_in1k,
+    "beit_plus_base_in22k": beit_plus_base_in22k,
+    "beit_large_in1k": beit_large_in1k,
+    "beit_plus_large_in22k": beit_plus_large_in22k,
+}
+PRETOKENIZE = {name: tokens_of(recipe) for name, recipe in PRETRAIN.items()}
+FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {
+    "digits": finetune_digits,
+    "small_data": _finetune.small_data,
+    "beit_plus_base_in1k": _finetune.beit_plus_base_in1k,
+    "beit_plus_large_in1k": _finetune.beit_plus_large_in1k,
+    "beit_plus_base_in22k": _finetune.beit_plus_base_in22k,
+    "beit_plus_large_in22k": _finetune.beit_plus_large_in22k,
+    "beit_plus_base_in22k_in1k": _finetune.beit_plus_base_in22k_in1k,
+    "beit_plus_large_in22k_in1k": _finetune.beit_plus_large_in22k_in1k,
+    "beit_plus_base_in22k_in1k_384": _finetune.beit_plus_base_in22k_in1k_384,
+    "beit_plus_large_in22k_in1k_384": _finetune.beit_plus_large_in22k_in1k_384,
+    "beit_plus_large_in22k_in1k_512": _finetune.beit_plus_large_in22k_in1k_512,
+    "beit_base_in1k": _finetune.beit_base_in1k,
+    "beit_large_in1k": _finetune.beit_large_in1k,
+    "beit_base_cifar100": _finetune.beit_base_cifar100,
+}
+PROBE: dict[str, Callable[[], ProbeConfig]] = {
+    "digits": probe_digits,
+    "small": probe_small,
+    "imagenet": probe_imagenet,
+}
+TOKENIZER: dict[str, Callable[[], DvaeTrainingConfig]] = {
+    "demo": demo_tokenizer,
+    "digits": tokenizer_digits,
+    "small": small_tokenizer,
+    "dalle": dalle_tokenizer,
+}

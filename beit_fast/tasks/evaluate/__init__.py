@@ -1,0 +1,1 @@
+"""What a classifier is worth on labelled images, and what it says of single ones."""

@@ -1,0 +1,1 @@
+"""A classifier, from a pre-trained encoder."""

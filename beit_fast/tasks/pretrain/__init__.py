@@ -1,0 +1,1 @@
+"""Masked image modelling, and the tokenizer that comes before it."""

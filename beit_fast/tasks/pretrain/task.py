@@ -1,0 +1,426 @@
+"""Masked image modelling: predict the visual tokens of hidden patches (BEiT section 2).
+
+tokens = tokenizer(second view)                              no gradient
+loss   = mean over hidden patches of -log p(tokens | first view with hidden patches replaced)
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
+from torch import Tensor
+
+from beit_fast.checks import Filled, check_fields
+from beit_fast.data.masking import MaskingConfig
+from beit_fast.data.samples import CachedSample, PretrainSample
+from beit_fast.data.sources.folder import ImageSource
+from beit_fast.data.token_cache import TokenCache, check_made_from, describe
+from beit_fast.data.views.color_jitter import jitter_views
+from beit_fast.data.views.statistics import (
+    STATISTICS,
+)
+from beit_fast.data.views.two_views import ViewConfig
+from beit_fast.kernels.input.patches import normalized_patches
+from beit_fast.model.config import BeitConfig
+from beit_fast.model.fp8 import use_fp8
+from beit_fast.model.heads import BeitForMaskedImageModeling
+from beit_fast.tasks.layer_decay import spared_from_decay
+from beit_fast.tasks.pretrain.dvae import DvaeTrainingConfig
+from beit_fast.tasks.sources import DataConfig, open_loader, unseen_batches
+from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
+from beit_fast.tokenizer.dvae import STRIDE, Dvae
+from beit_fast.tokenizer.frozen import FrozenTokenizer
+from beit_fast.tokenizer.metrics import code_entropy, count_codes
+from beit_fast.tokenizer.protocol import Tokenizer
+from beit_fast.train.config import OptimConfig, RunConfig
+from beit_fast.train.parallel import World
+from beit_fast.train.stop import heed_stop
+from beit_fast.viz.reconstruction import draw_columns, hide_patches
+
+NUM_PICTURES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything a pre-training run depends on."""
+
+    model: BeitConfig
+    data: DataConfig
+    optim: OptimConfig
+    run: RunConfig
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    statistics: Literal["half", "imagenet"] = "half"  # mean and std of the first view
+    # Patches to predict: BEiT's hidden ones, or as ablations (paper, Table 4) all of them, from the
+    # masked or from the whole image. model.predict "pixels" is the table's other ablation.
+    objective: Literal["masked", "all", "all_unmasked"] = "masked"
+    tokenizer: Filled | None = None  # safetensors file; `beit-fast convert-dalle` writes DALL-E's
+    # Train one first, in the run's folder; on the same images unless it names others.
+    tokenizer_training: DvaeTrainingConfig | None = None
+    # Of a dVAE's convolutions; scores are fp32's in all. fp16 is the fast one on GPUs.
+    tokenizer_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    # Folder that `beit-fast pretokenize` wrote with these very settings: training then needs no
+    # tokenizer. One given besides is for evaluation and pictures, on crops that no step sees.
+    token_cache: Filled | None = None
+    # Less memory: blocks are computed again in the backward pass, or with "selective" all of them
+    # but products and attention.
+    grad_checkpointing: bool | Literal["selective"] = False
+    # Of the relative-position tables; false is the original's disable_weight_decay_on_rel_pos_bias.
+    weight_decay_on_rel_pos_bias: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        sources = (self.tokenizer is not None) + (self.tokenizer_training is not None)
+        if self.token_cache is not None:
+            if self.model.predict == "pixels" or self.tokenizer_training is not None:
+                raise ValueError(
+                    f"--token_cache {self.token_cache} holds the tokens of a trained tokenizer, "
+                    "for a model that predicts tokens: pass null for it, or "
+                    "--tokenizer_training null (and for evaluation --tokenizer FILE, the one that "
+                    "made them) and --model.predict tokens"
+                )
+        elif self.model.predict == "tokens" and sources != 1:
+            raise ValueError(
+                "give one of --tokenizer (a file, written by `beit-fast convert-dalle` or "
+                "`beit-fast tokenizer`) and --tokenizer_training, and null for the other; or a "
+                "--token_cache, written by `beit-fast pretokenize`"
+            )
+        if self.model.predict == "pixels" and sources:
+            raise ValueError(
+                "a model that predicts pixels uses no tokenizer: pass null for --tokenizer and "
+                "--tokenizer_training"
+            )
+        size = self.model.image_pixels
+        if self.views.size != size:
+            raise ValueError(
+                f"the views are {_by(self.views.size)} px and the model takes {_by(size)}: pass "
+                f"--views.size {_flag(size)}"
+            )
+
+
+@dataclass(frozen=True)
+class TokensToCome:
+    """What is known of a tokenizer before it is trained."""
+
+    vocab_size: int
+    stride: int = STRIDE  # pixels a token
+
+
+def _with_tokenizer(method: Callable) -> Callable:
+    """The method with the tokenizer loaded for its time, where a cache keeps it out of training and
+    the configuration names its file."""
+
+    @functools.wraps(method)
+    def call(self: "PretrainTask", model: BeitForMaskedImageModeling, *args: Any, **kwargs: Any):
+        if self.cache is None or self.config.tokenizer is None:
+            return method(self, model, *args, **kwargs)
+        device = next(model.parameters()).device
+        self.tokenizer = frozen(load_tokenizer(self.config.tokenizer), self.config).to(device)
+        try:
+            return method(self, model, *args, **kwargs)
+        finally:
+            self.tokenizer = None
+
+    return call
+
+
+class PretrainTask:
+    """BEiT's pre-training as a task of the loop.
+
+    Tokens come from the tokenizer or, where the configuration names a token cache, from there; then
+    `tokenizer` is None. One that is yet to be trained comes later, by `use`. Raises TokenCacheError
+    for a cache that is damaged or was made from something else.
+    """
+
+    name = "pretrain"
+
+    def __init__(
+        self, config: PretrainConfig, tokenizer: Tokenizer | TokensToCome | None, world: World
+    ) -> None:
+        model, views = config.model, config.views
+        self.predicts_tokens = model.predict == "tokens"
+        self.cache = None
+        if config.token_cache is not None:
+            assert tokenizer is None, "a token cache takes its place"
+            self.cache = TokenCache(config.token_cache, part=world.rank, parts=world.size)
+        if model.in_chans != 3:
+            raise ValueError(
+                f"model.in_chans is {model.in_chans}: images here have 3 channels, pass "
+                "--model.in_chans 3"
+            )
+        self.config, self.tokenizer = config, None
+        if tokenizer is not None:
+            self.use(tokenizer)
+        torch.manual_seed(config.run.seed)
+        self.model = BeitForMaskedImageModeling(model)
+        self.model.set_grad_checkpointing(config.grad_checkpointing)
+        self._loss = self.model.loss if self.predicts_tokens else self.model.pixel_loss
+        self.counters = {}
+        if self.predicts_tokens:
+            self.counters["token_counts"] = torch.zeros(model.vocab_size, dtype=torch.float64)
+        sample = PretrainSample(views, config.masking, model.grid)
+        self.loader = open_loader(config.data, sample, seed=config.run.seed, world=world)
+        self._unseen_loader = self.loader
+        if self.cache is not None:
+            self._check_cache()
+            name = self.loader.source.name
+            cached = CachedSample(views, config.masking, model.grid, self.cache, name)
+            self.loader = self.loader.with_sample(cached)
+            if config.tokenizer is None:
+                self._unseen_loader = self.loader
+        self.batches_per_epoch = self.loader.batches_per_epoch
+        self.num_images = len(self.loader.source)
+        self.images_per_batch = config.data.batch_size
+
+    def use(self, tokenizer: Tokenizer | TokensToCome) -> None:
+        """Take this tokenizer. Raises ValueError as `check_tokenizer` does."""
+        check_tokenizer(tokenizer, self.config)
+        if not isinstance(tokenizer, TokensToCome):
+            self.tokenizer = frozen(tokenizer, self.config)
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        if self.config.run.precision == "fp8":
+            use_fp8(self.model, device)
+        if self.tokenizer is not None:
+            self.tokenizer.to(device)
+        self.counters = {name: counter.to(device) for name, counter in self.counters.items()}
+
+    def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
+        return self.loader.batches(start)
+
+    def compile(self, mode: str) -> None:
+        self._loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=mode)
+
+    def begin_step(self, step: int) -> None:
+        """Nothing here changes over the run."""
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Patches, mask and index as the model takes them, and the tokens of those listed."""
+        batch = jitter_views(batch)
+        patches, mask, index = self._inputs(batch)
+        prepared = {"patches": patches, "mask": mask, "masked_index": index}
+        if self.predicts_tokens:
+            prepared["tokens"] = self._tokens(batch, index)
+        return prepared
+
+    def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With a token of each patch, for there may be no tokenizer yet."""
+        grid = (len(batch["mask"]), self.config.model.num_patches)
+        return {"tokens": torch.zeros(grid, dtype=torch.int64)} | batch
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.predicts_tokens:
+            return self._loss(batch["patches"], batch["mask"], batch["masked_index"]), {}
+        index, tokens = batch["masked_index"], batch["tokens"]
+        loss, num_correct = self._loss(batch["patches"], batch["mask"], index, tokens)
+        predicted = index >= 0
+        # Counts are whole numbers in fp64: exact, so their order of summation does not matter.
+        self.counters["token_counts"].index_add_(0, tokens.clamp(min=0), predicted.double())
+        return loss, {"accuracy": num_correct / predicted.sum().clamp(min=1)}
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        spared = spared_from_decay(
+            self.model, spare_tables=not self.config.weight_decay_on_rel_pos_bias
+        )
+        # By keyword: which place an option has differs between versions of timm.
+        return param_groups_weight_decay(
+            self.model, weight_decay=weight_decay, no_weight_decay_list=spared
+        )
+
+    def report(self) -> dict[str, Tensor]:
+        if not self.predicts_tokens:
+            return {}
+        return {"marginal_entropy": code_entropy(self.counters["token_counts"])}
+
+    def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """First view in patches, mask and the flat indices of those to predict, on the device."""
+        mean, std = STATISTICS[self.config.statistics]
+        # Pixels that are to be predicted stay as exact as they are; the product rounds its own.
+        dtype = torch.float32 if self.tokenizer is None else None
+        patches = normalized_patches(
+            batch["images"], self.config.model.patch_pixels, mean, std, dtype=dtype
+        )
+        mask, index = batch["mask"], batch["masked_index"]
+        if self.config.objective in ("all", "all_unmasked"):
+            index = torch.arange(mask.numel(), dtype=torch.int32, device=mask.device)
+        if self.config.objective == "all_unmasked":
+            mask = torch.zeros_like(mask)
+        return patches, mask, index
+
+    @torch.no_grad()
+    def _tokens(self, batch: dict[str, Tensor], index: Tensor | None = None) -> Tensor:
+        """Visual tokens of the second view, (B, Gh, Gw), or with an index (I,) those listed.
+
+        Those of a token cache are in the batch.
+        """
+        if "tokens" not in batch:
+            return visual_tokens(self.tokenizer, batch["token_images"], index)
+        tokens = batch["tokens"].long()
+        if index is None:
+            return tokens.view(-1, *self.config.model.grid)
+        return tokens.flatten()[index.clamp(min=0).long()].masked_fill(index < 0, -1)
+
+    @torch.no_grad()
+    @_with_tokenizer
+    def evaluate(self, model: BeitForMaskedImageModeling, num_batches: int = 8) -> dict[str, float]:
+        """Loss and accuracy without drop path, on crops and masks that training never saw.
+
+        With a token cache and no tokenizer, on the cache's crops, which training saw, under masks
+        that it never did: `evaluated_on` says which.
+
+        `marginal_entropy` is that of the very tokens that were to be predicted: the loss of a
+        model that knows how frequent each token is, and nothing of the image.
+        """
+        losses, num_correct, num_predicted, counts = [], 0, 0, 0
+        for batch in self._unseen(model, num_batches):
+            patches, mask, index = self._inputs(batch)
+            if not self.predicts_tokens:
+                losses.append(model.pixel_loss(patches, mask, index))
+                continue
+            tokens = self._tokens(batch, index)
+            loss, correct = model.loss(patches, mask, index, tokens)
+            predicted = tokens[index >= 0]
+            losses.append(loss)
+            num_correct, num_predicted = num_correct + correct, num_predicted + len(predicted)
+            counts = counts + count_codes(predicted, self.config.model.vocab_size)
+        result = {"loss": float(torch.stack(losses).mean())}
+        if self.predicts_tokens:
+            result["accuracy"] = float(num_correct) / max(1, num_predicted)
+            result["marginal_entropy"] = float(code_entropy(counts))
+        return result
+
+    @property
+    def evaluated_on(self) -> str:
+        """What `evaluate` and `picture` look at, for whoever reads their results."""
+        if self._unseen_loader is self.loader and self.cache is not None:
+            return "crops of the token cache, seen in training, and masks never trained on"
+        return "crops and masks never trained on"
+
+    @torch.no_grad()
+    @_with_tokenizer
+    def picture(self, model: BeitForMaskedImageModeling, path: Path) -> None:
+        """Original, what the model sees, its tokens decoded, and its predictions decoded.
+
+        With a token cache and no tokenizer, tokens are shown as a colour for each.
+        """
+        (batch,) = self._unseen(model, 1)
+        batch = {name: value[:NUM_PICTURES] for name, value in batch.items()}
+        patches, mask, _ = self._inputs(batch | {"masked_index": batch["masked_index"][:0]})
+        grid = self.config.model.grid
+        original = batch["images"].permute(0, 3, 1, 2).float() / 255
+        columns = {"image": original, "what the model sees": hide_patches(original, mask, grid)}
+        if not self.predicts_tokens:
+            columns["predicted pixels"] = self._predicted_pixels(model, patches, mask, original)
+        else:
+            tokens = self._tokens(batch).flatten(1)
+            predicted = torch.where(mask, model.predict(patches, mask), tokens)
+            columns["its visual tokens"] = self._show(tokens.view(-1, *grid))
+            columns["with predicted tokens"] = self._show(predicted.view(-1, *grid))
+        draw_columns(columns, path)
+
+    def _unseen(
+        self, model: BeitForMaskedImageModeling, num_batches: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """Batches of no training step, on the model's device and jittered, while the model is in
+        eval mode."""
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        try:
+            for batch in unseen_batches(self._unseen_loader, num_batches, device):
+                heed_stop("while evaluating")
+                yield jitter_views(batch)
+        finally:
+            model.train(was_training)
+
+    def _show(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, Gh, Gw) as images (B, 3, height, width): decoded, or a colour for each."""
+        if self.tokenizer is not None:
+            return self.tokenizer.decode(tokens)
+        generator = torch.Generator().manual_seed(0)
+        colours = torch.rand(self.config.model.vocab_size, 3, generator=generator)
+        images = colours.to(tokens.device)[tokens].permute(0, 3, 1, 2)
+        return F.interpolate(images, self.config.model.image_pixels, mode="nearest")
+
+    def _check_cache(self) -> None:
+        """Raise TokenCacheError unless the cache was made from what this run is made of."""
+        made_from = self.cache.manifest.made_from
+        if self.config.tokenizer is None:  # nothing to hold the cache's own against
+            digest = made_from["tokenizer"]["weights"]
+        else:
+            digest = tokenizer_digest(load_tokenizer(self.config.tokenizer))
+        ours = token_source(self.config, self.loader.source, digest)
+        check_made_from(self.cache.folder, made_from, ours)
+
+    def _predicted_pixels(
+        self, model: BeitForMaskedImageModeling, patches: Tensor, mask: Tensor, original: Tensor
+    ) -> Tensor:
+        """The image with its hidden patches as the model regresses them, (B, 3, h, w)."""
+        config = self.config.model
+        patches_BPL = model(patches, mask).float().transpose(1, 2)
+        pixels = F.fold(
+            patches_BPL, config.image_pixels, config.patch_pixels, stride=config.patch_pixels
+        )
+        mean, std = (
+            torch.tensor(v, device=pixels.device).view(3, 1, 1)
+            for v in STATISTICS[self.config.statistics]
+        )
+        visible = hide_patches(original, mask, config.grid, fill=torch.nan)
+        return torch.where(visible.isnan(), pixels * std + mean, visible)
+
+
+def frozen(tokenizer: Tokenizer, config: PretrainConfig) -> Tokenizer:
+    """A dVAE in the form that only encodes; any other tokenizer brings its own precision."""
+    if isinstance(tokenizer, Dvae):
+        return FrozenTokenizer(tokenizer, config.tokenizer_precision)
+    return tokenizer
+
+
+def visual_tokens(tokenizer: Tokenizer, views: Tensor, index: Tensor | None = None) -> Tensor:
+    """Tokens of jittered views, uint8 (B, height, width, 3): (B, Gh, Gw), or (I,) of those listed.
+
+    Outside the autocast of a training step.
+    """
+    with torch.autocast(views.device.type, enabled=False):
+        return tokenizer.encode(views.permute(0, 3, 1, 2), index)
+
+
+def token_source(config: PretrainConfig, source: ImageSource, weights: str) -> dict[str, Any]:
+    """What the tokens of a run are made from, `weights` being the digest of the tokenizer's."""
+    tokenizer = {
+        "weights": weights,
+        "precision": config.tokenizer_precision,
+        "vocab_size": config.model.vocab_size,
+    }
+    return describe(source, config.views, config.model.grid, config.run.seed, tokenizer)
+
+
+def check_tokenizer(tokenizer: Tokenizer | TokensToCome, config: PretrainConfig) -> None:
+    """Raise ValueError unless the tokenizer gives the model one of its codes for each patch."""
+    model = config.model
+    if tokenizer.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} codes and the model predicts "
+            f"{model.vocab_size}: pass --model.vocab_size {tokenizer.vocab_size}"
+        )
+    wanted = tuple(side * tokenizer.stride for side in model.grid)
+    if config.views.token_size != wanted:
+        raise ValueError(
+            f"the tokenizer's view is {_by(config.views.token_size)} px, and one token for each "
+            f"of {_by(model.grid)} patches needs {_by(wanted)}: pass --views.token_size "
+            f"{_flag(wanted)}"
+        )
+
+
+def _by(sides: tuple[int, int]) -> str:
+    return f"{sides[0]}x{sides[1]}"
+
+
+def _flag(sides: tuple[int, int]) -> str:
+    return str(sides[0]) if sides[0] == sides[1] else f"[{sides[0]},{sides[1]}]"

@@ -1,0 +1,1 @@
+"""What every block of a frozen encoder knows of labels."""

@@ -1,0 +1,1 @@
+"""Checkpoints of every layout: read, loaded into a model, written and converted."""

@@ -1,0 +1,498 @@
+"""Forward kernels of attention with an additive bias, and what launches them.
+
+    s[n,m] = q[n] . k[m] + u bias[n,m]         the bias is the first value of the accumulator
+    lse[n] = log2 sum_m 2^(c s[n,m])           c = scale log2(e)
+    out[n] = sum_m Z[n,m] 2^(c s[n,m] - lse[n]) v[m]
+
+for each image and head, by one of two kernels:
+
+whole     a program holds all keys and values of its image and head, and loops over the queries
+flash     a program holds a tile of queries, and loops over the keys
+
+Shapes    q, out (B, N, H, K); k, v (B, M, H, K); lse (B, H, N); bias (G, H, >= N, >= M), padded
+          as in `attention_bias`, in units of u raw scores, -inf for keys m >= M; image b has bias
+          b mod G
+Types     scores, softmax and sums in fp32; the weights are rounded to v's type before they meet it
+Masks     those -inf are the only ones. A query that sees no key has out = 0 and lse = inf
+Dropout   Z as in `attention`; lse is that of the weights before dropout
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
+from beit_fast.kernels.attention.bias import bias_unit, raw_bias
+from beit_fast.kernels.attention.configs import (
+    FlashForward,
+    WholeForward,
+    forward_config,
+    head_parts,
+    tail_width,
+)
+from beit_fast.kernels.philox import random_tile, threshold_of
+
+
+@triton.jit
+def _load_rows(
+    ptr,  # first row of the tile
+    stride,  # elements from row to row
+    num_rows,  # rows that exist, or None: all; may be negative
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """The tiles (ROWS, part) of some rows; zero beyond the rows and columns that exist."""
+    row = tl.arange(0, ROWS)[:, None]
+    at = ptr + row.to(OFFSET) * stride
+    tiles = ()
+    for j in tl.static_range(len(PARTS)):
+        col = PARTS[j][0] + tl.arange(0, PARTS[j][1])[None, :]
+        if num_rows is None:
+            if PARTS[j][0] + PARTS[j][1] > K:
+                tiles += (tl.load(at + col, mask=col < K, other=0.0),)
+            else:
+                tiles += (tl.load(at + col),)
+        else:
+            inside = row < num_rows
+            if PARTS[j][0] + PARTS[j][1] > K:
+                inside = inside & (col < K)
+            tiles += (tl.load(at + col, mask=inside, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _load_keys(
+    ptr,  # keys or values of one image and head, (M, K)
+    stride,  # elements from row to row
+    M,
+    BEGIN: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """For each tile of a group, which begins at key BEGIN, its parts (width, part)."""
+    tiles = ()
+    at = ptr + BEGIN * tl.cast(stride, tl.int64)
+    left = M - BEGIN
+    for i in tl.static_range(len(WIDTHS)):
+        tiles += (_load_rows(at, stride, left, WIDTHS[i], K, PARTS, OFFSET),)
+        at += WIDTHS[i] * tl.cast(stride, tl.int64)
+        left -= WIDTHS[i]
+    return tiles
+
+
+@triton.jit
+def _load_bias(
+    ptr,  # first element of the tiles
+    stride,  # elements from row to row; 0 where all rows are one
+    num_rows,  # rows that are queries; may be negative
+    ROWS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """The tiles (ROWS, width) of a group, side by side. Rows of no query cost no traffic."""
+    row = tl.arange(0, ROWS)[:, None]
+    at = ptr + row.to(OFFSET) * stride
+    tiles = ()
+    for i in tl.static_range(len(WIDTHS)):
+        col = tl.arange(0, WIDTHS[i])[None, :]
+        tiles += (tl.load(at + col, mask=row < num_rows, other=0.0),)
+        at += WIDTHS[i]
+    return tiles
+
+
+@triton.jit
+def _score(
+    q,  # tuple of (ROWS, part)
+    keys,  # for each tile a tuple of (width, part)
+    biases,  # tuple of (ROWS, width)
+    bias_unit,  # fp32: u; None: 1
+    PRECISION: tl.constexpr,
+):
+    """s for a group of keys: a tuple of (ROWS, width) fp32."""
+    scores = ()
+    for i in tl.static_range(len(keys)):
+        s = raw_bias(biases[i], bias_unit)
+        for j in tl.static_range(len(q)):
+            s = tl.dot(q[j], tl.trans(keys[i][j]), s, input_precision=PRECISION)
+        scores += (s,)
+    return scores
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """A tuple of (ROWS, part) fp32."""
+    acc = ()
+    for j in tl.static_range(len(PARTS)):
+        acc += (tl.full((ROWS, PARTS[j][1]), 0.0, tl.float32),)
+    return acc
+
+
+@triton.jit
+def _multiply_rows(acc, factor):
+    """Each part (ROWS, part) of a tuple times factor (ROWS,)."""
+    out = ()
+    for j in tl.static_range(len(acc)):
+        out += (acc[j] * factor[:, None],)
+    return out
+
+
+@triton.jit
+def _attend(
+    scores,  # tuple of (ROWS, width) fp32
+    values,  # for each tile a tuple of (width, part)
+    keeps,  # tuple of (ROWS, width) bool: what dropout keeps; empty without dropout
+    highest,  # (ROWS,) maximum of c s so far
+    total,  # (ROWS,) sum of 2^(c s - highest) so far
+    acc,  # tuple of (ROWS, part): sum of 2^(c s - highest) v so far
+    exponent_factor,  # c
+    IS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """highest, total and acc with a group of keys added; softmax is plain inside the group."""
+    before = highest
+    for i in tl.static_range(len(scores)):
+        highest = tl.maximum(highest, tl.max(scores[i], 1) * exponent_factor)
+    # Where all was -inf so far, any finite base gives weights of zero.
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    if not IS_FIRST:
+        rescale = tl.exp2(before - base)
+        total *= rescale
+        acc = _multiply_rows(acc, rescale)
+    for i in tl.static_range(len(scores)):
+        p = tl.exp2(scores[i] * exponent_factor - base[:, None])
+        total += tl.sum(p, 1)
+        if len(keeps) > 0:
+            p = tl.where(keeps[i], p, 0.0)
+        p = p.to(values[i][0].dtype)
+        added = ()
+        for j in tl.static_range(len(acc)):
+            part = tl.dot(p, values[i][j], acc[j], input_precision=PRECISION)
+            added += (part,)
+        acc = added
+    return highest, total, acc
+
+
+@triton.jit
+def _store_rows(
+    highest,  # (ROWS,)
+    total,  # (ROWS,)
+    acc,  # tuple of (ROWS, part)
+    gain,  # what the weights that dropout kept are multiplied by
+    out_ptr,  # first row of the tile
+    out_stride,  # elements from row to row
+    lse_ptr,  # first row of the tile
+    num_rows,  # rows that exist
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    row = tl.arange(0, acc[0].shape[0])
+    sees_nothing = total == 0.0
+    total = tl.where(sees_nothing, 1.0, total)
+    lse = tl.where(sees_nothing, float("inf"), highest + tl.log2(total))
+    tl.store(lse_ptr + row, lse, mask=row < num_rows)
+    out = _multiply_rows(acc, gain / total)
+    at = out_ptr + row[:, None].to(OFFSET) * out_stride
+    for j in tl.static_range(len(PARTS)):
+        col = PARTS[j][0] + tl.arange(0, PARTS[j][1])[None, :]
+        inside = row[:, None] < num_rows
+        if PARTS[j][0] + PARTS[j][1] > K:
+            inside = inside & (col < K)
+        tl.store(at + col, out[j].to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attention_whole_kernel(
+    q_ptr,  # (B, N, H, K)
+    k_ptr,  # (B, M, H, K)
+    v_ptr,  # (B, M, H, K)
+    bias_ptr,  # (G, H, >= N, >= M), -inf for keys m >= M
+    out_ptr,  # (B, N, H, K)
+    lse_ptr,  # (B, H, N) fp32
+    q_stride_b,  # this and the next eleven in units of UNIT elements
+    q_stride_n,
+    q_stride_h,
+    k_stride_b,
+    k_stride_n,
+    k_stride_h,
+    v_stride_b,
+    v_stride_n,
+    v_stride_h,
+    out_stride_b,
+    out_stride_n,
+    out_stride_h,
+    bias_stride_g,  # elements, as the next two; each may be 0
+    bias_stride_h,
+    bias_stride_n,
+    G,  # groups of images
+    H,  # heads
+    N,  # queries
+    M,  # keys, at most the sum of all widths
+    bias_unit,  # fp32: u; None: 1
+    exponent_factor,  # fp32: c, the scale of the logits times log2(e)
+    K: tl.constexpr,  # width of a head
+    PARTS: tl.constexpr,  # (begin, width) of the tiles that K is cut into
+    BLOCK_N: tl.constexpr,
+    FIRST: tl.constexpr,  # widths of the key tiles of the first group
+    SECOND: tl.constexpr,  # and of the second, if there is one
+    FIRST_KEYS: tl.constexpr,  # sum of FIRST
+    ONE_TILE: tl.constexpr,  # N <= BLOCK_N
+    UNIT: tl.constexpr,  # known to the compiler, so that it sees how rows are aligned
+    OFFSET: tl.constexpr,  # type of offsets inside a tile
+):
+    """All queries of one head of one image; heads are neighbours, since rows hold all heads."""
+    b = tl.cast(tl.program_id(0) // H, tl.int64)
+    h = tl.cast(tl.program_id(0) % H, tl.int64)
+    q_ptr += (b * q_stride_b + h * q_stride_h) * UNIT
+    k_ptr += (b * k_stride_b + h * k_stride_h) * UNIT
+    v_ptr += (b * v_stride_b + h * v_stride_h) * UNIT
+    out_ptr += (b * out_stride_b + h * out_stride_h) * UNIT
+    bias_ptr += (b % G) * bias_stride_g + h * bias_stride_h
+    lse_ptr += (b * H + h) * N
+    q_stride, k_stride = q_stride_n * UNIT, k_stride_n * UNIT
+    v_stride, out_stride = v_stride_n * UNIT, out_stride_n * UNIT
+
+    # All loads that can be are under way before the first is waited for.
+    q = _load_rows(q_ptr, q_stride, N, BLOCK_N, K, PARTS, OFFSET)
+    keys0 = _load_keys(k_ptr, k_stride, M, 0, FIRST, K, PARTS, OFFSET)
+    keys1 = _load_keys(k_ptr, k_stride, M, FIRST_KEYS, SECOND, K, PARTS, OFFSET)
+    values0 = _load_keys(v_ptr, v_stride, M, 0, FIRST, K, PARTS, OFFSET)
+    values1 = _load_keys(v_ptr, v_stride, M, FIRST_KEYS, SECOND, K, PARTS, OFFSET)
+    biases0 = _load_bias(bias_ptr, bias_stride_n, N, BLOCK_N, FIRST, OFFSET)
+
+    # With what does not change moved out of the loop, 40 registers would hold addresses.
+    for start in tl.range(0, N, BLOCK_N, disable_licm=True):
+        start = tl.cast(start, tl.int64)
+        left = (N - start).to(tl.int32)
+        bias1_ptr = bias_ptr + start * bias_stride_n + FIRST_KEYS
+        biases1 = _load_bias(bias1_ptr, bias_stride_n, left, BLOCK_N, SECOND, OFFSET)
+        highest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        acc = _zeros(BLOCK_N, PARTS)
+        scores = _score(q, keys0, biases0, bias_unit, "ieee")
+        values = values0
+        if len(SECOND) > 0:
+            highest, total, acc = _attend(
+                scores, values, (), highest, total, acc, exponent_factor, True, "ieee"
+            )
+            scores = _score(q, keys1, biases1, bias_unit, "ieee")
+            values = values1
+        if not ONE_TILE:  # what the next turn begins with arrives during the rest of this one
+            after, rest = start + BLOCK_N, left - BLOCK_N
+            next_q_ptr, next_bias_ptr = q_ptr + after * q_stride, bias_ptr + after * bias_stride_n
+            q = _load_rows(next_q_ptr, q_stride, rest, BLOCK_N, K, PARTS, OFFSET)
+            biases0 = _load_bias(next_bias_ptr, bias_stride_n, rest, BLOCK_N, FIRST, OFFSET)
+        IS_FIRST: tl.constexpr = len(SECOND) == 0
+        highest, total, acc = _attend(
+            scores, values, (), highest, total, acc, exponent_factor, IS_FIRST, "ieee"
+        )
+        out_rows, lse_rows = out_ptr + start * out_stride, lse_ptr + start
+        _store_rows(
+            highest, total, acc, 1.0, out_rows, out_stride, lse_rows, left, K, PARTS, OFFSET
+        )
+
+
+@triton.jit
+def _attention_flash_kernel(
+    q_ptr,  # (B, N, H, K)
+    k_ptr,  # (B, M, H, K)
+    v_ptr,  # (B, M, H, K)
+    bias_ptr,  # (G, H, >= N, >= M), -inf for keys m >= M
+    rng_ptr,  # (2,) int64: seed and offset; None without dropout
+    out_ptr,  # (B, N, H, K)
+    lse_ptr,  # (B, H, N) fp32
+    q_stride_b,  # this and the next eleven in units of UNIT elements
+    q_stride_n,
+    q_stride_h,
+    k_stride_b,
+    k_stride_n,
+    k_stride_h,
+    v_stride_b,
+    v_stride_n,
+    v_stride_h,
+    out_stride_b,
+    out_stride_n,
+    out_stride_h,
+    bias_stride_g,  # elements, as the next two; each may be 0
+    bias_stride_h,
+    bias_stride_n,
+    G,  # groups of images
+    H,  # heads
+    N,  # queries
+    M,  # keys
+    bias_unit,  # fp32: u; None: 1
+    exponent_factor,  # fp32: c, the scale of the logits times log2(e)
+    drop_below,  # int32: a weight with a smaller random word is dropped
+    gain,  # fp32: what kept weights are multiplied by, 1 / (1 - p)
+    K: tl.constexpr,  # width of a head
+    PARTS: tl.constexpr,  # (begin, width) of the tiles that K is cut into
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TAIL: tl.constexpr,  # width of the last tile of keys, 0 where BLOCK_M divides M
+    UNIT: tl.constexpr,  # known to the compiler, so that it sees how rows are aligned
+    OFFSET: tl.constexpr,  # type of offsets inside a tile
+    PRECISION: tl.constexpr,  # of fp32 products: ieee or tf32
+):
+    """A tile of queries of one head of one image; tiles are neighbours, then heads."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    start = tl.cast(tl.program_id(0) % tiles, tl.int64) * BLOCK_N
+    b = tl.cast(tl.program_id(0) // tiles // H, tl.int64)
+    h = tl.cast(tl.program_id(0) // tiles % H, tl.int64)
+    q_stride, k_stride = q_stride_n * UNIT, k_stride_n * UNIT
+    v_stride, out_stride = v_stride_n * UNIT, out_stride_n * UNIT
+    q_ptr += (b * q_stride_b + h * q_stride_h) * UNIT + start * q_stride
+    k_ptr += (b * k_stride_b + h * k_stride_h) * UNIT
+    v_ptr += (b * v_stride_b + h * v_stride_h) * UNIT
+    out_ptr += (b * out_stride_b + h * out_stride_h) * UNIT + start * out_stride
+    bias_ptr += (b % G) * bias_stride_g + h * bias_stride_h + start * bias_stride_n
+    lse_ptr += (b * H + h) * N + start
+    left = (N - start).to(tl.int32)
+    stream = (b * H + h).to(tl.int32)
+
+    q = _load_rows(q_ptr, q_stride, left, BLOCK_N, K, PARTS, OFFSET)
+    highest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    acc = _zeros(BLOCK_N, PARTS)
+    full = M // BLOCK_M * BLOCK_M
+    for begin in tl.range(0, full, BLOCK_M, disable_licm=True):
+        begin = tl.cast(begin, tl.int64)
+        k = _load_rows(k_ptr + begin * k_stride, k_stride, None, BLOCK_M, K, PARTS, OFFSET)
+        biases = _load_bias(bias_ptr + begin, bias_stride_n, left, BLOCK_N, (BLOCK_M,), OFFSET)
+        scores = _score(q, (k,), biases, bias_unit, PRECISION)
+        v = _load_rows(v_ptr + begin * v_stride, v_stride, None, BLOCK_M, K, PARTS, OFFSET)
+        keeps = ()
+        if rng_ptr is not None:
+            keeps = (_keep(rng_ptr, stream, start, begin, M, drop_below, BLOCK_N, BLOCK_M),)
+        highest, total, acc = _attend(
+            scores, (v,), keeps, highest, total, acc, exponent_factor, False, PRECISION
+        )
+    if TAIL > 0:
+        begin = tl.cast(full, tl.int64)
+        k = _load_rows(k_ptr + begin * k_stride, k_stride, M - full, TAIL, K, PARTS, OFFSET)
+        v = _load_rows(v_ptr + begin * v_stride, v_stride, M - full, TAIL, K, PARTS, OFFSET)
+        biases = _load_bias(bias_ptr + begin, bias_stride_n, left, BLOCK_N, (TAIL,), OFFSET)
+        scores = _score(q, (k,), biases, bias_unit, PRECISION)
+        keeps = ()
+        if rng_ptr is not None:
+            keeps = (_keep(rng_ptr, stream, start, begin, M, drop_below, BLOCK_N, TAIL),)
+        highest, total, acc = _attend(
+            scores, (v,), keeps, highest, total, acc, exponent_factor, False, PRECISION
+        )
+    _store_rows(highest, total, acc, gain, out_ptr, out_stride, lse_ptr, left, K, PARTS, OFFSET)
+
+
+@triton.jit
+def _keep(
+    rng_ptr,  # (2,) int64: seed and offset
+    stream,  # int32: image and head
+    start,  # first query of the tile
+    begin,  # first key of the tile, a multiple of 4
+    M,  # keys
+    drop_below,  # int32: a weight with a smaller random word is dropped
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Which weights of a tile dropout keeps: (ROWS, COLS) bool."""
+    n = start.to(tl.int32) + tl.arange(0, ROWS)[:, None]
+    quad = n * tl.cdiv(M, 4) + (begin // 4).to(tl.int32) + tl.arange(0, COLS // 4)[None, :]
+    return random_tile(rng_ptr, quad, stream, ROWS, COLS) >= drop_below
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    *,
+    scale: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    tf32: bool,
+    out: Tensor,
+    lse: Tensor,
+    config: WholeForward | FlashForward | None = None,
+) -> None:
+    """Write out (B, N, H, K) and lse (B, H, N) of padded bias and q, k, v, rows contiguous.
+
+    `config` is for tests and tuning: which kernel and tiles, instead of those in the table.
+    """
+    B, N, H, K = q.shape
+    M = k.shape[1]
+    assert q.dtype == k.dtype == v.dtype == out.dtype
+    assert all(t.stride(-1) == 1 for t in (q, k, v, out, bias))
+    assert lse.dtype == torch.float32
+    assert lse.is_contiguous()
+    if config is None:
+        config = forward_config(gpu_of(q), q.dtype, N, M, K, dropout_p > 0, tf32)
+    strides, unit, offset = _strides(q=q, k=k, v=v, out=out)
+    arguments = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "lse_ptr": lse,
+        **strides,
+        "bias_stride_g": bias.stride(0),
+        "bias_stride_h": bias.stride(1),
+        "bias_stride_n": bias.stride(2),
+        "G": bias.shape[0],
+        "H": H,
+        "N": N,
+        "M": M,
+        "bias_unit": bias_unit(q.dtype, scale),
+        "exponent_factor": scale * math.log2(math.e),
+        "K": K,
+        "PARTS": head_parts(K, config.part),
+        "BLOCK_N": config.block_n,
+        "UNIT": unit,
+        "OFFSET": offset,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    if isinstance(config, WholeForward):
+        assert q.dtype != torch.float32
+        assert dropout_p == 0
+        assert sum(config.first + config.second) >= M
+        launch(
+            _attention_whole_kernel,
+            (B * H,),
+            on=q,
+            FIRST=config.first,
+            SECOND=config.second,
+            FIRST_KEYS=sum(config.first),
+            ONE_TILE=config.block_n >= N,
+            maxnreg=config.maxnreg,
+            **arguments,
+        )
+    else:
+        launch(
+            _attention_flash_kernel,
+            (B * H * cdiv(N, config.block_n),),
+            on=q,
+            rng_ptr=rng if dropout_p > 0 else None,
+            drop_below=threshold_of(dropout_p),
+            gain=1 / (1 - dropout_p),
+            BLOCK_M=config.block_m,
+            TAIL=tail_width(M, config.block_m),
+            PRECISION="tf32" if tf32 else "ieee",
+            **arguments,
+        )
+
+
+def _strides(**tensors: Tensor) -> tuple[dict[str, int], int, object]:
+    """Strides by kernel argument in units, the unit in elements, and the type of tile offsets."""
+    strides = {
+        f"{name}_stride_{dim}": tensor.stride(i) if tensor.shape[i] > 1 else 0
+        for name, tensor in tensors.items()
+        for i, dim in enumerate("bnh")
+    }
+    unit = math.gcd(8, *strides.values())  # eight 16-bit elements are the widest load
+    widest_row = max(stride for name, stride in strides.items() if name.endswith("_n"))
+    offset = tl.int32 if 128 * widest_row < 2**31 else tl.int64  # no tile has more than 128 rows
+    return {name: stride // unit for name, stride in strides.items()}, unit, offset

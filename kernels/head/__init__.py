@@ -1,0 +1,1 @@
+"""What reads listed rows only: the loss over hidden patches, arg-max over a vocabulary, gathers."""

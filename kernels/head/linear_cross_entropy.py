@@ -1,0 +1,484 @@
+"""The head of masked image modelling: norm, linear and cross-entropy on the masked rows alone.
+
+    logits[i] = LayerNorm(x[index[i]]) weight^T + bias
+    loss      = mean or sum of the rows' cross-entropies over index[i] != -1, or each of them
+
+Label smoothing, z-loss and the gradient of the logits: `softmax_cross_entropy`; gather and norm:
+`gather_norm`. For any linear classifier over some rows of a tensor: BEiT's head is one, a language
+model's another.
+
+Shapes    x (B, N, D), its rows counted over B N; index, target (I,); weight (V, D); bias (V,)
+Types     norm, softmax and loss in fp32; operands of the products, logits and their gradient in
+          the weight's dtype, or autocast's; gradients of weight and bias are summed in fp32
+Padding   index -1: no loss, no gradient. I is fixed (B x most masked patches), so shapes never
+          depend on the masks and no step waits for the device
+Memory    Logits exist for some rows at a time. The gradient of those rows is computed with them,
+          in the forward, so nothing is computed twice: it takes the place of the logits, and the
+          gradient of the normed rows that of the rows. Beside the gradients it returns, at
+          I = 19,200, D = 768, V = 8192 under bf16 autocast: rows 29.5 MB, 1024 rows of logits
+          16.8, weight in bf16 12.6, the rest 0.8: 59.7 MB, where all logits in fp32 are 629.
+          With a 16-bit weight the fp32 sum of its gradient is 25.2 and the copy 0
+Backward  multiplies with the loss's gradient; dx by `gather_norm`. reduction "none" alone computes
+          the logits again, since dweight needs the gradient of each row's loss
+Cost      2 I D V operations forward and 4 backward: bound by arithmetic
+Source    BEiT arXiv:2106.08254, eq. 1; gradient in the forward as Liger arXiv:2410.10989
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from beit_fast.kernels._triton import Gpu, cdiv, check_floating, gpu_of, launch_obstacle, warn_once
+from beit_fast.kernels.first_order import first_order
+from beit_fast.kernels.head.gather_norm import (
+    WIDEST,
+    check_index,
+    check_index_values,
+    gather_norm,
+    gather_norm_reference,
+    gather_norm_torch,
+    scatter_norm_backward,
+    scatter_norm_backward_torch,
+)
+from beit_fast.kernels.head.softmax_cross_entropy import (
+    SLAB_ROWS,
+    cross_entropy_,
+    cross_entropy_torch_,
+)
+from beit_fast.kernels.linear import linear
+
+BACKENDS = ("triton", "torch", "reference")
+REDUCTIONS = ("mean", "sum", "none")
+# Logits at a time on a GPU: two fifths of its L2 cache, for the weight and its gradient pass
+# through it too, and not more than 1024 rows of 8192 in 16 bits, which bounds the memory above.
+# Below 512 rows a product cannot fill the GPU.
+MOST_BYTES, FEWEST_ROWS = 16 << 20, 512
+CPU_BYTES = 32 << 20  # on a CPU: 1024 rows of 8192 in fp32; fewer re-read dweight more often
+
+
+def masked_linear_cross_entropy_reference(
+    x: Tensor,
+    index: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    norm_eps: float = 1e-6,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """The formula above on exactly the real rows: dynamic shapes, and a wait for the device."""
+    real = index >= 0
+    rows_MD = gather_norm_reference(x, index[real], norm_weight, norm_bias, eps=norm_eps)
+    target_M = target[real].long()
+    logits_MV = F.linear(rows_MD, weight, bias)
+    logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+    options = {"reduction": "none", "label_smoothing": label_smoothing}
+    loss_M = F.cross_entropy(logits_MV, target_M, **options)
+    loss_M = loss_M + z_loss * logits_MV.logsumexp(dim=-1).square()
+    num_correct = (logits_MV.argmax(dim=-1) == target_M).sum()
+    if reduction == "none":
+        return loss_M.new_zeros(len(index)).masked_scatter(real, loss_M), num_correct
+    loss = loss_M.sum()
+    return loss / max(len(rows_MD), 1) if reduction == "mean" else loss, num_correct
+
+
+# `needs` says which gradients are wanted: of x, weight, bias, norm_weight, norm_bias. `backend` is
+# "triton" or "torch", "" chooses; `chunk_rows` 0 chooses too. What the backward keeps, all without
+# the loss's gradient and the mean's divisor: drows (I, D), the gradient of the normed rows; stats
+# (2, I) of the norm; dweight, dbias; factor (1,), 1 or 1 / real rows. Empty where not wanted.
+_OPTIONS = (
+    "float norm_eps, float label_smoothing, float z_loss, str reduction, ScalarType dtype, "
+    "SymInt chunk_rows, bool check, str backend"
+)
+_INPUTS = (
+    "Tensor x, Tensor index, Tensor target, Tensor weight, Tensor? bias, Tensor? norm_weight, "
+    "Tensor? norm_bias"
+)
+_KEPT = "Tensor drows, Tensor stats, Tensor dweight, Tensor dbias, Tensor factor"
+torch.library.define(
+    "beit_fast::masked_linear_cross_entropy",
+    f"({_INPUTS}, {_OPTIONS}, bool[] needs) -> (Tensor loss, Tensor num_correct, {_KEPT})",
+)
+torch.library.define(
+    "beit_fast::masked_linear_cross_entropy_backward",
+    f"(Tensor dloss, {_KEPT}, Tensor x, Tensor index, Tensor? target, Tensor? weight, "
+    "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    f"{_OPTIONS}, ScalarType weight_dtype, ScalarType bias_dtype, bool[] needs) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
+)
+
+
+def _forward(
+    x, index, target, weight, bias, norm_weight, norm_bias,
+    norm_eps, label_smoothing, z_loss, reduction, dtype, chunk_rows, check, backend, needs,
+):  # fmt: skip
+    backend = _resolve(backend, x, dtype)
+    if check or (backend == "torch" and x.device.type == "cpu"):
+        _check_values(x, index, target, weight)
+    later = reduction == "none"  # then the backward needs dloss first
+    loss_I, correct_I, *kept = _run_chunks(
+        x, index, target, weight, bias, norm_weight, norm_bias, norm_eps, label_smoothing, z_loss,
+        dtype, chunk_rows, backend, None, [False] * 5 if later else needs,
+    )  # fmt: skip
+    factor = torch.ones(1, dtype=loss_I.dtype, device=x.device)
+    if reduction == "mean":
+        factor = factor / (index != -1).sum().clamp(min=1)
+    loss = loss_I if later else (loss_I.sum() * factor)[0]
+    return loss, correct_I.sum(), *kept, factor
+
+
+def _run_chunks(
+    x, index, target, weight, bias, norm_weight, norm_bias, norm_eps, label_smoothing, z_loss,
+    dtype, chunk_rows, backend, dloss, needs,
+):  # fmt: skip
+    """(loss (I,), correct (I,), drows, stats, dweight, dbias), the last four for a row's loss."""
+    needs_x, needs_weight, needs_bias, *needs_norm = needs
+    needs_rows = needs_x or any(needs_norm)
+    num_rows, (V, D) = len(index), weight.shape
+    on_triton = backend == "triton"
+    gather = gather_norm if on_triton else gather_norm_torch
+    cross_entropy = cross_entropy_ if on_triton else cross_entropy_torch_
+    chunk_rows = min(chunk_rows or default_chunk_rows(V, dtype, gpu_of(x), x.device), num_rows)
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.no_grad(), _without_autocast(x.device.type):
+        rows_ID, stats = gather(x, index, norm_weight, norm_bias, norm_eps, dtype)
+        weight_VD = weight.to(dtype)
+        bias_V = None if bias is None else bias.to(dtype)
+        if on_triton:
+            # Rows begin at multiples of 16 elements: for cuBLAS, and for loads of 128 bits.
+            logits_CV = x.new_empty((chunk_rows, cdiv(V, 16) * 16), dtype=dtype)[:, :V]
+        loss_I = x.new_empty(num_rows, dtype=wide)
+        correct_I = x.new_empty(num_rows, dtype=torch.int32)
+        dweight = x.new_empty((V, D) if needs_weight else (0,), dtype=wide)
+        num_slabs = cdiv(chunk_rows, SLAB_ROWS) if on_triton else min(chunk_rows, 1)
+        dbias_SV = x.new_empty((num_slabs, V), dtype=wide) if needs_bias else None
+        if num_rows == 0:
+            dweight.zero_()
+        for start in range(0, num_rows, chunk_rows or 1):
+            part = slice(start, start + chunk_rows)
+            rows_CD = rows_ID[part]
+            if not on_triton:
+                dlogits_CV = linear(rows_CD, weight_VD, bias_V)
+            elif bias_V is None:
+                dlogits_CV = torch.mm(rows_CD, weight_VD.t(), out=logits_CV[: len(rows_CD)])
+            else:
+                dlogits_CV = logits_CV[: len(rows_CD)]
+                torch.addmm(bias_V, rows_CD, weight_VD.t(), out=dlogits_CV)
+            cross_entropy(
+                dlogits_CV,
+                index[part],
+                target[part],
+                label_smoothing,
+                z_loss,
+                loss=loss_I[part],
+                correct=correct_I[part],
+                with_gradient=needs_rows or needs_weight or needs_bias,
+                dloss=None if dloss is None else dloss[part],
+                dbias=dbias_SV,
+                accumulates=start > 0,
+            )
+            if needs_weight:
+                _add_product(dweight, dlogits_CV.t(), rows_CD, is_first=start == 0)
+            if needs_rows and on_triton:
+                torch.mm(dlogits_CV, weight_VD, out=rows_CD)
+            elif needs_rows:
+                rows_CD.copy_(linear(dlogits_CV, weight_VD.t()))
+            del dlogits_CV  # before the next chunk's
+        dbias = x.new_empty(0, dtype=wide) if dbias_SV is None else dbias_SV.sum(dim=0)
+    if not needs_rows:
+        rows_ID, stats = rows_ID.new_empty(0), stats.new_empty(0)
+    return loss_I, correct_I, rows_ID, stats, dweight, dbias
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    has_autocast = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+    """total = a b, or total += a b; in the total's fp32 where a and b are narrower."""
+    beta = 0 if is_first else 1  # with 0 what is in total does not count, NaN included
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif a.device.type == "cuda":
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
+def _backward(
+    dloss, drows, stats, dweight, dbias, factor,
+    x, index, target, weight, bias, norm_weight, norm_bias,
+    norm_eps, label_smoothing, z_loss, reduction, dtype, chunk_rows, check, backend,
+    weight_dtype, bias_dtype, needs,
+):  # fmt: skip
+    backend = _resolve(backend, x, dtype)
+    needs_x, needs_weight, needs_bias, *needs_norm = needs
+    if reduction == "none":
+        _, _, drows, stats, dweight, dbias = _run_chunks(
+            x, index, target, weight, bias, norm_weight, norm_bias, norm_eps, label_smoothing,
+            z_loss, dtype, chunk_rows, backend, dloss.to(factor.dtype).contiguous(), needs,
+        )  # fmt: skip
+    else:
+        factor = dloss.to(factor.dtype) * factor
+    gradients = [None] * 5
+    if needs_x or any(needs_norm):
+        scatter = scatter_norm_backward if backend == "triton" else scatter_norm_backward_torch
+        dx, *dnorm = scatter(
+            drows, index, factor, x, stats, norm_weight,
+            needs_x=needs_x, needs_weight=needs_norm[0], needs_bias=needs_norm[1],
+        )  # fmt: skip
+        gradients[0] = dx
+        for number, (dvector, vector) in enumerate(
+            zip(dnorm, (norm_weight, norm_bias), strict=True)
+        ):
+            gradients[3 + number] = None if dvector is None else dvector.to(vector.dtype)
+    if needs_weight:
+        gradients[1] = (dweight * factor).to(weight_dtype)
+    if needs_bias:
+        gradients[2] = (dbias * factor).to(bias_dtype)
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+
+
+# As a decorator `impl` would leave None behind in place of the function.
+torch.library.impl("beit_fast::masked_linear_cross_entropy", ("CPU", "CUDA"), _forward)
+torch.library.impl("beit_fast::masked_linear_cross_entropy_backward", ("CPU", "CUDA"), _backward)
+
+
+@torch.library.register_fake("beit_fast::masked_linear_cross_entropy")
+def _(
+    x, index, target, weight, bias, norm_weight, norm_bias,
+    norm_eps, label_smoothing, z_loss, reduction, dtype, chunk_rows, check, backend, needs,
+):  # fmt: skip
+    wide = torch.promote_types(dtype, torch.float32)
+    needs_x, needs_weight, needs_bias, *needs_norm = needs
+    now = reduction != "none"
+    needs_rows = now and (needs_x or any(needs_norm))
+    num_rows = index.shape[0]
+    stats_shape = (2, num_rows if norm_weight is not None else 0)
+    stats_dtype = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty((num_rows,) if reduction == "none" else (), dtype=wide),
+        x.new_empty((), dtype=torch.int64),
+        x.new_empty((num_rows, weight.shape[1]) if needs_rows else (0,), dtype=dtype),
+        x.new_empty(stats_shape if needs_rows else (0,), dtype=stats_dtype),
+        x.new_empty(weight.shape if needs_weight and now else (0,), dtype=wide),
+        x.new_empty(weight.shape[:1] if needs_bias and now else (0,), dtype=wide),
+        x.new_empty((1,), dtype=wide),
+    )
+
+
+@torch.library.register_fake("beit_fast::masked_linear_cross_entropy_backward")
+def _(
+    dloss, drows, stats, dweight, dbias, factor,
+    x, index, target, weight, bias, norm_weight, norm_bias,
+    norm_eps, label_smoothing, z_loss, reduction, dtype, chunk_rows, check, backend,
+    weight_dtype, bias_dtype, needs,
+):  # fmt: skip
+    (dweight_shape, dbias_shape) = (
+        (dweight.shape, dbias.shape) if reduction != "none" else (weight.shape, weight.shape[:1])
+    )
+    wanted = (
+        (x.shape, x.dtype),
+        (dweight_shape, weight_dtype),
+        (dbias_shape, bias_dtype),
+        *((None, None) if v is None else (v.shape, v.dtype) for v in (norm_weight, norm_bias)),
+    )
+    return tuple(
+        x.new_empty(shape, dtype=dtype) if needed else x.new_empty(0)
+        for (shape, dtype), needed in zip(wanted, needs, strict=True)
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    x, index, target, weight, bias, norm_weight, norm_bias, *ctx.options, ctx.needs = inputs
+    ctx.dtypes = weight.dtype, (weight if bias is None else bias).dtype
+    reduction = ctx.options[3]
+    # The weight and bias are read again where the reduction is "none"; elsewhere they are here for
+    # `first_order`, and cost nothing: parameters live anyway.
+    again = target if reduction == "none" else None
+    ctx.save_for_backward(*output[2:], x, index, again, weight, bias, norm_weight, norm_bias)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@first_order(
+    "masked_linear_cross_entropy",
+    'pass backend="reference", which keeps the logits and is differentiable as often as you like',
+)
+def _differentiate(ctx, dloss: Tensor | None, *_: None):
+    nothing = (None,) * (len(ctx.options) + 1)
+    if dloss is None or not any(ctx.needs):
+        return (None,) * 7 + nothing
+    gradients = torch.ops.beit_fast.masked_linear_cross_entropy_backward(
+        dloss, *ctx.saved_tensors, *ctx.options, *ctx.dtypes, ctx.needs
+    )
+    dx, *others = (g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True))
+    return (dx, None, None, *others, *nothing)
+
+
+torch.library.register_autograd(
+    "beit_fast::masked_linear_cross_entropy", _differentiate, setup_context=_save
+)
+
+
+@register_flop_formula(torch.ops.beit_fast.masked_linear_cross_entropy)
+def _flops(_x_shape, index_shape, _target_shape, weight_shape, *args, out_shape=None, **_) -> int:
+    needs_x, needs_weight, _, *needs_norm = args[-1]
+    num_products = 1 + needs_weight + (needs_x or any(needs_norm))
+    return 2 * num_products * index_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+def masked_linear_cross_entropy(
+    x: Tensor,
+    index: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    norm_eps: float = 1e-6,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    chunk_rows: int | None = None,
+    check_values: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss (a scalar, or (I,)) and how many rows are predicted right (an int64 scalar).
+
+    x (B, N, D) encoder output; index int32 or int64 (I,) into its B N rows, -1 is padding; target
+    integers (I,), ignored where padded; weight (V, D) and bias (V,) of the head; norm_weight,
+    norm_bias (D,) of the norm before it, None leaves the norm out. `reduction` is "mean" over the
+    real rows, "sum", or "none". Without a real row the loss is 0 and so is every gradient.
+    `chunk_rows` bounds the rows of logits at a time: more are quicker on a GPU, fewer take less
+    memory. `backend` is one of "triton", the default on CUDA; "torch", the default on CPUs, the
+    same in torch's own operations; "reference".
+    A target or index out of range raises ValueError on a CPU. On a GPU `check_values` does so and
+    waits for the device; without it nothing is read out of bounds and the loss becomes NaN, as it
+    does where logits are not finite. Also raises ValueError where shapes do not fit.
+    """
+    _check(x, index, target, weight, reduction)
+    _check_vectors(weight, bias, norm_weight, norm_bias)
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}: pass 1 or more, or None to choose")
+    options = {
+        "norm_eps": float(norm_eps),
+        "label_smoothing": float(label_smoothing),
+        "z_loss": float(z_loss),
+        "reduction": reduction,
+    }
+    if backend == "reference":
+        return masked_linear_cross_entropy_reference(
+            x, index, target, weight, bias, norm_weight, norm_bias, **options
+        )
+    inputs = (x, weight, bias, norm_weight, norm_bias)
+    grad = torch.is_grad_enabled()
+    loss, num_correct, *_ = torch.ops.beit_fast.masked_linear_cross_entropy(
+        x,
+        index.contiguous(),
+        target.contiguous(),
+        *inputs[1:],
+        *options.values(),
+        _compute_dtype(x, weight),
+        chunk_rows or 0,
+        check_values,
+        backend or "",
+        [grad and t is not None and t.requires_grad for t in inputs],
+    )
+    return loss, num_correct
+
+
+def default_chunk_rows(V: int, dtype: torch.dtype, gpu: Gpu, device: torch.device) -> int:
+    """Rows of V logits at a time, see MOST_BYTES.
+
+    >>> from beit_fast.kernels._triton import H100
+    >>> default_chunk_rows(8192, torch.bfloat16, H100, torch.device("cuda"))
+    1024
+    """
+    if device.type == "cpu":
+        wide = torch.promote_types(dtype, torch.float32)
+        return max(CPU_BYTES // (V * wide.itemsize) // 64 * 64, 64)
+    num_bytes = min(2 * gpu.l2_bytes // 5, MOST_BYTES)
+    return max(num_bytes // (cdiv(V, 16) * 16 * dtype.itemsize) // 64 * 64, FEWEST_ROWS)
+
+
+def triton_obstacle(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot take this x with products in dtype, or None."""
+    if x.shape[2] > WIDEST:
+        return f"the kernels take up to {WIDEST} channels, not {x.shape[2]}"
+    return launch_obstacle(x, x.dtype, dtype)
+
+
+def _resolve(backend: str, x: Tensor, dtype: torch.dtype) -> str:
+    """The one place that decides, and says once for each reason where something slower runs."""
+    if backend == "torch" or (backend == "" and x.device.type == "cpu"):
+        return "torch"
+    obstacle = triton_obstacle(x, dtype)
+    if obstacle is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
+    warn_once(
+        f"masked_linear_cross_entropy runs on torch, slower and not deterministic: {obstacle}"
+    )
+    return "torch"
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def _check_values(x: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> None:
+    check_index_values(x, index)
+    V = weight.shape[0]
+    wrong = ((target < 0) | (target >= V)) & (index != -1)
+    if wrong.any():
+        i = wrong.nonzero()[0].item()
+        raise ValueError(
+            f"target[{i}] is {target[i].item()}, and the weight has {V} rows: pass 0 .. {V - 1}, "
+            "or mark the row as padding with index -1"
+        )
+
+
+def _check(x: Tensor, index: Tensor, target: Tensor, weight: Tensor, reduction: str) -> None:
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[1] != x.shape[2] or 0 in weight.shape:
+        raise ValueError(
+            f"x is {tuple(x.shape)}, the head's weight {tuple(weight.shape)}: pass x (B, N, D) "
+            "and weight (V, D)"
+        )
+    check_floating(x=x, weight=weight)
+    check_index(index)
+    if target.shape != index.shape or target.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{target.dtype} targets {tuple(target.shape)} for {tuple(index.shape)} rows: pass one "
+            "integer for each row, int64 or int32, padded ones included"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}: pass 'mean', 'sum' or 'none'")
+
+
+def _check_vectors(
+    weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> None:
+    V, D = weight.shape
+    wanted = {"bias": (bias, V), "norm_weight": (norm_weight, D), "norm_bias": (norm_bias, D)}
+    for name, (vector, length) in wanted.items():
+        if vector is not None and tuple(vector.shape) != (length,):
+            raise ValueError(f"{name} is {tuple(vector.shape)}: pass ({length},), or None")
+        check_floating(**{name: vector})
+    if norm_weight is None and norm_bias is not None:
+        raise ValueError("a norm_bias came without a norm_weight: pass ones, or no norm at all")

@@ -1,0 +1,1 @@
+"""From pixels to the sequence that enters the first block."""

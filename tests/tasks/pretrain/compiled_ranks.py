@@ -1,0 +1,73 @@
+"""A compiled pre-training step on torchrun's ranks: `compiled_ranks.py CONFIG OUTPUT`.
+
+CONFIG is a pickled PretrainConfig. Each rank leaves, as Dynamo splits graphs for DDP and as it does
+not ("whole"): which parts of the backward ran and which buckets were sent, in the order of the
+profiler's trace, and the gradients.
+"""
+
+import functools
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from beit_fast.tasks.pretrain.task import PretrainConfig, PretrainTask
+from beit_fast.tokenizer.checkpoint import load_tokenizer
+from beit_fast.train.loop import TaskLoss
+from beit_fast.train.parallel import World, data_parallel, open_world
+
+NAMES = {"CompiledFunctionBackward": "backward", "bucket": "bucket"}
+
+
+class SmallBuckets(nn.parallel.DistributedDataParallel):
+    """DDP with buckets of 1 MiB, for a model of a few."""
+
+    def __init__(self, module: nn.Module, **options) -> None:
+        super().__init__(module, bucket_cap_mb=1, **options)
+
+
+def send(_, bucket):
+    with record_function("bucket"):
+        return allreduce_hook(None, bucket)
+
+
+def trace(config: PretrainConfig, world: World) -> dict:
+    torch._dynamo.reset()
+    task = PretrainTask(config, load_tokenizer(config.tokenizer), world)
+    task.model.train()
+    task.compile("default")
+    module = data_parallel(TaskLoss(task), world)
+    module.register_comm_hook(None, send)
+    batches = task.batches(0)
+    batch = task.prepare(next(batches))
+    batches.close()
+    for _ in range(2):  # DDP orders its buckets by the first step
+        task.model.zero_grad()
+        loss, _ = module(batch)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            loss.backward()
+    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+    return {
+        "events": [NAMES[event.name] for event in events if event.name in NAMES],
+        "gradients": {name: p.grad.clone() for name, p in task.model.named_parameters()},
+    }
+
+
+def main(config: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    nn.parallel.DistributedDataParallel = SmallBuckets
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    traces = {}
+    with open_world("cpu") as world:
+        for name, splits in (("split", True), ("whole", False)):
+            with torch._dynamo.config.patch(optimize_ddp=splits):
+                traces[name] = trace(pickle.loads(config.read_bytes()), world)
+        torch.save(traces, output / f"{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
