@@ -57,8 +57,8 @@ def test_ctrl_c_later_is_the_commands_own(start):
     process = start(
         "import time\n"
         "def main():\n"
-        "    print('running', flush=True)\n"
         "    try:\n"
+        "        print('running', flush=True)\n"
         "        time.sleep(30)\n"
         "    except KeyboardInterrupt:\n"
         "        return 7\n"
