@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from finetune import FinetuneStep, Peer, check, make_step
+from memory import resident_kib
 from records import Records
 from timing import (
     RESULTS,
@@ -252,13 +253,6 @@ def peak_cpu_mib(name: str, task: str, setting: Setting) -> float:
     candidate.train_step()
     candidate.train_step()
     return (resident_kib("VmHWM") - before) / 2**10
-
-
-def resident_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}: CPU memory is measured on Linux only")
 
 
 def peak_cuda_mib(candidate: Candidate) -> float:

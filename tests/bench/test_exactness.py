@@ -10,10 +10,15 @@ def exactness(bench):
 
 
 @pytest.fixture
-def checks(bench, exactness, tmp_path):
+def rule(bench):
+    return bench("exactness_rule")
+
+
+@pytest.fixture
+def checks(bench, rule, tmp_path):
     """`checks(function, *shape)` is figure -> whether it was right, of one item on a CPU."""
     facts, roof = bench("facts"), bench("timing").Roof(1e10, 1e11)
-    place = exactness.Place(torch.device("cpu"), roof, 2, torch.float32)
+    place = rule.Place(torch.device("cpu"), roof, 2, torch.float32)
 
     def run(function, *shape, **options):
         path = tmp_path / "facts.jsonl"
@@ -104,8 +109,8 @@ def test_other_bits_the_second_time_are_told(checks, exactness, monkeypatch):
     assert not checks(exactness.attention, *SHAPE)["tensors that differ the second time"]
 
 
-def test_a_nan_after_a_number_is_not_lost(exactness, bench, tmp_path):
-    errors, zero = exactness.Errors(), torch.zeros(2)
+def test_a_nan_after_a_number_is_not_lost(rule, bench, tmp_path):
+    errors, zero = rule.Errors(), torch.zeros(2)
     for value in (0.0, torch.nan, 0.0):
         errors.add("out", torch.full((2,), value), zero, zero)
     facts = bench("facts")
@@ -114,9 +119,9 @@ def test_a_nan_after_a_number_is_not_lost(exactness, bench, tmp_path):
     assert check["right"] is False
 
 
-def test_memory_is_poisoned_and_left_as_it_was(exactness):
+def test_memory_is_poisoned_and_left_as_it_was(rule):
     for poisoned in (True, False):
-        with exactness.deterministic(poisoned=poisoned):
+        with rule.deterministic(poisoned=poisoned):
             assert torch.utils.deterministic.fill_uninitialized_memory == poisoned
             assert torch.are_deterministic_algorithms_enabled()
             if poisoned:

@@ -131,7 +131,7 @@ def test_a_signal_ends_the_stage_too_and_leaves_a_summary(tmp_path, number):
 
 
 def test_two_wrong_losses_are_wrong(bench):
-    farthest = bench("gpu_stages").farthest
+    farthest = bench("gpu_steps").farthest
     assert farthest([9.0, 8.0], [9.0, 8.0]) == 0
     assert farthest([9.0, 4.0], [9.0, 8.0]) == 0.5
     assert farthest([9.0, float("nan")], [9.0, 8.0]) == float("inf")

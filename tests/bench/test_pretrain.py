@@ -29,10 +29,20 @@ def pretrain(bench):
 
 
 @pytest.fixture
-def setting(pretrain):
+def candidates(bench):
+    return bench("pretrain_candidates")
+
+
+@pytest.fixture
+def measuring(bench):
+    return bench("pretrain_measure")
+
+
+@pytest.fixture
+def setting(candidates):
     def make(**changes):
         fields = {"model": MODEL, "batch": 3, "device": "cpu", "dtype": "fp32", "tokenizer": DVAE}
-        return pretrain.Setting(**{**fields, "input": "synthetic", **changes})
+        return candidates.Setting(**{**fields, "input": "synthetic", **changes})
 
     return make
 
@@ -61,10 +71,10 @@ def test_a_peer_that_computes_something_else_stops_the_bench(bench, monkeypatch)
 
 @pytest.mark.parametrize("name", ["ours", *NAMES])
 @pytest.mark.parametrize("tokenizer", [DVAE, None], ids=["live", "given"])
-def test_a_step_trains(pretrain, setting, name, tokenizer):
+def test_a_step_trains(candidates, setting, name, tokenizer):
     changed = setting(tokenizer=tokenizer)
-    candidate = pretrain.build(name, changed)
-    batch = candidate.prepare(pretrain.synthetic_batch(changed))
+    candidate = candidates.build(name, changed)
+    batch = candidate.prepare(candidates.synthetic_batch(changed))
     before = {n: p.detach().clone() for n, p in candidate.model.named_parameters()}
     loss = candidate.step(candidate.ready(batch))
     assert torch.isfinite(loss)
@@ -72,33 +82,33 @@ def test_a_step_trains(pretrain, setting, name, tokenizer):
     assert not still
 
 
-def test_all_candidates_predict_the_same_tokens(pretrain, setting):
+def test_all_candidates_predict_the_same_tokens(candidates, setting):
     changed = setting()
-    batch = pretrain.synthetic_batch(changed)
+    batch = candidates.synthetic_batch(changed)
     views = batch["token_images"].permute(0, 3, 1, 2)
-    dvae = pretrain.make_tokenizer(changed)
-    theirs = pretrain.eager_tokens(dvae, views, half=False)
-    official = pretrain.build("official", changed).prepare(batch)["token_images"]
+    dvae = candidates.make_tokenizer(changed)
+    theirs = candidates.eager_tokens(dvae, views, half=False)
+    official = candidates.build("official", changed).prepare(batch)["token_images"]
     assert torch.equal(dvae.encode(views).flatten(1), theirs)
-    assert torch.equal(pretrain.eager_tokens(dvae, official, half=False), theirs)
+    assert torch.equal(candidates.eager_tokens(dvae, official, half=False), theirs)
 
 
-def test_every_image_hides_as_many_patches(pretrain, setting):
-    batch = pretrain.synthetic_batch(setting())
-    assert (batch["mask"].sum(dim=1) == pretrain.num_masked(MODEL)).all()
+def test_every_image_hides_as_many_patches(candidates, setting):
+    batch = candidates.synthetic_batch(setting())
+    assert (batch["mask"].sum(dim=1) == candidates.num_masked(MODEL)).all()
     assert (batch["masked_index"] >= 0).all()
 
 
-def test_the_staged_step_is_the_step(pretrain, setting):
+def test_the_staged_step_is_the_step(candidates, measuring, setting):
     """Cut between encoder and head it gives the weights of the whole step."""
     changed = setting()
-    batch = pretrain.synthetic_batch(changed)
+    batch = candidates.synthetic_batch(changed)
     weights = []
     for staged in (False, True):
-        _, ours = pretrain.build_ours(changed)
+        _, ours = candidates.build_ours(changed)
         torch.manual_seed(1)
         if staged:
-            milliseconds = pretrain.staged_step(ours, iter([batch]), resident=True)
+            milliseconds = measuring.staged_step(ours, iter([batch]), resident=True)
         else:
             ours.step(ours.ready(batch))
         weights.append(ours.task.model.state_dict())
@@ -110,21 +120,21 @@ def test_the_staged_step_is_the_step(pretrain, setting):
     assert all(value > 0 for value in milliseconds.values())
 
 
-def test_stages_that_cannot_be_told_apart_are_an_error(pretrain, setting, monkeypatch):
+def test_stages_that_cannot_be_told_apart_are_an_error(candidates, measuring, setting, monkeypatch):
     changed = setting()
-    _, ours = pretrain.build_ours(changed)
+    _, ours = candidates.build_ours(changed)
     loss = torch.zeros((), requires_grad=True)
     monkeypatch.setattr(ours.task, "loss", lambda batch: (loss, {}))
     with pytest.raises(RuntimeError, match="_encode"):
-        pretrain.staged_step(ours, iter([pretrain.synthetic_batch(changed)]), resident=True)
+        measuring.staged_step(ours, iter([candidates.synthetic_batch(changed)]), resident=True)
 
 
-def test_rows_carry_floors_and_utilisation(pretrain, setting, machine):
+def test_rows_carry_floors_and_utilisation(pretrain, candidates, setting, machine):
     changed = setting()
     rows = pretrain.measure(changed, NAMES, 2, machine, memory=False)
     steps = {row["candidate"]: row for row in rows if row["part"] == "step"}
     assert list(steps) == ["ours", *NAMES]
-    flops = pretrain.model_flops_per_image(MODEL, pretrain.num_masked(MODEL))
+    flops = pretrain.model_flops_per_image(MODEL, candidates.num_masked(MODEL))
     for row in steps.values():
         assert row["images_per_second"] == pytest.approx(1e3 * changed.batch / row["ms"])
         assert row["mfu_measured"] == pytest.approx(row["images_per_second"] * flops / 1e11)
@@ -134,7 +144,7 @@ def test_rows_carry_floors_and_utilisation(pretrain, setting, machine):
     floors = [row["floor_ms"] for row in stages.values() if row["floor_ms"] != ""]
     assert sum(floors) == pytest.approx(steps["ours"]["floor_ms"])
     # The stream between blocks is fp32, whatever the products are (tests/bench/test_roofline.py).
-    options = {"num_masked": pretrain.num_masked(MODEL), "tokenizer": DVAE, "element_bytes": 2}
+    options = {"num_masked": candidates.num_masked(MODEL), "tokenizer": DVAE, "element_bytes": 2}
     wanted = sum(pretrain.floors(MODEL, 3, machine, residual_bytes=4, **options).values())
     (in_bf16, *_) = pretrain.measure(setting(dtype="bf16"), [], 2, machine, memory=False)
     assert in_bf16["floor_ms"] == pytest.approx(wanted)
@@ -215,7 +225,7 @@ def test_memory_is_measured_when_times_are_written_and_candidates_are_gone(
         return 321.0
 
     monkeypatch.setattr(pretrain, "build", remembered)
-    monkeypatch.setattr(pretrain, "_peak_mib_apart", measured)
+    monkeypatch.setattr(pretrain, "peak_mib_apart", measured)
     names = ("part", "candidate")
     records = bench("records").Records(path, {"machine": "A"}, names)
     gc.disable()  # so that it is the bench that collects
@@ -257,12 +267,12 @@ def test_files_are_decoded_while_each_candidate_trains(pretrain, setting, machin
     assert all(row["ms"] > 0 for row in rows)
 
 
-def test_the_official_loader_makes_the_floats_of_its_batch(pretrain, setting):
+def test_the_official_loader_makes_the_floats_of_its_batch(candidates, setting):
     changed = setting(input="jpeg")
-    candidate = pretrain.build("official", changed)
-    sample = pretrain.sample_of(changed, candidate)
+    candidate = candidates.build("official", changed)
+    sample = candidates.sample_of(changed, candidate)
     assert sample.view.kind == "reference"
-    batch = pretrain.synthetic_batch(changed)
+    batch = candidates.synthetic_batch(changed)
     views = ("images", "token_images", "mask")
     samples = [{name: batch[name][i].numpy() for name in views} for i in range(changed.batch)]
     made, wanted = sample.collate(samples), candidate.prepare(batch)
@@ -294,11 +304,11 @@ def test_the_command_writes_its_table(pretrain, tmp_path, monkeypatch, bench):
     assert all(row["machine"] and row["commit"] and row["torch"] for row in rows)
 
 
-def test_stages_leave_the_model_as_it_was(pretrain, setting):
+def test_stages_leave_the_model_as_it_was(candidates, measuring, setting):
     changed = setting()
-    ours = pretrain.build_staged(changed)
+    ours = measuring.build_staged(changed)
     ours.task.model.forward_features = compiled = ours.task.model.forward_features
-    pretrain.staged_step(ours, iter([pretrain.synthetic_batch(changed)]), resident=True)
+    measuring.staged_step(ours, iter([candidates.synthetic_batch(changed)]), resident=True)
     assert ours.task.model.forward_features is compiled
     assert "encode" not in vars(ours.task.tokenizer)
 
@@ -309,11 +319,11 @@ def test_stages_leave_the_model_as_it_was(pretrain, setting):
     ["timm-compiled", "transformers-compiled", "official",
      "ours", "ours-graph", "ours-reduce-overhead", "ours-eager"],
 )  # fmt: skip
-def test_candidates_of_a_gpu_train(pretrain, setting, name):
+def test_candidates_of_a_gpu_train(candidates, setting, name):
     changed = setting(device="cuda", dtype="bf16")
-    candidate = pretrain.build(name, changed)
-    batch = pretrain.to_device(
-        candidate.prepare(pretrain.synthetic_batch(changed)), torch.device("cuda")
+    candidate = candidates.build(name, changed)
+    batch = candidates.to_device(
+        candidate.prepare(candidates.synthetic_batch(changed)), torch.device("cuda")
     )
     losses = [candidate.step(candidate.ready(batch)) for _ in range(6)]
     assert all(torch.isfinite(loss) for loss in losses)
