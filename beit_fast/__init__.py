@@ -6,14 +6,10 @@ from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.pyramid import BeitFeaturePyramid
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
-from beit_fast.weights.pretrained import (
-    convert,
-    from_pretrained,
-    load_pretrained,
-    push_to_hub,
-    save_pretrained,
-)
+from beit_fast.weights.convert import convert
+from beit_fast.weights.load import from_pretrained, load_pretrained
 from beit_fast.weights.published import PUBLISHED, published
+from beit_fast.weights.save import push_to_hub, save_pretrained
 
 __all__ = [
     "PUBLISHED",

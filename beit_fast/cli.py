@@ -31,7 +31,7 @@ from beit_fast.tokenizer.dalle import convert_dalle
 from beit_fast.train.graph import CaptureError
 from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
-from beit_fast.weights.pretrained import convert
+from beit_fast.weights.convert import convert
 
 NAMES = "beit_fast.names"
 # torch's words: a GPU's error has a type of its own, a CPU's and a size beyond 64 bits have none.

@@ -9,7 +9,7 @@ from beit_fast.model import resize
 from beit_fast.model.beit import Beit
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
-from beit_fast.weights.pretrained import load_pretrained
+from beit_fast.weights.load import load_pretrained
 from beit_fast.weights.read import read_checkpoint
 
 POSITIONS = {

@@ -5,7 +5,7 @@ from torch import nn
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.pyramid import STRIDES, BeitFeaturePyramid, default_taps
 from beit_fast.weights.hf_config import SEGMENTATION_TAPS
-from beit_fast.weights.pretrained import from_pretrained, load_pretrained
+from beit_fast.weights.load import from_pretrained, load_pretrained
 
 OWN = {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
 UNILM = {

@@ -12,10 +12,11 @@ from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.weights.pretrained import convert, from_pretrained, load_pretrained, save_pretrained
+from beit_fast.weights.convert import convert
+from beit_fast.weights.load import from_pretrained, load_pretrained
 from beit_fast.weights.read import read_checkpoint
-
-PER_BLOCK = {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
+from beit_fast.weights.save import save_pretrained
+from tiny_models import PER_BLOCK
 
 
 @pytest.fixture

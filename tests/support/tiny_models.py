@@ -7,6 +7,10 @@ import torch
 
 from beit_fast.model.config import BeitConfig
 
+# Fields that make of `tiny` the first BEiT, and the one with a table for each block.
+VANILLA = {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False, "init_values": None}
+PER_BLOCK = {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
+
 # Names of transformers 5, applied in this order; q, k and v are split apart below.
 TO_TRANSFORMERS = [
     (r"^(cls_token|mask_token)$", r"beit.embeddings.\1"),
@@ -24,6 +28,13 @@ TO_TRANSFORMERS = [
     (r"^blocks\.(\d+)\.norm2\.", r"blocks.\1.layernorm_after."),
     (r"^blocks\.", "beit.layers."),
 ]  # fmt: skip
+
+
+def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype
+        assert torch.equal(ours[name], theirs[name]), name
 
 
 def _to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

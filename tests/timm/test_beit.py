@@ -17,7 +17,7 @@ from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.timm import CONFIGS, LEAVES, BeitForTimm
-from beit_fast.weights.pretrained import load_pretrained
+from beit_fast.weights.load import load_pretrained
 from beit_fast.weights.read import read_checkpoint
 
 NARROW = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

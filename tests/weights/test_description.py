@@ -16,14 +16,15 @@ from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 from beit_fast.train import state as train_state
 from beit_fast.train.state import load_checkpoint, metadata_of, save_checkpoint
 from beit_fast.weights import description
+from beit_fast.weights.convert import convert
 from beit_fast.weights.description import Description, description_of
 from beit_fast.weights.files import read_weights, write_weights
-from beit_fast.weights.pretrained import convert, from_pretrained, load_pretrained, save_pretrained
+from beit_fast.weights.load import from_pretrained, load_pretrained
 from beit_fast.weights.read import read_checkpoint
+from beit_fast.weights.save import save_pretrained
 from beit_fast.weights.sizes import grid_of, num_heads_of
+from tiny_models import PER_BLOCK, VANILLA
 
-VANILLA = {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False, "init_values": None}
-PER_BLOCK = {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
 
 

@@ -6,9 +6,8 @@ import torch
 from beit_fast.model.beit import Beit
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.weights.layouts import from_house, to_house
+from tiny_models import PER_BLOCK, VANILLA, assert_identical
 
-VANILLA = {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False, "init_values": None}
-PER_BLOCK = {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
 CASES = [
     pytest.param(BeitForMaskedImageModeling, {}, id="mim-plus"),
     pytest.param(BeitForMaskedImageModeling, VANILLA, id="mim-vanilla"),
@@ -19,13 +18,6 @@ CASES = [
     ),
     pytest.param(Beit, {}, id="encoder"),
 ]
-
-
-def assert_identical(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert ours[name].dtype == theirs[name].dtype
-        assert torch.equal(ours[name], theirs[name]), name
 
 
 @pytest.mark.parametrize("layout", ["house", "hf4", "hf5"])

@@ -10,9 +10,10 @@ import torch
 from beit_fast.model.beit import Beit
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.weights import published as module
-from beit_fast.weights.pretrained import from_pretrained, save_pretrained
+from beit_fast.weights.load import from_pretrained
 from beit_fast.weights.published import PUBLISHED, find_published, published
 from beit_fast.weights.read import read_checkpoint
+from beit_fast.weights.save import save_pretrained
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from beit_fast.tasks.evaluate.classes import wordnet_ids
 from beit_fast.tasks.evaluate.evaluation import default_crop_pct
 from beit_fast.weights.description import Statistics, description_of, read_json, step_of
 from beit_fast.weights.files import replace_file
-from beit_fast.weights.pretrained import load_pretrained
+from beit_fast.weights.load import load_pretrained
 from beit_fast.weights.published import PUBLISHED, Published, published
 from beit_fast.weights.read import Weights, read_checkpoint
 

@@ -17,7 +17,7 @@ from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.tasks.evaluate.checkpoints import weights_digest
 from beit_fast.train.state import newest_manifest
-from beit_fast.weights.pretrained import load_pretrained
+from beit_fast.weights.load import load_pretrained
 from beit_fast.weights.read import Weights, read_checkpoint
 from beit_fast.weights.sizes import UnknownHeads
 

@@ -62,7 +62,7 @@ from beit_fast.train.preflight import check_writable
 from beit_fast.train.state import environment
 from beit_fast.train.stop import stop_signals
 from beit_fast.viz.layers import draw_layers
-from beit_fast.weights.pretrained import load_pretrained
+from beit_fast.weights.load import load_pretrained
 from beit_fast.weights.read import Weights
 
 POOLS = ("cls", "mean")  # the order in the features

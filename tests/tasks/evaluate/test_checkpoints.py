@@ -23,8 +23,10 @@ from beit_fast.tasks.evaluate.checkpoints import (
     write_image_processor,
 )
 from beit_fast.train.state import save_checkpoint
-from beit_fast.weights.pretrained import convert, from_pretrained, save_pretrained
+from beit_fast.weights.convert import convert
+from beit_fast.weights.load import from_pretrained
 from beit_fast.weights.published import PUBLISHED
+from beit_fast.weights.save import save_pretrained
 from tiny_classifier import TINY_CLASSIFIER, tiny_classifier
 
 CLASSES = list("gfedcba")

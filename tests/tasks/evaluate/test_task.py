@@ -15,7 +15,7 @@ import torch
 
 from beit_fast.cli import main
 from beit_fast.train.state import save_checkpoint
-from beit_fast.weights.pretrained import convert
+from beit_fast.weights.convert import convert
 from labelled_images import write_class_folders
 from tiny_classifier import TINY_CLASSIFIER, tiny_classifier
 

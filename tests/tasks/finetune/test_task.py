@@ -33,7 +33,7 @@ from beit_fast.train.log import read_metrics
 from beit_fast.train.parallel import World
 from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint
 from beit_fast.train.stop import Interrupted
-from beit_fast.weights.pretrained import convert
+from beit_fast.weights.convert import convert
 from beit_fast.weights.read import read_checkpoint
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -25,7 +25,7 @@ from beit_fast.tasks.probe.probes import knn_accuracy
 from beit_fast.tasks.probe.task import ProbeConfig, load_encoder, run_probe
 from beit_fast.train.state import save_checkpoint
 from beit_fast.train.stop import Interrupted
-from beit_fast.weights.pretrained import convert
+from beit_fast.weights.convert import convert
 from labelled_images import write_class_folders
 
 TINY = BeitConfig(
