@@ -1,8 +1,10 @@
-"""Errors of files say which file, and what lies there in its place."""
+"""Files are replaced whole, and their errors say which file, and what lies there in its place."""
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +26,50 @@ def drop(path: Path) -> None:
     """Remove a file left half written, if it can be: the error that left it is the one to tell."""
     with contextlib.suppress(OSError):
         path.unlink()
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """`write(file)` into a new file that takes the place of `path` when it is whole.
+
+    Raises OSError, with the path, where it cannot be written; what was there is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with naming(path):
+            with open(temporary, "x+b") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
+        drop(temporary)
+        raise
+
+
+def replace_safetensors(path: Path, content: bytes) -> None:
+    """`replace_file` by the bytes of a safetensors file, its metadata in order."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+        file.seek(0)
+        order_metadata(file)
+
+    replace_file(path, write)
+
+
+def flush_folder(folder: Path) -> None:
+    """Force the names of a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def order_metadata(file: BinaryIO) -> None:

@@ -24,7 +24,6 @@ them. Reading maps them into memory: ranks and workers share the pages. Nothing 
 import functools
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -41,7 +40,7 @@ from beit_fast.data.sources.folder import ImageSource
 from beit_fast.data.views.color_jitter import jitter_views
 from beit_fast.data.views.two_views import ViewConfig, ViewDraw, make_views
 from beit_fast.files import damage as damage_of
-from beit_fast.files import drop
+from beit_fast.files import file_digest, flush_folder, replace_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -180,8 +179,7 @@ def write_shard(folder: Path, shard: Shard, records: np.ndarray) -> str:
     """
     path = folder / shard.name
     _write_whole(path, lambda file: np.save(file, records, allow_pickle=False))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -194,8 +192,7 @@ def damage(folder: Path, name: str, digest: str) -> str | None:
     """What is wrong with a finished file, None where it is whole. Reads all of it."""
     path = folder / name
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_digest(path)
     except OSError as error:
         return f"{path} cannot be read: {error}"
     return None if found == digest else f"{path} is damaged: its SHA-256 is not the one written"
@@ -292,24 +289,14 @@ def _pixel_digest(view: ViewConfig) -> str:
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        replace_file(path, write)
+        flush_folder(path.parent)
     except OSError as error:
-        drop(temporary)
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
-            f"{path} not written ({free:.0f} MiB free): {error}. Finished files are kept: make "
-            "room and run the same command again"
+            f"{path} not written ({free:.0f} MiB free): {error.strerror or error}. Finished files "
+            "are kept: make room and run the same command again"
         ) from error
 
 

@@ -7,7 +7,6 @@ from. Reading checks every name and shape against the config before a single ten
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from beit_fast.files import drop, naming, order_metadata, refuse_other_kinds
+from beit_fast.files import refuse_other_kinds, replace_safetensors
 from beit_fast.tokenizer.dvae import NUM_GROUPS, Dvae, DvaeConfig
 
 FORMAT = "beit_fast.dvae"
@@ -37,19 +36,7 @@ def save_tokenizer(dvae: Dvae, path: str | Path, *, source: Mapping[str, str] = 
         "config": json.dumps(dataclasses.asdict(dvae.config)),
         "source": json.dumps(dict(source)),
     }
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming(path):
-            with open(temporary, "x+b") as file:
-                file.write(save(tensors, metadata))
-                file.seek(0)
-                order_metadata(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        drop(temporary)
-        raise
+    replace_safetensors(path, save(tensors, metadata))
 
 
 def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Dvae:

@@ -6,13 +6,13 @@ by `pickled_module`, which runs nothing, so neither the `dall_e` package nor tru
     beit-fast convert-dalle --encoder encoder.pkl --decoder decoder.pkl --output dalle.safetensors
 """
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
+from beit_fast.files import file_digest
 from beit_fast.tokenizer.checkpoint import dvae_from_state, infer_config, save_tokenizer
 from beit_fast.tokenizer.pickled_module import PickledModule, read_pickled_module
 
@@ -66,7 +66,7 @@ def convert_dalle(encoder: str, decoder: str, output: str, overwrite: bool = Fal
         (decoder, decoder_module, dvae.decoder),
     ):
         _check_gain(path, module, ours.blocks["group_1"]["block_1"].gain)
-    source = {"encoder_sha256": _sha256(encoder), "decoder_sha256": _sha256(decoder)}
+    source = {"encoder_sha256": file_digest(encoder), "decoder_sha256": file_digest(decoder)}
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     save_tokenizer(dvae, output, source=source)
     return Path(output)
@@ -98,8 +98,3 @@ def _check_gain(path: str, module: PickledModule, gain: float) -> None:
                 f"{path} scales the branch of {name} by {block.attributes.get('post_gain')} where "
                 f"a dVAE of this depth has {gain}: its tokens would differ from the original's"
             )
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from beit_fast.files import naming
+from beit_fast.files import naming, replace_file
 
 METRICS = "metrics.jsonl"
 
@@ -129,10 +129,8 @@ class Log:
         if not self._path.exists():
             return
         kept = [line for line, record in _records(self._path) if record["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        with naming(self._path):
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            temporary.replace(self._path)
+        text = "".join(f"{line}\n" for line in kept)
+        replace_file(self._path, lambda file: file.write(text.encode()))
 
     def tick(self, num_images: int) -> None:
         """One optimiser step over `num_images` images has been launched."""

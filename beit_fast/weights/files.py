@@ -4,9 +4,6 @@ Nothing of a file is run: safetensors and JSON hold no code, and a pickle that n
 """
 
 import argparse
-import hashlib
-import io
-import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -19,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from beit_fast.files import drop, naming, order_metadata, refuse_other_kinds
+from beit_fast.files import file_digest, refuse_other_kinds, replace_file, replace_safetensors
 from beit_fast.weights.description import (
     MANIFEST,
     Description,
@@ -100,26 +97,9 @@ def write_weights(
     path = Path(path)
     if path.suffix == ".safetensors":
         flat = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        content = io.BytesIO(save(_unshare(flat), {"format": "pt", **metadata}))
-        order_metadata(content)
-        replace_file(path, lambda file: file.write(content.getbuffer()))
+        replace_safetensors(path, save(_unshare(flat), {"format": "pt", **metadata}))
     else:
         replace_file(path, lambda file: torch.save(tensors, file))
-
-
-def replace_file(path: Path, write) -> None:
-    """`write(file)` into a new file that takes the place of `path` when it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming(path):
-            with open(temporary, "xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        drop(temporary)
-        raise
 
 
 def _read_folder(path: Path, key: str | None) -> WeightFile:
@@ -148,11 +128,8 @@ def _read_run_step(path: Path, key: str) -> WeightFile:
         raise ValueError(f"{path} has {', '.join(sorted(files))}, no {name}: pass another key")
     if not (path / name).is_file():
         raise ValueError(f"{path / name} is missing, manifest.json lists it: copy the step anew")
-    with open(path / name, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != files[name]:
-            raise ValueError(
-                f"{path / name} is damaged: its SHA-256 is not the one it was saved with"
-            )
+    if file_digest(path / name) != files[name]:
+        raise ValueError(f"{path / name} is damaged: its SHA-256 is not the one it was saved with")
     weights = _read_safetensors(path / name)
     said = description_of_settings(settings, path / MANIFEST)
     return WeightFile(weights.tensors, said, path=path)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from beit_fast.files import replace_file
 from beit_fast.model.beit import Beit
 from beit_fast.weights.description import Description, Statistics
-from beit_fast.weights.files import replace_file, write_weights
+from beit_fast.weights.files import write_weights
 from beit_fast.weights.hf_config import hf_config_of, transformers_differs
 from beit_fast.weights.layouts import from_house, with_zero_biases
 from beit_fast.weights.read import Weights, task_of

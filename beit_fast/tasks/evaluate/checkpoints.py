@@ -32,12 +32,12 @@ from beit_fast.checks import (
 )
 from beit_fast.data.views.centre_view import CropMode, Interpolation
 from beit_fast.data.views.statistics import HALF_MEAN, HALF_STD, STATISTICS
+from beit_fast.files import replace_file
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.tasks.evaluate.classes import wordnet_ids
 from beit_fast.tasks.evaluate.evaluation import default_crop_pct
 from beit_fast.weights.description import Statistics, description_of, read_json, step_of
-from beit_fast.weights.files import replace_file
 from beit_fast.weights.load import load_pretrained
 from beit_fast.weights.published import PUBLISHED, Published, published
 from beit_fast.weights.read import Weights, read_checkpoint
