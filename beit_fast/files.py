@@ -33,7 +33,9 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises OSError, with the path, where it cannot be written; what was there is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # By chance, not by process: in containers the next one has the same number, and finds what a
+    # killed one left.
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with naming(path):
             with open(temporary, "x+b") as file:

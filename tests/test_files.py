@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from beit_fast.files import damage, describe, drop, naming, order_metadata, refuse_other_kinds
+from beit_fast.files import (
+    damage,
+    describe,
+    drop,
+    naming,
+    order_metadata,
+    refuse_other_kinds,
+    replace_file,
+)
 from beit_fast.tasks.probe.features import _allocate
 from beit_fast.tokenizer.checkpoint import load_tokenizer, save_tokenizer
 from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
@@ -37,6 +46,18 @@ def test_an_error_without_a_name_gets_one_and_is_said_as_it_is():
     assert damage(KeyError("format")) == "KeyError: 'format'"
     assert len(damage(ValueError("x\n" * 900))) == 200
     drop(Path("no/such/file"))
+
+
+def test_a_file_is_replaced_whole_whatever_a_killed_process_left(tmp_path):
+    path = tmp_path / "w"
+    path.write_bytes(b"old")
+    (tmp_path / f".w.{os.getpid()}.tmp").write_bytes(b"half")  # by one of the same number
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, lambda file: (file.write(b"half"), signal.raise_signal(signal.SIGINT)))
+    assert path.read_bytes() == b"old"
+    replace_file(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
