@@ -1,7 +1,6 @@
 """A pre-training small enough to test: random images, an untrained tokenizer, two blocks."""
 
 import functools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from beit_fast.tasks.sources import DataConfig
 from beit_fast.tokenizer.checkpoint import save_tokenizer
 from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
 from beit_fast.train.config import OptimConfig, RunConfig
+from task_runs import with_fields
 
 
 @pytest.fixture
@@ -81,11 +81,4 @@ def pretrain_config(image_folder, tokenizer_file, tmp_path):
         tokenizer=str(tokenizer_file),
     )
 
-    def change(**changes):
-        sections = {
-            name: replace(getattr(base, name), **value) if isinstance(value, dict) else value
-            for name, value in changes.items()
-        }
-        return replace(base, **sections)
-
-    return change
+    return functools.partial(with_fields, base)

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,14 @@ import torch
 
 from beit_fast.train.parallel import open_world
 from beit_fast.train.state import checkpoint_paths, load_checkpoint, read_manifest
+from task_runs import TWO_RANKS
 
 
 def two_ranks(output: Path, fault: str) -> tuple[dict, dict, list[str]]:
     output.mkdir(exist_ok=True)
     script = Path(__file__).with_name("two_ranks.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run(
-        [*launch, str(script), str(output), fault],
+        [*TWO_RANKS, str(script), str(output), fault],
         check=True,
         timeout=120,
         capture_output=True,

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from beit_fast.tasks.evaluate.evaluation import (
 )
 from beit_fast.train.parallel import World
 from labelled_images import write_class_folders
+from task_runs import TWO_RANKS
 from tiny_classifier import TINY_CLASSIFIER, tiny_classifier
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -160,11 +160,10 @@ def test_an_image_that_cannot_be_read_is_named_and_the_mode_restored(tmp_path):
 def two_ranks(folder: Path, output: Path) -> list:
     """What each of two gloo ranks saw: results, an error, and the images it read."""
     script = Path(__file__).with_name("evaluate_ranks.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     output.mkdir()
     support = str(script.parents[2] / "support")
     subprocess.run(
-        [*launch, str(script), str(folder), str(output)],
+        [*TWO_RANKS, str(script), str(folder), str(output)],
         env={**os.environ, "PYTHONPATH": support},
         check=True,
         timeout=120,

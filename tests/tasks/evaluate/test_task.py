@@ -17,6 +17,7 @@ from beit_fast.cli import main
 from beit_fast.train.state import save_checkpoint
 from beit_fast.weights.convert import convert
 from labelled_images import write_class_folders
+from task_runs import TWO_RANKS
 from tiny_classifier import TINY_CLASSIFIER, tiny_classifier
 
 CLASSES = ["red", "blue", "pink", "green"]
@@ -106,10 +107,9 @@ def test_an_order_can_be_forced_and_changes_what_counts(run_folder, folder, tmp_
 
 def test_two_ranks_write_what_one_writes(run_folder, folder, tmp_path):
     alone = evaluate(run_folder, folder, output=tmp_path / "one.json")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = ["-m", "beit_fast.cli", "evaluate", str(run_folder), str(folder), *ALONE]
     done = subprocess.run(
-        [*launch, *command, "--output", str(tmp_path / "two.json")],
+        [*TWO_RANKS, *command, "--output", str(tmp_path / "two.json")],
         check=True,
         timeout=120,
         capture_output=True,

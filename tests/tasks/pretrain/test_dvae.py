@@ -1,14 +1,10 @@
 """Training a tokenizer end to end on tiny images: what it leaves, resume, collapse."""
 
 import functools
-import os
-import signal
-from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit_fast.data.views.single_view import SingleViewConfig
 from beit_fast.tasks.pretrain.dvae import DvaeTask, DvaeTrainingConfig, run_dvae
@@ -18,13 +14,17 @@ from beit_fast.tokenizer.dvae import DvaeConfig
 from beit_fast.tokenizer.loss import CosineSchedule
 from beit_fast.tokenizer.metrics import codebook_use
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.log import read_metrics
 from beit_fast.train.optim import build_optimizer, lr_at
-from beit_fast.train.parallel import World
 from beit_fast.train.state import checkpoint_paths, load_checkpoint
-from beit_fast.train.stop import Interrupted
-
-ALONE = World(0, 1, torch.device("cpu"))
+from task_runs import (
+    ALONE,
+    RefuseSyncs,
+    assert_the_same_run,
+    first_batch,
+    records_of,
+    stopped_in_step,
+    with_fields,
+)
 
 
 @pytest.fixture
@@ -48,26 +48,7 @@ def config(image_folder, tmp_path):
         temperature=CosineSchedule(start=1.0, end=1 / 16, num_steps=30),
     )
 
-    def change(**changes):
-        sections = {
-            name: replace(getattr(base, name), **value) if isinstance(value, dict) else value
-            for name, value in changes.items()
-        }
-        return replace(base, **sections)
-
-    return change
-
-
-def first_batch(task):
-    batches = task.batches(0)
-    batch = next(batches)
-    batches.close()
-    return batch
-
-
-def records_of(output):
-    lines = read_metrics(output / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return functools.partial(with_fields, base)
 
 
 def test_a_run_leaves_a_tokenizer_a_curve_a_picture_and_metrics(config, tmp_path, capsys):
@@ -114,31 +95,17 @@ def test_a_collapsed_codebook_is_reported(config, capsys):
     assert "COLLAPSED" in capsys.readouterr().out
 
 
-def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(config, tmp_path, monkeypatch):
+def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(config, tmp_path):
     changes = {"codebook_init": "kmeans", "encoder_lr_scale": 0.1}
     averaged = {"ema_decay": 0.9}
     run_dvae(config(**changes, run=averaged | {"output": str(tmp_path / "whole")}))
     parts = config(**changes, run=averaged | {"output": str(tmp_path / "parts")})
-    begin_step = DvaeTask.begin_step
-
-    def stop_in_step_3(self, step):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        begin_step(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DvaeTask, "begin_step", stop_in_step_3)
-        with pytest.raises(Interrupted):
-            run_dvae(parts)
+    with stopped_in_step(DvaeTask, 3):
+        run_dvae(parts)
     run_dvae(parts)
-    whole, resumed = (
-        load_checkpoint(checkpoint_paths(tmp_path / name)[-1]) for name in ("whole", "parts")
-    )
+    whole = load_checkpoint(checkpoint_paths(tmp_path / "whole")[-1])
     assert {"model", "ema", "optimizer"} <= whole.tensors.keys()
-    for stem, tensors in whole.tensors.items():
-        for name, value in tensors.items():
-            assert torch.equal(value, resumed.tensors[stem][name]), (stem, name)
-    assert records_of(tmp_path / "whole") == records_of(tmp_path / "parts")
+    assert_the_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_the_averaged_weights_are_what_is_saved(config, tmp_path):
@@ -199,19 +166,6 @@ def test_the_encoder_learns_at_its_own_rate(config, tmp_path):
         for half in ("encoder", "decoder")
     }
     assert moved["encoder"] < 1e-5 < 1e-3 < moved["decoder"]
-
-
-class RefuseSyncs(TorchDispatchMode):
-    """Fails on whatever makes the host wait for a value of the device."""
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        waits = (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.nonzero.default,
-            torch.ops.aten.bincount.default,
-        )
-        assert operation not in waits, f"{operation} waits for the device"
-        return operation(*args, **(kwargs or {}))
 
 
 def test_a_training_step_never_waits_for_the_device(config):

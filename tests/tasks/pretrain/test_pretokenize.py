@@ -26,12 +26,9 @@ from beit_fast.tasks.pretrain.pretokenize import PretokenizeConfig, run_pretoken
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer, save_tokenizer, tokenizer_digest
 from beit_fast.tokenizer.dvae import DvaeConfig
-from beit_fast.train.log import read_metrics
-from beit_fast.train.parallel import World
-from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint
+from beit_fast.train.state import CheckpointError, load_checkpoint
 from beit_fast.train.stop import Interrupted, sole_user
-
-ALONE = World(0, 1, torch.device("cpu"))
+from task_runs import ALONE, TWO_RANKS, assert_the_same_run, take_batches
 
 
 @pytest.fixture
@@ -49,27 +46,15 @@ def task_of(config):
     return PretrainTask(config, None, ALONE)
 
 
-def batches_of(task, count, start=0):
-    batches = task.batches(start)
-    taken = [next(batches) for _ in range(count)]
-    batches.close()
-    return taken
-
-
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
 
 
-def records_of(output):
-    lines = read_metrics(output / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-
-
-def start_process(fault, config, tmp_path, *launcher):
+def start_process(fault, config, tmp_path, launcher=(sys.executable,)):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
     script = Path(__file__).with_name("write_tokens.py")
-    command = [sys.executable, *launcher, str(script), fault, str(file)]
+    command = [*launcher, str(script), fault, str(file)]
     return subprocess.run(command, timeout=120, capture_output=True, text=True)
 
 
@@ -80,7 +65,7 @@ def assert_the_same_batches_and_losses(config, folder, count):
     """Of a live task and one from the cache, whose models start alike."""
     live = PretrainTask(config, load_tokenizer(config.tokenizer), ALONE)
     ours = task_of(cached(config, folder))
-    both = (batches_of(task, count) for task in (live, ours))
+    both = (take_batches(task, count) for task in (live, ours))
     for theirs, batch in zip(*both, strict=True):
         for name in theirs.keys() - {"token_images"}:
             assert torch.equal(theirs[name], batch[name]), name
@@ -99,13 +84,7 @@ def test_a_run_from_the_cache_is_bitwise_the_live_run(pretrain_config, cache_of,
     live = replace(config, run=replace(config.run, output=str(tmp_path / "live")))
     run_pretraining(live)
     run_pretraining(cached(config, folder))
-    assert records_of(tmp_path / "run") == records_of(tmp_path / "live")
-    whole, ours = (
-        load_checkpoint(checkpoint_paths(tmp_path / name)[-1]).tensors for name in ("live", "run")
-    )
-    for stem, tensors in whole.items():
-        for name, value in tensors.items():
-            assert torch.equal(value, ours[stem][name]), (stem, name)
+    assert_the_same_run(tmp_path / "run", tmp_path / "live")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +110,7 @@ def test_tokens_on_a_cpu_do_not_depend_on_the_batch(pretrain_config, cache_of, b
     other = pretrain_config(data={"batch_size": batch_size})
     live = PretrainTask(other, load_tokenizer(config.tokenizer), ALONE)
     ours = task_of(cached(other, folder))
-    both = (batches_of(task, -(-12 // batch_size)) for task in (live, ours))
+    both = (take_batches(task, -(-12 // batch_size)) for task in (live, ours))
     for theirs, batch in zip(*both, strict=True):
         theirs = pretrain.jitter_views(theirs)
         assert torch.equal(live._tokens(theirs), ours._tokens(batch))
@@ -143,7 +122,7 @@ def test_later_passes_read_the_views_again_under_new_masks(pretrain_config, cach
     config = pretrain_config(data={"batch_size": 12})
     task = task_of(cached(config, run_pretokenize(cache_of(config))))
     passes = []
-    for batch in batches_of(task, 4):
+    for batch in take_batches(task, 4):
         order = batch["sample_index"].argsort()
         passes.append({n: batch[n][order] for n in ("images", "jitter", "tokens", "mask")})
     for name in ("images", "jitter", "tokens"):
@@ -156,7 +135,7 @@ def test_later_passes_read_the_views_again_under_new_masks(pretrain_config, cach
 def test_training_has_no_tokenizer_and_no_token_view(pretrain_config, cache_of):
     config = pretrain_config()
     task = task_of(cached(config, run_pretokenize(cache_of(config)), tokenizer=config.tokenizer))
-    (batch,) = batches_of(task, 1)
+    (batch,) = take_batches(task, 1)
     assert "token_images" not in batch
     assert task.tokenizer is None
     loss, _ = task.loss(task.prepare(batch))
@@ -239,8 +218,7 @@ def test_a_kill_costs_the_file_being_made(pretrain_config, cache_of, tmp_path):
 def test_two_ranks_stop_together_and_any_number_goes_on(pretrain_config, cache_of, tmp_path):
     config = cache_of(pretrain_config(data={"batch_size": 2}), images_per_shard=4, num_views=4)
     whole = run_pretokenize(replace(config, output=str(tmp_path / "whole")))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    process = start_process("term", config, tmp_path, *torchrun)
+    process = start_process("term", config, tmp_path, TWO_RANKS)
     assert process.returncode != 0
     said = process.stderr
     assert said.count("stopped by SIGTERM after file 6; the same command goes on") == 2, said
@@ -378,7 +356,7 @@ def test_an_image_that_changed_stops_the_run(pretrain_config, cache_of, spoilt, 
     Image.new("RGB", (30, 40)).save(paths[number])
     message = rf"{paths[named].name} is not the image .*file size was \d+, is \d+; crop was"
     with pytest.raises(TokenCacheError, match=message):
-        batches_of(task, 1)
+        take_batches(task, 1)
 
 
 def test_an_image_that_cannot_be_read_any_more_stops_the_run(
@@ -401,7 +379,7 @@ def test_an_image_that_cannot_be_read_any_more_stops_the_run(
     with pytest.raises(
         TokenCacheError, match=rf"tokens of .*{paths[5].name} came with .*{paths[6].name}"
     ):
-        batches_of(task, 1)
+        take_batches(task, 1)
 
 
 # What does not fit

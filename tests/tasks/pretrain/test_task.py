@@ -2,17 +2,13 @@
 
 import functools
 import math
-import os
 import pickle
 import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit_fast.data.views.color_jitter import jitter_views
 from beit_fast.data.views.two_views import normalize
@@ -22,50 +18,30 @@ from beit_fast.tasks.pretrain.pipeline import run_pretraining
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tasks.sources import UNSEEN_BATCH
 from beit_fast.tokenizer.checkpoint import load_tokenizer, save_tokenizer
-from beit_fast.train.log import read_metrics
-from beit_fast.train.parallel import World
 from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint
-from beit_fast.train.stop import Interrupted
-
-ALONE = World(0, 1, torch.device("cpu"))
+from task_runs import (
+    ALONE,
+    TWO_RANKS,
+    RefuseSyncs,
+    assert_the_same_run,
+    first_batch,
+    records_of,
+    stopped_in_step,
+)
 
 
 def task_of(config):
     return PretrainTask(config, load_tokenizer(config.tokenizer), ALONE)
 
 
-def records_of(output):
-    lines = read_metrics(output / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-
-
-def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
-    pretrain_config, tmp_path, monkeypatch
-):
+def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(pretrain_config, tmp_path):
     run_pretraining(pretrain_config(run={"output": str(tmp_path / "whole")}))
     parts = pretrain_config(run={"output": str(tmp_path / "parts")})
-    begin_step = PretrainTask.begin_step
-
-    def stop_in_step_3(self, step):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        begin_step(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PretrainTask, "begin_step", stop_in_step_3)
-        with pytest.raises(Interrupted) as stop:
-            run_pretraining(parts)
-    assert stop.value.exit_code == 143
+    with stopped_in_step(PretrainTask, 3):
+        run_pretraining(parts)
     assert load_checkpoint(checkpoint_paths(tmp_path / "parts")[-1]).step == 3
     run_pretraining(parts)
-
-    whole, resumed = (
-        load_checkpoint(checkpoint_paths(tmp_path / name)[-1]) for name in ("whole", "parts")
-    )
-    for stem, tensors in whole.tensors.items():
-        for name, value in tensors.items():
-            assert torch.equal(value, resumed.tensors[stem][name]), (stem, name)
-    assert records_of(tmp_path / "whole") == records_of(tmp_path / "parts")
+    assert_the_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_run_leaves_checkpoint_curve_picture_and_metrics(pretrain_config, tmp_path, capsys):
@@ -125,9 +101,7 @@ def test_evaluation_and_picture_change_nothing_of_the_run(pretrain_config, tmp_p
 
 def test_counters_hold_the_tokens_that_were_to_be_predicted(pretrain_config):
     task = task_of(pretrain_config())
-    batches = task.batches(0)
-    batch = next(batches)
-    batches.close()
+    batch = first_batch(task)
     task.loss(task.prepare(batch))
     assert task.counters["token_counts"].sum() == batch["mask"].sum()
     token_images = jitter_views(batch)["token_images"]
@@ -189,21 +163,10 @@ def test_bf16_and_averaged_weights_train_and_draw_on_the_way(pretrain_config, tm
     assert [record["step"] for record in evaluated] == [3]  # the pass in the middle of two
 
 
-class RefuseSyncs(TorchDispatchMode):
-    """Fails on whatever makes the host wait for a value of the device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        assert func not in waits, f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("objective", ["masked", "all", "all_unmasked"])
 def test_a_training_step_never_waits_for_the_device(pretrain_config, objective):
     task = task_of(pretrain_config(objective=objective))
-    batches = task.batches(0)
-    batch = next(batches)
-    batches.close()
+    batch = first_batch(task)
     task.model.train()
     with RefuseSyncs():
         loss, _ = task.loss(task.prepare(batch))
@@ -215,9 +178,7 @@ def test_a_training_step_never_waits_for_the_device(pretrain_config, objective):
 def test_the_model_gets_the_patches_of_the_normalised_images(pretrain_config, statistics):
     config = pretrain_config(statistics=statistics)
     task = task_of(config)
-    batches = task.batches(0)
-    batch = next(batches)
-    batches.close()
+    batch = first_batch(task)
     images = normalize(batch["images"], *pretrain.STATISTICS[statistics])
     expected = patchify(images, config.model.patch_pixels)
     assert torch.equal(task._inputs(batch)[0], expected)
@@ -229,9 +190,7 @@ def test_the_model_gets_the_patches_of_the_normalised_images(pretrain_config, st
 @pytest.mark.parametrize("objective", ["all", "all_unmasked"])
 def test_the_ablations_predict_every_token(pretrain_config, objective):
     task = task_of(pretrain_config(objective=objective))
-    batches = task.batches(0)
-    batch = next(batches)
-    batches.close()
+    batch = first_batch(task)
     _, mask, index = task._inputs(batch)
     assert sorted(index.tolist()) == list(range(4 * 24))
     assert mask.any() == (objective == "all")
@@ -255,9 +214,7 @@ def test_half_precision_tokens_are_nearly_those_of_full_precision(pretrain_confi
     tokens = []
     for precision in ("fp32", "fp16"):
         task = task_of(pretrain_config(tokenizer_precision=precision))
-        batches = task.batches(0)
-        tokens.append(task._tokens(next(batches)))
-        batches.close()
+        tokens.append(task._tokens(first_batch(task)))
     assert (tokens[0] == tokens[1]).double().mean() > 0.95
 
 
@@ -300,8 +257,7 @@ def test_a_compiled_backward_sends_gradients_before_it_ends(pretrain_config, tmp
     config = tmp_path / "config.pkl"
     config.write_bytes(pickle.dumps(pretrain_config(model=model)))
     script = Path(__file__).with_name("compiled_ranks.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, str(script), str(config), str(tmp_path)]
+    command = [*TWO_RANKS, str(script), str(config), str(tmp_path)]
     subprocess.run(command, check=True, timeout=300, capture_output=True)
     for rank in (0, 1):
         traces = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -316,9 +272,7 @@ def test_a_compiled_backward_sends_gradients_before_it_ends(pretrain_config, tmp
 def test_another_batch_size_is_compiled_for_itself(pretrain_config, compiled_sides):
     task = task_of(pretrain_config())
     task.compile("default")
-    batches = task.batches(0)
-    batch = next(batches)
-    batches.close()
+    batch = first_batch(task)
     listed = len(batch["masked_index"]) // len(batch["mask"])
     for size in (4, 2):
         part = {name: value[:size] for name, value in batch.items()}

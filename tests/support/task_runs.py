@@ -1,0 +1,84 @@
+"""What the tests of several tasks share: parts of a run, and what two runs have in common."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from beit_fast.train.log import read_metrics
+from beit_fast.train.parallel import World
+from beit_fast.train.state import checkpoint_paths, load_checkpoint
+from beit_fast.train.stop import Interrupted
+
+ALONE = World(0, 1, torch.device("cpu"))
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def with_fields(config, /, **changes):
+    """The configuration with fields replaced; `section={field: value}` replaces those of one."""
+    sections = {
+        name: replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return replace(config, **sections)
+
+
+def take_batches(batched, count: int, start: int = 0) -> list[dict]:
+    """Of a task or a loader."""
+    with contextlib.closing(batched.batches(start)) as batches:
+        return [next(batches) for _ in range(count)]
+
+
+def first_batch(batched) -> dict:
+    (batch,) = take_batches(batched, 1)
+    return batch
+
+
+def records_of(output: Path) -> list[dict]:
+    """A run's metrics, all but its speed."""
+    lines = read_metrics(output / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+@contextlib.contextmanager
+def stopped_in_step(task_class: type, number: int) -> Iterator[None]:
+    """A run inside gets a signal in that step of its task, and ends with its code."""
+    begin_step = task_class.begin_step
+
+    def stop(self, step: int) -> None:
+        if step == number - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        begin_step(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task_class, "begin_step", stop)
+        with pytest.raises(Interrupted) as raised:
+            yield
+    assert raised.value.exit_code == 143
+
+
+def assert_the_same_run(ours: Path, theirs: Path) -> None:
+    """Bit for bit, in all that the newest checkpoints hold, and in the metrics."""
+    one, other = (load_checkpoint(checkpoint_paths(output)[-1]) for output in (ours, theirs))
+    assert one.step == other.step
+    assert one.tensors.keys() == other.tensors.keys()
+    for stem, tensors in one.tensors.items():
+        for name, value in tensors.items():
+            assert torch.equal(value, other.tensors[stem][name]), (stem, name)
+    assert records_of(ours) == records_of(theirs)
+
+
+class RefuseSyncs(TorchDispatchMode):
+    """Fails on whatever makes the host wait for a value of the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        assert func not in waits, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
