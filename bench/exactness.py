@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from exactness_rule import Errors, Place, exactly, milliseconds, twice
+from exactness_rule import Errors, Place, exactly, milliseconds, say_errors, twice
 from facts import Facts
 from peers_attention import attention_costs
 from roofline import Machine, Step, works
@@ -44,6 +44,7 @@ from beit_fast.kernels.residual.drop_path import draw_kept_samples
 from beit_fast.model.config import beit_config
 from beit_fast.tokenizer.dvae import DvaeConfig, map_pixels
 from beit_fast.tokenizer.frozen import FrozenTokenizer
+from kernels import run_of
 
 IMAGES_AT_A_TIME = 16  # of eager and fp64: (16, 12, 197, 197) in fp64 are 60 MB
 GRID, N, HIDDEN, V = (14, 14), 197, 75, 8192
@@ -135,12 +136,16 @@ def attention(
     errors.add("dbias", dbias, sums[place.dtype], sums[torch.float64])
     errors.say(facts, item)
 
-    kept = attention_qkvpacked(qkv, bias, **options)
-    still = attention_qkvpacked(qkv, bias.detach(), **options)
+    def trained() -> Tensor:
+        return attention_qkvpacked(qkv, bias, **options)
+
+    def frozen() -> Tensor:
+        return attention_qkvpacked(qkv, bias.detach(), **options)
+
     calls = {
-        "forward": torch.no_grad()(lambda: attention_qkvpacked(qkv, bias, **options)),
-        "backward": lambda: torch.autograd.grad(kept, (qkv, bias), dout, retain_graph=True),
-        "backward, frozen bias": lambda: torch.autograd.grad(still, qkv, dout, retain_graph=True),
+        "forward": run_of("forward", trained, (qkv, bias), dout),
+        "backward": run_of("backward", trained, (qkv, bias), dout),
+        "backward, frozen bias": run_of("backward", frozen, (qkv,), dout),
     }
     costs = attention_costs(B, N, H, K, qkv.element_size())
     costs["backward, frozen bias"] = costs.pop("backward-frozen")
@@ -163,10 +168,7 @@ def table(place: Place, H: int, facts: Facts, item: str) -> None:
     ours = twice(facts, item, lambda: run(rel_pos_bias, leaf, dout))
     eager = run(rel_pos_bias_reference, leaf, dout)
     exact = run(rel_pos_bias_reference, *exactly([leaf, dout]))
-    errors = Errors()
-    for name, *three in zip(("bias", "dtable"), ours, eager, exact, strict=True):
-        errors.add(name, *three)
-    errors.say(facts, item)
+    say_errors(facts, item, ("bias", "dtable"), ours, eager, exact)
 
 
 def residual(
@@ -212,10 +214,7 @@ def residual(
     exact = run(scale_residual_norm_reference, exactly(inputs), exactly(douts), torch.float64)
     names = ["out", "norm", "dx", "dbranch"]
     names += [] if folded else ["dgamma", "dweight", "dbias"]
-    errors = Errors()
-    for name, *three in zip(names, ours, eager, exact, strict=True):
-        errors.add(name, *three)
-    errors.say(facts, item)
+    say_errors(facts, item, names, ours, eager, exact)
 
     _, _, gamma, weight, bias, _ = inputs
     leaves = [t for t in inputs if t is not None and t.requires_grad]
@@ -224,15 +223,13 @@ def residual(
         more = {"norm_dtype": place.dtype, **options}
         return scale_residual_norm(x, branch, weight, bias, gamma, keep, **more)
 
-    outs = forward()
     # Without gamma nobody asks for the branch again.
     read = branch.nbytes if not folded else 0
-    backward = lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True)  # noqa: E731
-    moved = 2 * x.nbytes + branch.nbytes + outs[1].nbytes
-    moved_back = 3 * x.nbytes + outs[1].nbytes + branch.nbytes + read
+    moved = 2 * x.nbytes + branch.nbytes + ours[1].nbytes
+    moved_back = 3 * x.nbytes + ours[1].nbytes + branch.nbytes + read
     passes = {
-        "forward": (torch.no_grad()(forward), place.roof.floor_ms(moved, 0)),
-        "backward": (backward, place.roof.floor_ms(moved_back, 0)),
+        part: (run_of(part, forward, leaves, douts), place.roof.floor_ms(num_bytes, 0))
+        for part, num_bytes in (("forward", moved), ("backward", moved_back))
     }
     milliseconds(facts, place, item, passes)
 
@@ -259,10 +256,7 @@ def norm(place: Place, D: int, facts: Facts, item: str) -> None:
         lambda x, *affine, dtype: F.layer_norm(x, (D,), *affine, 1e-6).to(dtype), inputs, dout
     )
     exact = run(layer_norm_reference, exactly(inputs), dout.double())
-    errors = Errors()
-    for name, *three in zip(("out", "dx", "dweight", "dbias"), ours, eager, exact, strict=True):
-        errors.add(name, *three)
-    errors.say(facts, item)
+    say_errors(facts, item, ("out", "dx", "dweight", "dbias"), ours, eager, exact)
 
 
 def head(place: Place, D: int, facts: Facts, item: str) -> None:
@@ -327,18 +321,17 @@ def sequence(place: Place, D: int, facts: Facts, item: str) -> None:
     eager = run(mask_embed_reference, leaves, pos, dout)
     exact = run(mask_embed_reference, exactly(leaves), *exactly([pos, dout]))
     names = ("out", "dpatches", "dcls", "dmask", "dpositions")
-    errors = Errors()
-    for name, *three in zip(names, ours, eager, exact, strict=True):
-        errors.add(name, *three)
-    errors.say(facts, item)
+    say_errors(facts, item, names, ours, eager, exact)
     options = {"dtype": torch.float}
     shown = patches_BLD.nbytes * (L - HIDDEN) // L
-    kept = mask_embed(*leaves, mask, **options)
-    forward = torch.no_grad()(lambda: mask_embed(*leaves, mask, **options))
-    backward = lambda: torch.autograd.grad(kept, leaves, dout, retain_graph=True)  # noqa: E731
+    moved, moved_back = shown + dout.nbytes, dout.nbytes + patches_BLD.nbytes
+
+    def forward() -> Tensor:
+        return mask_embed(*leaves, mask, **options)
+
     passes = {
-        "forward": (forward, place.roof.floor_ms(shown + dout.nbytes, 0)),
-        "backward": (backward, place.roof.floor_ms(dout.nbytes + patches_BLD.nbytes, 0)),
+        part: (run_of(part, forward, leaves, dout), place.roof.floor_ms(num_bytes, 0))
+        for part, num_bytes in (("forward", moved), ("backward", moved_back))
     }
     milliseconds(facts, place, item, passes)
 
@@ -398,9 +391,7 @@ def tokenizer(place: Place, facts: Facts, item: str) -> None:
     for backend in ("triton", "cudnn") if place.is_cuda else ("onednn", "torch"):
         frozen = FrozenTokenizer(dvae, "fp16", backend=backend)
         (features,) = twice(facts, item, lambda f=frozen: (f.features(images[:few]),))
-        errors = Errors()
-        errors.add(f"features, {backend}", features, eager, wanted)
-        errors.say(facts, item)
+        say_errors(facts, item, [f"features, {backend}"], [features], [eager], [wanted])
         ours = float((frozen.encode(images[:few]) != ids).double().mean())
         allowed = 2 * changed + 1 / ids.numel()
         facts.check(item, f"share of tokens that change, {backend}", ours, allowed)

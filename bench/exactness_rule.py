@@ -57,6 +57,21 @@ class Errors:
             facts.check(item, f"error of {name}", error, 2 * theirs + rounding)
 
 
+def say_errors(
+    facts: Facts,
+    item: str,
+    names: Sequence[str],
+    ours: Sequence[Tensor],
+    eager: Sequence[Tensor],
+    exact: Sequence[Tensor],
+) -> None:
+    """The errors of all that a kernel gives, by name."""
+    errors = Errors()
+    for name, *three in zip(names, ours, eager, exact, strict=True):
+        errors.add(name, *three)
+    errors.say(facts, item)
+
+
 @contextmanager
 def deterministic(poisoned: bool) -> Iterator[None]:
     """Libraries choose algorithms that give the same bits; `poisoned`: NaN, or the largest integer,

@@ -181,6 +181,13 @@ def wrong_facts(facts: list[Fact]) -> list[Fact]:
     return [f for f in facts if f["kind"] == "error" or f.get("right") is False]
 
 
+def trouble_of(fact: Fact) -> str:
+    """What is wrong, in words."""
+    if fact["kind"] == "error":
+        return fact["error"]
+    return f"{fact['figure']} is {fact['value']}, allowed {fact['allowed']}"
+
+
 def of_kind(facts: list[Fact], kind: str) -> Iterator[Fact]:
     return (fact for fact in facts if fact["kind"] == kind)
 

@@ -35,6 +35,7 @@ from facts import (
     read_facts,
     read_predictions,
     share_of_floor,
+    trouble_of,
     wrong_facts,
 )
 
@@ -195,7 +196,7 @@ def summary(facts: list[Fact], not_begun: list[str], gpu: str, again: str) -> st
     lines += [f"{name:16} no time" for name in not_begun]
     if wrong := wrong_facts(facts):
         lines += ["", "wrong"]
-        lines += [f"  {f['stage']}/{f['item']}: {_what(f)}" for f in wrong]
+        lines += [f"  {f['stage']}/{f['item']}: {trouble_of(f)}" for f in wrong]
     if left := [f for f in of_kind(facts, "note") if "left_out" in f]:
         lines += ["", "left out", *(f"  {f['stage']}/{f['item']}: {f['left_out']}" for f in left)]
     if missing := sorted({(f["figure"], f["missing"][:70]) for f in facts if "missing" in f}):
@@ -217,12 +218,6 @@ def figure_line(fact: Fact, found: Expected | None) -> str:
         where = f" {found.of}" if found.of else ""
         parts.append(f"{found.verdict} ({found.low:.3g} to {found.high:.3g}{where})")
     return ", ".join(parts)
-
-
-def _what(fact: Fact) -> str:
-    if fact["kind"] == "error":
-        return fact["error"]
-    return f"{fact['figure']} is {fact['value']}, allowed {fact['allowed']}"
 
 
 def next_steps(facts: list[Fact], not_begun: list[str], gpu: str, again: str) -> list[str]:

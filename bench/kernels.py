@@ -19,7 +19,7 @@ input 3.
 
 import argparse
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,9 +110,36 @@ def one_by_one(cases: Iterator[Case]) -> Iterator[Case]:
         yield case
 
 
-def gradients_of(out: Tensor, inputs: list[Tensor], dout: Tensor) -> Callable[[], object]:
-    """The backward alone, again and again over one forward."""
-    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+def run_of(
+    part: str, forward: Callable[[], object], leaves: Sequence[Tensor], douts: object
+) -> Callable[[], object]:
+    """What is timed of a pass: the forward without gradients, both, or the backward alone, again
+    and again over one forward."""
+    if part == "forward":
+        return torch.no_grad()(forward)
+    if part == "both":
+        return lambda: torch.autograd.grad(forward(), leaves, douts)
+    out = forward()
+    return lambda: torch.autograd.grad(out, leaves, douts, retain_graph=True)
+
+
+def compiled(function: Callable) -> dict[str, Callable]:
+    """torch.compile of a peer, as it comes and with its longest search."""
+    return {
+        "compile": torch.compile(function, dynamic=False),
+        "compile-max": torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs"),
+    }
+
+
+def require_close(
+    ours: Iterable[Tensor], theirs: Iterable[Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Raise AssertionError where ours is further from the reference, in norm, than two roundings of
+    `dtype` (by default its own), or than sums in another order are in fp32."""
+    for our, their in zip(ours, theirs, strict=True):
+        error = (our.double() - their.double()).norm() / their.double().norm()
+        if error > max(2 * torch.finfo(dtype or their.dtype).eps, 1e-5):
+            raise AssertionError(f"ours is {error:.2e} from the reference: nothing is timed")
 
 
 def require_as_exact(

@@ -24,9 +24,7 @@ task. On a GPU all tasks compile for 15 to 20 minutes, as estimated and not meas
 
 import argparse
 import functools
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from finetune import FinetuneStep, Peer, check, make_step
-from memory import resident_kib
+from memory import in_own_process, resident_kib
+from peers_models import timm_beit, transformers_config
 from records import Records
 from timing import (
     RESULTS,
@@ -120,19 +119,7 @@ def build_ours(task: str, config: BeitConfig) -> tuple[nn.Module, Callable[[Inpu
 
 
 def build_timm(task: str, config: BeitConfig) -> tuple[nn.Module, Callable[[Inputs], Tensor]]:
-    from timm.models.beit import Beit as TimmBeit
-
-    model = TimmBeit(
-        img_size=config.img_size,
-        embed_dim=config.embed_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        init_values=config.init_values,
-        use_abs_pos_emb=False,
-        use_rel_pos_bias=config.use_rel_pos_bias,
-        use_shared_rel_pos_bias=config.use_shared_rel_pos_bias,
-        num_classes=config.num_classes if task == "classifier" else 0,
-    )
+    model = timm_beit(config, config.num_classes if task == "classifier" else 0)
     if task == "classifier":
         return model, lambda i: F.cross_entropy(model(i.images), i.labels)
     return model, lambda i: model.forward_features(i.images).square().mean()
@@ -143,20 +130,7 @@ def build_transformers(
 ) -> tuple[nn.Module, Callable[[Inputs], Tensor]]:
     import transformers
 
-    theirs = transformers.BeitConfig(
-        image_size=config.img_size,
-        hidden_size=config.embed_dim,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.num_heads,
-        intermediate_size=int(config.embed_dim * config.mlp_ratio),
-        layer_norm_eps=config.norm_eps,
-        layer_scale_init_value=config.init_values,
-        use_relative_position_bias=config.use_rel_pos_bias,
-        use_shared_relative_position_bias=config.use_shared_rel_pos_bias,
-        use_mask_token=task == "mim",
-        num_labels=config.num_classes,
-        drop_path_rate=0.0,
-    )
+    theirs = transformers_config(config, use_mask_token=task == "mim")
     if task == "classifier":
         model = transformers.BeitForImageClassification(theirs)
         return model, lambda i: F.cross_entropy(model(i.images).logits, i.labels)
@@ -244,10 +218,8 @@ def finetune_step(name: str, setting: Setting, compiled: bool) -> FinetuneStep:
 def peak_cpu_mib(name: str, task: str, setting: Setting) -> float:
     """What one training step adds to the resident memory of a process that holds the model.
 
-    Runs in a process of its own, because the high-water mark of a process never falls. It is the
-    kernel's VmHWM: `ru_maxrss` starts at what the parent held when it forked.
+    For a process of its own.
     """
-    torch.set_num_threads(setting.threads)
     candidate = make_candidate(name, task, setting)
     before = resident_kib("VmRSS")
     candidate.train_step()
@@ -333,8 +305,9 @@ def _add_memory(rows: list[dict], candidates: dict[str, Candidate], setting: Set
             if setting.device == "cuda":
                 peak = peak_cuda_mib(candidates[name])
             else:
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    peak = pool.submit(peak_cpu_mib, name, row["task"], setting).result()
+                peak = in_own_process(
+                    peak_cpu_mib, name, row["task"], setting, threads=setting.threads
+                )
         except Exception as error:  # the times are right
             row["error"] = f"memory: {reason_of(error)}"
             continue

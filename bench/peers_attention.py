@@ -24,7 +24,7 @@ from beit_fast.kernels.attention.rel_pos_bias import (
     relative_position_index,
     relative_position_rows,
 )
-from kernels import Case, gradients_of, require_as_exact, try_all
+from kernels import Case, require_as_exact, require_close, run_of, try_all
 
 K = 64
 # B, H, grid: the batch that the goals are stated for, then smaller and larger ones, other lengths.
@@ -110,11 +110,7 @@ def _bind(part: str, function, qkv: Tensor, bias: Tensor, dout: Tensor) -> Calla
 
     def make():
         leaves = [t for t in (qkv, bias) if t.requires_grad]
-        if part == "forward":
-            return torch.no_grad()(lambda: function(qkv, bias))
-        if part == "both":
-            return lambda: torch.autograd.grad(function(qkv, bias), leaves, dout)
-        return gradients_of(function(qkv, bias), leaves, dout)
+        return run_of(part, lambda: function(qkv, bias), leaves, dout)
 
     return make
 
@@ -201,7 +197,4 @@ def _check(makers: dict, qkv: Tensor, trained: dict[str, Tensor], dout: Tensor) 
     if "exact" in results:
         require_as_exact(results["ours"], results["reference"], results["exact"])
         return
-    for ours, theirs in zip(results["ours"], results["reference"], strict=True):
-        error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
-        if error > 2 * torch.finfo(qkv.dtype).eps:
-            raise AssertionError(f"ours is {error:.2e} from the reference: nothing is timed")
+    require_close(results["ours"], results["reference"], qkv.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from beit_fast.kernels.input.mask_embed import mask_embed, mask_embed_reference
 from beit_fast.kernels.input.patches import normalized_patches, normalized_patches_reference
-from kernels import Case, gradients_of, try_all
+from kernels import Case, compiled, require_close, run_of, try_all
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HIDDEN, L = 75, 196
@@ -65,7 +65,7 @@ def _patches_case(name, B, side, listed, device, dtype) -> Case:
         "two-step": two_step,
     }
     if device.type == "cuda":
-        candidates |= _compiled(two_step)
+        candidates |= compiled(two_step)
     made, failed = try_all({peer: (lambda run=run: run) for peer, run in candidates.items()})
 
     def check() -> None:
@@ -97,7 +97,7 @@ def _sequence_cases(name, passes, inputs, stream, device) -> Iterator[Case]:
         "eager": functools.partial(mask_embed_reference, dtype=stream),
     }
     if device.type == "cuda":
-        peers |= _compiled(peers["eager"])
+        peers |= compiled(peers["eager"])
     patches = inputs[0]
     leaves = [t for t in inputs if t is not None and t.requires_grad]
     dout = torch.randn(len(patches), L + 1, patches.shape[2], device=device).to(stream)
@@ -106,31 +106,16 @@ def _sequence_cases(name, passes, inputs, stream, device) -> Iterator[Case]:
     num_bytes = {"forward": forward, "backward": backward, "both": forward + backward}
 
     def bind(part: str, run: Callable) -> Callable:
-        if part == "forward":
-            return torch.no_grad()(lambda: run(*inputs))
-        if part == "both":
-            return lambda: torch.autograd.grad(run(*inputs), leaves, dout)
-        return gradients_of(run(*inputs), leaves, dout)
+        return run_of(part, lambda: run(*inputs), leaves, dout)
 
     def check() -> None:
         results = []
         for peer in ("ours", "eager"):
             out = peers[peer](*inputs)
             results.append([out, *torch.autograd.grad(out, leaves, dout)])
-        for ours, theirs in zip(*results, strict=True):
-            error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
-            # In fp32, sums over images in another order differ by more than a rounding.
-            if error > max(2 * torch.finfo(theirs.dtype).eps, 1e-5):
-                raise AssertionError(f"ours is {error:.2e} from the reference: nothing is timed")
+        require_close(*results)
 
     for part in passes:
         makers = {peer: functools.partial(bind, part, run) for peer, run in peers.items()}
         made, failed = try_all(makers)
         yield Case(f"{name}-{part}", made, num_bytes[part], 0.0, failed=failed, check=check)
-
-
-def _compiled(function: Callable) -> dict[str, Callable]:
-    return {
-        "compile": torch.compile(function, dynamic=False),
-        "compile-max": torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs"),
-    }

@@ -26,7 +26,7 @@ from beit_fast.kernels.attention.rel_pos_bias import (
 from beit_fast.kernels.linear import linear, linear_reference
 from beit_fast.kernels.residual import layer_norm, scale_residual
 from beit_fast.kernels.residual.drop_path import KeptSamples, draw_kept_samples
-from kernels import Case, require_as_exact, try_all
+from kernels import Case, require_as_exact, run_of, try_all
 
 EPS, GRID, N = 1e-6, (14, 14), 197
 DROP_PATH = 0.1
@@ -155,10 +155,8 @@ def _bind(part: str, function: Callable, inputs: tuple[Tensor, ...]) -> Callable
     leaves = [t for t in inputs if t.requires_grad]
 
     def make() -> Callable[[], object]:
-        if part == "forward":
-            return torch.no_grad()(lambda: function(*inputs))
         dout = torch.randn_like(function(*inputs))
-        return lambda: torch.autograd.grad(function(*inputs), leaves, dout)
+        return run_of(part, lambda: function(*inputs), leaves, dout)
 
     return make
 

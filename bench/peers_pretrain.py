@@ -22,6 +22,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peers_models import timm_beit, transformers_config
 from torch import Tensor, nn
 
 from beit_fast.data.masking import MaskingConfig
@@ -59,21 +60,7 @@ class TimmForMaskedImageModeling(nn.Module):
 
     def __init__(self, config: BeitConfig, fused_attention: bool = True) -> None:
         super().__init__()
-        from timm.models.beit import Beit
-
-        self.encoder = Beit(
-            img_size=config.img_size,
-            patch_size=config.patch_size,
-            embed_dim=config.embed_dim,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            mlp_ratio=config.mlp_ratio,
-            init_values=config.init_values,
-            drop_path_rate=config.drop_path_rate,
-            use_abs_pos_emb=config.use_abs_pos_emb,
-            use_shared_rel_pos_bias=config.use_shared_rel_pos_bias,
-            num_classes=0,
-        )
+        self.encoder = timm_beit(config, num_classes=0)
         self.encoder.fc_norm = nn.Identity()
         # The mask token comes between the patches and the rest of `forward_features`.
         self.patch_embed, self.encoder.patch_embed = self.encoder.patch_embed, nn.Identity()
@@ -125,22 +112,7 @@ class TransformersForMaskedImageModeling(nn.Module):
         import transformers
 
         self.model = transformers.BeitForMaskedImageModeling(
-            transformers.BeitConfig(
-                image_size=config.img_size,
-                patch_size=config.patch_size,
-                hidden_size=config.embed_dim,
-                num_hidden_layers=config.depth,
-                num_attention_heads=config.num_heads,
-                intermediate_size=int(config.embed_dim * config.mlp_ratio),
-                layer_norm_eps=config.norm_eps,
-                layer_scale_init_value=config.init_values or 0.0,
-                use_absolute_position_embeddings=config.use_abs_pos_emb,
-                use_relative_position_bias=False,
-                use_shared_relative_position_bias=config.use_shared_rel_pos_bias,
-                use_mask_token=True,
-                vocab_size=config.vocab_size,
-                drop_path_rate=config.drop_path_rate,
-            )
+            transformers_config(config, use_mask_token=True)
         )
 
     def forward(self, images: Tensor, mask: Tensor, index: Tensor, tokens: Tensor) -> Tensor:

@@ -37,9 +37,10 @@ from pathlib import Path
 
 import torch
 from data import InMemory, ManyTimes
+from memory import in_own_process
 from peers_pretrain import PEERS, Candidate, check
 from pretrain_candidates import DTYPES, OURS, Input, Setting, build, encoder_of_width, num_masked
-from pretrain_measure import build_staged, peak_mib_apart, release_memory, time_stages, time_steps
+from pretrain_measure import build_staged, peak_mib, release_memory, time_stages, time_steps
 from records import Records
 from roofline import MACHINES, Machine, floors, model_flops_per_image
 from timing import (
@@ -178,9 +179,10 @@ def measure_stages(
 def _memory_of(name: str, setting: Setting) -> dict:
     """The columns of memory: a peak, or nothing and why."""
     try:
-        return {"peak_mib": peak_mib_apart(name, setting, torch.get_num_threads())}
+        peak = in_own_process(peak_mib, name, setting, threads=torch.get_num_threads())
     except Exception as error:  # the times that stand beside it are right
         return {"peak_mib": "", "error": f"memory: {reason_of(error)}"}
+    return {"peak_mib": peak}
 
 
 def _place(setting: Setting, part: str, name: str) -> dict:

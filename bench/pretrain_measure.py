@@ -2,10 +2,8 @@
 
 import gc
 import itertools
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -178,8 +176,7 @@ def build_staged(setting: Setting) -> Ours:
 def peak_mib(name: str, setting: Setting) -> float:
     """Memory that one candidate needs to train, weights and optimiser included.
 
-    For a process of its own: neither the high-water mark of a process nor the pool of a CUDA graph
-    falls again.
+    For a process of its own.
     """
     before = resident_kib("VmRSS")
     candidate = build(name, setting)
@@ -191,13 +188,6 @@ def peak_mib(name: str, setting: Setting) -> float:
         synchronize()
         return torch.cuda.max_memory_allocated() / 2**20
     return (resident_kib("VmHWM") - before) / 2**10
-
-
-def peak_mib_apart(name: str, setting: Setting, num_torch_threads: int) -> float:
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), torch.set_num_threads, (num_torch_threads,)
-    ) as pool:
-        return pool.submit(peak_mib, name, setting).result()
 
 
 def release_memory() -> None:

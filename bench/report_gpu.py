@@ -18,6 +18,7 @@ from facts import (
     read_facts,
     read_predictions,
     share_of_floor,
+    trouble_of,
     wrong_facts,
 )
 
@@ -123,7 +124,7 @@ def gpu_page(gpus: dict[str, list[Fact]]) -> str:
         parts.append(f"<p>{html.escape(', '.join(told))}</p>")
         parts.append(f"<p>{right} of {len(checks)} checks against fp64 and for equal bits hold</p>")
         if wrong := wrong_facts(facts):
-            rows = [[f["stage"], f["item"], _trouble(f)] for f in wrong]
+            rows = [[f["stage"], f["item"], trouble_of(f)] for f in wrong]
             parts.append(_table(("stage", "item", "wrong"), rows))
         titles, rows = (
             ("figure", "measured", "of the floor", "a peer's time by ours", "predicted"),
@@ -138,12 +139,6 @@ def gpu_page(gpus: dict[str, list[Fact]]) -> str:
             rows = [[f["kernel"], f"{f['ms']:.3f}", f"{f['count']:g}"] for f in kernels]
             parts.append(_table(("kernel of a compiled step", "ms", "launches"), rows))
     return "\n".join(parts)
-
-
-def _trouble(fact: Fact) -> str:
-    if fact["kind"] == "error":
-        return fact["error"]
-    return f"{fact['figure']} is {fact['value']}, allowed {fact['allowed']}"
 
 
 def _table(titles: Sequence[str], rows: list[list[str]]) -> str:

@@ -124,12 +124,12 @@ def test_a_models_peer_that_cannot_run_is_a_row_and_memory_loses_no_time(
             raise torch._dynamo.exc.FailOnRecompileLimitHit("eight versions")
         return model.Candidate(list, list)
 
-    def no_memory(*_):
+    def no_memory(*_, **__):
         assert path.exists(), "memory is measured before the times are written"
         raise MemoryError("none left")
 
     monkeypatch.setattr(model, "make_candidate", make)
-    monkeypatch.setattr(model, "ProcessPoolExecutor", no_memory)
+    monkeypatch.setattr(model, "in_own_process", no_memory)
     written = records.Records(path, {"machine": "A"}, ("task", "mode", "pass", "model"))
     model.bench("features", ("ours", "timm", "transformers"), setting, False, 2, written.add)
     with path.open(newline="") as file:

@@ -214,7 +214,7 @@ def test_memory_is_measured_when_times_are_written_and_candidates_are_gone(
         models.append(weakref.ref(candidate.model))
         return candidate
 
-    def measured(name, *_):
+    def measured(function, name, *_, **__):
         with path.open(newline="") as file:
             timed = {row["candidate"] for row in csv.DictReader(file) if float(row["ms"]) > 0}
         assert timed == {"ours", "official"}
@@ -225,7 +225,7 @@ def test_memory_is_measured_when_times_are_written_and_candidates_are_gone(
         return 321.0
 
     monkeypatch.setattr(pretrain, "build", remembered)
-    monkeypatch.setattr(pretrain, "peak_mib_apart", measured)
+    monkeypatch.setattr(pretrain, "in_own_process", measured)
     names = ("part", "candidate")
     records = bench("records").Records(path, {"machine": "A"}, names)
     gc.disable()  # so that it is the bench that collects
