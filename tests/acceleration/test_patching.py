@@ -16,17 +16,18 @@ from beit_fast import accelerate, restore
 from beit_fast.acceleration.patching import Accelerated
 from beit_fast.kernels import _triton
 from beit_fast.kernels.attention.backends import use_backend
+from tiny_models import PER_BLOCK, VANILLA, build_timm
 
 FAMILIES = {
     "shared": {},
-    "per-block": {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False},
+    "per-block": PER_BLOCK,
     "shared-and-per-block": {"use_rel_pos_bias": True},
-    "vanilla": {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False, "init_values": None},
+    "vanilla": VANILLA,
     "token-pooling": {"use_rel_pos_bias": True, "global_pool": "token"},
     "no-bias": {"use_shared_rel_pos_bias": False},
 }
 MODELS = {
-    "timm": lambda config, c: timm_beit(config),
+    "timm": lambda config, c: build_timm(config),
     "transformers": lambda config, c: transformers.BeitForImageClassification(c),
     "transformers-mim": lambda config, c: transformers.BeitForMaskedImageModeling(c),
 }
@@ -35,29 +36,12 @@ every_model = pytest.mark.parametrize("kind", MODELS)
 either = pytest.mark.parametrize("kind", ["timm", "transformers"])
 
 
-def timm_beit(config):
-    return timm.models.beit.Beit(
-        img_size=config.img_size,
-        patch_size=config.patch_size,
-        embed_dim=config.embed_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        drop_path_rate=config.drop_path_rate,
-        init_values=config.init_values,
-        use_abs_pos_emb=config.use_abs_pos_emb,
-        use_rel_pos_bias=config.use_rel_pos_bias,
-        use_shared_rel_pos_bias=config.use_shared_rel_pos_bias,
-        num_classes=config.num_classes,
-        global_pool=config.global_pool,
-    )
-
-
 @pytest.fixture
 def pair(tiny, randomize, transformers_config):
     """A model and its accelerated copy, random weights, in eval."""
 
     def make(kind, attention="sdpa", hidden_dropout=0.0, **fields):
-        config = tiny(**{"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False, **fields})
+        config = tiny(**(PER_BLOCK | fields))
         theirs = transformers_config(config)
         theirs._attn_implementation = attention
         theirs.drop_path_rate = config.drop_path_rate
@@ -481,7 +465,7 @@ def test_models_nested_in_others_are_found_and_nothing_else_is_touched(tiny):
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
-            self.backbone = timm_beit(tiny())
+            self.backbone = build_timm(tiny())
             self.own = OurClassifier(tiny())
             self.neck = nn.Linear(32, 32)
 
@@ -508,7 +492,7 @@ def test_what_is_left_is_reported_with_its_reason(tiny, transformers_config):
     class Mine(timm.models.beit.Attention):
         pass
 
-    model = timm_beit(tiny(embed_dim=512, num_heads=2))
+    model = build_timm(tiny(embed_dim=512, num_heads=2))
     model.blocks[0].attn = Mine(512, num_heads=2)
     model.blocks[1].mlp.fc1.forward = lambda x: x
     model.blocks[1].mlp.fc2.double()

@@ -1,70 +1,21 @@
 import gc
 import itertools
-import logging
 import subprocess
 import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 import torch
 
-from beit_fast.data.loader import BadDataError, Loader
+from beit_fast.data.loader import Loader
 from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.samples import PretrainSample, TokenizerSample
-from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.views.single_view import SingleViewConfig
 from beit_fast.data.views.two_views import ViewConfig
-
-SAMPLE = PretrainSample(
-    ViewConfig(size=32, token_size=16), MaskingConfig(num_masked=6, min_block=2), (4, 4)
-)
-
-
-class Numbers:
-    """A source that says which image was asked for, without decoding anything."""
-
-    def __init__(self, length: int, bad: tuple[int, ...] = ()):
-        self.length, self.bad, self.reads = length, bad, []
-
-    def __len__(self):
-        return self.length
-
-    def read(self, index):
-        self.reads.append(index)
-        if index in self.bad:
-            raise OSError(f"disk error at {index}")
-        return str(index).encode()
-
-    def name(self, index):
-        return f"image-{index}"
-
-
-class Seeds:
-    """A sample that is its seed."""
-
-    def __call__(self, data, seed: SampleSeed):
-        return {"read": np.array(int(data)), "seed": np.array(seed)}
-
-    def collate(self, samples):
-        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
-def take(loader: Loader, count: int, start: int = 0) -> list[dict]:
-    batches = loader.batches(start)
-    taken = [next(batches) for _ in range(count)]
-    batches.close()
-    return taken
-
-
-def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert torch.equal(a[name], b[name]), name
+from loaded import SAMPLE, Numbers, Seeds, assert_equal
+from task_runs import take_batches
 
 
 def loader_threads() -> list[threading.Thread]:
@@ -79,7 +30,7 @@ def assert_no_threads() -> None:
 
 
 def test_batches_hold_the_arrays_of_the_sample_as_tensors(image_folder):
-    (batch,) = take(Loader(ImageFolder(image_folder), SAMPLE, batch_size=8), 1)
+    (batch,) = take_batches(Loader(ImageFolder(image_folder), SAMPLE, batch_size=8), 1)
     assert {name: (tuple(x.shape), x.dtype) for name, x in batch.items()} == {
         "images": ((8, 32, 32, 3), torch.uint8),
         "token_images": ((8, 16, 16, 3), torch.uint8),
@@ -100,8 +51,8 @@ def test_a_resumed_run_sees_the_batches_of_the_uninterrupted_one(image_folder, n
     def loader(threads):
         return Loader(source, SAMPLE, batch_size=32, seed=3, num_threads=threads)
 
-    whole = take(loader(0), 16)
-    assert_equal(take(loader(num_threads), 16 - start, start), whole[start:])
+    whole = take_batches(loader(0), 16)
+    assert_equal(take_batches(loader(num_threads), 16 - start, start), whole[start:])
 
 
 def test_one_loader_can_be_iterated_twice_at_once(image_folder):
@@ -110,12 +61,12 @@ def test_one_loader_can_be_iterated_twice_at_once(image_folder):
     ours = [next(first) for _ in range(4)]
     assert_equal([next(second) for _ in range(2)], ours[2:])
     first.close()
-    assert_equal([next(second)], take(loader, 1, 4))
+    assert_equal([next(second)], take_batches(loader, 1, 4))
     second.close()
 
 
 def test_each_pass_holds_every_image_once_in_another_order():
-    batches = take(Loader(Numbers(100), Seeds(), batch_size=30, num_threads=2), 10)
+    batches = take_batches(Loader(Numbers(100), Seeds(), batch_size=30, num_threads=2), 10)
     read = torch.cat([batch["read"] for batch in batches]).tolist()
     assert read == torch.cat([batch["sample_index"] for batch in batches]).tolist()
     orders = [read[0:100], read[100:200], read[200:300]]
@@ -127,7 +78,9 @@ def test_each_pass_holds_every_image_once_in_another_order():
 
 def test_another_seed_gives_another_order_in_every_pass():
     def order(seed, start):
-        return take(Loader(Numbers(64), Seeds(), batch_size=64, seed=seed), 1, start)[0]["read"]
+        return take_batches(Loader(Numbers(64), Seeds(), batch_size=64, seed=seed), 1, start)[0][
+            "read"
+        ]
 
     orders = [tuple(order(seed, epoch).tolist()) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
     assert len(set(orders)) == 9
@@ -136,9 +89,9 @@ def test_another_seed_gives_another_order_in_every_pass():
 @pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_a_global_batch_is_the_same_however_many_ranks_share_it(image_folder, world_size):
     source = ImageFolder(image_folder)
-    whole = take(Loader(source, SAMPLE, batch_size=24, seed=1), 10)
+    whole = take_batches(Loader(source, SAMPLE, batch_size=24, seed=1), 10)
     ranks = [
-        take(
+        take_batches(
             Loader(
                 source,
                 SAMPLE,
@@ -159,9 +112,10 @@ def test_a_global_batch_is_the_same_however_many_ranks_share_it(image_folder, wo
 
 def test_accumulated_batches_of_one_process_are_those_of_two_ranks(image_folder):
     source = ImageFolder(image_folder)
-    alone = take(Loader(source, SAMPLE, batch_size=8), 40)
+    alone = take_batches(Loader(source, SAMPLE, batch_size=8), 40)
     ranks = [
-        take(Loader(source, SAMPLE, batch_size=8, rank=rank, world_size=2), 20) for rank in (0, 1)
+        take_batches(Loader(source, SAMPLE, batch_size=8, rank=rank, world_size=2), 20)
+        for rank in (0, 1)
     ]
     assert_equal([ranks[k % 2][k // 2] for k in range(40)], alone)
 
@@ -172,7 +126,7 @@ def test_no_mask_and_no_crop_repeats_over_ranks_and_passes(image_folder):
     masks, images = set(), set()
     for rank in (0, 1):
         loader = Loader(source, sample, batch_size=20, rank=rank, world_size=2, num_threads=2)
-        for batch in take(loader, 10):  # two passes over 200 images
+        for batch in take_batches(loader, 10):  # two passes over 200 images
             masks.update(mask.numpy().tobytes() for mask in batch["mask"])
             images.update(image.numpy().tobytes() for image in batch["images"])
     assert len(masks) == len(images) == 400
@@ -182,7 +136,7 @@ def test_no_two_of_ten_thousand_samples_have_the_same_seed():
     seeds = set()
     for rank in (0, 1):
         loader = Loader(Numbers(2500), Seeds(), batch_size=250, rank=rank, world_size=2)
-        for batch in take(loader, 20):
+        for batch in take_batches(loader, 20):
             seeds.update(map(tuple, batch["seed"].tolist()))
     assert len(seeds) == 10_000
 
@@ -190,7 +144,7 @@ def test_no_two_of_ten_thousand_samples_have_the_same_seed():
 @pytest.mark.parametrize("num_images", [1, 3, 16])
 def test_a_data_set_smaller_than_a_batch_repeats_within_it(num_images):
     loader = Loader(Numbers(num_images), Seeds(), batch_size=64)
-    (batch,) = take(loader, 1)
+    (batch,) = take_batches(loader, 1)
     counts = torch.bincount(batch["read"], minlength=num_images)
     assert counts.max() - counts.min() <= 1
     assert len(set(map(tuple, batch["seed"].tolist()))) == 64
@@ -203,7 +157,7 @@ def test_batches_per_epoch_counts_whole_batches_of_one_rank():
 
 
 def test_a_run_may_start_anywhere():
-    (batch,) = take(Loader(Numbers(7), Seeds(), batch_size=1), 1, start=10**9)
+    (batch,) = take_batches(Loader(Numbers(7), Seeds(), batch_size=1), 1, start=10**9)
     assert batch["seed"][0, 1] == 10**9 // 7
 
 
@@ -211,7 +165,7 @@ def test_a_tokenizer_sample_is_loaded_by_the_same_loader(image_folder):
     loader = Loader(
         ImageFolder(image_folder), TokenizerSample(SingleViewConfig(size=32)), batch_size=4
     )
-    (batch,) = take(loader, 1)
+    (batch,) = take_batches(loader, 1)
     assert batch["images"].shape == (4, 32, 32, 3)
 
 
@@ -228,108 +182,11 @@ def test_batches_in_order_have_the_crops_of_their_pass_and_replace_bad_files_ali
     assert_no_threads()
 
 
-def test_a_loader_with_another_sample_knows_the_same_bad_files():
-    loader = Loader(Numbers(100, bad=(41,)), Seeds(), batch_size=100, num_threads=0)
-    other = loader.with_sample(Seeds())
-    take(other, 1)
-    assert list(loader.bad_samples) == ["image-41"]
-
-
-# What cannot be read
-
-
-def spoil(folder) -> list[str]:
-    """Five kinds of bad files among the 200."""
-    paths = sorted(folder.rglob("*.jpg"))
-    bad = [paths[10], paths[11], paths[57], paths[120], paths[199]]
-    bad[0].write_bytes(b"")
-    bad[1].write_bytes(b"not an image\n" * 50)
-    bad[2].write_bytes(bad[2].read_bytes()[:300])
-    bad[3].write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
-    bad[4].unlink()
-    bad[4].mkdir()  # opens with an OSError
-    return [str(path) for path in bad]
-
-
-@pytest.mark.parametrize("num_threads", [0, 3])
-def test_bad_files_are_replaced_by_the_next_counted_and_named_once(
-    image_folder, num_threads, caplog
-):
-    source = ImageFolder(image_folder)
-    bad = spoil(image_folder)
-    loader = Loader(source, SAMPLE, batch_size=25, num_threads=num_threads)
-    with caplog.at_level(logging.WARNING, "beit_fast.data"):
-        batches = take(loader, 24)  # three passes
-    assert list(loader.bad_samples) == bad
-    assert "empty" in loader.bad_samples[bad[0]]
-    for path in bad:
-        assert sum(path in record.message for record in caplog.records) == 1
-    for epoch in range(3):
-        used = torch.cat([b["sample_index"] for b in batches[8 * epoch : 8 * epoch + 8]])
-        counts = torch.bincount(used, minlength=200)
-        # 12 stands in for 10 and 11, 58 for 57, 121 for 120, and the first for the last
-        expected = torch.ones(200, dtype=torch.int64)
-        expected[[10, 11, 57, 120, 199]] = 0
-        expected[12], expected[58], expected[121], expected[0] = 3, 2, 2, 2
-        assert torch.equal(counts, expected)
-
-
-def test_a_resumed_run_replaces_bad_files_alike(image_folder):
-    source = ImageFolder(image_folder)
-    spoil(image_folder)
-    whole = take(Loader(source, SAMPLE, batch_size=25, num_threads=0), 14)
-    resumed = take(Loader(source, SAMPLE, batch_size=25, num_threads=4), 9, 5)
-    assert_equal(resumed, whole[5:])
-
-
-def test_a_replacement_has_the_crop_and_mask_of_what_it_replaces():
-    (batch,) = take(Loader(Numbers(100, bad=(41,)), Seeds(), batch_size=100), 1)
-    row = (batch["seed"][:, 2] == 41).nonzero().item()
-    assert batch["read"][row] == batch["sample_index"][row] == 42
-
-
-def test_a_known_bad_file_is_not_read_again():
-    source = Numbers(100, bad=(41,))
-    take(Loader(source, Seeds(), batch_size=100, num_threads=0), 5)
-    assert source.reads.count(41) == 1
-
-
-@pytest.mark.parametrize(
-    ("length", "max_bad_share", "num_allowed"),
-    [
-        (1000, 0.001, 10),
-        (100, 0.001, 10),
-        (50, 0.001, 5),
-        (9, 0.001, 0),
-        (1000, 0.05, 50),
-        (1000, 0, 0),
-    ],
-)
-def test_more_bad_files_than_allowed_stop_the_run(length, max_bad_share, num_allowed):
-    def run(num_bad):
-        source = Numbers(length, bad=tuple(range(0, 2 * num_bad, 2)))
-        loader = Loader(source, Seeds(), batch_size=length, max_bad_share=max_bad_share)
-        take(loader, 1)
-
-    run(num_allowed)
-    with pytest.raises(BadDataError) as error:
-        run(num_allowed + 1)
-    message = str(error.value)
-    assert f"{num_allowed + 1} of {length} files are bad" in message
-    assert all(part in message for part in ("disk error", "image-", "raise --data.max_bad_share"))
-
-
-def test_a_data_set_of_bad_files_alone_ends_with_an_error():
-    loader = Loader(Numbers(5, bad=tuple(range(5))), Seeds(), batch_size=2, max_bad_share=1.0)
-    with pytest.raises(BadDataError, match="none of the 5 images"):
-        take(loader, 1)
-
-
 def test_images_smaller_than_the_tokenizers_crop_are_read_as_all_others(image_folder):
     loader = Loader(
         ImageFolder(image_folder), TokenizerSample(SingleViewConfig(size=64)), batch_size=4
     )
-    (batch,) = take(loader, 1)
+    (batch,) = take_batches(loader, 1)
     assert batch["images"].shape == (4, 64, 64, 3)
     assert loader.bad_samples == {}
 

@@ -6,12 +6,13 @@ from beit_fast.model import layers
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import beit_config
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
+from tiny_models import PER_BLOCK, VANILLA
 
 FAMILIES = {
     "shared": {},
-    "per-block": {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False},
+    "per-block": PER_BLOCK,
     "shared-and-per-block": {"use_rel_pos_bias": True},
-    "vanilla": {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False, "init_values": None},
+    "vanilla": VANILLA,
     "all-positions": {"use_abs_pos_emb": True, "use_rel_pos_bias": True},
 }
 family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -11,10 +11,11 @@ from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImage
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 from beit_fast.weights.load import load_pretrained
 from beit_fast.weights.read import read_checkpoint
+from tiny_models import PER_BLOCK
 
 POSITIONS = {
     "shared": {},
-    "own": {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False},
+    "own": PER_BLOCK,
     "both": {"use_rel_pos_bias": True},
     "absolute": {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False},
 }

@@ -6,8 +6,8 @@ from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImage
 from beit_fast.model.pyramid import STRIDES, BeitFeaturePyramid, default_taps
 from beit_fast.weights.hf_config import SEGMENTATION_TAPS
 from beit_fast.weights.load import from_pretrained, load_pretrained
+from tiny_models import PER_BLOCK
 
-OWN = {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
 UNILM = {
     "fpn1.0.weight", "fpn1.0.bias", "fpn1.1.weight", "fpn1.1.bias", "fpn1.1.running_mean",
     "fpn1.1.running_var", "fpn1.1.num_batches_tracked", "fpn1.3.weight", "fpn1.3.bias",
@@ -18,7 +18,7 @@ UNILM = {
 @pytest.fixture
 def config(tiny):
     def make(**overrides):
-        fields = {"img_size": 64, "patch_size": 16, "depth": 6, **OWN}
+        fields = {"img_size": 64, "patch_size": 16, "depth": 6, **PER_BLOCK}
         return tiny(**{**fields, **overrides})
 
     return make
@@ -139,7 +139,7 @@ def test_a_segmentation_checkpoint_of_unilm_gives_its_backbone(config, randomize
 @pytest.mark.parametrize("kind", [BeitForImageClassification, BeitForMaskedImageModeling])
 def test_other_checkpoints_leave_the_pyramid_fresh(config, kind, caplog):
     source = kind(config())
-    overrides = {"dynamic_img_size": True, **OWN}
+    overrides = {"dynamic_img_size": True, **PER_BLOCK}
     model = from_pretrained(dict(source.state_dict()), BeitFeaturePyramid, **overrides)
     assert torch.equal(model.blocks[5].attn.qkv.weight, source.blocks[5].attn.qkv.weight)
     assert "fpn1.0.weight" in caplog.text

@@ -7,6 +7,7 @@ import torch
 
 from beit_fast.kernels.attention.backends import use_backend
 from beit_fast.model.heads import BeitForMaskedImageModeling
+from tiny_models import PER_BLOCK
 
 STEPS = 20
 
@@ -34,7 +35,7 @@ def train(model, backend, device):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}],
+    [{}, PER_BLOCK],
     ids=["shared-table", "own-tables"],
 )
 def test_attention_by_the_kernels_trains_as_by_the_reference(tiny, fields, device):

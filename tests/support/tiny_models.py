@@ -50,7 +50,7 @@ def _to_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return renamed
 
 
-def _timm_beit(config: BeitConfig):
+def build_timm(config: BeitConfig):
     from timm.models.beit import Beit
 
     return Beit(
@@ -122,7 +122,7 @@ def randomize():
 
 @pytest.fixture
 def timm_beit():
-    return _timm_beit
+    return build_timm
 
 
 @pytest.fixture

@@ -1,0 +1,50 @@
+"""What the tests of the loader load: numbers, whose samples are their seeds, and small views."""
+
+import numpy as np
+import torch
+
+from beit_fast.data.masking import MaskingConfig
+from beit_fast.data.samples import PretrainSample
+from beit_fast.data.seeds import SampleSeed
+from beit_fast.data.views.two_views import ViewConfig
+
+SAMPLE = PretrainSample(
+    ViewConfig(size=32, token_size=16), MaskingConfig(num_masked=6, min_block=2), (4, 4)
+)
+
+
+class Numbers:
+    """A source that says which image was asked for, without decoding anything."""
+
+    def __init__(self, length: int, bad: tuple[int, ...] = ()):
+        self.length, self.bad, self.reads = length, bad, []
+
+    def __len__(self):
+        return self.length
+
+    def read(self, index):
+        self.reads.append(index)
+        if index in self.bad:
+            raise OSError(f"disk error at {index}")
+        return str(index).encode()
+
+    def name(self, index):
+        return f"image-{index}"
+
+
+class Seeds:
+    """A sample that is its seed."""
+
+    def __call__(self, data, seed: SampleSeed):
+        return {"read": np.array(int(data)), "seed": np.array(seed)}
+
+    def collate(self, samples):
+        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
