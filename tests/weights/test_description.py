@@ -2,27 +2,20 @@
 
 import dataclasses
 import json
-import logging
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from beit_fast.model.beit import Beit
-from beit_fast.model.config import beit_config
-from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
+from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.train import state as train_state
 from beit_fast.train.state import load_checkpoint, metadata_of, save_checkpoint
 from beit_fast.weights import description
 from beit_fast.weights.convert import convert
 from beit_fast.weights.description import Description, description_of
-from beit_fast.weights.files import read_weights, write_weights
-from beit_fast.weights.load import from_pretrained, load_pretrained
+from beit_fast.weights.files import write_weights
 from beit_fast.weights.read import read_checkpoint
 from beit_fast.weights.save import save_pretrained
-from beit_fast.weights.sizes import grid_of, num_heads_of
 from tiny_models import PER_BLOCK, VANILLA
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
@@ -147,168 +140,4 @@ def test_metadata_that_is_wrong_is_an_error_that_names_the_file(key, text, messa
 # --- what nothing says ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Beit, BeitForMaskedImageModeling, BeitForImageClassification])
-@pytest.mark.parametrize("positions", [VANILLA, PER_BLOCK, {}], ids=["vanilla", "own", "shared"])
-def test_a_unilm_file_that_is_not_square_is_read_where_its_size_is_given(
-    kind, positions, tiny, randomize, tmp_path
-):
-    model = randomize(kind(tiny(**positions, img_size=(24, 40), num_classes=0))).eval()
-    path = tmp_path / "unilm.pth"
-    torch.save({"model": model.state_dict()}, path)
-    given = {"img_size": (24, 40), **({"num_heads": 4} if positions is VANILLA else {})}
-    loaded = [from_pretrained(path, kind, **given), kind(model.config), kind(model.config)]
-    load_pretrained(loaded[1], path)
-    for name, to in (("w.safetensors", "unilm"), ("w.pth", "unilm"), ("hf", "hf")):
-        convert(path, tmp_path / name, to=to, **given)
-        loaded.append(from_pretrained(tmp_path / name, kind))
-    load_pretrained(loaded[2], tmp_path / "w.pth")
-    for other in loaded:
-        assert other.config.image_pixels == (24, 40)
-        for name, tensor in model.state_dict().items():
-            assert other.state_dict()[name].equal(tensor), name
-    # The file that says its size is resized to another one.
-    larger = from_pretrained(tmp_path / "w.safetensors", kind, img_size=48)
-    if positions is VANILLA:
-        assert larger.pos_embed.equal(resize_pos_embed(model.pos_embed, (3, 5), (6, 6)))
-    else:
-        name = next(n for n in model.state_dict() if n.endswith("bias_table"))
-        wanted = resize_rel_pos_table(model.state_dict()[name], (3, 5), (6, 6))
-        assert larger.state_dict()[name].equal(wanted)
-    for call in (
-        lambda: from_pretrained(path, kind, num_heads=4),
-        lambda: from_pretrained(path, kind, num_heads=4, img_size=48),
-        lambda: convert(path, tmp_path / "x.pth", to="unilm", num_heads=4),
-    ):
-        with pytest.raises(ValueError, match=r"no square grid: pass img_size.*24x40"):
-            call()
-    with pytest.raises(ValueError, match=r"img_size 48 was given, the source has \(24, 40\)"):
-        convert(tmp_path / "w.safetensors", tmp_path / "x.pth", to="unilm", img_size=48)
-
-
-def test_heads_that_nothing_shows_are_asked_for_and_not_guessed(tiny, randomize, tmp_path, caplog):
-    model = randomize(Beit(tiny(**VANILLA, embed_dim=128, num_heads=8))).eval()
-    path = tmp_path / "w.pth"
-    torch.save(model.state_dict(), path)
-    for call in (from_pretrained, read_checkpoint, lambda p: convert(p, "x.pth", to="timm")):
-        with pytest.raises(ValueError, match=r"w\.pth: how many heads .*pass num_heads"):
-            call(path)
-    images = torch.randn(1, 3, 32, 32)
-    with caplog.at_level(logging.WARNING, logger="beit_fast.model"):
-        torch.testing.assert_close(from_pretrained(path, num_heads=8)(images), model(images))
-    assert "num_heads 8 was asked for: the source does not show it" in caplog.text
-    other = Beit(model.config)
-    assert load_pretrained(other, path).notes == (
-        "num_heads 8 was asked for: the source does not show it",
-    )
-    report = convert(path, tmp_path / "c.safetensors", to="timm", num_heads=8)
-    assert "num_heads 8 was asked for" in str(report)
-    assert from_pretrained(tmp_path / "c.safetensors").config.num_heads == 8
-    with pytest.raises(ValueError, match="8 heads in the source, 4 here"):
-        from_pretrained(tmp_path / "c.safetensors", num_heads=4)
-    with pytest.raises(ValueError, match="and 5 heads do not divide them"):
-        from_pretrained(path, num_heads=5)
-
-
-@pytest.mark.parametrize(("size", "heads"), [("base", 12), ("large", 16)])
-def test_the_heads_of_the_published_sizes_are_known(size, heads):
-    config = beit_config(f"beit_{size}_patch16_224_vanilla")
-    known = config.embed_dim, config.depth
-    assert num_heads_of(None, config.embed_dim, known) == (heads, None)
-    assert num_heads_of(None, config.embed_dim, known, heads) == (heads, None)
-    assert num_heads_of(None, config.embed_dim, known, 4)[1].startswith("num_heads 4 was asked")
-    with pytest.raises(ValueError, match="pass num_heads"):
-        num_heads_of(None, 384, (384, 12))
-
-
-@pytest.mark.parametrize(
-    ("rows", "wanted", "grid", "guess"),
-    [
-        (732, None, (14, 14), None),
-        (3972, None, (32, 32), "25x41, 41x25 would have as many"),
-        (228, None, (8, 8), "grid 8x8; 5x13, 13x5 would have as many"),
-        (228, (80, 208), (5, 13), "grid 5x13 that was asked for; 8x8 would have as many"),
-        (228, 128, (8, 8), None),
-        (228, 384, (8, 8), "would have as many"),
-        (48, (48, 80), (3, 5), None),
-        (48, 81, None, None),  # patches do not divide what was asked for
-    ],
-)
-def test_a_grid_is_what_fits_and_what_else_would_is_said(rows, wanted, grid, guess):
-    def read():
-        return grid_of(torch.zeros(rows, 2), None, (16, 16), (32, 2), wanted)
-
-    if grid is None:
-        with pytest.raises(ValueError, match=r"a table of 48 rows is of no square grid.*48x80"):
-            read()
-        return
-    assert read()[0] == grid
-    assert (guess or "") in (read()[1] or "")
-    assert (read()[1] is None) == (guess is None)
-    # The published Large at 512 px has the grid 32x32: no guess.
-    assert grid_of(torch.zeros(3972, 16), None, (16, 16), (1024, 24)) == ((32, 32), None)
-
-
-def test_transformers_names_without_their_config_leave_the_epsilon_open(tiny, randomize, tmp_path):
-    from transformers import BeitForImageClassification as Theirs
-
-    save_pretrained(randomize(BeitForImageClassification(tiny(**PER_BLOCK))), tmp_path)
-    Theirs.from_pretrained(tmp_path).save_pretrained(tmp_path / "theirs")
-    lone = shutil.copy(tmp_path / "theirs" / "model.safetensors", tmp_path / "lone.safetensors")
-    (guess,) = read_checkpoint(lone).guesses
-    assert guess.startswith("norm_eps is 1e-06: transformers' files have 1e-12")
-    assert read_checkpoint(lone, norm_eps=1e-12).guesses == ()
-    assert read_checkpoint(tmp_path / "theirs").guesses == ()
-
-
 # --- values that are no numbers -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_weights_that_are_not_finite_are_named_and_counted(value, dtype, tiny, tmp_path):
-    model = BeitForImageClassification(tiny(**PER_BLOCK)).to(dtype)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = {name: tensor.clone() for name, tensor in before.items()}
-    state["blocks.1.mlp.fc1.weight"].flatten()[:3] = value
-    state["head.bias"][2] = value
-    path = tmp_path / "diverged.pth"
-    torch.save(state, path)
-    message = (
-        r"diverged\.pth: 4 values of 2 tensors are NaN or infinite: "
-        r"blocks\.1\.mlp\.fc1\.weight \(3 of 4096\), head\.bias \(1 of 5\)"
-    )
-    for call in (
-        read_checkpoint,
-        from_pretrained,
-        lambda path: load_pretrained(model, path),
-        lambda path: convert(path, tmp_path / "x.pth", to="timm"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call(path)
-    assert all(model.state_dict()[name].equal(tensor) for name, tensor in before.items())
-    # As the message says, they can be looked at.
-    assert (~read_weights(path).tensors["head.bias"].isfinite()).sum() == 1
-
-
-def test_large_values_are_finite(tiny):
-    model = BeitForImageClassification(tiny(**PER_BLOCK)).half()
-    with torch.no_grad():
-        model.blocks[0].mlp.fc1.weight.fill_(60000)  # their sum is infinite in fp16
-    read_checkpoint(model.state_dict())
-
-
-def test_fp8_in_a_file_is_read_and_its_nan_is_said(tiny):
-    model = BeitForImageClassification(tiny())
-    state, name = model.state_dict(), "blocks.0.mlp.fc1.weight"
-    state[name] = state[name].to(torch.float8_e4m3fn)
-    again = from_pretrained(state)
-    assert again.state_dict()[name].equal(state[name].float())
-    state[name][0, 0] = torch.nan
-    with pytest.raises(ValueError, match=rf"NaN or infinite: {name} \(1 of"):
-        from_pretrained(state)
-
-
-def test_a_web_page_in_the_place_of_weights_is_called_one(tmp_path):
-    (tmp_path / "w.safetensors").write_text("<!doctype html>")
-    with pytest.raises(ValueError, match=r"w.safetensors is a web page and not weights"):
-        description_of(tmp_path / "w.safetensors")

@@ -6,7 +6,6 @@ import signal
 from dataclasses import replace
 
 import pytest
-import torch
 
 from beit_fast.recipes.tokenizer import demo_tokenizer
 from beit_fast.tasks.pretrain import dvae
@@ -14,11 +13,8 @@ from beit_fast.tasks.pretrain.dvae import DvaeTask, train_tokenizer
 from beit_fast.tasks.pretrain.pipeline import run_pretraining
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.train import preflight
-from beit_fast.train.parallel import World
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
 from beit_fast.train.stop import Interrupted
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def test_every_warning_of_the_package_is_known_as_ours():
 def test_kernels_are_interpreted_where_nobody_said_so():
     """Not only in processes that inherit the variable, as those of xdist do."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    test = "tests/test_two_devices.py::test_the_operators_of_the_package_are_checked_inside"
+    test = "tests/support/test_two_devices.py::test_the_operators_of_the_package_are_checked_inside"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", test]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
