@@ -122,14 +122,6 @@ def model_flops_per_image(config: BeitConfig, num_masked: int | None = None) -> 
     return sum(work.num_flops - work.repeated_flops for work in works(step))
 
 
-def tokenizer_flops_per_image(
-    tokenizer: DvaeConfig, config: BeitConfig, num_masked: int | None = None
-) -> float:
-    """Operations of the tokenizer's encoder; with `num_masked`, scores of so many patches alone."""
-    options = {"tokenizer": tokenizer, "num_masked": num_masked, "savings": num_masked is not None}
-    return sum(work.num_flops for work in _tokenizer(Step(config=config, batch=1, **options)))
-
-
 # --- the stages -----------------------------------------------------------------------------------
 
 

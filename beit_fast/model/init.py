@@ -24,7 +24,7 @@ def init_pretraining(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def init_finetuning(model: nn.Module, head_init_scale: float = 0.001) -> None:
+def init_finetuning(model: nn.Module) -> None:
     """Weights, token and positions from N(0, 0.02), the classifier's scaled down by 0.001.
 
     The patch embedding starts as torch's convolutions do.
@@ -32,7 +32,7 @@ def init_finetuning(model: nn.Module, head_init_scale: float = 0.001) -> None:
     _init(model, lambda weight: nn.init.trunc_normal_(weight, std=STD))
     model.patch_embed.proj.reset_parameters()
     if isinstance(model.head, nn.Linear):
-        model.head.weight.mul_(head_init_scale)
+        model.head.weight.mul_(0.001)
 
 
 def _init(model: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:

@@ -24,16 +24,17 @@ from beit_fast.tokenizer.dvae import Dvae, map_pixels
 # Standard deviation of a position's logits over the codes at the start. High enough that a draw
 # mostly is the nearest centre, so the decoder has something definite to learn from.
 CONTRAST = 12.0
+_NUM_ITERATIONS = 5
 _DISTANCES_OF_SAMPLE = 2**24  # 64 MiB of fp32
 
 
 @torch.no_grad()
-def place_codes(dvae: Dvae, images: Tensor, *, num_iterations: int = 5) -> None:
+def place_codes(dvae: Dvae, images: Tensor) -> None:
     """Set the encoder's output convolution so that each code is a cluster of what `images` show.
 
     images (B, 3, height, width) as for `Dvae.encode`, with at least vocab_size positions (8 x 8
-    pixels each). num_iterations of Lloyd's algorithm, from positions chosen by a fixed seed: the
-    same images and weights give the same codes. Raises ValueError for too few positions.
+    pixels each). Lloyd's algorithm starts from positions chosen by a fixed seed: the same images
+    and weights give the same codes. Raises ValueError for too few positions.
     """
     dtype = dvae.encoder.blocks["input"].w.dtype
     features_BChw = dvae.encoder.features(map_pixels(images, dtype)).float()
@@ -49,7 +50,7 @@ def place_codes(dvae: Dvae, images: Tensor, *, num_iterations: int = 5) -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(num_positions, generator=generator)[:vocab_size]
     codes_VC = centred_PC[chosen.to(images.device)]
-    for _ in range(num_iterations):
+    for _ in range(_NUM_ITERATIONS):
         codes_VC = _move_to_means(codes_VC, centred_PC)
 
     half_norm_V = codes_VC.square().sum(dim=1) / 2

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import warmup_steps
-from beit_fast.train.parallel import World
 from beit_fast.train.resume import same_length
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ def run_length(
     optim: OptimConfig,
     run: RunConfig,
     settings: Mapping[str, Any],
-    world: World,
     manifest: Mapping[str, Any] | None = None,
 ) -> Length:
     """Of the run, or of the rest of the one that `manifest` is of.

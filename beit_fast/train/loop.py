@@ -144,7 +144,7 @@ def train(
 
     with _claim(output, world), stop_signals() as stop:
         resume = find_resume(output, run, settings, world)
-        length = run_length(task, optim, run, settings, world, resume and resume.manifest)
+        length = run_length(task, optim, run, settings, resume and resume.manifest)
         num_steps = length.num_steps
         task.to(device)
         start = resume.checkpoint.step if resume else 0

@@ -45,7 +45,7 @@ def check_run(
     _check_name(output)
     check_writable(output)
     manifest = check_resume(output, run, settings, unknown)
-    length = run_length(task, optim, run, settings, world, manifest)
+    length = run_length(task, optim, run, settings, manifest)
     if run.cuda_graph:
         check_graphs(world.device)
     if optim.backend == "apex":
@@ -101,15 +101,15 @@ def check_writable(folder: Path, setting: str = "run.output") -> None:
         ) from error
 
 
-def check_output_file(path: Path, setting: str = "output") -> None:
+def check_output_file(path: Path) -> None:
     """Make the folder of a file that will be written. Raises OSError, with path and flag, where it
     could not be."""
     if path.is_dir():
         raise OSError(
-            f"{path} is a folder, and a file is to be written: pass {flag(setting)} "
+            f"{path} is a folder, and a file is to be written: pass {flag('output')} "
             f"{path / 'result.json'}, for example"
         )
-    check_writable(path.parent, setting)
+    check_writable(path.parent, "output")
 
 
 def _check_step(task: Task, run: RunConfig) -> None:

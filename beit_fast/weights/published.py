@@ -48,24 +48,21 @@ def published(name: str) -> Published:
     return found
 
 
-def find_published(name: str, *, local_only: bool = False) -> tuple[Path, Published]:
+def find_published(name: str) -> tuple[Path, Published]:
     """A folder of the hub's cache or unilm's .pth, downloaded where it is not there yet.
 
-    `local_only` never downloads. Raises ValueError for another name, OSError where there is no
-    file and none can be had.
+    Raises ValueError for another name, OSError where there is no file and none can be had.
     """
     entry = published(name)
     file = _torch_cache() / f"{entry.name}.pth"
     if file.is_file():
         return file, entry
     if entry.hf_id is not None:
-        return _hub_folder(entry.hf_id, local_only), entry
-    if local_only:
-        raise FileNotFoundError(f"{file} is not there: download it from {entry.url}")
+        return _hub_folder(entry.hf_id), entry
     return _download(entry.url, file), entry
 
 
-def _hub_folder(repository: str, local_only: bool) -> Path:
+def _hub_folder(repository: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -75,16 +72,13 @@ def _hub_folder(repository: str, local_only: bool) -> Path:
     )
     try:
         for patterns in wanted:
-            folder = Path(
-                snapshot_download(repository, allow_patterns=patterns, local_files_only=local_only)
-            )
+            folder = Path(snapshot_download(repository, allow_patterns=patterns))
             if any(folder.glob(patterns[1])):
                 return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = "it is not in the cache" if local_only else "the hub cannot be reached"
         raise OSError(
-            f"{repository}: {reason} ({type(error).__name__}); download it where there is a "
-            f"network, `hf download {repository}`, and pass the folder"
+            f"{repository}: the hub cannot be reached ({type(error).__name__}); download it where "
+            f"there is a network, `hf download {repository}`, and pass the folder"
         ) from error
     raise OSError(f"{repository} in the cache has no weights: `hf download {repository}`")
 

@@ -9,14 +9,9 @@ from torch import nn
 
 from beit_fast.train import apex
 from beit_fast.train.config import OptimConfig
-from beit_fast.train.optim import (
-    build_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from beit_fast.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 
 CPU = torch.device("cpu")
-OPTIM = OptimConfig(lr=1e-2, min_lr=1e-3, backend="apex")
 
 
 class FusedAdam(torch.optim.Optimizer):
