@@ -7,6 +7,8 @@ from PIL import Image
 
 import beit_fast.data
 
+# Of a classifier: in another order than the folders, one of which is missing.
+FOUR_COLOURS = ["red", "blue", "pink", "green"]
 PHOTOGRAPHED = ["bee", "galaxies", "lemurs"]  # classes of `write_photographs`
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 

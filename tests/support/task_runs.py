@@ -47,6 +47,11 @@ def records_of(output: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
+def steps_of(output: Path) -> list[int]:
+    """Those of which a run has checkpoints."""
+    return [int(path.name.removeprefix("step_")) for path in checkpoint_paths(output)]
+
+
 @contextlib.contextmanager
 def stopped_in_step(task_class: type, number: int) -> Iterator[None]:
     """A run inside gets a signal in that step of its task, and ends with its code."""

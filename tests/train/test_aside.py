@@ -6,12 +6,9 @@ import signal
 import pytest
 
 from beit_fast.train.log import Log, read_metrics
-from beit_fast.train.state import checkpoint_paths, load_checkpoint
+from beit_fast.train.state import load_checkpoint
 from beit_fast.train.stop import Interrupted, heed_stop, stop_signals
-
-
-def steps_of(output):
-    return [int(path.name[5:]) for path in checkpoint_paths(output)]
+from task_runs import steps_of
 
 
 def fails(*_):

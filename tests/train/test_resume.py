@@ -14,13 +14,9 @@ from beit_fast.train import resume
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import read_metrics
 from beit_fast.train.resume import check_settings
-from beit_fast.train.state import (
-    CheckpointError,
-    checkpoint_paths,
-    load_checkpoint,
-    read_manifest,
-)
+from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint, read_manifest
 from beit_fast.train.step import NonFiniteLoss
+from task_runs import steps_of
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -190,10 +186,6 @@ def test_a_manifest_without_a_length_goes_on_to_the_end_it_had(tmp_path, run_toy
     path.write_text(json.dumps(manifest))
     task = toy_task(images_per_batch=8)
     assert run_toy(tmp_path, task, steps=None, epochs=4.0, accumulate=1)[1].num_steps == 10
-
-
-def steps_of(output):
-    return [int(path.name[5:]) for path in checkpoint_paths(output)]
 
 
 def test_a_run_goes_back_and_the_same_command_goes_on(tmp_path, run_toy, caplog):

@@ -25,17 +25,6 @@ def test_labels_are_the_names_of_sub_folders(tmp_path):
         class_folders(folder)
 
 
-@pytest.fixture
-def touch(tmp_path):
-    def touch(*names):
-        for name in names:
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"")
-
-    return touch
-
-
 def test_linked_folders_are_classes(tmp_path, touch):
     touch("far/dog/1.jpg", "far/eel/1.jpg", "far/eel/2.jpg", "data/cat/1.jpg")
     for name in ("dog", "eel"):

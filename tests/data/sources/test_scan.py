@@ -8,17 +8,6 @@ from beit_fast.data.sources.scan import scan
 
 
 @pytest.fixture
-def touch(tmp_path):
-    def touch(*names):
-        for name in names:
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"")
-
-    return touch
-
-
-@pytest.fixture
 def link(tmp_path):
     def link(name, target):
         path = tmp_path / name

@@ -20,11 +20,10 @@ from beit_fast.tasks.evaluate.evaluation import (
 )
 from beit_fast.train.parallel import World
 from labelled_images import write_class_folders
-from task_runs import TWO_RANKS
+from task_runs import ALONE, TWO_RANKS
 from tiny_classifier import TINY_CLASSIFIER, tiny_classifier
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def evaluate(model, folder, **changes):
@@ -39,11 +38,6 @@ def evaluate(model, folder, **changes):
         "world": ALONE,
     }
     return evaluate_classifier(model, source, labels * 2, **arguments | changes)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_class_folders(tmp_path_factory.mktemp("labelled") / "test", 5, seed=0)
 
 
 def test_it_counts_what_a_loop_over_single_images_counts(folder):

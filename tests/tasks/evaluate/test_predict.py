@@ -17,10 +17,8 @@ from beit_fast.data.views.two_views import normalize
 from beit_fast.model.heads import BeitForMaskedImageModeling
 from beit_fast.tasks.evaluate.predict import find_images
 from beit_fast.train.state import save_checkpoint
-from labelled_images import write_class_folders
+from labelled_images import FOUR_COLOURS, write_class_folders
 from tiny_classifier import TINY_CLASSIFIER, tiny_classifier
-
-CLASSES = ["red", "blue", "pink", "green"]
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +29,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     return tiny_classifier(replace(TINY_CLASSIFIER, num_classes=4)).eval()
-
-
-@pytest.fixture(scope="module")
-def run_folder(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    settings = {"model": asdict(model.config), "statistics": "half", "classes": CLASSES}
-    save_checkpoint(folder, 4, {"model": model.state_dict()}, settings, keep=1)
-    return folder
 
 
 def predict(*arguments):
@@ -66,7 +56,7 @@ def test_json_has_names_and_probabilities_of_every_image(
         wanted = model(normalize(pixels[None], half, half)).softmax(1)[0]
     first = answers[0]["predictions"]
     assert [row["index"] for row in first] == wanted.argsort(descending=True).tolist()
-    assert [row["class"] for row in first] == [CLASSES[row["index"]] for row in first]
+    assert [row["class"] for row in first] == [FOUR_COLOURS[row["index"]] for row in first]
     probabilities = torch.tensor([row["probability"] for row in first])
     torch.testing.assert_close(probabilities, wanted.sort(descending=True).values)
 
@@ -126,7 +116,7 @@ def test_text_names_the_likeliest_first_and_as_many_as_asked(run_folder, folder,
     assert len(lines) == 3
     shares = [float(line.split("%")[0]) for line in lines[1:]]
     assert shares == sorted(shares, reverse=True)
-    assert all(line.split()[-1] in CLASSES for line in lines[1:])
+    assert all(line.split()[-1] in FOUR_COLOURS for line in lines[1:])
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])

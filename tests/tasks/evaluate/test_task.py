@@ -16,27 +16,11 @@ import torch
 from beit_fast.cli import main
 from beit_fast.train.state import save_checkpoint
 from beit_fast.weights.convert import convert
-from labelled_images import write_class_folders
+from labelled_images import FOUR_COLOURS, write_class_folders
 from task_runs import TWO_RANKS
 from tiny_classifier import TINY_CLASSIFIER, tiny_classifier
 
-CLASSES = ["red", "blue", "pink", "green"]
 ALONE = ["--device", "cpu", "--precision", "fp32", "--num_threads", "2"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_class_folders(tmp_path_factory.mktemp("labelled") / "test", 5, seed=0)
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """Knows four colours, in an order that is not that of the folders; one has no folder."""
-    folder = tmp_path_factory.mktemp("run")
-    model = tiny_classifier(replace(TINY_CLASSIFIER, num_classes=4))
-    settings = {"model": asdict(model.config), "statistics": "half", "classes": CLASSES}
-    save_checkpoint(folder, 4, {"model": model.state_dict()}, settings, keep=1)
-    return folder
 
 
 def evaluate(*arguments, output):
@@ -47,7 +31,7 @@ def evaluate(*arguments, output):
 def test_it_prints_the_worst_classes_and_writes_every_one(run_folder, folder, tmp_path, capsys):
     result = evaluate(run_folder, folder, output=tmp_path / "new" / "evaluation.json")
     said = capsys.readouterr().out
-    assert [row["name"] for row in result["classes"]] == CLASSES
+    assert [row["name"] for row in result["classes"]] == FOUR_COLOURS
     assert [row["images"] for row in result["classes"]] == [5, 5, 0, 5]
     assert result["classes"][2]["top1"] is None
     assert sum(row["correct"] for row in result["classes"]) == round(15 * result["top1"])
