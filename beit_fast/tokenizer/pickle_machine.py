@@ -7,6 +7,7 @@ is nothing to call.
 """
 
 import io
+import math
 import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -228,7 +229,7 @@ def _stored_tensor(
 ) -> StoredTensor:
     if not all(type(size) is int and size >= 0 for size in (offset, *shape)):
         raise ValueError(f"a tensor has the shape {brief(shape)} at {brief(offset)}")
-    contiguous = [num_elements(shape[axis + 1 :]) for axis in range(len(shape))]
+    contiguous = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     differs = len(shape) != len(strides) or any(
         stride != expected and size > 1
         for stride, expected, size in zip(strides, contiguous, shape, strict=True)
@@ -236,13 +237,6 @@ def _stored_tensor(
     if differs:
         raise ValueError(f"a tensor {shape} has the strides {brief(strides)}: it must be whole")
     return StoredTensor(storage.key, storage.size, offset, shape)
-
-
-def num_elements(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def brief(value: Any) -> str:

@@ -11,6 +11,7 @@ Source    torch/serialization.py, `_save` and `_legacy_save`
 """
 
 import io
+import math
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -22,13 +23,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.files import refuse_other_kinds
-from beit_fast.tokenizer.pickle_machine import (
-    PickledModule,
-    StoredTensor,
-    brief,
-    num_elements,
-    run_pickle,
-)
+from beit_fast.tokenizer.pickle_machine import PickledModule, StoredTensor, brief, run_pickle
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # first two pickles of the stream layout
 _MAX_PICKLE_BYTES = 2**24  # of the part without weights; DALL-E's takes 30 kB
@@ -75,7 +70,7 @@ def read_pickled_module(
         try:
             return {
                 name: torch.frombuffer(bytearray(places[tensor.key].read()), dtype=torch.float32)[
-                    tensor.offset : tensor.offset + num_elements(tensor.shape)
+                    tensor.offset : tensor.offset + math.prod(tensor.shape)
                 ]
                 .clone()
                 .view(tensor.shape)
@@ -185,7 +180,7 @@ def _check_place(name: str, tensor: StoredTensor, places: Mapping[str, _Place]) 
             f"the storage of {name} has {places[tensor.key].num_bytes} bytes where "
             f"{tensor.size} fp32 numbers belong"
         )
-    if tensor.offset + num_elements(tensor.shape) > tensor.size:
+    if tensor.offset + math.prod(tensor.shape) > tensor.size:
         raise ValueError(f"{name} {tensor.shape} reaches past its storage of {tensor.size} numbers")
 
 

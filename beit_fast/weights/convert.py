@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from beit_fast.model.config import BeitConfig
 from beit_fast.weights.description import Statistics, step_of
-from beit_fast.weights.layouts import SEGMENTATION, from_house, with_zero_biases
+from beit_fast.weights.layouts import SEGMENTATION
 from beit_fast.weights.read import Source, Task, read_checkpoint
 from beit_fast.weights.save import HF_FILES, write_hf, write_house
 
@@ -81,8 +81,7 @@ def convert(
         left_out = tuple(sorted(name for name in state if name.startswith("cls_pt_layers.")))
         kept = {name: tensor for name, tensor in state.items() if name not in left_out}
         weights = dataclasses.replace(weights, state=kept)
-        write_hf(weights, target, weights.labels)
-        written = len(from_house(with_zero_biases(kept, weights.config), "hf4"))
+        written = write_hf(weights, target, weights.labels)
     else:
         if to == "timm":
             left_out = tuple(sorted(name for name in state if _timm_lacks(name)))

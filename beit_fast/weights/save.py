@@ -50,7 +50,8 @@ def save_pretrained(
         layout="house",
         statistics=statistics,
     )
-    return write_hf(weights, Path(folder), labels)
+    write_hf(weights, Path(folder), labels)
+    return Path(folder)
 
 
 def push_to_hub(
@@ -89,6 +90,7 @@ def _description(weights: Weights, labels: Sequence[str] | None) -> dict[str, st
 
 
 def write_house(weights: Weights, state: dict[str, Tensor], target: Path, to: str) -> None:
+    """Write unilm's or timm's file of these tensors, its folder made as needed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     segmentation = to == "unilm" and weights.task == "segmentation"
     if segmentation:
@@ -103,7 +105,8 @@ def write_house(weights: Weights, state: dict[str, Tensor], target: Path, to: st
         write_weights(target, state)
 
 
-def write_hf(weights: Weights, folder: Path, labels: Sequence[str] | None) -> Path:
+def write_hf(weights: Weights, folder: Path, labels: Sequence[str] | None) -> int:
+    """Write transformers' folder; how many tensors it holds."""
     config = hf_config_of(
         weights.config,
         weights.task,
@@ -122,4 +125,4 @@ def write_hf(weights: Weights, folder: Path, labels: Sequence[str] | None) -> Pa
     content = json.dumps({**config, "torch_dtype": dtype}, indent=2, sort_keys=True) + "\n"
     write_weights(folder / "model.safetensors", renamed, metadata=said)
     replace_file(folder / "config.json", lambda file: file.write(content.encode()))
-    return folder
+    return len(renamed)

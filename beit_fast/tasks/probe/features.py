@@ -90,11 +90,11 @@ def cached_features(
     BadDataError for more bad images than allowed.
     """
     bad = BadSamples(source, max_bad_share or 0, "it is left out", "max_bad_share")
-    mean, std = statistics
+    (mean, std), (height, width) = statistics, model.config.image_pixels
     made_from = dict(made_from) | {
         "images": source.digest(),
         "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
-        "transform": f"bicubic, centre, {crop_pct:g} of {_by(model.config.image_pixels)} px",
+        "transform": f"bicubic, centre, {crop_pct:g} of {height}x{width} px",
         "mean": list(mean),
         "std": list(std),
         "precision": precision,
@@ -235,7 +235,3 @@ def _hooked(model: Beit, hook: Callable) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
