@@ -4,13 +4,11 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from beit_fast.data.views.single_view import SingleViewConfig, single_view
 from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
 from beit_fast.tokenizer.frozen import PRECISIONS
-
-CONV, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+from products import note_precisions, precisions
 
 
 @pytest.fixture
@@ -31,26 +29,16 @@ def images():
 
 def test_the_yardstick_of_the_agreement_is_fp32(tokenizer, dvae, images, monkeypatch):
     """cuDNN's default is TF32, and what the user allowed counts no more."""
-    seen = []
-
-    def watch(function):
-        def run(*args, **kwargs):
-            seen.append((CONV.fp32_precision, MATMUL.fp32_precision))
-            return function(*args, **kwargs)
-
-        return run
-
-    monkeypatch.setattr(F, "conv2d", watch(F.conv2d))
-    monkeypatch.setattr(F, "linear", watch(F.linear))
+    seen = note_precisions(monkeypatch)
     torch.set_float32_matmul_precision("high")
     try:
         rows = list(tokenizer.agreement(dvae, images))
-        assert CONV.fp32_precision == MATMUL.fp32_precision == "tf32"
+        assert precisions() == ("tf32", "tf32")
     finally:
         torch.set_float32_matmul_precision("highest")
-        MATMUL.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = "none"
     assert seen
-    assert not any("tf32" in precisions for precisions in seen)
+    assert not any("tf32" in found for found in seen)
     by_name = {(row["convolutions"], row["scores"]): row for row in rows}
     assert by_name["ours fp32", "fp32"]["changed"] == 0
     assert {name for name, _ in by_name} == {"reference's fp16", *(f"ours {p}" for p in PRECISIONS)}

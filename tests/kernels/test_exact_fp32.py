@@ -4,18 +4,14 @@ import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from beit_fast.kernels.conv import conv
 from beit_fast.kernels.conv.pixels import conv_pixels
 from beit_fast.kernels.exact_fp32 import exact_fp32
 from beit_fast.kernels.head.linear_argmax import linear_argmax
+from products import note_precisions, precisions
 
 CONV, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-
-
-def precisions():
-    return CONV.fp32_precision, MATMUL.fp32_precision
 
 
 def others():
@@ -160,17 +156,7 @@ def operators():
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_tokenizers_operators_multiply_fp32_exactly(name, compiled, monkeypatch):
     """Compiled in one graph too: they are opaque to the compiler."""
-    seen = []
-
-    def watch(function):
-        def run(*args, **kwargs):
-            seen.append(precisions())
-            return function(*args, **kwargs)
-
-        return run
-
-    monkeypatch.setattr(F, "conv2d", watch(F.conv2d))
-    monkeypatch.setattr(F, "linear", watch(F.linear))
+    seen = note_precisions(monkeypatch)
     run = operators()[name]
     if compiled:
         torch._dynamo.reset()

@@ -1,10 +1,11 @@
 """What the tests of several tasks share: parts of a run, and what two runs have in common."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,9 +76,24 @@ def assert_the_same_run(ours: Path, theirs: Path) -> None:
     assert one.step == other.step
     assert one.tensors.keys() == other.tensors.keys()
     for stem, tensors in one.tensors.items():
+        assert tensors.keys() == other.tensors[stem].keys()
         for name, value in tensors.items():
             assert torch.equal(value, other.tensors[stem][name]), (stem, name)
     assert records_of(ours) == records_of(theirs)
+
+
+def assert_compiles_to_one_graph(
+    train: Callable[..., object], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train(**fields of RunConfig)`: compiled or not it logs the same losses."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    losses = {}
+    for mode in ("off", "default"):
+        torch._dynamo.utils.counters.clear()
+        train(compile=mode, output=str(folder / mode))
+        losses[mode] = [record["loss"] for record in records_of(folder / mode)]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (mode == "default")
+    assert losses["default"] == pytest.approx(losses["off"], rel=1e-5)
 
 
 class RefuseSyncs(TorchDispatchMode):

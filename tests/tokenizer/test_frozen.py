@@ -4,7 +4,6 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from beit_fast.data.views.single_view import SingleViewConfig, single_view
 from beit_fast.kernels._triton import A100, H100, interpreting, pretend
@@ -14,6 +13,7 @@ from beit_fast.tokenizer import frozen as module
 from beit_fast.tokenizer.dvae import Dvae, DvaeConfig, map_pixels
 from beit_fast.tokenizer.frozen import PRECISIONS, FrozenTokenizer, fold_encoder, run_folded
 from beit_fast.tokenizer.protocol import Tokenizer
+from products import note_precisions, precisions
 
 
 @pytest.fixture
@@ -87,17 +87,7 @@ def test_full_precision_gives_the_tokens_of_the_dvae(wide, photographs):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_full_precision_takes_no_tf32(wide, photographs, compiled, monkeypatch):
     """cuDNN's default is TF32; the switches are as they were when the tokens are there."""
-    conv, matmul, seen = torch.backends.cudnn.conv, torch.backends.cuda.matmul, []
-
-    def watch(function):
-        def run(*args, **kwargs):
-            seen.append((conv.fp32_precision, matmul.fp32_precision))
-            return function(*args, **kwargs)
-
-        return run
-
-    for name in ("conv2d", "linear"):
-        monkeypatch.setattr(F, name, watch(getattr(F, name)))
+    seen = note_precisions(monkeypatch)
     encode = FrozenTokenizer(wide, "fp32", backend="torch").encode
     if compiled:
         torch._dynamo.reset()
@@ -105,12 +95,12 @@ def test_full_precision_takes_no_tf32(wide, photographs, compiled, monkeypatch):
     torch.set_float32_matmul_precision("high")
     try:
         encode(photographs[:1, :, :16, :16])
-        assert conv.fp32_precision == matmul.fp32_precision == "tf32"
+        assert precisions() == ("tf32", "tf32")
     finally:
         torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = "none"
     assert len(seen) >= 2
-    assert not any("tf32" in precisions for precisions in seen)
+    assert not any("tf32" in found for found in seen)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -14,23 +14,7 @@ from beit_fast.train.loop import step_seed
 from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint
 from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
-
-
-def metrics_of(output):
-    timing = {"images_per_second"}
-    lines = read_metrics(output / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
-
-
-def assert_same_run(a, b):
-    left, right = (load_checkpoint(checkpoint_paths(x)[-1]) for x in (a, b))
-    assert left.step == right.step
-    assert left.tensors.keys() == right.tensors.keys()
-    for stem, tensors in left.tensors.items():
-        assert tensors.keys() == right.tensors[stem].keys()
-        for name, value in tensors.items():
-            assert torch.equal(value, right.tensors[stem][name]), (stem, name)
-    assert metrics_of(a) == metrics_of(b)
+from task_runs import assert_the_same_run, records_of
 
 
 @pytest.fixture
@@ -58,15 +42,15 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
     assert load_checkpoint(checkpoint_paths(tmp_path / "parts")[-1]).step == stop_after
     resumed, _ = run_toy(tmp_path / "parts")
     assert resumed.fetched[0] == stop_after * 2  # two micro-batches a step
-    assert_same_run(undisturbed, tmp_path / "parts")
+    assert_the_same_run(undisturbed, tmp_path / "parts")
 
 
 def test_a_finished_run_trains_nothing_when_started_again(undisturbed, run_toy):
-    before = metrics_of(undisturbed)
+    before = records_of(undisturbed)
     task, outcome = run_toy(undisturbed)
     assert task.fetched == []
     assert outcome.num_steps == 12
-    assert metrics_of(undisturbed) == before
+    assert records_of(undisturbed) == before
 
 
 def test_signal_handlers_are_put_back(tmp_path, run_toy):

@@ -1,6 +1,5 @@
 """Pre-training end to end on tiny images: exact resume, ablations, errors that say what to do."""
 
-import functools
 import math
 import pickle
 import shutil
@@ -23,6 +22,7 @@ from task_runs import (
     ALONE,
     TWO_RANKS,
     RefuseSyncs,
+    assert_compiles_to_one_graph,
     assert_the_same_run,
     first_batch,
     records_of,
@@ -239,17 +239,10 @@ def test_what_does_not_fit_is_refused_with_the_remedy(pretrain_config, changes, 
 def test_a_compiled_step_is_one_graph_and_learns_as_the_plain_one(
     pretrain_config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    losses = {}
-    for mode in ("off", "default"):
-        run = {"compile": mode, "output": str(tmp_path / mode)}
-        config = pretrain_config(model={"drop_path_rate": 0.0}, run=run)
-        torch._dynamo.utils.counters.clear()
-        run_pretraining(config)
-        losses[mode] = [record["loss"] for record in records_of(tmp_path / mode)]
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert graphs == (mode == "default")
-    assert losses["default"] == pytest.approx(losses["off"], rel=1e-5)
+    def train(**run):
+        run_pretraining(pretrain_config(model={"drop_path_rate": 0.0}, run=run))
+
+    assert_compiles_to_one_graph(train, tmp_path, monkeypatch)
 
 
 def test_a_compiled_backward_sends_gradients_before_it_ends(pretrain_config, tmp_path):
