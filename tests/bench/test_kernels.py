@@ -86,3 +86,31 @@ def test_gather_and_scatter_are_held_against_fp64(bench):
         pytest.skip("no Triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peers._check_streaming(peers._inputs(2, 32, 64, torch.float32, device), torch.float32)
+
+
+def test_what_is_further_from_the_reference_than_two_roundings_is_not_timed(kernels):
+    theirs = torch.randn(64, 64)
+    kernels.require_close([theirs, theirs.bfloat16()], [theirs, theirs.bfloat16()])
+    kernels.require_close([theirs.bfloat16()], [theirs], torch.bfloat16)
+    for ours, dtype in ((theirs.bfloat16(), None), (1.1 * theirs, torch.bfloat16)):
+        with pytest.raises(AssertionError, match="from the reference: nothing is timed"):
+            kernels.require_close([theirs, ours], [theirs, theirs], dtype)
+
+
+def test_a_pass_is_what_it_is_called(kernels):
+    x, runs = torch.randn(3, requires_grad=True), []
+
+    def forward():
+        runs.append(torch.is_grad_enabled())
+        return 2 * x
+
+    calls = {}
+    for part in ("forward", "both", "backward"):
+        call = kernels.run_of(part, forward, [x], torch.ones(3))
+        runs.clear()
+        results = [call() for _ in range(2)]
+        calls[part] = list(runs)
+        want = 2 * x if part == "forward" else torch.full((3,), 2.0)
+        for result in results:
+            assert torch.equal(result if part == "forward" else result[0], want)
+    assert calls == {"forward": [False] * 2, "both": [True] * 2, "backward": []}
