@@ -138,7 +138,7 @@ def require_close(
     `dtype` (by default its own), or than sums in another order are in fp32."""
     for our, their in zip(ours, theirs, strict=True):
         error = (our.double() - their.double()).norm() / their.double().norm()
-        if error > max(2 * torch.finfo(dtype or their.dtype).eps, 1e-5):
+        if not error <= max(2 * torch.finfo(dtype or their.dtype).eps, 1e-5):  # NaN, too
             raise AssertionError(f"ours is {error:.2e} from the reference: nothing is timed")
 
 

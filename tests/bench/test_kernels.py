@@ -92,7 +92,8 @@ def test_what_is_further_from_the_reference_than_two_roundings_is_not_timed(kern
     theirs = torch.randn(64, 64)
     kernels.require_close([theirs, theirs.bfloat16()], [theirs, theirs.bfloat16()])
     kernels.require_close([theirs.bfloat16()], [theirs], torch.bfloat16)
-    for ours, dtype in ((theirs.bfloat16(), None), (1.1 * theirs, torch.bfloat16)):
+    wrong = ((theirs.bfloat16(), None), (1.1 * theirs, torch.bfloat16), (theirs * torch.nan, None))
+    for ours, dtype in wrong:
         with pytest.raises(AssertionError, match="from the reference: nothing is timed"):
             kernels.require_close([theirs, ours], [theirs, theirs], dtype)
 
