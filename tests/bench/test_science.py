@@ -1,4 +1,4 @@
-"""The experiment's bookkeeping: what is chosen by what, and what the README says of it."""
+"""The experiment's bookkeeping: what is chosen by what, and the table of it."""
 
 from pathlib import Path
 

@@ -22,7 +22,7 @@ from beit_fast.train.state import (
 )
 from beit_fast.train.step import NonFiniteLoss
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "pretrain.md"
 
 
 def flat_names(recipes):
@@ -48,7 +48,7 @@ def test_every_name_in_the_table_is_a_setting():
 
 
 def test_the_page_has_the_table_of_the_code():
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     rows = {
         kind: set(re.findall(r"`([a-z_.]+)`", line))
         for kind in ("habit", "advised")

@@ -1,0 +1,154 @@
+"""Every command of every page parses, and every page starts with one."""
+
+import functools
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from beit_fast.cli import USAGE, VERBS, ConvertConfig, parse, parse_evaluate, parse_predict
+from pages import PROGRAMS, README, ROOT, blocks_of, commands_of, name_of, pages, text_of
+
+FIRST_SCREEN = 25  # lines
+COMMANDS = [(name_of(page), c) for page in pages() for c in commands_of(text_of(page))]
+
+
+def of_program(name: str, *words: str) -> list:
+    """Words of the commands of one program that are given in this repository."""
+    start = (name, *words)
+    return [
+        pytest.param(shlex.split(c.text), id=f"{page}: {c.text}")
+        for page, c in COMMANDS
+        if tuple(c.text.split()[: len(start)]) == start and not c.elsewhere
+    ]
+
+
+def beit_fast_commands() -> list:
+    """Words after `beit-fast`, also where torchrun starts it, up to a pipe or a redirection."""
+    found = []
+    for page, command in COMMANDS:
+        if match := re.search(r"(?:^|--no-python |=\S* )beit-fast(?: |$)(.*)", command.text):
+            words = shlex.split(re.split(r"\s[|>]", match[1])[0])
+            found.append(pytest.param(words, id=f"{page}: {command.text}"))
+    return found
+
+
+def test_the_two_commands_are_the_ones_ci_runs():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    lines = text_of(README).splitlines()
+    (demo,) = [c for c in lines if c.startswith("pip install -c constraints.txt -e . &&")]
+    (test,) = [c for c in lines if c.startswith('pip install -c constraints.txt -e ".[test]" &&')]
+    assert demo.endswith("&& beit-fast pretrain demo")
+    assert test.endswith("&& pytest -n 2 --dist worksteal")
+    assert "README.md" in script
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_a_page_starts_with_a_command_or_code_that_works(page):
+    """That it works: below for commands, in test_code.py for Python."""
+    first = next(iter(blocks_of(text_of(page))), None)
+    assert first is not None, "the page has no block"
+    assert first.is_commands or first.language == "python", "it starts with what is printed"
+    if page != README:  # which says first what all this is
+        assert first.line <= FIRST_SCREEN
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_a_block_of_commands_holds_nothing_else(page):
+    """What is printed stands in a block of its own."""
+    for command in commands_of(text_of(page)):
+        assert command.program in PROGRAMS, command.text
+
+
+@pytest.mark.parametrize("words", beit_fast_commands())
+def test_a_command_parses(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if not words or words in (["--help"], ["-h"]):
+        return
+    verb, *arguments = words
+    if verb == "convert-dalle":
+        assert arguments[::2] == ["--encoder", "--decoder", "--output"]
+        return
+    if verb == "convert":
+        check_convert(arguments)
+        return
+    if verb in ("evaluate", "predict"):
+        {"evaluate": parse_evaluate, "predict": parse_predict}[verb](arguments)
+        return
+    known, _ = VERBS[verb]
+    if not arguments:  # which lists the recipes
+        return
+    name, *rest = arguments
+    assert name in known
+    if rest in (["--help"], ["--print_config"]):
+        with pytest.raises(SystemExit) as done:
+            parse(verb, name, known[name], rest)
+        assert not done.value.code
+        return
+    if "--config" in rest:  # a file of the reader's
+        (tmp_path / rest[rest.index("--config") + 1]).write_text("{}\n", encoding="utf-8")
+    parse(verb, name, known[name], rest)
+
+
+def check_convert(arguments):
+    _source, _target, *flags = arguments
+    assert not _source.startswith("-")
+    assert not _target.startswith("-")
+    assert flags[flags.index("--to") + 1] in ("unilm", "timm", "hf")
+    known = {f"--{field.name}" for field in fields(ConvertConfig)}
+    assert {flag for flag in flags if flag.startswith("--")} <= known
+
+
+def test_every_verb_is_on_a_page():
+    verbs = re.findall(r"^  ([a-z][a-z-]+)", USAGE, re.MULTILINE)
+    assert {*VERBS, "evaluate", "predict", "convert", "convert-dalle"} == set(verbs)
+    shown = {p.values[0][0] for p in beit_fast_commands() if p.values[0]}
+    assert set(verbs) <= shown
+
+
+@pytest.mark.parametrize("words", of_program("torchrun"))
+def test_ranks_run_the_installed_command(words):
+    """As a file of the checkout, it would find the folder kernels/ in place of a package."""
+    assert words[words.index("--no-python") + 1] == "beit-fast"
+
+
+@functools.cache
+def usage_of(script: str) -> str:
+    command = [sys.executable, str(ROOT / script), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    "words", [p for p in of_program("python") if p.values[0][1].startswith("bench/")]
+)
+def test_a_bench_knows_its_flags(words):
+    _, script, *flags = words
+    usage = usage_of(script)
+    assert all(flag.partition("=")[0] in usage for flag in flags if flag.startswith("--"))
+
+
+@pytest.mark.parametrize("words", of_program("python", "-m"))
+def test_a_module_that_is_run_is_there(words):
+    assert importlib.util.find_spec(words[2]) is not None
+
+
+@pytest.mark.parametrize("words", of_program("pytest"))
+def test_what_is_tested_is_there(words):
+    for path in (word.partition("::")[0] for word in words[1:]):
+        if path.startswith(("tests", "bench")):
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("words", of_program("pip", "install"))
+def test_an_extra_is_one_of_the_package(words):
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    extras = setup[setup.index("extras_require") :]
+    for names in re.findall(r"\[([a-z0-9,]+)\]", " ".join(words)):
+        for name in names.split(","):
+            assert f'"{name}": [' in extras
+    if "-c" in words:
+        assert (ROOT / words[words.index("-c") + 1]).is_file()
