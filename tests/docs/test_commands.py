@@ -11,7 +11,17 @@ from dataclasses import fields
 import pytest
 
 from beit_fast.cli import USAGE, VERBS, ConvertConfig, parse, parse_evaluate, parse_predict
-from pages import PROGRAMS, README, ROOT, blocks_of, commands_of, name_of, pages, text_of
+from pages import (
+    PROGRAMS,
+    README,
+    ROOT,
+    STARTERS,
+    blocks_of,
+    commands_of,
+    name_of,
+    pages,
+    text_of,
+)
 
 FIRST_SCREEN = 25  # lines
 COMMANDS = [(name_of(page), c) for page in pages() for c in commands_of(text_of(page))]
@@ -28,11 +38,13 @@ def of_program(name: str, *words: str) -> list:
 
 
 def beit_fast_commands() -> list:
-    """Words after `beit-fast`, also where torchrun starts it, up to a pipe or a redirection."""
+    """Words after `beit-fast`, whatever starts it, up to a pipe or a redirection."""
     found = []
     for page, command in COMMANDS:
-        if match := re.search(r"(?:^|--no-python |=\S* )beit-fast(?: |$)(.*)", command.text):
-            words = shlex.split(re.split(r"\s[|>]", match[1])[0])
+        if command.program not in (*STARTERS, "beit-fast"):
+            continue
+        if match := re.search(r"(?:^|\s)beit-fast(?:\s+(.*))?$", command.text):
+            words = shlex.split(re.split(r"\s[|>]", match[1] or "")[0])
             found.append(pytest.param(words, id=f"{page}: {command.text}"))
     return found
 

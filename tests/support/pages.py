@@ -8,8 +8,9 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 SHELL = ("bash", "sh", "console")  # languages of blocks of commands; those without one may be
 # What a newcomer has, or has after the first command; others would be a slip of the pen.
+STARTERS = ("torchrun", "timeout")  # of the command beit-fast
 PROGRAMS = frozenset(
-    ("beit-fast", "torchrun", "python", "pip", "pytest", "ruff", "git", "source", "cd", "tar", ".")
+    (*STARTERS, "beit-fast", "python", "pip", "pytest", "ruff", "git", "source", ".", "cd", "tar")
 )
 
 _FENCE = re.compile(r"^(`{3,})(\w*)[^\n`]*\n(.*?)^\1 *$", re.DOTALL | re.MULTILINE)
