@@ -104,7 +104,7 @@ def test_onnx_computes_what_a_backbone_computes(tiny, randomize, assert_agree):
     pytest.importorskip("onnxscript", reason="ONNX needs onnxscript: pip install onnxscript")
     from onnx.reference import ReferenceEvaluator
 
-    model = randomize(BeitFeaturePyramid(tiny(**PYRAMID))).eval()  # README's is a classifier
+    model = randomize(BeitFeaturePyramid(tiny(**PYRAMID))).eval()  # the pages' is a classifier
     pixels = model.config.image_pixels
     program = torch.onnx.export(
         model, (torch.randn(2, 3, *pixels),), dynamo=True, dynamic_shapes=(BATCH,), verbose=False
