@@ -8,17 +8,29 @@ import re
 import runpy
 import shlex
 import sys
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 
 import pytest
 
-from beit_fast.cli import USAGE, VERBS, ConvertConfig, parse, parse_evaluate, parse_predict
+from beit_fast.cli import (
+    USAGE,
+    VERBS,
+    WITHOUT_RECIPE,
+    ConvertConfig,
+    EvaluateConfig,
+    PredictConfig,
+    parse,
+    parse_evaluate,
+    parse_predict,
+)
 from pages import (
     PROGRAMS,
     README,
     ROOT,
     STARTERS,
     blocks_of,
+    code_spans_of,
     commands_of,
     name_of,
     pages,
@@ -119,7 +131,7 @@ def check_convert(arguments):
 
 def test_every_verb_is_on_a_page():
     verbs = re.findall(r"^  ([a-z][a-z-]+)", USAGE, re.MULTILINE)
-    assert {*VERBS, "evaluate", "predict", "convert", "convert-dalle"} == set(verbs)
+    assert {*VERBS, *WITHOUT_RECIPE} == set(verbs)
     shown = {p.values[0][0] for p in beit_fast_commands() if p.values[0]}
     assert set(verbs) <= shown
 
@@ -156,6 +168,49 @@ def test_a_bench_knows_its_flags(words):
     assert {word.partition("=")[0] for word in given if word.startswith("--")} <= known
     if given and not given[0].startswith("--"):  # which of its parts
         assert re.search(rf"\b{re.escape(given[0])}\b", usage)
+
+
+@functools.cache
+def flags() -> frozenset[str]:
+    """Of all verbs with all recipes, and of all benches."""
+    found = {"--help", "--config", "--print_config", "--json", "--to", "--overwrite"}
+    for config in (EvaluateConfig, PredictConfig, ConvertConfig):
+        found |= {f"--{field.name}" for field in fields(config)}
+    for recipes, _ in VERBS.values():
+        for recipe in recipes.values():
+            found |= set(_flags_of(asdict(recipe()), "--"))
+    for script in sorted((ROOT / "bench").glob("*.py")):
+        if 'if __name__ == "__main__"' in script.read_text(encoding="utf-8"):
+            found |= set(re.findall(r"(?<!\w)--[\w-]+", usage_of(f"bench/{script.name}")))
+    return frozenset(found)
+
+
+def _flags_of(settings: dict, prefix: str) -> Iterator[str]:
+    for name, value in settings.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from _flags_of(value, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_flags_in_the_text_are_flags_of_a_command(page):
+    named = {
+        word.removesuffix(".*").partition("=")[0]
+        for span in code_spans_of(text_of(page))
+        if span.startswith(("--", "beit-fast "))
+        for word in span.split()
+        if word.startswith("--")
+    }
+    assert sorted(named - flags()) == []
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_verbs_in_the_text_are_verbs(page):
+    spans = [s.split() for s in code_spans_of(text_of(page)) if s.startswith("beit-fast ")]
+    assert {words[1] for words in spans} <= {*VERBS, *WITHOUT_RECIPE, "--help"}
+    for _, verb, *rest in spans:
+        if rest and verb in VERBS and rest[0].islower():
+            assert rest[0] in VERBS[verb][0], rest
 
 
 @pytest.mark.parametrize("words", of_program("python", "-m"))
