@@ -4,17 +4,15 @@ x = x + keep_1 gamma_1 Attention(LN(x));  x = x + keep_2 gamma_2 Mlp(LN(x))
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from beit_fast.kernels._triton import TRITON_DTYPES
 from beit_fast.kernels.attention import attention_qkvpacked, rel_pos_attention_qkvpacked
 from beit_fast.kernels.drop_path import KeptSamples, draw_kept_samples, num_kept
-from beit_fast.kernels.fold import fold_layer_scale, fold_norm_affine
 from beit_fast.kernels.gather_rows import gather_rows
 from beit_fast.kernels.linear import linear
 from beit_fast.kernels.rel_pos_bias import rel_pos_bias, relative_position_rows
@@ -285,13 +283,13 @@ class Block(nn.Module):
         """`forward`, with what `enter` gave; also what enters the block that follows."""
         ln, path = entered
         branch_rows = None if rows is None else path.rows_of_branch(rows, x)
-        branch = self._attend(ln, shared_bias, branch_rows, grid)
+        branch = self.attn(*_without_defaults(ln, shared_bias, branch_rows, grid))
         mlp_path = self._draw_path(x)
         if rows is not None:
             path, mlp_path = path.of_rows(rows, x), mlp_path.of_rows(rows, x)
             x = select_rows(x, rows)
         x, ln = self._add(x, branch, self.gamma_1, path, self.norm2, mlp_path)
-        branch = self._feed_forward(ln)
+        branch = self.mlp(ln)
         if following is None:
             return self._add(x, branch, self.gamma_2, mlp_path)[0], None
         path = following._draw_path(x)
@@ -308,14 +306,14 @@ class Block(nn.Module):
         norm_path: DropPath | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x with the branch added, and the norm of it for the branch of `norm_path`."""
-        gamma = None if self.config.fold_layer_scale else gamma
         if norm is None or not is_plain(norm, nn.LayerNorm):
             x = scale_residual(x, branch, gamma, path.keep, kept=path.kept)
             return x, None if norm is None else self._normalize(x, norm, norm_path)
         return scale_residual_norm(
             x,
             branch,
-            *self._affine(norm),
+            norm.weight,
+            norm.bias,
             gamma,
             path.keep,
             kept=path.kept,
@@ -325,42 +323,8 @@ class Block(nn.Module):
 
     def _normalize(self, x: Tensor, norm: nn.Module, path: DropPath) -> Tensor:
         if is_plain(norm, nn.LayerNorm):
-            return layer_norm(x, *self._affine(norm), eps=norm.eps, kept=path.kept)
+            return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, kept=path.kept)
         return norm(x if path.kept is None else x.index_select(0, path.kept.samples))
-
-    def _affine(self, norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-        return (None, None) if self.config.fold_norm_affine else (norm.weight, norm.bias)
-
-    def _attend(
-        self,
-        ln: Tensor,
-        shared_bias: Tensor | None,
-        rows: Tensor | None,
-        grid: tuple[int, int] | None,
-    ) -> Tensor:
-        attn, folded = self.attn, {}
-        if self._folds(self.norm1):
-            parameters = attn.qkv.weight, attn.qkv_bias(), *_parameters(self.norm1)
-            weight, bias = fold_norm_affine(*parameters)
-            folded = {"qkv.weight": weight}
-            if bias is not None:  # the norm's, where queries and values have none of their own
-                folded |= zip(("q_bias", "k_bias", "v_bias"), bias.chunk(3), strict=True)
-        if self.config.fold_layer_scale and self.gamma_1 is not None:
-            folded |= _scaled("proj", attn.proj, self.gamma_1)
-        return _call(attn, folded, *_without_defaults(ln, shared_bias, rows, grid))
-
-    def _feed_forward(self, ln: Tensor) -> Tensor:
-        mlp, folded = self.mlp, {}
-        if self._folds(self.norm2):
-            folded["fc1.weight"], folded["fc1.bias"] = fold_norm_affine(
-                mlp.fc1.weight, mlp.fc1.bias, *_parameters(self.norm2)
-            )
-        if self.config.fold_layer_scale and self.gamma_2 is not None:
-            folded |= _scaled("fc2", mlp.fc2, self.gamma_2)
-        return _call(mlp, folded, ln)
-
-    def _folds(self, norm: nn.Module) -> bool:
-        return self.config.fold_norm_affine and is_plain(norm, nn.LayerNorm)
 
     def _draw_path(self, x: Tensor) -> DropPath:
         if not self.training or self.drop_path_rate == 0:
@@ -451,22 +415,6 @@ def is_plain(module: nn.Module, kind: type) -> bool:
         and not module._backward_hooks
         and not module._backward_pre_hooks
     )
-
-
-def _parameters(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
-    return norm.weight, norm.bias
-
-
-def _scaled(name: str, layer: nn.Linear, gamma: Tensor) -> dict[str, Tensor]:
-    weight, bias = fold_layer_scale(layer.weight, layer.bias, gamma)
-    return {f"{name}.weight": weight, f"{name}.bias": bias}
-
-
-def _call(module: nn.Module, folded: dict[str, Tensor], *arguments: Any) -> Tensor:
-    """The module with folded tensors in place of its own, for this call."""
-    if not folded:
-        return module(*arguments)
-    return functional_call(module, folded, arguments, tie_weights=False)
 
 
 def _table(config: BeitConfig) -> nn.Parameter:

@@ -66,6 +66,11 @@ class BeitForTimm(BeitForImageClassification):
         Raises TypeError for an unknown one, UnknownPooling for a pooling and ValueError for any
         other value that this model cannot have.
         """
+        for name in BeitConfig.REMOVED.keys() & options.keys():
+            if (value := options.pop(name)) != BeitConfig.REMOVED[name]:
+                raise ValueError(
+                    f"{name} is {value!r}, and there is no {name} any more: leave it out"
+                )
         known = {field.name for field in fields(BeitConfig)}
         if unknown := sorted(options.keys() - known - FIXED.keys()):
             raise TypeError(f"BeitForTimm takes no {', '.join(unknown)}: leave it out")

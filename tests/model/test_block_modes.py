@@ -1,4 +1,4 @@
-"""Fused norms, folded vectors and compact drop path: the same model, other work."""
+"""Fused norms and compact drop path: the same model, other work."""
 
 import copy
 import functools
@@ -14,12 +14,6 @@ from beit_fast.model.beit import Beit
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.layers import Block
 
-FOLDS = {
-    "layer-scale": {"fold_layer_scale": True},
-    "norm-affine": {"fold_norm_affine": True},
-    "both": {"fold_layer_scale": True, "fold_norm_affine": True},
-}
-folds = pytest.mark.parametrize("fold", FOLDS.values(), ids=FOLDS)
 IMAGES = (3, 3, 32, 32)
 
 
@@ -44,78 +38,6 @@ def outputs_and_gradients(model, images, gradients, function=None, seed=1):
     return {"out": out, **gradients(model)}
 
 
-def refitted(model, **fields):
-    """The same weights in a model of another configuration."""
-    config = copy.deepcopy(model.config)
-    for name, value in fields.items():
-        object.__setattr__(config, name, value)
-    other = type(model)(config)
-    other.load_state_dict(model.state_dict(), strict=True)
-    return other.train(model.training)
-
-
-@folds
-@pytest.mark.parametrize("init_values", [0.1, None], ids=["LayerScale", "no-LayerScale"])
-def test_folding_changes_no_output_and_no_gradient(tiny, randomize, gradients, fold, init_values):
-    model = randomize(Beit(tiny(init_values=init_values, drop_path_rate=0.5))).double()
-    images = torch.randn(IMAGES, dtype=torch.float64)
-    expected = outputs_and_gradients(model, images, gradients)
-    results = outputs_and_gradients(refitted(model, **fold).double(), images, gradients)
-    assert results.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(results[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
-
-
-@folds
-def test_a_folded_model_trains_under_autocast_compile_and_checkpointing(
-    tiny, randomize, gradients, assert_agree, fold
-):
-    model = randomize(Beit(tiny(**fold)))
-    images = torch.randn(IMAGES)
-    expected = outputs_and_gradients(model, images, gradients)
-    compiled = torch.compile(model.forward_features, fullgraph=True, backend="aot_eager")
-    assert_agree(outputs_and_gradients(model, images, gradients, compiled), expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(images)
-    assert out.dtype == torch.float32
-    assert (out - expected["out"]).norm() / expected["out"].norm() < 0.03
-    model.set_grad_checkpointing()
-    assert_agree(outputs_and_gradients(model, images, gradients), expected)
-
-
-def saved_bytes(model, images):
-    """Bytes of activations kept for the backward pass; parameters are there anyway."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: addresses stay apart
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = model(images)
-    del out
-    return sum(nbytes for nbytes, _ in saved.values())
-
-
-@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
-def test_folding_layer_scale_saves_both_branches_of_every_block(tiny, with_kernels, kernels):
-    with_kernels(kernels)
-    model = Beit(tiny(depth=3))
-    images = torch.randn(8, 3, 32, 32)
-    saving = saved_bytes(model, images) - saved_bytes(
-        refitted(model, fold_layer_scale=True), images
-    )
-    branch = 8 * 17 * 32 * 4  # B N D values of fp32
-    folded = sum(  # W' and b' stay until the backward pass
-        layer.weight.nbytes for block in model.blocks for layer in (block.attn.proj, block.mlp.fc2)
-    )
-    assert saving == 3 * 2 * branch - folded
-    assert saving > 0
-
-
 def test_the_norms_are_fused_into_the_residuals_before_them(tiny, monkeypatch):
     calls = []
     for function in (scale_residual, scale_residual_norm, layer_norm):
@@ -131,8 +53,7 @@ def test_the_norms_are_fused_into_the_residuals_before_them(tiny, monkeypatch):
 
 @pytest.mark.parametrize("name", ["blocks.0", "blocks.1", "blocks.0.norm1", "blocks.1.norm1",
                                   "blocks.0.norm2", "blocks.2.norm2"])  # fmt: skip
-@pytest.mark.parametrize("config", [{}, {"fold_norm_affine": True}, {"drop_path_compact": True}],
-                         ids=["plain", "folded", "compact"])  # fmt: skip
+@pytest.mark.parametrize("config", [{}, {"drop_path_compact": True}], ids=["plain", "compact"])
 def test_hooks_on_blocks_and_norms_see_what_they_would_see_unfused(
     tiny, randomize, gradients, assert_agree, name, config
 ):
@@ -166,10 +87,9 @@ def test_a_block_that_is_replaced_is_called_as_it_is(tiny, randomize):
     torch.testing.assert_close(model(images), expected)
 
 
-@pytest.mark.parametrize("fold", [{}, FOLDS["both"]], ids=["plain", "folded"])
-def test_compact_drop_path_is_drop_path_with_a_fixed_number(tiny, randomize, fold, monkeypatch):
+def test_compact_drop_path_is_drop_path_with_a_fixed_number(tiny, randomize, monkeypatch):
     B, rate = 6, 0.4
-    block = randomize(Block(tiny(drop_path_compact=True, **fold), rate)).double()
+    block = randomize(Block(tiny(drop_path_compact=True), rate)).double()
     plain = randomize(Block(tiny(), rate)).double()
     plain.load_state_dict(block.state_dict())
     draws, sizes = [], []
@@ -215,13 +135,13 @@ def test_compact_drop_path_trains_the_same_compiled_and_checkpointed(
 
 def test_no_mode_needs_a_value_on_the_host(tiny):
     # The meta device has shapes and no values.
-    fields = {"drop_path_rate": 0.5, "drop_path_compact": True, **FOLDS["both"]}
+    fields = {"drop_path_rate": 0.5, "drop_path_compact": True}
     with torch.device("meta"):
         assert Beit(tiny(**fields))(torch.randn(IMAGES)).shape == (3, 17, 32)
 
 
 def test_an_empty_batch_and_a_single_image_go_through_every_mode(tiny):
-    fields = {"drop_path_rate": 0.5, "drop_path_compact": True, **FOLDS["both"]}
+    fields = {"drop_path_rate": 0.5, "drop_path_compact": True}
     model = Beit(tiny(**fields))
     for B in (0, 1):
         out = model(torch.randn(B, 3, 32, 32))
@@ -234,9 +154,9 @@ def test_an_empty_batch_and_a_single_image_go_through_every_mode(tiny):
     [
         {},
         {"drop_path_rate": 0.4},
-        {"drop_path_rate": 0.4, "drop_path_compact": True, **FOLDS["both"]},
+        {"drop_path_rate": 0.4, "drop_path_compact": True},
     ],
-    ids=["BEiT+", "drop-path", "compact-and-folded"],
+    ids=["BEiT+", "drop-path", "compact"],
 )
 def test_the_kernels_give_the_models_gradients(
     tiny, randomize, gradients, assert_agree, with_kernels, fields
@@ -273,5 +193,3 @@ def test_a_tiny_beit_trained_twenty_steps_with_kernels_and_with_torch_agrees(tin
     with_kernels()
     losses = losses_of_twenty_steps(copy.deepcopy(model))
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
-    folded = losses_of_twenty_steps(refitted(model, **FOLDS["both"]))
-    torch.testing.assert_close(folded, expected, rtol=1e-3, atol=1e-4)
