@@ -25,14 +25,16 @@ from torch import Tensor, fx, nn
 
 from beit_fast.kernels.rel_pos_bias import relative_position_rows
 from beit_fast.model.config import BeitConfig, beit_config
+from beit_fast.model.fused import FusedBlock
 from beit_fast.model.heads import BeitForImageClassification
-from beit_fast.model.layers import Block, PatchEmbed, RelativePositionBias
+from beit_fast.model.layers import RelativePositionBias
 from beit_fast.model.layouts import to_house
+from beit_fast.model.patch_embed import PatchEmbed
 from beit_fast.model.published import PUBLISHED
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 
 # Their kernels are no graph of torch.fx. timm's tracer knows them from here, others are told.
-LEAVES: list[type[nn.Module]] = [Block, PatchEmbed, RelativePositionBias]
+LEAVES: list[type[nn.Module]] = [FusedBlock, PatchEmbed, RelativePositionBias]
 for leaf in LEAVES:
     register_notrace_module(leaf)
 

@@ -10,7 +10,7 @@ from beit_fast.data.views import HALF_MEAN, HALF_STD, IMAGENET_MEAN, IMAGENET_ST
 from beit_fast.kernels import _triton, patches
 from beit_fast.kernels._triton import Gpu, pretend, record
 from beit_fast.kernels.patches import normalized_patches, normalized_patches_reference
-from beit_fast.model.layers import patchify
+from beit_fast.model.patch_embed import patchify
 
 BACKENDS = ("triton", "torch")
 

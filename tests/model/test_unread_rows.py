@@ -9,7 +9,7 @@ from torch import nn
 
 from beit_fast.kernels import _triton
 from beit_fast.kernels.scale_residual import layer_norm, scale_residual, scale_residual_norm
-from beit_fast.model import layers
+from beit_fast.model import fused, layers
 from beit_fast.model.heads import BeitForMaskedImageModeling
 
 B, L, V = 5, 16, 24
@@ -232,9 +232,9 @@ def test_the_kernels_give_the_same_gradients(
     _, model = pair(tiny, randomize, torch.float32, drop_path_rate=0.5)
     model, arguments = model.to(device), [x.to(device) for x in inputs()]
     expected = loss_and_gradients(model, arguments, gradients)
-    for function in (scale_residual, scale_residual_norm, layer_norm, layers.gather_rows):
+    for function in (scale_residual, scale_residual_norm, layer_norm, fused.gather_rows):
         called = functools.partial(function, backend="triton")
-        monkeypatch.setattr(layers, function.__name__, called)
+        monkeypatch.setattr(fused, function.__name__, called)
     results = loss_and_gradients(model, arguments, gradients)
     assert results.pop("correct") == expected.pop("correct")
     assert_agree(results, expected)
