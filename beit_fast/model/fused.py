@@ -141,12 +141,12 @@ def run_blocks(
     return x
 
 
-def select_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+def select_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Row b N + n of x (B, N, D) for each of `rows` (I,), as a sample of one token: (I, 1, D).
 
-    -1 gives zeros, whose gradient goes nowhere. Without rows x itself.
+    -1 gives zeros, whose gradient goes nowhere.
     """
-    return x if rows is None else gather_rows(x, rows)[:, None]
+    return gather_rows(x, rows)[:, None]
 
 
 def rowwise_after_attention(block: nn.Module) -> bool:

@@ -94,7 +94,7 @@ def test_output_and_gradients_are_the_specifications(
     def specified(blocks, x, shared_bias):
         for block in blocks:
             x = Block.forward(block, x, shared_bias, grid)
-        return listed(select_rows(x, rows))
+        return listed(x if rows is None else select_rows(x, rows))
 
     torch.manual_seed(1)
     for name, expected in results_of(specified, model.blocks, x, bias).items():
