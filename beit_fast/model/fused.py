@@ -2,7 +2,7 @@
 
 - A residual and the norm after it are one pass, from the end of a block into the next one too.
 - A last block of which a loss reads listed rows computes no others after its attention.
-- With `config.drop_path_compact` a branch does not compute the samples that skip it.
+- With `config.drop_path_compact` a fixed number of samples skips a branch, uncomputed.
 """
 
 from collections.abc import Callable, Iterable
@@ -46,7 +46,7 @@ class DropPath(NamedTuple):
 
 
 class FusedBlock(Block):
-    """`Block`: the same parameters, random draws and results, but for rounding.
+    """`Block`, equal but for rounding; its random draws, too, unless drop path is compact.
 
     `forward` ends with a residual; `step` goes on to the norm of the block that follows.
     """
