@@ -18,7 +18,7 @@ from beit_fast.checks import Count, Filled, Side, check_fields
 from beit_fast.data.loader import BadDataError
 from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
-from beit_fast.parsing import make, new_parser, read
+from beit_fast.parsing import add_removed, make, new_parser, read
 from beit_fast.tasks.evaluate.checkpoints import statistics_of, write_image_processor
 from beit_fast.tasks.evaluate.predict import PredictConfig, run_prediction
 from beit_fast.tasks.evaluate.task import EvaluateConfig, run_evaluation
@@ -141,6 +141,7 @@ def parse(verb: str, name: str, recipe: Callable[[], Any], arguments: Sequence[s
     )
     parser.add_argument("--config", action="config", help="YAML file of fields to change")
     parser.add_class_arguments(type(default))
+    add_removed(parser, type(default))
     parser.set_defaults(asdict(default))
     chosen = read(parser, arguments, type(default))
     return make(type(default), {k: v for k, v in chosen.items() if k != "config"})

@@ -18,6 +18,7 @@ import yaml
 import beit_fast.data
 from beit_fast import recipes
 from beit_fast.cli import main, parse
+from beit_fast.recipes import FINETUNE
 from beit_fast.tasks.pretrain.dvae import DvaeTask
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.train.graph import CaptureError
@@ -300,6 +301,24 @@ def test_a_wrong_value_in_a_file_is_told_with_the_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["pretrain", "demo", "--config", str(file)])
     assert f"--config {file}: --optim.lr is fast: give" in capsys.readouterr().err
+
+
+def test_fields_that_are_gone_may_say_what_holds_now(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    gone = {"fold_layer_scale": False, "fold_norm_affine": False}
+    file.write_text(yaml.safe_dump({"model": {"depth": 3, **gone}}))
+    config = parse("pretrain", "demo", recipes.demo, ["--config", str(file)])
+    assert config.model == replace(recipes.demo().model, depth=3)
+    parse("finetune", "small_data", FINETUNE["small_data"], ["--config", str(file)])
+    file.write_text(yaml.safe_dump({"model": {"fold_layer_scale": True}}))
+    with pytest.raises(SystemExit):
+        main(["pretrain", "demo", "--config", str(file)])
+    said = capsys.readouterr().err
+    assert f"--config {file}: --model.fold_layer_scale is True: give False" in said
+    for asked in ("--help", "--print_config"):
+        with pytest.raises(SystemExit):
+            main(["pretrain", "demo", asked])
+        assert "fold_" not in capsys.readouterr().out
 
 
 def test_help_lists_verbs_recipes_and_fields(capsys):

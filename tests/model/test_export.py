@@ -21,7 +21,6 @@ MODELS = {
         {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False, "init_values": None,
          "global_pool": "token"},
     ),
-    "folded": (Beit, {"fold_layer_scale": True, "fold_norm_affine": True, **OWN}),
     "pyramid": (BeitFeaturePyramid, PYRAMID),
 }  # fmt: skip
 BATCH = {0: torch.export.Dim("batch")}
