@@ -20,8 +20,9 @@ from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
 from beit_fast.parsing import make, new_parser, read
 from beit_fast.tasks.evaluate.checkpoints import statistics_of, write_image_processor
-from beit_fast.tasks.evaluate.predict import PredictConfig, run_prediction
-from beit_fast.tasks.evaluate.task import EvaluateConfig, run_evaluation
+from beit_fast.tasks.evaluate.config import EvaluateConfig, PredictConfig
+from beit_fast.tasks.evaluate.predict import run_prediction
+from beit_fast.tasks.evaluate.task import run_evaluation
 from beit_fast.tasks.finetune.task import run_finetuning
 from beit_fast.tasks.pretrain.dvae import run_dvae
 from beit_fast.tasks.pretrain.pipeline import run_pretraining

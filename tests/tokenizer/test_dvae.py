@@ -6,14 +6,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from beit_fast.kernels.head import linear_argmax
-from beit_fast.tokenizer.dvae import (
-    Dvae,
-    DvaeConfig,
-    dvae_config,
-    map_pixels,
-    most_likely_images,
-    unmap_pixels,
-)
+from beit_fast.tokenizer.config import DvaeConfig, dvae_config
+from beit_fast.tokenizer.dvae import Dvae, map_pixels, most_likely_images, unmap_pixels
 
 
 def conv(state, name, x):

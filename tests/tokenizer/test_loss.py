@@ -10,8 +10,9 @@ from torch.distributions import (
     kl_divergence,
 )
 
+from beit_fast.tokenizer.config import CosineSchedule
 from beit_fast.tokenizer.dvae import DvaeOutput, map_pixels
-from beit_fast.tokenizer.loss import CosineSchedule, dvae_loss, kl_to_uniform, logit_laplace_nll
+from beit_fast.tokenizer.loss import dvae_loss, kl_to_uniform, logit_laplace_nll
 
 
 def test_logit_laplace_is_a_laplace_variable_seen_through_a_sigmoid():

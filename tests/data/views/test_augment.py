@@ -6,7 +6,8 @@ import torch
 
 from beit_fast.data.loader import Loader
 from beit_fast.data.sources.class_folders import class_folders
-from beit_fast.data.views.augment import AugmentConfig, AugmentedSample
+from beit_fast.data.views.augment import AugmentedSample
+from beit_fast.data.views.config import AugmentConfig
 from beit_fast.data.views.statistics import HALF_MEAN
 from labelled_images import write_class_folders
 

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from beit_fast.data.sources.decode import BadImageError
-from beit_fast.data.views.single_view import SingleViewConfig, single_view
+from beit_fast.data.views.config import SingleViewConfig
+from beit_fast.data.views.single_view import single_view
 
 
 def positions(height: int, width: int, make_file) -> bytes:

@@ -14,10 +14,10 @@ from torchvision.transforms import functional as tv
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.views.color_jitter import jitter_views
+from beit_fast.data.views.config import ViewConfig
 from beit_fast.data.views.statistics import HALF_MEAN, HALF_STD, IMAGENET_MEAN, IMAGENET_STD
 from beit_fast.data.views.two_views import (
     VIEWS,
-    ViewConfig,
     draw_box,
     draw_view,
     make_views,
