@@ -1,8 +1,8 @@
 """beit_fast: BEiT pre-training and backbones, built for throughput.
 
 The table of contents. Importing the package imports none of it, for torch takes seconds and neither
-`beit-fast --help` nor the kernels need the rest. The first name asked for brings them all, but for
-those that come without torch.
+`beit-fast --help` nor the kernels need the rest. The first name asked for brings them all and
+registers the operators, torch.ops.beit_fast; but those that need no torch come without it.
 """
 
 import importlib

@@ -154,7 +154,7 @@ def _list_recipes(verb: str, known: dict[str, Callable[[], Any]], rest: Sequence
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertDalleConfig:
-    """Convert OpenAI's pickled dVAE to one safetensors file, without running code from it.
+    """OpenAI's two files, and the one to write.
 
     Args:
         encoder: path of encoder.pkl
@@ -174,7 +174,7 @@ class ConvertDalleConfig:
 
 def parse_convert_dalle(arguments: Sequence[str]) -> ConvertDalleConfig:
     """`beit-fast convert-dalle` with these arguments."""
-    description = inspect.getdoc(ConvertDalleConfig).splitlines()[0]
+    description = "OpenAI's pickled dVAE as one safetensors file, without running code from it."
     parser = new_parser("beit-fast convert-dalle", description=description)
     parser.add_class_arguments(ConvertDalleConfig)
     return make(ConvertDalleConfig, read(parser, arguments, ConvertDalleConfig))
@@ -182,7 +182,7 @@ def parse_convert_dalle(arguments: Sequence[str]) -> ConvertDalleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Write a checkpoint in another layout; dtypes stay, and so does every value."""
+    """A checkpoint, where to write it, and under whose names."""
 
     source: Filled
     target: Filled
@@ -199,7 +199,7 @@ class ConvertConfig:
 
 def parse_convert(arguments: Sequence[str]) -> ConvertConfig:
     """`beit-fast convert` with these arguments."""
-    description = inspect.getdoc(ConvertConfig)
+    description = "Write a checkpoint in another layout; dtypes stay, and so does every value."
     parser = new_parser("beit-fast convert", description=description)
     parser.add_argument("source", help="file, folder, output of a run, or published name")
     parser.add_argument("target", help="file to write; for hf a folder")

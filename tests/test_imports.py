@@ -263,14 +263,22 @@ def test_every_name_of_the_package_is_there_however_it_is_asked_for():
         exec("from beit_fast import nonsense")
 
 
-@pytest.mark.parametrize("first", ["", "from beit_fast import Beit"], ids=["alone", "after-a-name"])
-def test_modules_and_operators_come_with_the_package(first):
-    said = run(f"""
+def test_modules_come_with_the_package():
+    said = run("""
         import beit_fast
-        {first}
         print(beit_fast.model.pyramid.BeitFeaturePyramid is beit_fast.BeitFeaturePyramid)
         print(beit_fast.kernels.attention.attention_qkvpacked.__name__)
-        import torch
-        print(torch.ops.beit_fast.mask_embed.default)
     """)
-    assert said == "True\nattention_qkvpacked\nbeit_fast.mask_embed.default\n"
+    assert said == "True\nattention_qkvpacked\n"
+
+
+def test_modules_and_operators_come_with_the_first_name():
+    said = run("""
+        import torch
+        from beit_fast import Beit
+        # Programs that torch.export made with strict=True, and loads again, name them.
+        print(torch.ops.beit_fast.masked_linear_cross_entropy.default)
+        import beit_fast
+        print(beit_fast.model.pyramid.BeitFeaturePyramid is beit_fast.BeitFeaturePyramid)
+    """)
+    assert said == "beit_fast.masked_linear_cross_entropy.default\nTrue\n"
