@@ -108,14 +108,6 @@ def test_the_view_is_a_function_of_the_generator(make_image, make_file):
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize(
-    "options", [{"size": 0}, {"scale": (0.0, 1.0)}, {"scale": (0.9, 0.1)}, {"hflip": 2.0}], ids=str
-)
-def test_a_setting_that_makes_no_sense_is_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        SingleViewConfig(**options)
-
-
 def test_a_larger_file_than_allowed_is_bad(make_image, make_file):
     data = make_file(make_image(9, 9), "PNG")
     with pytest.raises(BadImageError, match="max_pixels=80"):
