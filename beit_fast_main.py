@@ -1,9 +1,9 @@
 """What the command `beit-fast` starts: `beit_fast.cli`, with an answer to signals from the start.
 
 Importing torch and what a verb runs takes seconds. This file lies outside the package, so that
-Ctrl-C during any of its imports ends with one line and 130, and not with a traceback or an
-exception that some library's import swallows. Whoever reads the output and goes away
-(`beit-fast --help | head -1`) ends the command as it ends others, with 141.
+Ctrl-C before the work begins, during any import, ends with one line and 130, and not with a
+traceback or an exception that some library's import swallows. Whoever reads the output and goes
+away (`beit-fast --help | head -1`) ends the command as it ends others, with 141.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ def main() -> int:
         with _ended_by_ctrl_c():
             from beit_fast import cli
         try:
-            return cli.main(importing=_ended_by_ctrl_c)
+            return cli.main(preparing=_ended_by_ctrl_c)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()

@@ -50,11 +50,12 @@ and `--print_config` its values as YAML for `--config FILE`."""
 
 def main(
     arguments: Sequence[str] | None = None,
-    importing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    preparing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> int:
     """Run one command. 0 done, 1 an error of one line, 2 wrong usage, 130 or 143 a signal.
 
-    Inside `importing()` lie the imports that take seconds: see beit_fast_main.py.
+    Inside `preparing()` lies all that comes before the work: arguments, and imports that take
+    seconds. See beit_fast_main.py.
     """
     codecs.register_error(NAMES, _as_bytes)
     for stream in (sys.stdout, sys.stderr):
@@ -70,15 +71,15 @@ def main(
         print(f"{USAGE}\n\nbeit-fast: there is no verb {verb!r}", file=sys.stderr)
         return 2
     try:
-        if verb in WITHOUT_RECIPE:
-            parse_verb, load = WITHOUT_RECIPE[verb]
-            config = parse_verb(rest)
-        else:
-            known, load = VERBS[verb]
-            if not rest or rest[0] not in known:
-                return _list_recipes(verb, known, rest)
-            config = parse(verb, rest[0], known[rest[0]], rest[1:])
-        with importing():
+        with preparing():
+            if verb in WITHOUT_RECIPE:
+                parse_verb, load = WITHOUT_RECIPE[verb]
+                config = parse_verb(rest)
+            else:
+                known, load = VERBS[verb]
+                if not rest or rest[0] not in known:
+                    return _list_recipes(verb, known, rest)
+                config = parse(verb, rest[0], known[rest[0]], rest[1:])
             run = load()
         run(config)
         with naming("standard output"):

@@ -45,7 +45,7 @@ def test_ctrl_c_while_it_imports_is_one_line_whatever_an_import_swallows(start):
         "    time.sleep(30)\n"
         "except BaseException:\n"
         "    pass\n"
-        "main = lambda importing: print('went on')\n"
+        "main = lambda preparing: print('went on')\n"
     )
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
@@ -57,8 +57,8 @@ def test_ctrl_c_while_it_imports_is_one_line_whatever_an_import_swallows(start):
 def test_ctrl_c_while_a_verb_is_imported_is_so_too(start):
     process = start(
         "import time\n"
-        "def main(importing):\n"
-        "    with importing():\n"
+        "def main(preparing):\n"
+        "    with preparing():\n"
         "        print('importing', flush=True)\n"
         "        try:\n"
         "            time.sleep(30)\n"
@@ -74,33 +74,37 @@ def test_ctrl_c_while_a_verb_is_imported_is_so_too(start):
 
 
 @pytest.mark.parametrize("verb", [*VERBS, *WITHOUT_RECIPE])
-def test_what_a_verb_runs_is_imported_there(verb, monkeypatch):
+def test_arguments_are_read_and_a_verb_is_imported_before_the_work(verb, monkeypatch):
     told = []
 
     @contextlib.contextmanager
-    def importing():
-        told.append("importing")
+    def preparing():
+        told.append("preparing")
         yield
-        told.append("imported")
+        told.append("prepared")
+
+    def parse(*_):
+        told.append("parse")
+        return "config"
 
     def load():
         told.append("load")
-        return lambda config: told.append(config)
+        return told.append  # for the work
 
     if verb in VERBS:
         monkeypatch.setitem(VERBS, verb, ({"mine": str}, load))
-        monkeypatch.setattr("beit_fast.cli.parse", lambda *_: "config")
+        monkeypatch.setattr("beit_fast.cli.parse", parse)
     else:
-        monkeypatch.setitem(WITHOUT_RECIPE, verb, (lambda _: "config", load))
-    assert main([verb, "mine"], importing) == 0
-    assert told == ["importing", "load", "imported", "config"]
+        monkeypatch.setitem(WITHOUT_RECIPE, verb, (parse, load))
+    assert main([verb, "mine"], preparing) == 0
+    assert told == ["preparing", "parse", "load", "prepared", "config"]
 
 
 def test_ctrl_c_later_is_the_commands_own(start):
     process = start(
         "import time\n"
-        "def main(importing):\n"
-        "    with importing():\n"
+        "def main(preparing):\n"
+        "    with preparing():\n"
         "        pass\n"
         "    try:\n"
         "        print('running', flush=True)\n"
@@ -117,9 +121,9 @@ def test_ctrl_c_later_is_the_commands_own(start):
 @pytest.mark.parametrize(
     "code",
     [
-        "main = lambda importing: print('x' * 100_000)\n",
-        "main = lambda importing: print('x')\n",  # leaves when the process ends
-        "def main(importing):\n    print('x')\n    raise SystemExit(0)\n",
+        "main = lambda preparing: print('x' * 100_000)\n",
+        "main = lambda preparing: print('x')\n",  # leaves when the process ends
+        "def main(preparing):\n    print('x')\n    raise SystemExit(0)\n",
     ],
     ids=["much", "little", "and-exits"],
 )
@@ -133,7 +137,7 @@ def test_a_reader_that_goes_away_is_no_traceback(code, start):
 
 
 def test_exit_codes_are_passed_on(start):
-    process = start("main = lambda importing: 3\n")
+    process = start("main = lambda preparing: 3\n")
     assert process.communicate(timeout=20) == ("", "")
     assert process.returncode == 3
 
