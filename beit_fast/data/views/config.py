@@ -37,7 +37,7 @@ class ViewConfig:
     def __post_init__(self):
         check_fields(self)
         for name in ("size", "token_size"):
-            object.__setattr__(self, name, pair(getattr(self, name)))
+            object.__setattr__(self, name, _pair(getattr(self, name)))
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Raises ValueError unless both views split evenly into `grid` patches or tokens."""
@@ -90,6 +90,6 @@ class AugmentConfig:
         return self.mixup > 0 or self.cutmix > 0
 
 
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) from either form."""
     return (size, size) if isinstance(size, int) else tuple(size)
