@@ -17,11 +17,13 @@ import yaml
 
 import beit_fast.data
 from beit_fast import recipes
-from beit_fast.cli import main, parse
+from beit_fast.cli import VERBS, main, parse
+from beit_fast.data.loader import BadDataError
 from beit_fast.recipes import FINETUNE
 from beit_fast.tasks.pretrain.dvae import DvaeTask
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.train.graph import CaptureError
+from beit_fast.train.step import NonFiniteLoss
 
 TINY = [
     *["--run.steps", "2", "--run.log_every", "1", "--optim.warmup_steps", "1"],
@@ -125,6 +127,16 @@ def test_a_mistake_gets_one_line_and_a_code(
     assert "Traceback" not in said
     if code == 1:
         assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [BadDataError, NonFiniteLoss])
+def test_an_error_that_ends_a_run_is_one_line(error, capsys, monkeypatch):
+    def run(_config):
+        raise error("so many are bad: do this")
+
+    monkeypatch.setitem(VERBS, "probe", (VERBS["probe"][0], lambda: run))
+    assert main(["probe", "small"]) == 1
+    assert capsys.readouterr().err == "beit-fast: so many are bad: do this\n"
 
 
 def test_a_folder_of_broken_images_gives_one_line(tmp_path, capsys):
