@@ -21,7 +21,8 @@ from beit_fast.files import (
 )
 from beit_fast.tasks.probe.features import _allocate
 from beit_fast.tokenizer.checkpoint import load_tokenizer, save_tokenizer
-from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.log import Log
 from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.layers import draw_layers

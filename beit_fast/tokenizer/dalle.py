@@ -14,7 +14,8 @@ from torch import Tensor
 
 from beit_fast.files import file_digest
 from beit_fast.tokenizer.checkpoint import dvae_from_state, infer_config, save_tokenizer
-from beit_fast.tokenizer.pickled_module import PickledModule, read_pickled_module
+from beit_fast.tokenizer.pickle_machine import PickledModule
+from beit_fast.tokenizer.pickled_module import read_pickled_module
 
 ENCODER, DECODER = "dall_e.encoder.Encoder", "dall_e.decoder.Decoder"
 _BLOCKS = frozenset({"dall_e.encoder.EncoderBlock", "dall_e.decoder.DecoderBlock"})

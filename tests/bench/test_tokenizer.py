@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from beit_fast.data.views.single_view import SingleViewConfig, single_view
-from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
+from beit_fast.data.views.config import SingleViewConfig
+from beit_fast.data.views.single_view import single_view
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.tokenizer.frozen import PRECISIONS
 from products import note_precisions, precisions
 

@@ -8,12 +8,11 @@ import time
 import pytest
 import torch
 
+from beit_fast.data.config import MaskingConfig
 from beit_fast.data.loader import Loader
-from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.samples import PretrainSample, TokenizerSample
 from beit_fast.data.sources.folder import ImageFolder
-from beit_fast.data.views.single_view import SingleViewConfig
-from beit_fast.data.views.two_views import ViewConfig
+from beit_fast.data.views.config import SingleViewConfig, ViewConfig
 from loaded import SAMPLE, Numbers, Seeds, assert_equal
 from task_runs import take_batches
 

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from beit_fast.data.masking import MaskingConfig
+from beit_fast.data.config import MaskingConfig
 from beit_fast.data.samples import PretrainSample
 from beit_fast.data.seeds import SampleSeed
-from beit_fast.data.views.two_views import ViewConfig
+from beit_fast.data.views.config import ViewConfig
 
 SAMPLE = PretrainSample(
     ViewConfig(size=32, token_size=16), MaskingConfig(num_masked=6, min_block=2), (4, 4)

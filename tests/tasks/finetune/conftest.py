@@ -7,7 +7,7 @@ import torch
 
 from beit_fast import BeitForMaskedImageModeling
 from beit_fast.model.config import BeitConfig
-from beit_fast.tasks.finetune.task import FinetuneConfig, LabelledDataConfig
+from beit_fast.tasks.finetune.config import FinetuneConfig, LabelledDataConfig
 from beit_fast.train.config import OptimConfig, RunConfig
 from labelled_images import write_photographs
 from task_runs import with_fields

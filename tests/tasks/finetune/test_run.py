@@ -11,7 +11,7 @@ from PIL import Image
 
 from beit_fast import BeitForImageClassification, from_pretrained
 from beit_fast.cli import main
-from beit_fast.data.views.augment import AugmentConfig
+from beit_fast.data.views.config import AugmentConfig
 from beit_fast.tasks import check_images
 from beit_fast.tasks.finetune.task import FinetuneTask, run_finetuning
 from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_fast.data.views.augment import AugmentConfig
+from beit_fast.data.views.config import AugmentConfig
 from beit_fast.data.views.two_views import normalize
 from beit_fast.tasks.finetune.task import FinetuneTask
 from labelled_images import PHOTOGRAPHED

@@ -2,7 +2,7 @@
 
 import pytest
 
-from beit_fast.tasks.pretrain.pretokenize import PretokenizeConfig
+from beit_fast.tasks.pretrain.config import PretokenizeConfig
 
 
 @pytest.fixture

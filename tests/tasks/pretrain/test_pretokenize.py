@@ -18,7 +18,7 @@ from beit_fast.data.token_cache import TokenCache, TokenCacheError, read_manifes
 from beit_fast.tasks.pretrain import pretokenize
 from beit_fast.tasks.pretrain.pretokenize import run_pretokenize
 from beit_fast.tasks.pretrain.task import PretrainTask
-from beit_fast.tokenizer.dvae import DvaeConfig
+from beit_fast.tokenizer.config import DvaeConfig
 from beit_fast.train.stop import Interrupted, sole_user
 from task_runs import ALONE, TWO_RANKS
 
