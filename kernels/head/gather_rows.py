@@ -23,9 +23,8 @@ from beit_fast.kernels.head.gather_norm import (
     gather_norm,
     gather_norm_reference,
     gather_norm_torch,
-    scatter_norm_backward,
-    scatter_norm_backward_torch,
 )
+from beit_fast.kernels.head.scatter_norm import scatter_norm_backward, scatter_norm_backward_torch
 
 BACKENDS = ("triton", "torch")
 

@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit_fast.kernels._triton import A100, B200, H100, Gpu, pretend, record
-from beit_fast.kernels.head import linear_cross_entropy
+from beit_fast.kernels.head import chunks, linear_cross_entropy
+from beit_fast.kernels.head.chunks import default_chunk_rows
 from beit_fast.kernels.head.linear_cross_entropy import (
-    default_chunk_rows,
     masked_linear_cross_entropy,
     masked_linear_cross_entropy_reference,
 )
@@ -420,7 +420,7 @@ def test_the_peak_is_at_most_60_megabytes_at_the_base_shape(gpu, monkeypatch):
         return torch.empty(*shape, device="meta", dtype=dtype)
 
     # In fp32 into the sum: on other devices than CUDA it takes copies.
-    monkeypatch.setattr(linear_cross_entropy, "_add_product", lambda *_, **__: None)
+    monkeypatch.setattr(chunks, "_add_product", lambda *_, **__: None)
     B, N, D, V = 256, 197, 768, 8192
     x, index = meta(B, N, D, dtype=torch.bfloat16), meta(B * 75, dtype=torch.int32)
     vectors = meta(V), meta(D), meta(D)
