@@ -19,5 +19,6 @@ Below them all:
 linear              x weight^T + bias, by the faster matrix library
 exact_fp32          fp32 of CUDA's libraries without TF32, around what promises fp32
 first_order         operators that refuse a second derivative instead of losing it
+_triton             what launchers share: is Triton there, one door for every launch
 philox              random numbers that are a function of where they are used
 """
