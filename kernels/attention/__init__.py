@@ -7,7 +7,7 @@ operators of torch, cpu.py what they run on processors.
 The kernels with their launchers: forward.py on forward_tiles.py; backward.py chooses among
 backward_window.py, backward_hopper.py with backward_hopper_dk_dv.py, and backward_general.py with
 backward_dbias.py on backward_tiles.py. bias.py and rel_pos_bias.py are what they read and give of a
-bias; configs.py, chunks.py and descriptors.py belong to their launches.
+bias; configs.py, chunks.py, strides.py and descriptors.py belong to their launches.
 """
 
 from beit_fast.kernels.attention.backends import use_backend

@@ -65,7 +65,7 @@ def _dbias_kernel(
     PARTS: tl.constexpr,  # (begin, width) of the tiles that K is cut into
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    UNIT: tl.constexpr,  # see _strides
+    UNIT: tl.constexpr,  # see strides_in_units
     OFFSET: tl.constexpr,  # type of offsets inside a tile
     PRECISION: tl.constexpr,
 ):

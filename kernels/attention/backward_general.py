@@ -1,6 +1,6 @@
 """Backward kernels of attention for any length, head width, dtype and architecture; with dropout.
 
-    p[n,m]   = 2^(c s[n,m] - lse[n])                   s, c, lse as in `attention_forward`
+    p[n,m]   = 2^(c s[n,m] - lse[n])                   s, c, lse as in `forward.py`
     delta[n] = rowsum(dout[n] out[n]) - dlse[n]        dlse, of the natural logarithm, may be absent
     ds[n,m]  = p[n,m] (Z[n,m] dout[n] . v[m] - delta[n])
     dq = scale ds k;  dk = scale ds^T q;  dv = (Z p)^T dout;  dbias = sum over images of ds
@@ -12,7 +12,7 @@ dk, dv  a program has a tile of keys and walks over the queries, on transposed s
 dbias   a program has a tile of the bias and walks over a chunk of the images of its group
 
 Shapes    q, out, dout, dq (B, N, H, K); k, v, dk, dv (B, M, H, K); lse (B, H, N); bias
-          (G, H, Rn, Rm), padded as in `attention_bias`; image b has bias b mod G
+          (G, H, Rn, Rm), padded as in `bias.py`; image b has bias b mod G
           stats (B, H, 2, S): lse and delta, S whole tiles of queries, lse = inf beyond N
           partials (C, G, H, N, Rm): dbias is their sum over C
 Types     statistics, p, ds and sums in fp32; p and ds are rounded to q's type as operands, and
@@ -36,10 +36,11 @@ from beit_fast.kernels.attention.backward_tiles import (
     products,
     scaled,
     store_rows,
-    zeros,
 )
 from beit_fast.kernels.attention.bias import bias_unit, raw_bias
 from beit_fast.kernels.attention.configs import GeneralBackward, Tile, head_parts
+from beit_fast.kernels.attention.forward_tiles import zeros
+from beit_fast.kernels.attention.strides import strides_in_units
 from beit_fast.kernels.philox import threshold_of
 
 
@@ -91,7 +92,7 @@ def _dq_kernel(
     PARTS: tl.constexpr,  # (begin, width) of the tiles that K is cut into
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    UNIT: tl.constexpr,  # see _strides
+    UNIT: tl.constexpr,  # see strides_in_units
     OFFSET: tl.constexpr,  # type of offsets inside a tile
     PRECISION: tl.constexpr,
 ):
@@ -184,7 +185,7 @@ def _dk_dv_kernel(
     PARTS: tl.constexpr,  # (begin, width) of the tiles that K is cut into
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    UNIT: tl.constexpr,  # see _strides
+    UNIT: tl.constexpr,  # see strides_in_units
     OFFSET: tl.constexpr,  # type of offsets inside a tile
     PRECISION: tl.constexpr,
 ):
@@ -268,7 +269,7 @@ def general_backward(
     assert config.dq.block_n % config.dk_dv.block_n == 0
     padded_rows = cdiv(N, config.dq.block_n) * config.dq.block_n
     stats = torch.empty((B, H, 2, padded_rows), dtype=torch.float32, device=q.device)
-    strides, unit, offset = _strides(q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv)
+    strides, unit, offset = strides_in_units(q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv)
 
     def shared(tile: Tile, *names: str) -> dict:
         assert padded_cols % tile.block_m == 0
@@ -336,22 +337,3 @@ def general_backward(
         has_dropout=dropout_p > 0,
         shared=shared(config.dbias, "q", "k", "v", "dout"),
     )
-
-
-def _strides(**tensors: Tensor | None) -> tuple[dict[str, int], int, tl.dtype]:
-    """Strides by kernel argument in units, the unit in elements, and the type of tile offsets.
-
-    The unit is known to the compiler, so that it sees how rows are aligned: at most 8 elements,
-    what one load takes.
-    """
-    strides = {
-        f"{name}_stride_{dim}": tensor.stride(i)
-        if tensor is not None and tensor.shape[i] > 1
-        else 0
-        for name, tensor in tensors.items()
-        for i, dim in enumerate("bnh")
-    }
-    unit = math.gcd(8, *strides.values())
-    farthest = 128 * max(stride for name, stride in strides.items() if name.endswith("_n"))
-    offset = tl.int32 if farthest < 2**31 else tl.int64
-    return {name: stride // unit for name, stride in strides.items()}, unit, offset

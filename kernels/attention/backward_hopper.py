@@ -29,8 +29,9 @@ from torch import Tensor
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
 from beit_fast.kernels.attention.backward_hopper_dk_dv import launch_dk_dv
 from beit_fast.kernels.attention.bias import bias_unit, raw_bias
-from beit_fast.kernels.attention.chunks import num_chunks, strides_of
+from beit_fast.kernels.attention.chunks import num_chunks
 from beit_fast.kernels.attention.descriptors import can_describe, describe
+from beit_fast.kernels.attention.strides import strides_of
 
 LONGEST = 208  # dbias of 64 queries takes 104 of 255 registers a thread at this many keys
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from beit_fast.kernels._triton import launch, tl, triton
 from beit_fast.kernels.attention.bias import raw_bias
-from beit_fast.kernels.attention.chunks import strides_of
+from beit_fast.kernels.attention.strides import strides_of
 
 
 @triton.jit

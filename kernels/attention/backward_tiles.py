@@ -72,15 +72,6 @@ def load_bias(
 
 
 @triton.jit
-def zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
-    """For each part of K (ROWS, part) fp32."""
-    tiles = ()
-    for j in tl.static_range(len(PARTS)):
-        tiles += (tl.full((ROWS, PARTS[j][1]), 0.0, tl.float32),)
-    return tiles
-
-
-@triton.jit
 def scaled(
     tiles,  # for each part of K a tile
     factor,

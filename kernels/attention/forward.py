@@ -10,7 +10,7 @@ whole     a program holds all keys and values of its image and head, and loops o
 flash     a program holds a tile of queries, and loops over the keys
 
 Shapes    q, out (B, N, H, K); k, v (B, M, H, K); lse (B, H, N); bias (G, H, >= N, >= M), padded
-          as in `attention_bias`, in units of u raw scores, -inf for keys m >= M; image b has bias
+          as in `bias.py`, in units of u raw scores, -inf for keys m >= M; image b has bias
           b mod G
 Types     scores, softmax and sums in fp32; the weights are rounded to v's type before they meet it
 Masks     those -inf are the only ones. A query that sees no key has out = 0 and lse = inf
@@ -41,6 +41,7 @@ from beit_fast.kernels.attention.forward_tiles import (
     store_rows,
     zeros,
 )
+from beit_fast.kernels.attention.strides import strides_in_units
 from beit_fast.kernels.philox import threshold_of
 
 
@@ -248,7 +249,7 @@ def attention_forward(
     assert lse.is_contiguous()
     if config is None:
         config = forward_config(gpu_of(q), q.dtype, N, M, K, dropout_p > 0, tf32)
-    strides, unit, offset = _strides(q=q, k=k, v=v, out=out)
+    strides, unit, offset = strides_in_units(q=q, k=k, v=v, out=out)
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
@@ -302,16 +303,3 @@ def attention_forward(
             PRECISION="tf32" if tf32 else "ieee",
             **arguments,
         )
-
-
-def _strides(**tensors: Tensor) -> tuple[dict[str, int], int, object]:
-    """Strides by kernel argument in units, the unit in elements, and the type of tile offsets."""
-    strides = {
-        f"{name}_stride_{dim}": tensor.stride(i) if tensor.shape[i] > 1 else 0
-        for name, tensor in tensors.items()
-        for i, dim in enumerate("bnh")
-    }
-    unit = math.gcd(8, *strides.values())  # eight 16-bit elements are the widest load
-    widest_row = max(stride for name, stride in strides.items() if name.endswith("_n"))
-    offset = tl.int32 if 128 * widest_row < 2**31 else tl.int64  # no tile has more than 128 rows
-    return {name: stride // unit for name, stride in strides.items()}, unit, offset

@@ -100,7 +100,7 @@ def score(
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
-    """A tuple of (ROWS, part) fp32."""
+    """For each part of K (ROWS, part) fp32."""
     acc = ()
     for j in tl.static_range(len(PARTS)):
         acc += (tl.full((ROWS, PARTS[j][1]), 0.0, tl.float32),)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from beit_fast.kernels.arguments import autocast_dtype, check_rng
 from beit_fast.kernels.attention.backends import (
     Choice,
     attention_sdpa,
@@ -45,7 +46,7 @@ def attention(
     of any shape that broadcasts to one of these. `scale` is positive and defaults to K^-0.5.
     `dropout_p` drops weights (in eval the caller passes 0), by `rng`, the int64 (2,) seed and
     offset on q's device, or where it is None by fresh ones from torch's default generator.
-    `backend` names one of `attention_backends.BACKENDS`; None chooses, see `attention_backend`.
+    `backend` names one of `attention.backends.BACKENDS`; None chooses, see `attention_backend`.
     `return_lse` gives (out, lse) with the natural log-sum-exp of each query's logits, (B, H, N),
     fp32 or fp64, -inf where it sees no key, before dropout; gradients go through it too. So
     attention over parts of the keys becomes attention over all:
@@ -177,7 +178,11 @@ class _Options:
         self.bias, self.return_lse = bias, return_lse
         self.runs_operator = self.backend in ("triton", "cpu")
         if rng is not None:
-            _check_rng(rng, q, self.backend)
+            if self.backend in ("sdpa", "xformers"):
+                raise ValueError(
+                    f"backend={self.backend!r} draws its dropout itself: pass no rng with it"
+                )
+            check_rng(rng, q.device)
         elif dropout_p and self.backend not in ("sdpa", "xformers"):
             rng = draw_rng(q.device)
         self.rng = rng if dropout_p else None
@@ -214,18 +219,16 @@ class _Options:
             out = run(q, k, v, bias_GHNM, self.scale, self.dropout_p)
         if not self.return_lse:
             return out
-        kind = q.device.type
         # Not always: torch.export writes the context down.
-        is_on = kind != "meta" and torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if is_on else contextlib.nullcontext():
+        is_on = autocast_dtype(q.device) is not None
+        with torch.autocast(q.device.type, enabled=False) if is_on else contextlib.nullcontext():
             return out, attention_lse_reference(q, k, bias, scale=self.scale)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
 
 
@@ -305,14 +308,4 @@ def _check_table(q: Tensor, k: Tensor, table: Tensor, grid: tuple[int, int]) -> 
         raise ValueError(
             f"a table of {table.shape[1]} heads on {table.device} for {q.shape[2]} heads on "
             f"{q.device}: pass (R, H) on q's device"
-        )
-
-
-def _check_rng(rng: Tensor, q: Tensor, backend: str) -> None:
-    if backend in ("sdpa", "xformers"):
-        raise ValueError(f"backend={backend!r} draws its dropout itself: pass no rng with it")
-    if rng.shape != (2,) or rng.dtype != torch.int64 or rng.device != q.device:
-        raise ValueError(
-            f"rng is {rng.dtype} {tuple(rng.shape)} on {rng.device}: pass int64 (2,) on "
-            f"{q.device}, such as philox.draw_rng gives"
         )

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from beit_fast.kernels._triton import contiguous_rows
 from beit_fast.kernels.attention.backward import attention_backward
 from beit_fast.kernels.attention.bias import pad_bias, sum_partials
 from beit_fast.kernels.attention.cpu import attention_cpu, attention_cpu_backward
 from beit_fast.kernels.attention.forward import attention_forward
 from beit_fast.kernels.attention.rel_pos_bias import reduce_to_table, reduce_to_table_cpu
 from beit_fast.kernels.first_order import first_order
+from beit_fast.kernels.registration import implement, or_empty
 
 # The operators. `bias` is dense, or a table (R, H) where `grid` is [Gh, Gw] and not []; `backend`
 # is "triton" or "cpu"; `needs` says which gradients are wanted: of q, k, v or the packed qkv, and
@@ -41,7 +43,6 @@ torch.library.define(
     "(Tensor dout, Tensor? dlse, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, "
     f"{_OPTIONS}, bool[] needs) -> (Tensor dqkv, Tensor dbias)",
 )
-_DEVICES = ("CPU", "CUDA")
 
 
 def _attention(q, k, v, bias, rng, grid, scale, dropout_p, backend, padded=None):
@@ -55,7 +56,7 @@ def _attention(q, k, v, bias, rng, grid, scale, dropout_p, backend, padded=None)
             out_BNHK = attention_cpu(q, k, v, bias, rng, scale, dropout_p, lse=lse_BHN)
         return out_BNHK, lse_BHN
     out_BNHK = q.new_empty(B, N, H, K)
-    q, k, v = (_last_contiguous(t) for t in (q, k, v))
+    q, k, v = (contiguous_rows(t) for t in (q, k, v))
     attention_forward(
         q,
         k,
@@ -84,7 +85,7 @@ def _attention_backward(
     )
     options = (rng, grid, scale, dropout_p, backend, padded)
     dbias = _differentiate(dout, dlse, q, k, v, bias, out, lse, *options, dq, dk, dv, needs[3])
-    return tuple(q.new_empty(0) if t is None else t for t in (dq, dk, dv, dbias))
+    return or_empty(q, (dq, dk, dv, dbias))
 
 
 def _attention_qkvpacked_backward(
@@ -95,7 +96,7 @@ def _attention_qkvpacked_backward(
     options = (rng, grid, scale, dropout_p, backend, padded)
     gradients = (dq, dk, dv, needs[1])
     dbias = _differentiate(dout, dlse, *qkv.unbind(2), bias, out, lse, *options, *gradients)
-    return tuple(qkv.new_empty(0) if t is None else t for t in (dqkv, dbias))
+    return or_empty(qkv, (dqkv, dbias))
 
 
 def _differentiate(
@@ -119,7 +120,7 @@ def _differentiate(
             if grid:
                 return reduce_to_table_cpu(dbias[0], grid, bias.dtype)
             return dbias.to(bias.dtype).view(bias.shape)
-    q, k, v, dout = (_last_contiguous(t) for t in (q, k, v, dout))
+    q, k, v, dout = (contiguous_rows(t) for t in (q, k, v, dout))
     partials = attention_backward(
         dout,
         q,
@@ -146,13 +147,10 @@ def _differentiate(
     return sum_partials(partials, N, M, bias.dtype).view(bias.shape)
 
 
-# As a decorator `impl` would leave None behind in place of the function.
-torch.library.impl("beit_fast::attention", _DEVICES, _attention)
-torch.library.impl("beit_fast::attention_qkvpacked", _DEVICES, _attention_qkvpacked)
-torch.library.impl("beit_fast::attention_backward", _DEVICES, _attention_backward)
-torch.library.impl(
-    "beit_fast::attention_qkvpacked_backward", _DEVICES, _attention_qkvpacked_backward
-)
+implement("attention", _attention)
+implement("attention_qkvpacked", _attention_qkvpacked)
+implement("attention_backward", _attention_backward)
+implement("attention_qkvpacked_backward", _attention_qkvpacked_backward)
 
 
 @torch.library.register_fake("beit_fast::attention")
@@ -248,10 +246,6 @@ def dense_bias(bias: Tensor | None, grid: list[int]) -> Tensor | None:
     if grid:
         return torch.ops.beit_fast.rel_pos_bias(bias, grid)[None]
     return bias if bias.ndim == 4 else bias[None]
-
-
-def _last_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _takes_tf32() -> bool:

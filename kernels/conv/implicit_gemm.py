@@ -7,14 +7,8 @@ the epilogue. Formula, shapes and types: `operators.py`.
 
 from torch import Tensor
 
-from beit_fast.kernels._triton import HAS_TRITON, Gpu, cdiv, gpu_of, launch, tl, triton
+from beit_fast.kernels._triton import Gpu, TensorDescriptor, cdiv, gpu_of, launch, tl, triton
 
-if HAS_TRITON:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-
-if HAS_TRITON:
-    from triton.tools.tensor_descriptor import TensorDescriptor
 _PIXELS = 128  # of a tile
 
 
@@ -277,6 +271,6 @@ def _config(C: int, D: int, side: int, gpu: Gpu) -> tuple[int, int, dict[str, in
     return block_c, block_d, {"num_warps": warps, "num_stages": 4}
 
 
-def _describe(tensor: Tensor, block: list[int]) -> "TensorDescriptor":
+def _describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Blocks of a contiguous tensor; beyond its edges they read zeros and write nothing."""
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)

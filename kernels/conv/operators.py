@@ -27,9 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import check_floating, launch_obstacle, warn_once
+from beit_fast.kernels._triton import launch_obstacle, warn_once
+from beit_fast.kernels.arguments import cannot_run, check_backend, check_floating
 from beit_fast.kernels.conv.implicit_gemm import conv_triton
 from beit_fast.kernels.exact_fp32 import exact_fp32
+from beit_fast.kernels.registration import implement
 
 BACKENDS = ("triton", "cudnn", "onednn", "torch")
 # oneDNN's operators are torch's, but private: a build without them runs on its public ones.
@@ -141,9 +143,8 @@ def _conv_add_(x, weight, bias, out, relu_input, relu, backend):
         conv_torch(x, weight, bias, out, relu_input, relu, backend)
 
 
-# As a decorator `impl` would leave None behind in place of the function.
-torch.library.impl("beit_fast::conv", ("CPU", "CUDA"), _conv)
-torch.library.impl("beit_fast::conv_add_", ("CPU", "CUDA"), _conv_add_)
+implement("conv", _conv)
+implement("conv_add_", _conv_add_)
 
 
 @torch.library.register_fake("beit_fast::conv")
@@ -199,15 +200,14 @@ def conv_backend(x: Tensor, weight: Tensor, backend: str | None = None) -> str:
     The kernel is the default for its traffic, on paper 136 MB an image in DALL-E's encoder against
     435 unfused. On a GPU that is not measured: `bench/tokenizer.py speed` decides where one is.
     """
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
+    check_backend(backend, BACKENDS)
     device = x.device.type
     wanted = backend or ("onednn" if device == "cpu" else "triton")
     obstacle = conv_obstacle(wanted, x, weight)
     if obstacle is None:
         return wanted
     if backend is not None:
-        raise ValueError(f"backend={backend!r} cannot run here: {obstacle}; pass backend=None")
+        raise cannot_run(backend, obstacle)
     fallback = "cudnn" if conv_obstacle("cudnn", x, weight) is None else "torch"
     if x.dtype != torch.float64 and (device != "cuda" or x.dtype != torch.float32):
         warn_once(f"conv runs on {fallback}, slower than {wanted}: {obstacle}")

@@ -19,7 +19,7 @@ from beit_fast.kernels.head.softmax_cross_entropy import (
 from beit_fast.kernels.linear import linear
 
 # Logits at a time on a GPU: two fifths of its L2 cache, for the weight and its gradient pass
-# through it too, and not more than 1024 rows of 8192 in 16 bits, which bounds the memory above.
+# through it too, and not more than 1024 rows of 8192 in 16 bits, which bounds the memory.
 # Below 512 rows a product cannot fill the GPU.
 MOST_BYTES, FEWEST_ROWS = 16 << 20, 512
 CPU_BYTES = 32 << 20  # on a CPU: 1024 rows of 8192 in fp32; fewer re-read dweight more often

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import cdiv, launch, tl, triton
+from beit_fast.kernels._triton import cdiv, contiguous_rows, launch, tl, triton
+from beit_fast.kernels.rows import load_vector
 
 WIDEST = 8192
 
@@ -107,13 +108,6 @@ def _gather_norm_kernel(
         tl.store(out_rows[:, None] + cols, value.to(out_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
-def load_vector(ptr, c: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns c CHUNK .. (c + 1) CHUNK of a vector (D,) as fp32 (1, CHUNK)."""
-    cols = c * CHUNK + tl.arange(0, CHUNK)[None, :]
-    return tl.load(ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
-
-
 def gather_norm(
     x: Tensor,
     index: Tensor,
@@ -123,7 +117,7 @@ def gather_norm(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(rows (I, D) in dtype, mean and rstd (2, I)) by the kernel; (2, 0) without a norm."""
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x = contiguous_rows(x)
     B, N, D = x.shape
     num_rows = len(index)
     out_ID = x.new_empty((num_rows, D), dtype=dtype)
@@ -187,27 +181,6 @@ def tile_of(D: int) -> dict[str, int]:
         "NUM_CHUNKS": cdiv(D, chunk),
         "num_warps": max(4, warps),
     }
-
-
-def check_index(index: Tensor) -> None:
-    """Raise ValueError unless it is one."""
-    if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"the index is {index.dtype} {tuple(index.shape)}: pass int32 or int64 (I,), rows of "
-            "x with B and N flattened, -1 for padding"
-        )
-
-
-def check_index_values(x: Tensor, index: Tensor) -> None:
-    """Raise ValueError for the first row that x (B, N, D) does not have; waits for a GPU."""
-    num_rows = x.shape[0] * x.shape[1]
-    wrong = (index < -1) | (index >= num_rows)
-    if wrong.any():
-        i = wrong.nonzero()[0].item()
-        raise ValueError(
-            f"index[{i}] is {index[i].item()}, and x has {num_rows} rows: pass 0 .. "
-            f"{num_rows - 1}, or -1 for padding"
-        )
 
 
 def inside_of(x: Tensor, index: Tensor) -> Tensor:

@@ -29,16 +29,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from beit_fast.kernels._triton import check_floating, launch_obstacle, warn_once
-from beit_fast.kernels.first_order import first_order
-from beit_fast.kernels.head.chunks import run_chunks
-from beit_fast.kernels.head.gather_norm import (
-    WIDEST,
+from beit_fast.kernels._triton import launch_obstacle
+from beit_fast.kernels.arguments import (
+    INDEX_DTYPES,
+    autocast_dtype,
+    check_backend,
+    check_floating,
     check_index,
     check_index_values,
-    gather_norm_reference,
+    triton_or_torch,
 )
+from beit_fast.kernels.first_order import first_order
+from beit_fast.kernels.head.chunks import run_chunks
+from beit_fast.kernels.head.gather_norm import WIDEST, gather_norm_reference
 from beit_fast.kernels.head.scatter_norm import scatter_norm_backward, scatter_norm_backward_torch
+from beit_fast.kernels.registration import implement, or_empty
 
 BACKENDS = ("triton", "torch", "reference")
 REDUCTIONS = ("mean", "sum", "none")
@@ -150,12 +155,11 @@ def _backward(
         gradients[1] = (dweight * factor).to(weight_dtype)
     if needs_bias:
         gradients[2] = (dbias * factor).to(bias_dtype)
-    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+    return or_empty(x, gradients)
 
 
-# As a decorator `impl` would leave None behind in place of the function.
-torch.library.impl("beit_fast::masked_linear_cross_entropy", ("CPU", "CUDA"), _forward)
-torch.library.impl("beit_fast::masked_linear_cross_entropy_backward", ("CPU", "CUDA"), _backward)
+implement("masked_linear_cross_entropy", _forward)
+implement("masked_linear_cross_entropy_backward", _backward)
 
 
 @torch.library.register_fake("beit_fast::masked_linear_cross_entropy")
@@ -274,8 +278,7 @@ def masked_linear_cross_entropy(
     """
     _check(x, index, target, weight, reduction)
     _check_vectors(weight, bias, norm_weight, norm_bias)
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
+    check_backend(backend, BACKENDS)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}: pass 1 or more, or None to choose")
     options = {
@@ -288,6 +291,9 @@ def masked_linear_cross_entropy(
         return masked_linear_cross_entropy_reference(
             x, index, target, weight, bias, norm_weight, norm_bias, **options
         )
+    dtype = weight.dtype
+    if dtype != torch.float64:
+        dtype = autocast_dtype(x.device) or dtype
     inputs = (x, weight, bias, norm_weight, norm_bias)
     grad = torch.is_grad_enabled()
     loss, num_correct, *_ = torch.ops.beit_fast.masked_linear_cross_entropy(
@@ -296,7 +302,7 @@ def masked_linear_cross_entropy(
         target.contiguous(),
         *inputs[1:],
         *options.values(),
-        _compute_dtype(x, weight),
+        dtype,
         chunk_rows or 0,
         check_values,
         backend or "",
@@ -316,26 +322,12 @@ def _resolve(backend: str, x: Tensor, dtype: torch.dtype) -> str:
     """The one place that decides, and says once for each reason where something slower runs."""
     if backend == "torch" or (backend == "" and x.device.type == "cpu"):
         return "torch"
-    obstacle = triton_obstacle(x, dtype)
-    if obstacle is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
-    warn_once(
-        f"masked_linear_cross_entropy runs on torch, slower and not deterministic: {obstacle}"
-    )
-    return "torch"
-
-
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    name, lost = "masked_linear_cross_entropy", "slower and not deterministic"
+    return triton_or_torch(name, backend, triton_obstacle(x, dtype), lost)
 
 
 def _check_values(x: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> None:
-    check_index_values(x, index)
+    check_index_values(index, x.shape[0] * x.shape[1])
     V = weight.shape[0]
     wrong = ((target < 0) | (target >= V)) & (index != -1)
     if wrong.any():
@@ -354,7 +346,7 @@ def _check(x: Tensor, index: Tensor, target: Tensor, weight: Tensor, reduction: 
         )
     check_floating(x=x, weight=weight)
     check_index(index)
-    if target.shape != index.shape or target.dtype not in (torch.int32, torch.int64):
+    if target.shape != index.shape or target.dtype not in INDEX_DTYPES:
         raise ValueError(
             f"{target.dtype} targets {tuple(target.shape)} for {tuple(index.shape)} rows: pass one "
             "integer for each row, int64 or int32, padded ones included"

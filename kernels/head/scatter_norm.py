@@ -12,8 +12,9 @@ and adds its duplicates in the order of i: no atomics. Formulas, shapes and type
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
-from beit_fast.kernels.head.gather_norm import inside_of, load_vector, take, tile_of, vectors_of
+from beit_fast.kernels._triton import cdiv, contiguous_rows, gpu_of, launch, tl, triton
+from beit_fast.kernels.head.gather_norm import inside_of, take, tile_of, vectors_of
+from beit_fast.kernels.rows import load_vector
 
 
 @triton.jit
@@ -209,7 +210,7 @@ def scatter_norm_backward(
 
     dout (I, D) is the gradient of `gather_norm`'s rows, stats are its; factor (1,) fp32.
     """
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x = contiguous_rows(x)
     B, N, D = x.shape
     first = torch.full((B * N,), -1, dtype=torch.int32, device=x.device)
     following = torch.empty(index.shape, dtype=torch.int32, device=x.device)

@@ -17,8 +17,10 @@ Source    arXiv:2106.08254, 2.1 and 2.3
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import check_floating, exporting, launch_obstacle, warn_once
+from beit_fast.kernels._triton import exporting, launch_obstacle
+from beit_fast.kernels.arguments import check_backend, check_floating, triton_or_torch
 from beit_fast.kernels.input.mask_embed_kernels import mask_embed_backward, mask_embed_forward
+from beit_fast.kernels.registration import or_empty
 
 BACKENDS = ("triton", "torch")
 WIDEST = 8192
@@ -124,7 +126,7 @@ def _mask_embed_backward(dout, mask, dtype, needs, backend):
     on_triton = _resolve(backend, dout, dtype) == "triton"
     function = mask_embed_backward if on_triton else mask_embed_backward_torch
     with torch.autocast(dout.device.type, enabled=False):
-        return _or_empty(dout, function(dout, mask, dtype, needs))
+        return or_empty(dout, function(dout, mask, dtype, needs))
 
 
 @torch.library.register_fake("beit_fast::mask_embed")
@@ -142,11 +144,7 @@ def _(dout, mask, dtype, needs, backend):
         dout.new_empty(shape, dtype=kind) if needed else None
         for (shape, kind), needed in zip(kinds, needs, strict=True)
     ]
-    return _or_empty(dout, gradients)
-
-
-def _or_empty(like: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+    return or_empty(dout, gradients)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -216,8 +214,7 @@ def mask_embed(
     default on CUDA, "torch" elsewhere. Raises ValueError where shapes do not fit.
     """
     _check(patches, cls_token, mask_token, mask, pos)
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
+    check_backend(backend, BACKENDS)
     mask_token = None if mask is None else mask_token
     if dtype is None:
         dtype = patches.dtype
@@ -239,12 +236,7 @@ def _resolve(backend: str, x: Tensor, dtype: torch.dtype) -> str:
         obstacle = f"the kernels take rows of up to {WIDEST} channels, not {x.shape[2]}"
     if x.shape[0] * (x.shape[1] + 1) >= MOST_ROWS:
         obstacle = f"the kernels take fewer than {MOST_ROWS} rows"
-    if obstacle is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
-    warn_once(f"mask_embed runs on torch, slower: {obstacle}")
-    return "torch"
+    return triton_or_torch("mask_embed", backend, obstacle)
 
 
 def _check(patches, cls_token, mask_token, mask, pos) -> None:

@@ -9,19 +9,8 @@ keeps its share of the sums in registers. Formulas, shapes and types: `mask_embe
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
-from beit_fast.kernels.residual.forward import best_chunk, columns, there
-
-
-@triton.jit
-def _load_vector(
-    ptr,  # (D,)
-    i: tl.constexpr,  # number of the chunk
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    cols = columns(i, CHUNK)
-    return tl.load(ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+from beit_fast.kernels._triton import cdiv, contiguous_rows, gpu_of, launch, tl, triton
+from beit_fast.kernels.rows import best_chunk, columns, load_vector, there
 
 
 @triton.jit
@@ -67,9 +56,9 @@ def _mask_embed_forward_kernel(
     for i in tl.static_range(NUM_CHUNKS):
         value = values[i].to(tl.float32)
         if mask_ptr is not None:
-            mask_token = _load_vector(mask_token_ptr, i, D, CHUNK)
+            mask_token = load_vector(mask_token_ptr, i, D, CHUNK)
             value = tl.where(hidden[:, None], mask_token, value)
-        value = tl.where(is_cls[:, None], _load_vector(cls_token_ptr, i, D, CHUNK), value)
+        value = tl.where(is_cls[:, None], load_vector(cls_token_ptr, i, D, CHUNK), value)
         if pos_ptr is not None:
             value += positions[i].to(tl.float32)
         out = out_ptr + rows.to(tl.int64)[:, None] * D + columns(i, CHUNK)
@@ -182,7 +171,7 @@ def mask_embed_forward(
 ) -> Tensor:
     """out (B, N, D) by the kernel."""
     B, L, D = patches.shape
-    patches = patches if patches.stride(2) == 1 else patches.contiguous()
+    patches = contiguous_rows(patches)
     out = patches.new_empty((B, L + 1, D), dtype=dtype)
     tiles = _tiles(D)
     launch(
@@ -214,7 +203,7 @@ def mask_embed_backward(
     """
     B, N, D = dout.shape
     needs_patches, needs_cls, needs_mask_token, needs_pos = needs
-    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    dout = contiguous_rows(dout)
     tiles = _tiles(D)
     resident = _num_resident(dout, tiles["num_warps"])
     positions = N if needs_pos else N - 1

@@ -7,7 +7,7 @@ own (`cpu.py`).
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import check_floating
+from beit_fast.kernels.arguments import autocast_dtype, check_floating, check_rng
 from beit_fast.kernels.philox import draw_rng
 from beit_fast.kernels.residual.cpu import choose_backend, layer_norm_torch, scale_residual_torch
 from beit_fast.kernels.residual.drop_path import KeptSamples
@@ -36,7 +36,7 @@ def scale_residual(
     Raises ValueError where shapes or options do not fit.
     """
     _check_branch(x, branch, gamma, keep, bias, dropout_p, drop_path_p, kept)
-    rng = _rng(x, rng) if dropout_p or drop_path_p else None
+    rng = _drawn(rng, x) if dropout_p or drop_path_p else None
     dtype = x.dtype if dtype is None else dtype
     options = {"dropout_p": dropout_p, "drop_path_p": drop_path_p, "rng": rng}
     if choose_backend(x, branch, (dtype,), backend) == "torch":
@@ -72,9 +72,9 @@ def scale_residual_norm(
     """
     _check_branch(x, branch, gamma, keep, bias, dropout_p, drop_path_p, kept)
     _check_norm(x, norm_weight, norm_bias, norm_kept)
-    rng = _rng(x, rng) if dropout_p or drop_path_p else None
+    rng = _drawn(rng, x) if dropout_p or drop_path_p else None
     dtype = x.dtype if dtype is None else dtype
-    norm_dtype = _autocast_or(dtype, x) if norm_dtype is None else norm_dtype
+    norm_dtype = (autocast_dtype(x.device) or dtype) if norm_dtype is None else norm_dtype
     options = {"dropout_p": dropout_p, "drop_path_p": drop_path_p, "rng": rng}
     if choose_backend(x, branch, (dtype, norm_dtype), backend) == "torch":
         out = scale_residual_torch(x, branch, gamma, keep, bias, kept, dtype, **options)
@@ -100,7 +100,7 @@ def layer_norm(
     Raises ValueError where shapes do not fit.
     """
     _check_norm(x, weight, bias, kept)
-    dtype = _autocast_or(x.dtype, x) if dtype is None else dtype
+    dtype = (autocast_dtype(x.device) or x.dtype) if dtype is None else dtype
     if choose_backend(x, None, (dtype,), backend) == "torch":
         return layer_norm_torch(x, weight, bias, eps, kept, dtype)
     norm = {"norm_weight": weight, "norm_bias": bias, "norm_kept": kept, "eps": eps}
@@ -145,22 +145,11 @@ def _operator(
     )
 
 
-def _rng(x: Tensor, rng: Tensor | None) -> Tensor:
+def _drawn(rng: Tensor | None, x: Tensor) -> Tensor:
     if rng is None:
         return draw_rng(x.device)
-    if (rng.shape, rng.dtype, rng.device) != ((2,), torch.int64, x.device):
-        raise ValueError(
-            f"rng is {rng.dtype} {tuple(rng.shape)} on {rng.device}: pass int64 (2,), seed and "
-            f"offset, on {x.device}, as philox.draw_rng gives"
-        )
+    check_rng(rng, x.device)
     return rng
-
-
-def _autocast_or(dtype: torch.dtype, x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return dtype
 
 
 def _check_branch(x, branch, gamma, keep, bias, dropout_p, drop_path_p, kept) -> None:

@@ -7,8 +7,9 @@ Its schema, what it runs, what the compiler is told of it, and its gradient. Wha
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import interpreting
+from beit_fast.kernels._triton import contiguous_rows, interpreting
 from beit_fast.kernels.first_order import first_order
+from beit_fast.kernels.registration import implement, or_empty
 from beit_fast.kernels.residual.backward import scale_residual_backward
 from beit_fast.kernels.residual.cpu import scale_residual_backward_torch
 from beit_fast.kernels.residual.drop_path import KeptSamples
@@ -41,7 +42,6 @@ torch.library.define(
     "-> (Tensor dx, Tensor dbranch, Tensor dbias, Tensor dgamma, Tensor dnorm_weight, "
     "Tensor dnorm_bias)",
 )
-_DEVICES = ("CPU", "CUDA")
 
 
 def _forward(
@@ -66,11 +66,11 @@ def _forward(
                 ln = layer_norm_reference(normed, norm_weight, norm_bias, **norm)
                 for output, value in zip(outputs[1:], (ln, mean, rstd), strict=True):
                     output.copy_(value.view(output.shape))
-        return _or_empty(x, outputs)
+        return or_empty(x, outputs)
     out, ln, mean, rstd = outputs
     scale_residual_forward(
-        _rows(x),
-        _rows(branch),
+        contiguous_rows(x),
+        contiguous_rows(branch),
         bias,
         gamma,
         keep,
@@ -86,7 +86,7 @@ def _forward(
         rstd=rstd,
         **options,
     )
-    return _or_empty(x, outputs)
+    return or_empty(x, outputs)
 
 
 def _backward(
@@ -119,17 +119,17 @@ def _backward(
             for output, value in zip(outputs, values, strict=True):
                 if output is not None:
                     output.copy_(value)
-        return _or_empty(like, outputs)
+        return or_empty(like, outputs)
     names = ("dx", "dbranch", "dbias", "dgamma", "dnorm_weight", "dnorm_bias")
     scale_residual_backward(
-        _rows(dout),
-        _rows(dln),
-        _rows(normed),
+        contiguous_rows(dout),
+        contiguous_rows(dln),
+        contiguous_rows(normed),
         mean,
         rstd,
         norm_weight,
         norm_slots,
-        _rows(branch),
+        contiguous_rows(branch),
         bias,
         gamma,
         keep,
@@ -139,7 +139,7 @@ def _backward(
         **dict(zip(names, outputs, strict=True)),
         **options,
     )
-    return _or_empty(like, outputs)
+    return or_empty(like, outputs)
 
 
 def _empty_outputs(x, branch, num_normed, eps, dtype, norm_dtype) -> list[Tensor | None]:
@@ -164,15 +164,6 @@ def _empty_gradients(like, shape, num_kept, dtype, branch_dtype, needs) -> list[
     ]
 
 
-def _or_empty(like: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
-
-
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """The tensor with contiguous rows."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _kept(slots: Tensor | None, count: int) -> KeptSamples | None:
     return None if slots is None else KeptSamples(slots.argsort()[len(slots) - count :], slots)
 
@@ -181,9 +172,8 @@ def _takes_reference(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not interpreting()
 
 
-# As a decorator `impl` would leave None behind in place of the function.
-torch.library.impl("beit_fast::scale_residual", _DEVICES, _forward)
-torch.library.impl("beit_fast::scale_residual_backward", _DEVICES, _backward)
+implement("scale_residual", _forward)
+implement("scale_residual_backward", _backward)
 
 
 @torch.library.register_fake("beit_fast::scale_residual")
@@ -191,7 +181,7 @@ def _(
     x, branch, bias, gamma, keep, branch_slots, rng, dropout_p, drop_path_p,
     norm_weight, norm_bias, norm_slots, num_normed, eps, dtype, norm_dtype,
 ):  # fmt: skip
-    return _or_empty(x, _empty_outputs(x, branch, num_normed, eps, dtype, norm_dtype))
+    return or_empty(x, _empty_outputs(x, branch, num_normed, eps, dtype, norm_dtype))
 
 
 @torch.library.register_fake("beit_fast::scale_residual_backward")
@@ -200,7 +190,7 @@ def _(
     dropout_p, drop_path_p, norm_weight, norm_slots, shape, num_kept, dtype, branch_dtype, needs,
 ):  # fmt: skip
     like = dln if dout is None else dout
-    return _or_empty(like, _empty_gradients(like, shape, num_kept, dtype, branch_dtype, needs))
+    return or_empty(like, _empty_gradients(like, shape, num_kept, dtype, branch_dtype, needs))
 
 
 def _setup_context(ctx, inputs, output) -> None:

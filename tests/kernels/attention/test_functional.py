@@ -189,7 +189,7 @@ def test_options_out_of_range_are_refused_by_name():
     for scale in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="pass a positive number"):
             attention(q, k, v, scale=scale)
-    with pytest.raises(ValueError, match=r"pass int64 \(2,\) on "):
+    with pytest.raises(ValueError, match=r"pass int64 \(2,\), seed and offset, on "):
         attention(q, k, v, dropout_p=0.1, rng=torch.zeros(2))
     with pytest.raises(ValueError, match="draws its dropout itself"):
         attention(q, k, v, dropout_p=0.1, rng=draw_rng(q.device), backend="sdpa")
