@@ -1,28 +1,25 @@
 """What the command `beit-fast` starts: `beit_fast.cli`, with an answer to signals from the start.
 
-Importing torch and the package takes seconds. This file lies outside the package, whose own import
-is the first of them, so that Ctrl-C meanwhile ends with one line and 130 and not with a traceback,
-or an exception that some library's import swallows. Whoever reads the output and goes away
-(`beit-fast --help | head -1`) ends the command as it ends others, with 141.
+Importing torch and what a verb runs takes seconds. This file lies outside the package, so that
+Ctrl-C before the work begins, during any import, ends with one line and 130, and not with a
+traceback or an exception that some library's import swallows. Whoever reads the output and goes
+away (`beit-fast --help | head -1`) ends the command as it ends others, with 141.
 """
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 
 def main() -> int:
     """Run the command line. Returns its exit code."""
-    answers = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # nohup ignores it
-    if answers:
-        signal.signal(signal.SIGINT, _end_at_once)
-    from beit_fast import cli
-
     try:
-        if answers:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with _ended_by_ctrl_c():
+            from beit_fast import cli
         try:
-            return cli.main()
+            return cli.main(preparing=_ended_by_ctrl_c)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -35,8 +32,24 @@ def main() -> int:
         return 128 + signal.SIGINT
 
 
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process, for nothing has begun; afterwards it is an exception again.
+
+    Where it is ignored (nohup), it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _end_at_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _end_at_once(signum: int, _frame: object) -> None:
-    """Without an exception: nothing has begun, and it would pass through other people's imports."""
+    """Without an exception: it would pass through other people's imports."""
     os.write(2, b"beit-fast: interrupted before it began\n")
     os._exit(128 + signum)
 

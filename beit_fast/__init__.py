@@ -1,19 +1,28 @@
-"""beit_fast: BEiT pre-training and backbones, built for throughput."""
+"""beit_fast: BEiT pre-training and backbones, built for throughput.
 
-from beit_fast.acceleration.patching import accelerate, restore
-from beit_fast.model.beit import Beit
-from beit_fast.model.config import BeitConfig, beit_config
-from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.model.pyramid import BeitFeaturePyramid
-from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
-from beit_fast.weights.pretrained import (
-    convert,
-    from_pretrained,
-    load_pretrained,
-    push_to_hub,
-    save_pretrained,
-)
-from beit_fast.weights.published import PUBLISHED, published
+The table of contents. Importing the package imports none of it, for torch takes seconds and neither
+`beit-fast --help` nor the kernels need the rest. The first name asked for brings them all and
+registers the operators, torch.ops.beit_fast; but those that need no torch come without it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from beit_fast.acceleration.patching import accelerate, restore
+    from beit_fast.model.beit import Beit
+    from beit_fast.model.config import BeitConfig, beit_config
+    from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
+    from beit_fast.model.pyramid import BeitFeaturePyramid
+    from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
+    from beit_fast.weights.pretrained import (
+        convert,
+        from_pretrained,
+        load_pretrained,
+        push_to_hub,
+        save_pretrained,
+    )
+    from beit_fast.weights.published import PUBLISHED, published
 
 __all__ = [
     "PUBLISHED",
@@ -34,3 +43,33 @@ __all__ = [
     "restore",
     "save_pretrained",
 ]
+
+_NAMES = {  # by the module they are in, as above
+    "acceleration.patching": ("accelerate", "restore"),
+    "model.beit": ("Beit",),
+    "model.config": ("BeitConfig", "beit_config"),
+    "model.heads": ("BeitForImageClassification", "BeitForMaskedImageModeling"),
+    "model.pyramid": ("BeitFeaturePyramid",),
+    "model.resize": ("resize_pos_embed", "resize_rel_pos_table"),
+    "weights.pretrained": (
+        *("convert", "from_pretrained", "load_pretrained", "push_to_hub", "save_pretrained"),
+    ),
+    "weights.published": ("PUBLISHED", "published"),
+}
+_WITHOUT_TORCH = ("model.config", "weights.published")
+# After `import beit_fast`, beit_fast.model.layers and the like are there as well.
+_ROOMS = ("acceleration", "kernels", "model", "weights")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in (*__all__, *_ROOMS):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    alone = [module for module in _WITHOUT_TORCH if name in _NAMES[module]]
+    for module in alone or _NAMES:
+        found = importlib.import_module(f"{__name__}.{module}")
+        globals().update({each: getattr(found, each) for each in _NAMES[module]})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -1,9 +1,12 @@
 """The command line: `beit-fast <verb> <recipe> [--section.field value ...]`.
 
-Flags are generated from the recipe's dataclasses, on top of the recipe's own values.
+Flags are generated from the recipe's dataclasses, on top of the recipe's own values. What a verb
+runs is imported when all its arguments are read: torch takes seconds, `--help` and a wrong flag
+are answered without it.
 """
 
 import codecs
+import contextlib
 import inspect
 import io
 import logging
@@ -15,24 +18,14 @@ from typing import Any, Literal
 
 from beit_fast import recipes
 from beit_fast.checks import Count, Filled, Side, check_fields
-from beit_fast.data.loader import BadDataError
+from beit_fast.errors import RunError
 from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
-from beit_fast.parsing import make, new_parser, read
-from beit_fast.tasks.evaluate.checkpoints import statistics_of, write_image_processor
-from beit_fast.tasks.evaluate.predict import PredictConfig, run_prediction
-from beit_fast.tasks.evaluate.task import EvaluateConfig, run_evaluation
-from beit_fast.tasks.finetune.task import run_finetuning
-from beit_fast.tasks.pretrain.dvae import run_dvae
-from beit_fast.tasks.pretrain.pipeline import run_pretraining
-from beit_fast.tasks.pretrain.pretokenize import run_pretokenize
-from beit_fast.tasks.probe.task import run_probe
-from beit_fast.tokenizer.dalle import convert_dalle
-from beit_fast.train.graph import CaptureError
-from beit_fast.train.step import NonFiniteLoss
+from beit_fast.parsing import add_removed, make, new_parser, read
+from beit_fast.tasks.evaluate.config import EvaluateConfig, PredictConfig
 from beit_fast.train.stop import Interrupted
-from beit_fast.weights.pretrained import convert
 
+Run = Callable[[Any], Any]  # of a configuration
 NAMES = "beit_fast.names"
 # torch's words: a GPU's error has a type of its own, a CPU's and a size beyond 64 bits have none.
 OUT_OF_MEMORY = "out of memory|can't allocate memory|not enough memory|Storage size calculation"
@@ -54,17 +47,16 @@ USAGE = """usage: beit-fast <verb> ...
 `beit-fast pretrain` lists the recipes; `beit-fast pretrain RECIPE --help` every field of one,
 and `--print_config` its values as YAML for `--config FILE`."""
 
-VERBS: dict[str, tuple[dict[str, Callable[[], Any]], Callable[[Any], None]]] = {
-    "pretrain": (recipes.PRETRAIN, run_pretraining),
-    "pretokenize": (recipes.PRETOKENIZE, run_pretokenize),
-    "finetune": (recipes.FINETUNE, run_finetuning),
-    "probe": (recipes.PROBE, run_probe),
-    "tokenizer": (recipes.TOKENIZER, run_dvae),
-}
 
+def main(
+    arguments: Sequence[str] | None = None,
+    preparing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> int:
+    """Run one command. 0 done, 1 an error of one line, 2 wrong usage, 130 or 143 a signal.
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. 0 done, 1 an error of one line, 2 wrong usage, 130 or 143 a signal."""
+    Inside `preparing()` lies all that comes before the work: arguments, and imports that take
+    seconds. See beit_fast_main.py.
+    """
     codecs.register_error(NAMES, _as_bytes)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -79,13 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{USAGE}\n\nbeit-fast: there is no verb {verb!r}", file=sys.stderr)
         return 2
     try:
-        if verb in WITHOUT_RECIPE:
-            WITHOUT_RECIPE[verb](rest)
-        else:
-            known, run = VERBS[verb]
-            if not rest or rest[0] not in known:
-                return _list_recipes(verb, known, rest)
-            run(parse(verb, rest[0], known[rest[0]], rest[1:]))
+        with preparing():
+            if verb in WITHOUT_RECIPE:
+                parse_verb, load = WITHOUT_RECIPE[verb]
+                config = parse_verb(rest)
+            else:
+                known, load = VERBS[verb]
+                if not rest or rest[0] not in known:
+                    return _list_recipes(verb, known, rest)
+                config = parse(verb, rest[0], known[rest[0]], rest[1:])
+            run = load()
+        run(config)
         with naming("standard output"):
             sys.stdout.flush()  # at exit it would be too late to say so
     except Interrupted as stop:
@@ -96,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # whoever read the output has gone: see beit_fast_main.py
         raise
-    except (ValueError, OSError, BadDataError, NonFiniteLoss, CaptureError) as error:
+    except (ValueError, OSError, RunError) as error:
         print(f"beit-fast: {describe(error)}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
@@ -141,6 +137,7 @@ def parse(verb: str, name: str, recipe: Callable[[], Any], arguments: Sequence[s
     )
     parser.add_argument("--config", action="config", help="YAML file of fields to change")
     parser.add_class_arguments(type(default))
+    add_removed(parser, type(default))
     parser.set_defaults(asdict(default))
     chosen = read(parser, arguments, type(default))
     return make(type(default), {k: v for k, v in chosen.items() if k != "config"})
@@ -157,11 +154,32 @@ def _list_recipes(verb: str, known: dict[str, Callable[[], Any]], rest: Sequence
     return 0 if rest and not asked else 2
 
 
-def _convert_dalle(arguments: Sequence[str]) -> None:
-    description = inspect.getdoc(convert_dalle).splitlines()[0]
+@dataclass(frozen=True, kw_only=True)
+class ConvertDalleConfig:
+    """OpenAI's two files, and the one to write.
+
+    Args:
+        encoder: path of encoder.pkl
+        decoder: path of decoder.pkl
+        output: path of the safetensors file to write
+        overwrite: replace an output that exists
+    """
+
+    encoder: Filled
+    decoder: Filled
+    output: Filled
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def parse_convert_dalle(arguments: Sequence[str]) -> ConvertDalleConfig:
+    """`beit-fast convert-dalle` with these arguments."""
+    description = "OpenAI's pickled dVAE as one safetensors file, without running code from it."
     parser = new_parser("beit-fast convert-dalle", description=description)
-    parser.add_function_arguments(convert_dalle)
-    print(f"wrote {convert_dalle(**read(parser, arguments))}")
+    parser.add_class_arguments(ConvertDalleConfig)
+    return make(ConvertDalleConfig, read(parser, arguments, ConvertDalleConfig))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,20 +199,18 @@ class ConvertConfig:
         check_fields(self)
 
 
-def _convert(arguments: Sequence[str]) -> None:
-    description = inspect.getdoc(convert).splitlines()[0]
+def parse_convert(arguments: Sequence[str]) -> ConvertConfig:
+    """`beit-fast convert` with these arguments."""
+    description = "Write a checkpoint in another layout; dtypes stay, and so does every value."
     parser = new_parser("beit-fast convert", description=description)
     parser.add_argument("source", help="file, folder, output of a run, or published name")
     parser.add_argument("target", help="file to write; for hf a folder")
     parser.add_argument("--to", type=Literal["unilm", "timm", "hf"], required=True)
     parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
     parser.add_class_arguments(ConvertConfig, skip={"source", "target", "to", "overwrite"})
-    fields = read(parser, arguments, ConvertConfig)
-    chosen = asdict(make(ConvertConfig, fields, arguments=("source", "target")))
-    chosen["statistics"] = chosen["statistics"] or statistics_of(chosen["source"])
-    print(convert(**chosen))
-    if chosen["to"] == "hf" and (file := write_image_processor(chosen["source"], chosen["target"])):
-        print(f"{file}: how its images are made")
+    return make(
+        ConvertConfig, read(parser, arguments, ConvertConfig), arguments=("source", "target")
+    )
 
 
 def parse_evaluate(arguments: Sequence[str]) -> EvaluateConfig:
@@ -222,11 +238,81 @@ def parse_predict(arguments: Sequence[str]) -> PredictConfig:
     )
 
 
-WITHOUT_RECIPE: dict[str, Callable[[Sequence[str]], Any]] = {
-    "evaluate": lambda arguments: run_evaluation(parse_evaluate(arguments)),
-    "predict": lambda arguments: run_prediction(parse_predict(arguments)),
-    "convert": _convert,
-    "convert-dalle": _convert_dalle,
+def _pretrain() -> Run:
+    from beit_fast.tasks.pretrain.pipeline import run_pretraining
+
+    return run_pretraining
+
+
+def _pretokenize() -> Run:
+    from beit_fast.tasks.pretrain.pretokenize import run_pretokenize
+
+    return run_pretokenize
+
+
+def _finetune() -> Run:
+    from beit_fast.tasks.finetune.task import run_finetuning
+
+    return run_finetuning
+
+
+def _probe() -> Run:
+    from beit_fast.tasks.probe.task import run_probe
+
+    return run_probe
+
+
+def _tokenizer() -> Run:
+    from beit_fast.tasks.pretrain.dvae import run_dvae
+
+    return run_dvae
+
+
+def _evaluate() -> Run:
+    from beit_fast.tasks.evaluate.task import run_evaluation
+
+    return run_evaluation
+
+
+def _predict() -> Run:
+    from beit_fast.tasks.evaluate.predict import run_prediction
+
+    return run_prediction
+
+
+def _convert() -> Run:
+    from beit_fast.tasks.evaluate.checkpoints import statistics_of, write_image_processor
+    from beit_fast.weights.pretrained import convert
+
+    def run(config: ConvertConfig) -> None:
+        chosen = asdict(config)
+        chosen["statistics"] = config.statistics or statistics_of(config.source)
+        print(convert(**chosen))
+        if config.to == "hf" and (file := write_image_processor(config.source, config.target)):
+            print(f"{file}: how its images are made")
+
+    return run
+
+
+def _convert_dalle() -> Run:
+    from beit_fast.tokenizer.dalle import convert_dalle
+
+    return lambda config: print(f"wrote {convert_dalle(**asdict(config))}")
+
+
+# What a verb is: its recipes, or what reads its arguments; and what imports the function it runs.
+VERBS: dict[str, tuple[dict[str, Callable[[], Any]], Callable[[], Run]]] = {
+    "pretrain": (recipes.PRETRAIN, _pretrain),
+    "pretokenize": (recipes.PRETOKENIZE, _pretokenize),
+    "finetune": (recipes.FINETUNE, _finetune),
+    "probe": (recipes.PROBE, _probe),
+    "tokenizer": (recipes.TOKENIZER, _tokenizer),
+}
+WITHOUT_RECIPE: dict[str, tuple[Callable[[Sequence[str]], Any], Callable[[], Run]]] = {
+    "evaluate": (parse_evaluate, _evaluate),
+    "predict": (parse_predict, _predict),
+    "convert": (parse_convert, _convert),
+    "convert-dalle": (parse_convert_dalle, _convert_dalle),
 }
 
 

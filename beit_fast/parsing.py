@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -24,6 +24,24 @@ from beit_fast.flags import flags_of
 def new_parser(command: str, **options: Any) -> ArgumentParser:
     """jsonargparse's, for `read`. A flag is never guessed from its first letters."""
     return ArgumentParser(prog=command, exit_on_error=False, allow_abbrev=False, **options)
+
+
+def add_removed(parser: ArgumentParser, config_type: type) -> None:
+    """Take fields that a section had once, `REMOVED`, where they say what holds now: files of
+    earlier versions are read. Neither --help nor --print_config has them."""
+    unseen = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    for path, value in _removed(config_type).items():
+        parser.add_argument(f"--{path}", type=Literal[value], **unseen)
+
+
+def _removed(config_type: type, section: str = "") -> dict[str, Any]:
+    """Dotted names of fields that are gone, with what holds now."""
+    gone = getattr(config_type, "REMOVED", {})
+    found = {section + name: value for name, value in gone.items()}
+    for name, hint in hints(config_type).items():
+        if (inner := section_type(hint)) is not None:
+            found |= _removed(inner, f"{section}{name}.")
+    return found
 
 
 def read(
@@ -201,6 +219,8 @@ def make(
     """
     fields = {}
     for name, value in values.items():
+        if name in getattr(config_type, "REMOVED", {}):
+            continue
         inner = section_type(hints(config_type)[name])
         if inner is not None and value is not None:
             if not isinstance(value, Mapping):

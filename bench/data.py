@@ -29,14 +29,16 @@ from records import Records
 from timing import RESULTS, conditions, conditions_line, format_table
 
 import beit_fast.data
+from beit_fast.data.config import MaskingConfig
 from beit_fast.data.loader import Loader
-from beit_fast.data.masking import MaskingConfig, draw_mask
+from beit_fast.data.masking import draw_mask
 from beit_fast.data.samples import PretrainSample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import decode_fast, decode_pillow
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.views.color_jitter import apply_jitter, jitter_views
-from beit_fast.data.views.two_views import ViewConfig, make_views, normalize, two_views
+from beit_fast.data.views.config import ViewConfig
+from beit_fast.data.views.two_views import make_views, normalize, two_views
 
 GRID = (14, 14)
 PARTS = ("masks", "jitter", "transforms", "distance", "loader")

@@ -44,7 +44,8 @@ from beit_fast.kernels.residual import (
 )
 from beit_fast.kernels.residual.drop_path import draw_kept_samples
 from beit_fast.model.config import beit_config
-from beit_fast.tokenizer.dvae import DvaeConfig, map_pixels
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import map_pixels
 from beit_fast.tokenizer.frozen import FrozenTokenizer
 
 IMAGES_AT_A_TIME = 16  # of eager and fp64: (16, 12, 197, 197) in fp64 are 60 MB

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from beit_fast.kernels.exact_fp32 import exact_fp32
 from beit_fast.model.config import BeitConfig
-from beit_fast.tasks.finetune.task import FinetuneConfig, FinetuneTask, LabelledDataConfig
+from beit_fast.tasks.finetune.config import FinetuneConfig, LabelledDataConfig
+from beit_fast.tasks.finetune.task import FinetuneTask
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import TaskLoss

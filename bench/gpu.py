@@ -247,7 +247,7 @@ def next_steps(facts: list[Fact], not_begun: list[str], gpu: str, again: str) ->
     if rest := [*cut, *not_begun]:
         steps.append(f"what had no time: {again} --only {' '.join(rest)}")
     if gpu:
-        steps.append("commit bench/results, then python bench/report.py --html report.html")
+        steps.append("commit bench/results, then python bench/report.py --pages --html report.html")
     return steps or ["nothing: all stages run; on a GPU they measure"]
 
 

@@ -407,10 +407,10 @@ def loader(room: Room) -> None:
             return
     from data import InMemory, ManyTimes
 
+    from beit_fast.data.config import MaskingConfig
     from beit_fast.data.loader import Loader
-    from beit_fast.data.masking import MaskingConfig
     from beit_fast.data.samples import PretrainSample
-    from beit_fast.data.views.two_views import ViewConfig
+    from beit_fast.data.views.config import ViewConfig
 
     cores = len(os.sched_getaffinity(0))
     source = ManyTimes(InMemory(None))

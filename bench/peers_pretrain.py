@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit_fast.data.masking import MaskingConfig
+from beit_fast.data.config import MaskingConfig
 from beit_fast.data.samples import PretrainSample
+from beit_fast.data.views.config import ViewConfig
 from beit_fast.data.views.statistics import HALF_MEAN, HALF_STD
-from beit_fast.data.views.two_views import ViewConfig, normalize
+from beit_fast.data.views.two_views import normalize
 from beit_fast.kernels.exact_fp32 import exact_fp32
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForMaskedImageModeling

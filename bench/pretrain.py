@@ -72,15 +72,17 @@ from timing import (
 )
 from torch import Tensor, nn
 
+from beit_fast.data.config import PHOTOGRAPHS, DataConfig, MaskingConfig
 from beit_fast.data.loader import Loader
-from beit_fast.data.masking import MaskingConfig, draw_mask
+from beit_fast.data.masking import draw_mask
 from beit_fast.data.samples import PretrainSample
 from beit_fast.data.seeds import SampleSeed
-from beit_fast.data.views.two_views import ViewConfig
+from beit_fast.data.views.config import ViewConfig
 from beit_fast.model.config import BeitConfig, beit_config
-from beit_fast.tasks.pretrain.task import PretrainConfig, PretrainTask
-from beit_fast.tasks.sources import PHOTOGRAPHS, DataConfig
-from beit_fast.tokenizer.dvae import STRIDE, Dvae, DvaeConfig
+from beit_fast.tasks.pretrain.config import PretrainConfig
+from beit_fast.tasks.pretrain.task import PretrainTask
+from beit_fast.tokenizer.config import STRIDE, DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import TaskLoss, compile_mode, graphed, preparation
 from beit_fast.train.optim import Schedule, build_optimizer, clip_gradients

@@ -1,297 +1,99 @@
-"""One page of all that was measured, and the README's tables, from bench/results.
+"""One page of all that was measured, and the tables of the Markdown pages, from bench/results.
 
     python bench/report.py --html report.html [--png FOLDER]
-    python bench/report.py --readme [--check]         # write the tables, or only compare them
+    python bench/report.py --pages [--check]          # write the tables, or only compare them
 
-Every figure stands with its conditions, in the page and in the README. A result that is expected
+Every figure stands with its conditions, in the page and in the tables. A result that is expected
 and has no file is "not measured", with the command that measures it; nothing is filled in.
+
+README.md and the pages in docs/ ask for a table by a pair of comments, and what stands between
+them is written anew:
+
+    <!-- bench: NAME -->
+    <!-- end -->
 """
 
 import argparse
 import base64
-import csv
 import html
 import io
 import math
 import re
-import statistics
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from facts import Fact
-from report_gpu import gpu_page, gpu_table, read_gpus
+from report_gpu import gpu_page, read_gpus
+from report_tables import (
+    EXPECTED,
+    NOT_MEASURED,
+    TABLES,
+    Row,
+    pretrain_settings,
+    read_results,
+    short,
+    split_row,
+)
 from timing import RESULTS, conditions_line
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-# Results that the page has a place for, and the commands that write them.
-EXPECTED = {
-    "pretrain-base-cuda": "python bench/pretrain.py --size base --batch 128 256 --device cuda",
-    "pretrain-large-cuda": "python bench/pretrain.py --size large --batch 128 256 --device cuda",
-    "pretrain-base-cpu": "python bench/pretrain.py --size base --batch 4 --device cpu",
-    "model-base-cuda": "python bench/model.py --device cuda --dtype bf16 --batch 128",
-    "model-base-cpu": "python bench/model.py --size base --batch 4",
-    "finetune-base-cuda": "python bench/model.py --finetune --device cuda --dtype bf16 --batch 128",
-    "finetune-base-cpu": "python bench/model.py --finetune --size base --batch 4",
-    "kernels-attention-cuda": "python bench/kernels.py attention",
-    "kernels-residual-cuda": "python bench/kernels.py residual",
-    "kernels-cross_entropy-cuda": "python bench/kernels.py cross_entropy",
-    "kernels-input-cuda": "python bench/kernels.py input",
-    "kernels-conv-cuda": "python bench/kernels.py conv",
-    "kernels-pieces-cuda": "python bench/kernels.py pieces",
-    "tokenizer-speed-random-cuda": "python bench/tokenizer.py speed",
-    "data": "python bench/data.py",
-    "science-evidence": "python bench/science.py evidence",
-    "science-table4": "python bench/science.py table4",
-}
-SIZES = {"small": "S", "base": "B", "large": "L"}
+ROOT = Path(__file__).resolve().parents[1]
 STAGES = (
     "data", "copy", "input", "tokenizer", "encoder forward", "head", "backward", "optimiser",
 )  # fmt: skip
-NOT_MEASURED = "not measured"
-
-Row = dict[str, str]
 
 
-def read_results(folder: Path) -> dict[str, list[Row]]:
-    """File name without its end -> its rows."""
-    results = {}
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            results[path.stem] = list(csv.DictReader(file))
-    return results
+def tables_of_pages(
+    root: Path, results: dict[str, list[Row]], gpus: dict[str, list[Fact]]
+) -> dict[Path, str]:
+    """The pages below `root` whose tables are not what the results say, with the text they want.
 
-
-def split_row(row: Row) -> tuple[Row, Row]:
-    """What was measured, and its conditions: those columns start with the machine."""
-    names = list(row)
-    first = names.index("machine")
-    return {n: row[n] for n in names[:first]}, {n: row[n] for n in names[first:]}
-
-
-# --- the README -----------------------------------------------------------------------------------
-
-
-def readme_with_tables(
-    text: str, results: dict[str, list[Row]], gpus: dict[str, list[Fact]] | None = None
-) -> str:
-    """The page with what stands between `<!-- bench: NAME -->` and `<!-- end -->` written anew.
-
-    `gpus` are the facts of bench/gpu.py by GPU. Raises ValueError for a name that is not in TABLES,
-    and where one of them has no place.
+    `gpus` are the facts of bench/gpu.py by GPU. Raises ValueError that names the page for a table
+    that is not in TABLES or has no end, and where one of TABLES stands in no page.
     """
-    found = set()
+    changed, placed = {}, set()
+    for path in [root / "README.md", *sorted(root.glob("docs/**/*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        try:
+            made, names = with_tables(text, results, gpus)
+        except ValueError as error:
+            raise ValueError(f"{path.relative_to(root)} {error}") from error
+        placed |= names
+        if made != text:
+            changed[path] = made
+    if missing := sorted(TABLES.keys() - placed):
+        lines = "\n".join(f"<!-- bench: {name} -->\n<!-- end -->" for name in missing)
+        raise ValueError(f"no page has a place for {missing}: put into one\n{lines}")
+    return changed
+
+
+def with_tables(
+    text: str, results: dict[str, list[Row]], gpus: dict[str, list[Fact]]
+) -> tuple[str, set[str]]:
+    """A page with its tables written anew, and their names.
+
+    Raises ValueError for a name that is not in TABLES, and for a table without its end.
+    """
+    found: list[str] = []
 
     def table(match: re.Match) -> str:
         name = match[1]
         if name not in TABLES:
-            raise ValueError(f"the README wants a table {name!r}: take one of {', '.join(TABLES)}")
-        found.add(name)
-        made = TABLES[name](gpus or {} if name == "gpu" else results)
+            raise ValueError(f"wants a table {name!r}: take one of {', '.join(TABLES)}")
+        found.append(name)
+        made = TABLES[name](gpus if name == "gpu" else results)
         return f"<!-- bench: {name} -->\n{made}\n<!-- end -->"
 
-    text = re.sub(r"<!-- bench: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
-    if missing := TABLES.keys() - found:
-        lines = "\n".join(f"<!-- bench: {name} -->\n<!-- end -->" for name in sorted(missing))
-        raise ValueError(f"the README has no place for {sorted(missing)}: put in\n{lines}")
-    return text
+    # Up to the next comment alone: a table without an end must not swallow what follows.
+    place = r"^<!-- bench: (\S+) -->\n(?:(?!<!--).)*?<!-- end -->"
+    made = re.sub(place, table, text, flags=re.DOTALL | re.MULTILINE)
+    begun = re.findall(r"^<!-- bench: (\S+) -->", text, flags=re.MULTILINE)
+    if begun != found:
+        raise ValueError(f"begins tables {begun} and ends {found}: close each with <!-- end -->")
+    return made, set(found)
 
 
-def model_table(results: dict[str, list[Row]]) -> str:
-    """BEiT-B on a CPU against timm and transformers, by task and pass."""
-    return _against_libraries("model-base-cpu", results)
-
-
-def finetune_table(results: dict[str, list[Row]]) -> str:
-    """The same of whole fine-tuning steps."""
-    return _against_libraries("finetune-base-cpu", results)
-
-
-def _against_libraries(name: str, results: dict[str, list[Row]]) -> str:
-    rows = results.get(name)
-    if not rows:
-        return _not_measured(name)
-    first = rows[0]
-    lines = _sentence(
-        f"BEiT-{SIZES[first['size']]} at {first['img_size']} px, batch {first['batch']}, "
-        f"{first['dtype']}, {_where(name, first)}"
-    )
-    titles = (
-        "task, pass", "ours, ms", "timm / ours", "transformers / ours", "peak memory, the same"
-    )  # fmt: skip
-    cells = []
-    tasks = {
-        "classifier": "classifier",
-        "features": "features",
-        "mim": "masked image modelling",
-        "finetune": "fine-tuning",
-    }
-    passes = {"train_step": "training step", "forward": "forward"}
-    for task, title in tasks.items():
-        for kind, called in passes.items():
-            who = {
-                r["model"]: r
-                for r in rows
-                if (r["task"], r["pass"], r["mode"]) == (task, kind, "eager")
-            }
-            if not who:
-                continue
-            peers = [who.get(peer) for peer in ("timm", "transformers")]
-            ratios = [_ratio(p) if p else "has none" for p in peers]
-            memory = ", ".join(
-                f"{float(p['memory_ratio']):.2f}" for p in peers if p and p["memory_ratio"]
-            )
-            ours = f"{float(who['ours']['ms']):.0f}"
-            cells.append([f"{title}, {called}", ours, *ratios, memory])
-    return "\n".join([*lines, "", *_table(titles, cells)])
-
-
-def pretrain_table(results: dict[str, list[Row]]) -> str:
-    """Whole steps: images a second of ours, and the times of peers by ours."""
-    names = [name for name in EXPECTED if name.startswith("pretrain-")]
-    names += sorted(n for n in results if n.startswith("pretrain-") and n not in names)
-    peers = ["timm", "timm-compiled", "transformers", "transformers-compiled", "official"]
-    measured = {row["candidate"] for name in names for row in results.get(name, [])}
-    peers = [peer for peer in peers if peer in measured]
-    titles = ("step", "ours, images/s", *(f"{peer} / ours" for peer in peers), "MFU")
-    cells, sentences = [], []
-    for name in names:
-        rows = results.get(name)
-        if not rows:
-            size, device = name.split("-")[1:3]
-            where = "a GPU" if device == "cuda" else "a CPU"
-            blank = [""] * (len(peers) + 1)
-            cells.append([f"BEiT-{SIZES[size]} on {where}", NOT_MEASURED, *blank])
-            continue
-        sentences += _sentence(
-            f"BEiT-{SIZES[rows[0]['size']]}, {rows[0]['dtype']}, {_where(name, rows[0])}"
-        )
-        for setting, group in pretrain_settings(rows):
-            steps = {r["candidate"]: r for r in group if r["part"] == "step"}
-            ratios = [_ratio(steps[p]) if p in steps else "" for p in peers]
-            ours = steps["ours"]
-            rate = short(ours["images_per_second"])
-            title = f"BEiT-{SIZES[ours['size']]}, {setting}"
-            cells.append([title, rate, *ratios, utilisation(ours)])
-    blank = [""] if sentences else []
-    return "\n".join([*sentences, *blank, *_table(titles, cells)])
-
-
-def _ratio(row: Row) -> str:
-    """A peer's time by ours, or that it has none: the page of the report has the reason."""
-    return "did not run" if math.isnan(float(row["ratio"])) else f"{float(row['ratio']):.2f}"
-
-
-def utilisation(row: Row) -> str:
-    """Of the products measured in the same run, and of what the maker states where it does."""
-    shares = [f"{100 * float(row['mfu_measured']):.0f} % of measured"]
-    if row["mfu_stated"] != "not stated":
-        shares.append(f"{100 * float(row['mfu_stated']):.0f} % of stated")
-    return ", ".join(shares)
-
-
-def science_table(results: dict[str, list[Row]]) -> str:
-    """Test accuracies on digits: mean and standard error over seeds."""
-    pages = []
-    measures = ("fine-tuned", "linear", "kNN")
-    titles = ("fine-tuned, {labels_per_class} labels a class", "linear probe", "kNN")
-    for name, corner in (
-        ("science-evidence", "weights at the start"),
-        ("science-table4", "pre-training"),
-    ):
-        rows = results.get(name)
-        if not rows:
-            pages += [_not_measured(name), ""]
-            continue
-        seeds = len({row["seed"] for row in rows})
-        shown = rows[0]
-        took = f"{shown['minutes']} minutes in {shown['processes']} processes, "
-        means = f"mean and standard error over {seeds} seeds" if seeds > 1 else "one seed"
-        lines = _sentence(
-            f"Test accuracy in %, {means}; {took if shown['minutes'] else ''}{shown['machine']}, "
-            f"torch {shown['torch']} (`bench/results/{name}.csv`, commit {shown['commit']})."
-        )
-        groups: dict[str, dict[str, list[float]]] = {}
-        for row in rows:
-            of_variant = groups.setdefault(row["variant"], {})
-            of_variant.setdefault(row["measure"], []).append(100 * float(row["accuracy"]))
-        cells = []
-        for variant, found in groups.items():
-            paper = next(row["paper"] for row in rows if row["variant"] == variant)
-            beside = [f"{float(paper):.2f}"] if name == "science-table4" else []
-            cells.append([variant, *beside, *(mean_and_error(found[m]) for m in measures)])
-        heads = [corner, *(title.format(**rows[0]) for title in titles)]
-        if name == "science-table4":
-            heads.insert(1, "paper, ImageNet-1K")
-        else:
-            first, second = groups.values()
-            gains = [
-                mean_and_error([a - b for a, b in zip(first[m], second[m], strict=True)])
-                for m in measures
-            ]
-            cells.append(["difference, seed by seed", *gains])
-        pages += [*lines, "", *_table(heads, cells), ""]
-    return "\n".join(pages[:-1])
-
-
-def mean_and_error(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.fmean(values):.1f} ± {error:.1f}"
-
-
-def gpu_lines(gpus: dict[str, list[Fact]]) -> str:
-    """What bench/gpu.py found, beside floors, peers and predictions."""
-    return "\n".join(_table(*gpu_table(gpus)))
-
-
-TABLES: dict[str, Callable[[dict], str]] = {
-    "model": model_table,
-    "finetune": finetune_table,
-    "pretrain": pretrain_table,
-    "science": science_table,
-    "gpu": gpu_lines,
-}
-
-
-def pretrain_settings(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """The settings of a file of pretrain.py in its order, named, with their rows."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        tokens = "tokens given" if row["tokenizer"] == "none" else f"tokenizer {row['tokenizer']}"
-        name = f"{row['img_size']} px, batch {row['batch']}, {tokens}, {row['input']}"
-        groups.setdefault(name, []).append(row)
-    yield from groups.items()
-
-
-def _where(name: str, row: Row) -> str:
-    """The conditions of a row as the end of a sentence."""
-    threads = f"{row['threads']} thread{'s' * (row['threads'] != '1')} of "
-    versions = ", ".join(f"{p} {row[p]}" for p in ("torch", "timm", "transformers") if p in row)
-    return (
-        f"{threads}{row['machine']}, {versions}; medians of {row['rounds']} interleaved rounds "
-        f"(`bench/results/{name}.csv`, commit {row['commit']}). Above 1 ours is faster, or takes "
-        "less memory."
-    )
-
-
-def _sentence(text: str) -> list[str]:
-    return textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
-
-
-def _table(titles: Sequence[str], rows: list[list[str]]) -> list[str]:
-    """Lines of markdown."""
-    lines = ["".join(f"| {cell} " if cell else "| " for cell in row) for row in (titles, *rows)]
-    return [f"{lines[0]}|", f"|{' --- |' * len(titles)}", *(f"{line}|" for line in lines[1:])]
-
-
-def _not_measured(name: str) -> str:
-    return f"{NOT_MEASURED}: `{EXPECTED[name]}`"
-
-
-# --- the page -------------------------------------------------------------------------------------
+# --- the HTML page -----------------------------------------------------------------------------
 
 
 def page(
@@ -405,33 +207,29 @@ def html_table(rows: list[Row]) -> str:
     return f"<table><tr>{head}</tr>\n{body}</table>"
 
 
-def short(value: str) -> str:
-    """A number with three significant digits, other text as it is."""
-    try:
-        number = float(value)
-    except ValueError:
-        return value
-    return value if value.isdigit() else f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--html", type=Path, help="write the page here")
     parser.add_argument("--png", type=Path, help="write its pictures into this folder, too")
-    parser.add_argument("--readme", action="store_true", help="write the README's tables")
-    parser.add_argument("--check", action="store_true", help="with --readme: compare, do not write")
+    parser.add_argument(
+        "--pages", action="store_true", help="write the tables of README.md and docs/*.md"
+    )
+    parser.add_argument("--check", action="store_true", help="with --pages: compare, do not write")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     options = parser.parse_args()
-    if not (options.html or options.png or options.readme):
-        parser.error("nothing to write: pass --html FILE, --png FOLDER or --readme")
+    if not (options.html or options.png or options.pages):
+        parser.error("nothing to write: pass --html FILE, --png FOLDER or --pages")
     results, gpus = read_results(options.results), read_gpus(options.results)
-    if options.readme:
-        text = README.read_text(encoding="utf-8")
-        made = readme_with_tables(text, results, gpus)
-        if options.check and made != text:
-            sys.exit("README.md is not what the results say: run python bench/report.py --readme")
-        if not options.check:
-            README.write_text(made, encoding="utf-8")
+    if options.pages:
+        try:
+            made = tables_of_pages(ROOT, results, gpus)
+        except ValueError as error:
+            parser.error(str(error))
+        if options.check and made:
+            names = ", ".join(str(path.relative_to(ROOT)) for path in made)
+            sys.exit(f"{names}: not what the results say, run python bench/report.py --pages")
+        for path, text in made.items():
+            path.write_text(text, encoding="utf-8")
     if options.html or options.png:
         text, pictures = page(results, gpus)
         if options.html:

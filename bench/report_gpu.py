@@ -1,4 +1,4 @@
-"""What bench/gpu.py found, by GPU, for the page and the README of bench/report.py.
+"""What bench/gpu.py found, by GPU, for the page and the tables of bench/report.py.
 
 A folder results/gpu-<name> holds the facts of one GPU; of each figure the newest counts. It stands
 beside the share of the machine's least time that it reaches, the peer's time by ours, and what was
@@ -21,7 +21,7 @@ from facts import (
     wrong_facts,
 )
 
-# Of the README: stage, item and figure as they are called by patterns, and what to call them there.
+# Of the table: stage, item and figure as they are called by patterns, and what to call them there.
 SHOWN = (
     ("kernels", "attention N197", "forward", "attention, B 256, N 197, forward"),
     ("kernels", "attention N197", "backward", "attention with its bias's gradient, backward"),
@@ -64,7 +64,7 @@ def read_gpus(folder: Path) -> dict[str, list[Fact]]:
 
 
 def gpu_table(gpus: dict[str, list[Fact]]) -> tuple[Sequence[str], list[list[str]]]:
-    """Titles and cells for the README; "not measured" with the command where there is no GPU."""
+    """Titles and cells of the table; "not measured" with the command where there is no GPU."""
     titles = ("figure", "GPU", "measured", "of the floor", "a peer's time by ours", "predicted")
     if not gpus:
         return titles, [[f"all: `{COMMAND}`", "", "not measured", "", "", ""]]

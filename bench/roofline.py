@@ -25,7 +25,7 @@ from timing import Roof, conditions, conditions_line, format_table, measure_roof
 
 from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.model.heads import BeitForMaskedImageModeling
-from beit_fast.tokenizer.dvae import NUM_GROUPS, DvaeConfig
+from beit_fast.tokenizer.config import NUM_GROUPS, DvaeConfig
 
 STAGES = ("input", "tokenizer", "encoder forward", "head", "backward", "optimiser")
 PARTIAL_SUMS = 8  # of the bias gradient, (H, N, N) in fp32: written, then read and added

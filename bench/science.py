@@ -34,11 +34,13 @@ import torch
 from timing import RESULTS, conditions, conditions_line, format_table, write_results
 
 from beit_fast.recipes.digits import digits, finetune_digits, probe_digits, tokenizer_digits
-from beit_fast.tasks.finetune.task import FinetuneConfig, run_finetuning
+from beit_fast.tasks.finetune.config import FinetuneConfig
+from beit_fast.tasks.finetune.task import run_finetuning
+from beit_fast.tasks.pretrain.config import PretrainConfig
 from beit_fast.tasks.pretrain.dvae import TOKENIZER, run_dvae
 from beit_fast.tasks.pretrain.pipeline import run_pretraining
-from beit_fast.tasks.pretrain.task import PretrainConfig
-from beit_fast.tasks.probe.task import ProbeConfig, run_probe
+from beit_fast.tasks.probe.config import ProbeConfig
+from beit_fast.tasks.probe.task import run_probe
 from beit_fast.train.config import RunConfig
 
 LABELS = 10  # of each class

@@ -45,13 +45,16 @@ from timing import (
 )
 from torch import Tensor
 
+from beit_fast.data.config import PHOTOGRAPHS
 from beit_fast.data.sources.decode import decode_pillow
-from beit_fast.data.views.single_view import SingleViewConfig, crop_view
+from beit_fast.data.views.config import SingleViewConfig
+from beit_fast.data.views.single_view import crop_view
 from beit_fast.kernels.exact_fp32 import exact_fp32
 from beit_fast.kernels.head.linear_argmax import linear_argmax
-from beit_fast.tasks.sources import PHOTOGRAPHS, open_source
+from beit_fast.tasks.sources import open_source
 from beit_fast.tokenizer.checkpoint import load_tokenizer
-from beit_fast.tokenizer.dvae import Conv, Dvae, DvaeConfig, dvae_config, map_pixels
+from beit_fast.tokenizer.config import DvaeConfig, dvae_config
+from beit_fast.tokenizer.dvae import Conv, Dvae, map_pixels
 from beit_fast.tokenizer.frozen import PRECISIONS, FrozenTokenizer
 
 MASKED_SHARE = 75 / 196

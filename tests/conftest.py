@@ -81,8 +81,9 @@ def _mend_interpreter() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     _mend_interpreter()
     # Triton reads the variable when a kernel is defined, and some tests have it off.
-    for kernels in pkgutil.iter_modules(importlib.import_module("beit_fast.kernels").__path__):
-        importlib.import_module(f"beit_fast.kernels.{kernels.name}")
+    path = importlib.import_module("beit_fast.kernels").__path__
+    for kernels in pkgutil.walk_packages(path, "beit_fast.kernels."):
+        importlib.import_module(kernels.name)
 
 
 @pytest.fixture(autouse=True)

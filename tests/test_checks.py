@@ -28,8 +28,7 @@ from beit_fast.checks import (
     leaves,
 )
 from beit_fast.parsing import make, paths, section_type
-from beit_fast.tasks.evaluate.predict import PredictConfig
-from beit_fast.tasks.evaluate.task import EvaluateConfig
+from beit_fast.tasks.evaluate.config import EvaluateConfig, PredictConfig
 from beit_fast.train.config import OptimConfig
 from beit_fast.train.optim import lr_at
 

@@ -17,10 +17,13 @@ import yaml
 
 import beit_fast.data
 from beit_fast import recipes
-from beit_fast.cli import main, parse
+from beit_fast.cli import VERBS, main, parse
+from beit_fast.data.loader import BadDataError
+from beit_fast.recipes import FINETUNE
 from beit_fast.tasks.pretrain.dvae import DvaeTask
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.train.graph import CaptureError
+from beit_fast.train.step import NonFiniteLoss
 
 TINY = [
     *["--run.steps", "2", "--run.log_every", "1", "--optim.warmup_steps", "1"],
@@ -124,6 +127,16 @@ def test_a_mistake_gets_one_line_and_a_code(
     assert "Traceback" not in said
     if code == 1:
         assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [BadDataError, NonFiniteLoss])
+def test_an_error_that_ends_a_run_is_one_line(error, capsys, monkeypatch):
+    def run(_config):
+        raise error("so many are bad: do this")
+
+    monkeypatch.setitem(VERBS, "probe", (VERBS["probe"][0], lambda: run))
+    assert main(["probe", "small"]) == 1
+    assert capsys.readouterr().err == "beit-fast: so many are bad: do this\n"
 
 
 def test_a_folder_of_broken_images_gives_one_line(tmp_path, capsys):
@@ -300,6 +313,24 @@ def test_a_wrong_value_in_a_file_is_told_with_the_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["pretrain", "demo", "--config", str(file)])
     assert f"--config {file}: --optim.lr is fast: give" in capsys.readouterr().err
+
+
+def test_fields_that_are_gone_may_say_what_holds_now(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    gone = {"fold_layer_scale": False, "fold_norm_affine": False}
+    file.write_text(yaml.safe_dump({"model": {"depth": 3, **gone}}))
+    config = parse("pretrain", "demo", recipes.demo, ["--config", str(file)])
+    assert config.model == replace(recipes.demo().model, depth=3)
+    parse("finetune", "small_data", FINETUNE["small_data"], ["--config", str(file)])
+    file.write_text(yaml.safe_dump({"model": {"fold_layer_scale": True}}))
+    with pytest.raises(SystemExit):
+        main(["pretrain", "demo", "--config", str(file)])
+    said = capsys.readouterr().err
+    assert f"--config {file}: --model.fold_layer_scale is True: give False" in said
+    for asked in ("--help", "--print_config"):
+        with pytest.raises(SystemExit):
+            main(["pretrain", "demo", asked])
+        assert "fold_" not in capsys.readouterr().out
 
 
 def test_help_lists_verbs_recipes_and_fields(capsys):

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from beit_fast.files import damage, describe, drop, naming, order_metadata, refuse_other_kinds
 from beit_fast.tasks.probe.features import _allocate
 from beit_fast.tokenizer.checkpoint import load_tokenizer, save_tokenizer
-from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.log import Log
 from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.layers import draw_layers

@@ -1,15 +1,20 @@
 """Imports flow one way, and importing touches nothing."""
 
 import ast
+import json
+import pickle
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
+import beit_fast
+
 ROOT = Path(__file__).resolve().parents[1]
 # What each room may import of the others; itself is understood. From the ground up.
-BASE = {"checks", "flags", "files"}  # of the standard library alone, for all but the kernels
+BASE = {"checks", "errors", "flags", "files"}  # of the standard library alone
 KERNELS = {f"kernels.{room}" for room in ("attention", "residual", "head", "input", "conv")}
 DATA = {"data", "data.seeds", "data.sources", "data.views"}
 BELOW_TASKS = {"kernels", "model", "weights", "tokenizer", "train", "viz", "tasks"} | KERNELS | DATA
@@ -34,9 +39,9 @@ ALLOWED = {
     "tasks.evaluate": BELOW_TASKS | BASE,
     "tasks.finetune": BELOW_TASKS | {"tasks.evaluate"} | BASE,
     "tasks.probe": BELOW_TASKS | {"tasks.evaluate"} | BASE,
-    "recipes": {"model", "tokenizer", "train", "tasks"} | DATA | TASKS,
+    "recipes": {"model", "tokenizer", "train", "data", "data.views"} | TASKS,
     "parsing": BASE,
-    "cli": {"parsing", "recipes", "weights", "tokenizer", "train"} | DATA | TASKS | BASE,
+    "cli": {"parsing", "recipes", "weights", "tokenizer", "train"} | TASKS | BASE,
 }
 
 
@@ -109,13 +114,170 @@ def test_nothing_unpickles_or_evaluates():
                 assert node.func.id not in ("eval", "exec"), f"{path}: {node.func.id}"
 
 
-def test_importing_prints_nothing_and_opens_no_device():
-    code = (
-        "import socket, torch\n"
-        "def refuse(*_): raise AssertionError('a connection was tried')\n"
-        "socket.socket.connect = refuse\n"
-        "import beit_fast, beit_fast.cli, beit_fast.data.loader\n"
-        "assert not torch.cuda.is_initialized()\n"
-    )
+def run(code: str) -> str:
+    """What a process prints; it is to write nothing on stderr. `loaded()` there is the packages
+    imported so far, but for the standard library and what Python starts with."""
+    before = """
+        import json, sys
+        at_start = set(sys.modules)
+        def loaded():
+            names = {name.partition(".")[0] for name in set(sys.modules) - at_start}
+            names -= set(sys.stdlib_module_names)
+            return sorted(name for name in names if not name.startswith("_cython_"))  # its version
+    """
+    code = textwrap.dedent(before) + textwrap.dedent(code)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_importing_prints_nothing_and_opens_no_device():
+    said = run("""
+        import socket, torch
+        def refuse(*_): raise AssertionError("a connection was tried")
+        socket.socket.connect = refuse
+        from beit_fast import *
+        from beit_fast.cli import VERBS, WITHOUT_RECIPE
+        for _, load in (VERBS | WITHOUT_RECIPE).values():
+            load()
+        assert not torch.cuda.is_initialized()
+    """)
+    assert said == ""
+
+
+def test_importing_the_package_loads_the_package_alone():
+    said = run("""
+        import beit_fast
+        first = loaded()
+        beit_fast.beit_config("beit_base_patch16_224"), beit_fast.PUBLISHED
+        print(json.dumps([first, loaded()]))
+    """)
+    assert json.loads(said) == [["beit_fast"], ["beit_fast"]]
+
+
+def test_the_names_of_the_package_load_what_they_need_and_no_more():
+    said = run("""
+        import numpy, safetensors.torch, torch, triton
+        before = set(loaded())
+        from beit_fast import *
+        print(set(loaded()) - before)
+    """)
+    assert said == "{'beit_fast'}\n"
+
+
+def test_the_kernels_load_nothing_of_the_model():
+    said = run("""
+        import beit_fast.kernels.attention, beit_fast.kernels.patches
+        print([name for name in sys.modules if name.startswith("beit_fast.model")])
+    """)
+    assert said == "[]\n"
+
+
+# What reads flags and writes help; no part of what a verb runs.
+OF_THE_COMMAND_LINE = {
+    *{"beit_fast", "jsonargparse", "typeshed_client", "typing_extensions", "docstring_parser"},
+    *{"yaml", "cython_runtime"},
+}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["nonsense"],
+        ["pretrain", "--help"],
+        ["pretrain", "nonsense"],
+        ["pretrain", "small", "--help"],
+        ["pretrain", "small", "--print_config"],
+        ["pretrain", "small", "--model.dept", "3"],
+        ["pretrain", "small", "--model.img_size", "65"],
+        ["pretokenize", "small", "--help"],
+        ["finetune", "small_data", "--help"],
+        ["probe", "small", "--help"],
+        ["tokenizer", "small", "--help"],
+        ["evaluate", "--help"],
+        ["predict", "--help"],
+        ["convert", "--help"],
+        ["convert-dalle", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_wrong_flags_are_answered_without_torch(arguments):
+    said = run(f"""
+        import io
+        from beit_fast.cli import main
+        sys.stdout = sys.stderr = io.StringIO()
+        try:
+            main({arguments})
+        except SystemExit:
+            pass
+        said = sys.stdout.getvalue()
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        print(json.dumps([loaded(), said]))
+    """)
+    found, answer = json.loads(said)
+    assert "usage: beit-fast" in answer or answer.startswith(("beit-fast: ", "model:"))
+    assert set(found) - OF_THE_COMMAND_LINE == set()
+
+
+def test_configurations_and_recipes_are_made_without_torch():
+    modules = [name for name, path in files() if path.stem == "config"]
+    assert {f"beit_fast.{room}.config" for room in {"data", "model", "train"} | TASKS} <= {*modules}
+    said = run(f"""
+        import importlib
+        for name in {modules}:
+            importlib.import_module(name)
+        from beit_fast import recipes
+        for verb in ("PRETRAIN", "PRETOKENIZE", "FINETUNE", "PROBE", "TOKENIZER"):
+            for recipe in getattr(recipes, verb).values():
+                recipe()
+        print(loaded())
+    """)
+    assert said == "['beit_fast']\n"
+
+
+def test_the_table_of_contents_is_the_same_for_programs_and_for_type_checkers():
+    tree = ast.parse((ROOT / "beit_fast" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    shown = {
+        node.module.removeprefix("beit_fast."): tuple(alias.name for alias in node.names)
+        for node in block.body
+    }
+    assert shown == beit_fast._NAMES
+    assert sorted(beit_fast.__all__) == sorted(name for names in shown.values() for name in names)
+
+
+def test_every_name_of_the_package_is_there_however_it_is_asked_for():
+    here: dict = {}
+    exec("from beit_fast import *", here)
+    for name in beit_fast.__all__:
+        value = getattr(beit_fast, name)
+        assert name in dir(beit_fast)
+        assert here[name] is value
+        if callable(value):
+            assert pickle.loads(pickle.dumps(value)) is value
+    with pytest.raises(AttributeError, match="module 'beit_fast' has no attribute 'nonsense'"):
+        beit_fast.nonsense  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'nonsense'"):
+        exec("from beit_fast import nonsense")
+
+
+def test_modules_come_with_the_package():
+    said = run("""
+        import beit_fast
+        print(beit_fast.model.pyramid.BeitFeaturePyramid is beit_fast.BeitFeaturePyramid)
+        print(beit_fast.kernels.attention.attention_qkvpacked.__name__)
+    """)
+    assert said == "True\nattention_qkvpacked\n"
+
+
+def test_modules_and_operators_come_with_the_first_name():
+    said = run("""
+        import torch
+        from beit_fast import Beit
+        # Programs that torch.export made with strict=True, and loads again, name them.
+        print(torch.ops.beit_fast.masked_linear_cross_entropy.default)
+        import beit_fast
+        print(beit_fast.model.pyramid.BeitFeaturePyramid is beit_fast.BeitFeaturePyramid)
+    """)
+    assert said == "beit_fast.masked_linear_cross_entropy.default\nTrue\n"

@@ -1,5 +1,6 @@
 """The command itself: signals while it imports, and readers that go away. Imports are played."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from beit_fast.cli import WITHOUT_RECIPE, main
+from beit_fast.cli import VERBS, WITHOUT_RECIPE, main
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = f"import runpy; runpy.run_path({str(ROOT / 'beit_fast_main.py')!r}, run_name='__main__')"
@@ -44,7 +45,7 @@ def test_ctrl_c_while_it_imports_is_one_line_whatever_an_import_swallows(start):
         "    time.sleep(30)\n"
         "except BaseException:\n"
         "    pass\n"
-        "main = lambda: print('went on')\n"
+        "main = lambda preparing: print('went on')\n"
     )
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
@@ -53,12 +54,60 @@ def test_ctrl_c_while_it_imports_is_one_line_whatever_an_import_swallows(start):
     assert error == "beit-fast: interrupted before it began\n"
 
 
+def test_ctrl_c_while_a_verb_is_imported_is_so_too(start):
+    process = start(
+        "import time\n"
+        "def main(preparing):\n"
+        "    with preparing():\n"
+        "        print('importing', flush=True)\n"
+        "        try:\n"
+        "            time.sleep(30)\n"
+        "        except BaseException:\n"
+        "            pass\n"
+        "    print('went on')\n"
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    said, error = process.communicate(timeout=20)
+    assert (process.returncode, said) == (130, "")
+    assert error == "beit-fast: interrupted before it began\n"
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *WITHOUT_RECIPE])
+def test_arguments_are_read_and_a_verb_is_imported_before_the_work(verb, monkeypatch):
+    told = []
+
+    @contextlib.contextmanager
+    def preparing():
+        told.append("preparing")
+        yield
+        told.append("prepared")
+
+    def parse(*_):
+        told.append("parse")
+        return "config"
+
+    def load():
+        told.append("load")
+        return told.append  # for the work
+
+    if verb in VERBS:
+        monkeypatch.setitem(VERBS, verb, ({"mine": str}, load))
+        monkeypatch.setattr("beit_fast.cli.parse", parse)
+    else:
+        monkeypatch.setitem(WITHOUT_RECIPE, verb, (parse, load))
+    assert main([verb, "mine"], preparing) == 0
+    assert told == ["preparing", "parse", "load", "prepared", "config"]
+
+
 def test_ctrl_c_later_is_the_commands_own(start):
     process = start(
         "import time\n"
-        "def main():\n"
-        "    print('running', flush=True)\n"
+        "def main(preparing):\n"
+        "    with preparing():\n"
+        "        pass\n"
         "    try:\n"
+        "        print('running', flush=True)\n"
         "        time.sleep(30)\n"
         "    except KeyboardInterrupt:\n"
         "        return 7\n"
@@ -72,9 +121,9 @@ def test_ctrl_c_later_is_the_commands_own(start):
 @pytest.mark.parametrize(
     "code",
     [
-        "main = lambda: print('x' * 100_000)\n",
-        "main = lambda: print('x')\n",  # leaves when the process ends
-        "def main():\n    print('x')\n    raise SystemExit(0)\n",
+        "main = lambda preparing: print('x' * 100_000)\n",
+        "main = lambda preparing: print('x')\n",  # leaves when the process ends
+        "def main(preparing):\n    print('x')\n    raise SystemExit(0)\n",
     ],
     ids=["much", "little", "and-exits"],
 )
@@ -88,15 +137,15 @@ def test_a_reader_that_goes_away_is_no_traceback(code, start):
 
 
 def test_exit_codes_are_passed_on(start):
-    process = start("main = lambda: 3\n")
+    process = start("main = lambda preparing: 3\n")
     assert process.communicate(timeout=20) == ("", "")
     assert process.returncode == 3
 
 
 def test_the_command_line_leaves_a_broken_pipe_to_it(monkeypatch):
-    def print_to_nobody(_arguments):
+    def print_to_nobody(_config):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setitem(WITHOUT_RECIPE, "convert", print_to_nobody)
+    monkeypatch.setitem(WITHOUT_RECIPE, "convert", (list, lambda: print_to_nobody))
     with pytest.raises(BrokenPipeError):
         main(["convert"])

@@ -16,7 +16,8 @@ import torch
 from beit_fast import cli
 from beit_fast.cli import main
 from beit_fast.tokenizer.checkpoint import save_tokenizer
-from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.weights.files import write_weights
 from labelled_images import write_class_folders
 from tiny_classifier import TINY_CLASSIFIER, tiny_classifier

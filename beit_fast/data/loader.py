@@ -28,6 +28,7 @@ from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed, counter_seed
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import ImageSource
+from beit_fast.errors import RunError
 from beit_fast.flags import flag
 
 logger = logging.getLogger("beit_fast.data")
@@ -38,7 +39,7 @@ _STREAM_LENGTH = 2**52
 _TOLERATED, _TOLERATED_SHARE = 10, 0.1  # bad files of a small data set, see Loader
 
 
-class BadDataError(RuntimeError):
+class BadDataError(RunError):
     """More files cannot be used than the run allows."""
 
 

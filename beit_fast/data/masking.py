@@ -19,53 +19,14 @@ import functools
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from beit_fast.checks import Count, FieldError, Positive, check_fields
+from beit_fast.data.config import MaskingConfig
 from beit_fast.flags import flag
 
 PAPER_RATIO = 0.4  # Algorithm 1 goes on until more than this share of the patches is hidden
 TRIES = 10  # rectangles drawn before a mask is left as it is
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskingConfig:
-    """How masks are drawn; the defaults are the authors' for a 14 x 14 grid."""
-
-    strategy: Literal["block", "block_exact", "block_paper", "random"] = "block"
-    num_masked: Count = 75  # patches; "block_paper" hides 40 % of any grid instead
-    min_block: Count = 16  # patches in one rectangle
-    max_block: Count | None = None  # patches in one rectangle; None: as many as are left to hide
-    min_aspect: Positive = 0.3  # height / width of a rectangle
-    max_aspect: Positive | None = None  # None: 1 / min_aspect
-
-    def __post_init__(self):
-        check_fields(self)
-        low, high = self.aspects
-        if low > high:
-            raise FieldError(
-                "min_aspect",
-                f"is {low:g} and max_aspect {high:g}: the aspects of a block must be in order",
-            )
-        if self.max_block is not None and self.max_block < self.min_block:
-            raise FieldError(
-                "max_block",
-                f"is {self.max_block}, below min_block={self.min_block}: raise one or lower the "
-                "other",
-            )
-        if self.strategy in ("block", "block_exact") and self.num_masked < self.min_block:
-            raise FieldError(
-                "num_masked",
-                f"is {self.num_masked}, below min_block={self.min_block}: hardly any block would "
-                "fit and most masks would be empty; lower min_block",
-            )
-
-    @property
-    def aspects(self) -> tuple[float, float]:
-        return self.min_aspect, self.max_aspect or 1 / self.min_aspect
 
 
 def draw_mask(grid: tuple[int, int], config: MaskingConfig, rng: random.Random) -> np.ndarray:

@@ -10,11 +10,13 @@ from typing import Protocol
 
 import numpy as np
 
-from beit_fast.data.masking import MaskingConfig, draw_mask, max_masked
+from beit_fast.data.config import MaskingConfig
+from beit_fast.data.masking import draw_mask, max_masked
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.token_cache import TokenCache, check_images, check_view
-from beit_fast.data.views.single_view import SingleViewConfig, single_view
-from beit_fast.data.views.two_views import ViewConfig, make_views, two_views
+from beit_fast.data.views.config import SingleViewConfig, ViewConfig
+from beit_fast.data.views.single_view import single_view
+from beit_fast.data.views.two_views import make_views, two_views
 
 
 class Sample(Protocol):

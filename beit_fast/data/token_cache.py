@@ -36,16 +36,16 @@ import torch
 
 import beit_fast.data
 from beit_fast.data.seeds import SampleSeed
-from beit_fast.data.sources.decode import MAX_PIXELS
 from beit_fast.data.sources.folder import ImageSource
+from beit_fast.data.sources.limits import MAX_PIXELS
 from beit_fast.data.views.color_jitter import jitter_views
-from beit_fast.data.views.two_views import ViewConfig, ViewDraw, make_views
+from beit_fast.data.views.config import ViewConfig
+from beit_fast.data.views.two_views import ViewDraw, make_views
 from beit_fast.files import damage as damage_of
 from beit_fast.files import drop
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-MAX_VOCAB = 2**16  # ids are uint16
 _PROBES = ("cat.jpg", "macaw.jpg")
 
 

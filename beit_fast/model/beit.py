@@ -22,16 +22,11 @@ from beit_fast.kernels.attention.bias import padding_once
 from beit_fast.kernels.input.mask_embed import mask_embed
 from beit_fast.kernels.linear import NOT_TRACED
 from beit_fast.model.config import BeitConfig
+from beit_fast.model.fused import FusedBlock, rowwise_after_attention, run_blocks, select_rows
 from beit_fast.model.init import init_pretraining
 from beit_fast.model.intermediates import Layout, chosen_blocks, laid_out
-from beit_fast.model.layers import (
-    Block,
-    PatchEmbed,
-    RelativePositionBias,
-    rowwise_after_attention,
-    run_blocks,
-    select_rows,
-)
+from beit_fast.model.layers import RelativePositionBias
+from beit_fast.model.patch_embed import PatchEmbed
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 
 # What selective checkpointing keeps: products, and attention in each way that it is computed.
@@ -76,7 +71,7 @@ class Beit(nn.Module):
 
         steps = max(config.depth - 1, 1)
         self.blocks = nn.ModuleList(
-            Block(config, config.drop_path_rate * i / steps) for i in range(config.depth)
+            FusedBlock(config, config.drop_path_rate * i / steps) for i in range(config.depth)
         )
         self.grad_checkpointing: bool | Literal["selective"] = False
         self.register_load_state_dict_pre_hook(_drop_index)
@@ -263,10 +258,9 @@ class Beit(nn.Module):
             blocks = [functools.partial(self._recompute, block) for block in blocks]
         is_compiled = torch.compiler.is_compiling()
         with contextlib.nullcontext() if is_compiled else padding_once():
-            return run_blocks(blocks, x_BND, shared_bias_HNN, rows, grid=grid, tap=tap)
+            return run_blocks(blocks, x_BND, shared_bias_HNN, grid, rows, tap=tap)
 
-    def _recompute(self, block: nn.Module, *arguments: Any) -> Tensor:
-        options = {}
+    def _recompute(self, block: nn.Module, *arguments: Any, **options: Any) -> Tensor:
         if self.grad_checkpointing == "selective":
             options["context_fn"] = functools.partial(
                 create_selective_checkpoint_contexts, _keep_products

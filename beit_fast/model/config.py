@@ -8,7 +8,7 @@ pre-training, one per block in fine-tuning.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from beit_fast.checks import (
     LARGE,
@@ -48,9 +48,6 @@ class BeitConfig:
     drop_path_rate: Fraction = 0.0  # of the last block; grows linearly from 0 at the first
     # Keep round(B (1 - rate)) samples per branch, drawn without replacement, and compute no others.
     drop_path_compact: bool = False
-    # Same function and parameters with less memory: vectors go into the weights at each step.
-    fold_layer_scale: bool = False
-    fold_norm_affine: bool = False
     # In the last block, after attention, compute only what a loss over listed patches reads.
     skip_unread_rows: bool = False
     norm_eps: Positive = 1e-6
@@ -61,6 +58,10 @@ class BeitConfig:
     drop_rate: Fraction = 0.0  # dropout before the classifier
     vocab_size: Count = 8192
     predict: Literal["tokens", "pixels"] = "tokens"  # of hidden patches; pixels: Table 4's ablation
+
+    # Fields of earlier versions, with the value that holds now. Folding changed neither function
+    # nor parameters, so that weights are read whatever these say.
+    REMOVED: ClassVar[dict[str, Any]] = {"fold_layer_scale": False, "fold_norm_affine": False}
 
     def __post_init__(self) -> None:
         check_fields(self)

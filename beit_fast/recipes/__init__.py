@@ -19,10 +19,9 @@ from beit_fast.recipes.pretrain import (
 )
 from beit_fast.recipes.probe import probe_imagenet, probe_small
 from beit_fast.recipes.tokenizer import dalle_tokenizer, demo_tokenizer, small_tokenizer
-from beit_fast.tasks.finetune.task import FinetuneConfig
-from beit_fast.tasks.pretrain.dvae import DvaeTrainingConfig
-from beit_fast.tasks.pretrain.task import PretrainConfig
-from beit_fast.tasks.probe.task import ProbeConfig
+from beit_fast.tasks.finetune.config import FinetuneConfig
+from beit_fast.tasks.pretrain.config import DvaeTrainingConfig, PretrainConfig
+from beit_fast.tasks.probe.config import ProbeConfig
 
 PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {
     "demo": demo,

@@ -10,18 +10,13 @@ for counting. The net is the paper's vanilla one, 4 x 4 patches of 8 x 8 pixels,
 as they were written. Digits are not mirrored, and hardly cropped: they fill their images.
 """
 
-from beit_fast.data.masking import MaskingConfig
-from beit_fast.data.views.augment import AugmentConfig
-from beit_fast.data.views.single_view import SingleViewConfig
-from beit_fast.data.views.two_views import ViewConfig
+from beit_fast.data.config import DataConfig, MaskingConfig
+from beit_fast.data.views.config import AugmentConfig, SingleViewConfig, ViewConfig
 from beit_fast.model.config import BeitConfig
-from beit_fast.tasks.finetune.task import FinetuneConfig, LabelledDataConfig
-from beit_fast.tasks.pretrain.dvae import DvaeTrainingConfig
-from beit_fast.tasks.pretrain.task import PretrainConfig
-from beit_fast.tasks.probe.task import ProbeConfig
-from beit_fast.tasks.sources import DataConfig
-from beit_fast.tokenizer.dvae import DvaeConfig
-from beit_fast.tokenizer.loss import CosineSchedule
+from beit_fast.tasks.finetune.config import FinetuneConfig, LabelledDataConfig
+from beit_fast.tasks.pretrain.config import DvaeTrainingConfig, PretrainConfig
+from beit_fast.tasks.probe.config import ProbeConfig
+from beit_fast.tokenizer.config import CosineSchedule, DvaeConfig
 from beit_fast.train.config import OptimConfig, RunConfig
 
 SIDE = 32

@@ -10,9 +10,9 @@ Each starts from the weights it was published with, downloaded if need be; `--in
 
 from dataclasses import replace
 
-from beit_fast.data.views.augment import AugmentConfig
+from beit_fast.data.views.config import AugmentConfig
 from beit_fast.model.config import beit_config
-from beit_fast.tasks.finetune.task import FinetuneConfig, LabelledDataConfig
+from beit_fast.tasks.finetune.config import FinetuneConfig, LabelledDataConfig
 from beit_fast.train.config import OptimConfig, RunConfig
 
 IN22K_CLASSES = 21_841

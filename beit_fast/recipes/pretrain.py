@@ -8,13 +8,11 @@ published recipes whatever the split. Rates are absolute, so keep that product.
 import functools
 from collections.abc import Callable
 
-from beit_fast.data.masking import MaskingConfig
-from beit_fast.data.views.two_views import ViewConfig
+from beit_fast.data.config import PHOTOGRAPHS, DataConfig, MaskingConfig
+from beit_fast.data.views.config import ViewConfig
 from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.recipes.tokenizer import demo_tokenizer, small_tokenizer
-from beit_fast.tasks.pretrain.pretokenize import PretokenizeConfig
-from beit_fast.tasks.pretrain.task import PretrainConfig
-from beit_fast.tasks.sources import PHOTOGRAPHS, DataConfig
+from beit_fast.tasks.pretrain.config import PretokenizeConfig, PretrainConfig
 from beit_fast.train.config import OptimConfig, RunConfig
 
 DALLE = "dalle.safetensors"  # write it with `beit-fast convert-dalle`

@@ -1,6 +1,6 @@
 """Named probes of a pre-trained encoder."""
 
-from beit_fast.tasks.probe.task import ProbeConfig
+from beit_fast.tasks.probe.config import ProbeConfig
 
 
 def probe_imagenet() -> ProbeConfig:

@@ -4,11 +4,10 @@ Each is a function that returns the whole configuration; change it with `datacla
 the command line.
 """
 
-from beit_fast.data.views.single_view import SingleViewConfig
-from beit_fast.tasks.pretrain.dvae import DvaeTrainingConfig
-from beit_fast.tasks.sources import PHOTOGRAPHS, DataConfig
-from beit_fast.tokenizer.dvae import DvaeConfig
-from beit_fast.tokenizer.loss import CosineSchedule
+from beit_fast.data.config import PHOTOGRAPHS, DataConfig
+from beit_fast.data.views.config import SingleViewConfig
+from beit_fast.tasks.pretrain.config import DvaeTrainingConfig
+from beit_fast.tokenizer.config import CosineSchedule, DvaeConfig
 from beit_fast.train.config import OptimConfig, RunConfig
 
 

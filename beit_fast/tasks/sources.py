@@ -1,7 +1,7 @@
 """Where the images of a task come from, and in what portions."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 import beit_fast.data
-from beit_fast.checks import Batch, Given, Probability, Threads, check_fields
+from beit_fast.data.config import PHOTOGRAPHS, DataConfig
 from beit_fast.data.loader import Loader
 from beit_fast.data.samples import Sample
 from beit_fast.data.sources.class_folders import called_as_parts
@@ -20,25 +20,7 @@ from beit_fast.data.sources.scan import Found
 from beit_fast.data.sources.subset import Subset
 from beit_fast.train.parallel import World
 
-PHOTOGRAPHS = "photographs"  # the name of the images that ship with the package
 UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never gets there
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """A folder of images and the batches made of it."""
-
-    # Folder of images, flat or in class folders; "photographs" ship with the package,
-    # "digits:train" comes with scikit-learn (data/digits.py).
-    path: Given = ""
-    batch_size: Batch = 128  # images per micro-batch on each rank
-    num_threads: Threads = 4  # decoding threads; batches do not depend on it
-    follow_links: bool = True  # to images and folders, wherever they lead
-    # Of the images; more unusable ones stop the run, 0: the first does.
-    max_bad_share: Probability = 0.001
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def open_source(path: str, *, follow_links: bool = True) -> ImageSource:

@@ -25,14 +25,16 @@ from torch import Tensor, fx, nn
 
 from beit_fast.kernels.attention.rel_pos_bias import relative_position_rows
 from beit_fast.model.config import BeitConfig, beit_config
+from beit_fast.model.fused import FusedBlock
 from beit_fast.model.heads import BeitForImageClassification
-from beit_fast.model.layers import Block, PatchEmbed, RelativePositionBias
+from beit_fast.model.layers import RelativePositionBias
+from beit_fast.model.patch_embed import PatchEmbed
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 from beit_fast.weights.layouts import to_house
 from beit_fast.weights.published import PUBLISHED
 
 # Their kernels are no graph of torch.fx. timm's tracer knows them from here, others are told.
-LEAVES: list[type[nn.Module]] = [Block, PatchEmbed, RelativePositionBias]
+LEAVES: list[type[nn.Module]] = [FusedBlock, PatchEmbed, RelativePositionBias]
 for leaf in LEAVES:
     register_notrace_module(leaf)
 
@@ -66,6 +68,11 @@ class BeitForTimm(BeitForImageClassification):
         Raises TypeError for an unknown one, UnknownPooling for a pooling and ValueError for any
         other value that this model cannot have.
         """
+        for name in BeitConfig.REMOVED.keys() & options.keys():
+            if (value := options.pop(name)) != BeitConfig.REMOVED[name]:
+                raise ValueError(
+                    f"{name} is {value!r}, and there is no {name} any more: leave it out"
+                )
         known = {field.name for field in fields(BeitConfig)}
         if unknown := sorted(options.keys() - known - FIXED.keys()):
             raise TypeError(f"BeitForTimm takes no {', '.join(unknown)}: leave it out")

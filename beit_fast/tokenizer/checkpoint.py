@@ -18,7 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from beit_fast.files import drop, naming, order_metadata, refuse_other_kinds
-from beit_fast.tokenizer.dvae import NUM_GROUPS, Dvae, DvaeConfig
+from beit_fast.tokenizer.config import NUM_GROUPS, DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae
 
 FORMAT = "beit_fast.dvae"
 

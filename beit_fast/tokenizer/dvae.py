@@ -13,54 +13,16 @@ Source    Ramesh et al., arXiv:2102.12092, appendix A; github.com/openai/DALL-E
 Letters   h, w: tokens per side; C: channels; P: positions, B h w; the rest as everywhere
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit_fast.checks import Count, FieldError, check_fields
 from beit_fast.kernels.head.linear_argmax import linear_argmax
+from beit_fast.tokenizer.config import NUM_GROUPS, STRIDE, DvaeConfig
 
 PIXEL_MARGIN = 0.1  # epsilon of the paper: pixels are mapped into (epsilon, 1 - epsilon)
-NUM_GROUPS = 4
-STRIDE = 2 ** (NUM_GROUPS - 1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DvaeConfig:
-    """Widths of a dVAE; the defaults are DALL-E's (53.8 M parameters encode, 43.8 M decode)."""
-
-    vocab_size: Count = 8192
-    encoder_width: Count = 256  # channels of group 1; doubled by each further group
-    decoder_width: Count = 256  # channels of group 4; each group before has twice as many
-    decoder_input_width: Count = 128  # channels of the code embedding
-    blocks_per_group: Count = 2
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("encoder_width", "decoder_width"):
-            if (width := getattr(self, name)) % 4:
-                raise FieldError(
-                    name,
-                    f"is {width}: residual blocks work at a quarter of their width, so choose a "
-                    "multiple of 4",
-                )
-
-
-_VARIANTS = {f"dvae_{size}": DvaeConfig(vocab_size=size) for size in (1024, 2048, 4096, 8192)}
-
-
-def dvae_config(name: str, **overrides: int) -> DvaeConfig:
-    """Config of a named dVAE: dvae_1024, dvae_2048, dvae_4096, dvae_8192 (DALL-E's own).
-
-    `dvae_config("dvae_1024", encoder_width=128)` replaces fields. Raises ValueError for a name
-    that is not listed.
-    """
-    if name not in _VARIANTS:
-        raise ValueError(f"there is no dVAE named {name!r}: choose one of {', '.join(_VARIANTS)}")
-    return dataclasses.replace(_VARIANTS[name], **overrides)
 
 
 def map_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 from beit_fast.kernels.conv import conv, conv_backend
 from beit_fast.kernels.conv.pixels import conv_pixels, conv_pixels_backend
 from beit_fast.kernels.head.linear_argmax import linear_argmax, split_fp16
-from beit_fast.tokenizer.dvae import NUM_GROUPS, PIXEL_MARGIN, STRIDE, Conv, Dvae, check_images
+from beit_fast.tokenizer.config import NUM_GROUPS, STRIDE
+from beit_fast.tokenizer.dvae import PIXEL_MARGIN, Conv, Dvae, check_images
 
 # Of features and of scores, by which tokens change least. Of 19,600 tokens of the demo's dVAE 44
 # differ from fp32's with fp16 and 339 with bf16; 45 with the reference's fp16 convolutions and fp32

@@ -10,38 +10,13 @@ Source    Ramesh et al., arXiv:2102.12092, appendix A.2 and A.3
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.checks import Natural, NonNegative, check_fields
 from beit_fast.tokenizer.dvae import DvaeOutput
-
-
-@dataclass(frozen=True, kw_only=True)
-class CosineSchedule:
-    """From `start` to `end` along half a cosine in `num_steps` steps, and `end` from there on.
-
-    A linear schedule of the temperature tended to diverge (appendix A.2).
-    """
-
-    start: NonNegative
-    end: NonNegative
-    num_steps: Natural
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def __call__(self, step: int) -> float:
-        """Value at `step`, counted from 0."""
-        if step >= self.num_steps:
-            return self.end
-        return self.end + 0.5 * (self.start - self.end) * (
-            1 + math.cos(math.pi * step / self.num_steps)
-        )
 
 
 class DvaeLoss(NamedTuple):

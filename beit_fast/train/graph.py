@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from beit_fast.errors import RunError
 from beit_fast.flags import flag
 
 Batch = dict[str, Tensor]
 EAGER_STEPS = 3  # before the capture, as PyTorch's notes have it
 
 
-class CaptureError(RuntimeError):
+class CaptureError(RunError):
     """Something could not be captured in a CUDA graph. Nothing may run on the GPU after it.
 
     torch 2.11 ends a failed capture before it has put back the generator ("Offset increment outside

@@ -141,13 +141,12 @@ def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Change]:
     """Settings that differ, habits left out, by name.
 
     A switch or rate that is off (False, None, 0), or as BEFORE says, and that the checkpoint's
-    version did not have yet is no difference. Where the images of a step differ, it is that which
-    is named, and not how they are split.
+    version did not have yet is no difference, nor is one that was off and is gone now. Where the
+    images of a step differ, it is that which is named, and not how they are split.
     """
     was, now = _comparable(theirs), _comparable(ours)
-    implied = {key: value for key, value in now.items() if value is None or value == 0}
-    implied |= {key: value for key, value in BEFORE.items() if key in now}
-    was = implied | was
+    implied = _off(now) | {key: value for key, value in BEFORE.items() if key in now}
+    was, now = implied | was, _off(was) | now
     different = [
         Change(key, was.get(key, "absent"), now.get(key, "absent"))
         for key in sorted(was.keys() | now.keys())
@@ -156,6 +155,10 @@ def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Change]:
     if any(change.name == IMAGES_PER_STEP for change in different):
         different = [change for change in different if change.name not in SPLIT]
     return different
+
+
+def _off(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is None or value == 0}
 
 
 def find_resume(

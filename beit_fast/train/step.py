@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from beit_fast.errors import RunError
 from beit_fast.flags import flag
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import clip_gradients
@@ -20,7 +21,7 @@ from beit_fast.train.state import checkpoint_paths
 NEVER = 2**62  # a step number that no run reaches
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RunError):
     """Loss or gradient norm became NaN or infinite; no step was taken from there on."""
 
 

@@ -301,6 +301,7 @@ def _own_fields(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Our own config as a file holds it. Raises ValueError where it is of another version."""
     if config is None:
         return {}
+    config = {name: value for name, value in config.items() if name not in BeitConfig.REMOVED}
     known = {f.name for f in dataclasses.fields(BeitConfig)}
     unknown = sorted(config.keys() - known)
     if unknown:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from beit_fast.tokenizer.checkpoint import save_tokenizer
-from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 MISSING = (

@@ -160,7 +160,7 @@ def test_what_to_do_next_follows_from_the_facts(gpu):
            "seconds": 1.0, "limit": 1, "run": "r"}  # fmt: skip
     name, again = machine["machine"], "python bench/gpu.py --minutes 20"
     assert gpu.next_steps([machine], [], name, again) == [
-        "commit bench/results, then python bench/report.py --html report.html"
+        "commit bench/results, then python bench/report.py --pages --html report.html"
     ]
     steps = gpu.next_steps([machine, slow, wrong, end], ["large"], name, again)[:-1]
     assert [step.partition(":")[0] for step in steps] == [

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from beit_fast.model.config import BeitConfig
-from beit_fast.tokenizer.dvae import DvaeConfig
+from beit_fast.tokenizer.config import DvaeConfig
 
 CPU = torch.device("cpu")
 MODEL = BeitConfig(

@@ -15,6 +15,11 @@ def report(bench):
     return bench("report")
 
 
+@pytest.fixture
+def tables(bench):
+    return bench("report_tables")
+
+
 CONDITIONS = {
     "machine": "Test GPU <1>", "threads": "1", "size": "base", "dtype": "bf16", "rounds": "9",
     "torch": "2.11.0", "timm": "1.0", "transformers": "5", "commit": "abc1234",
@@ -39,22 +44,64 @@ def pretrain_rows():
     return rows
 
 
+def write_pages(root, tables, **pages):
+    """README.md with the places of all tables, and the pages of docs/ by name; "" for none."""
+    places = "".join(f"<!-- bench: {name} -->\n<!-- end -->\n" for name in tables.TABLES)
+    (root / "docs").mkdir()
+    (root / "README.md").write_text(pages.pop("readme", f"before\n{places}after"))
+    for name, text in pages.items():
+        (root / "docs" / f"{name}.md").write_text(text)
+
+
 def test_a_table_is_written_between_its_markers_alone(report):
     page = (
-        "before\n<!-- bench: model -->\nold\n<!-- end -->\nbetween\n"
-        "<!-- bench: finetune -->\n<!-- end -->\n"
-        "<!-- bench: science -->\n<!-- end -->\n<!-- bench: pretrain -->\n<!-- end -->\n"
-        "<!-- bench: gpu -->\n<!-- end -->\nafter"
+        "before\n<!-- bench: model -->\nold\n<!-- end -->\nbetween, `<!-- bench: NAME -->` said\n"
+        "<!-- bench: pretrain -->\n<!-- end -->\nafter"
     )
-    made = report.readme_with_tables(page, {"pretrain-base-cuda": pretrain_rows()})
+    results = {"pretrain-base-cuda": pretrain_rows()}
+    made, names = report.with_tables(page, results, {})
     assert made.startswith("before\n<!-- bench: model -->\nnot measured: `python bench/model.py")
+    assert "<!-- end -->\nbetween, `<!-- bench: NAME -->` said\n<!-- bench: pretrain -->" in made
     assert made.endswith("<!-- end -->\nafter")
     assert "old" not in made
-    assert report.readme_with_tables(made, {"pretrain-base-cuda": pretrain_rows()}) == made
+    assert names == {"model", "pretrain"}
+    assert report.with_tables(made, results, {}) == (made, names)
 
 
-def test_a_slower_case_is_in_the_table_too(report):
-    table = report.pretrain_table({"pretrain-base-cuda": pretrain_rows()})
+def test_every_page_gets_its_tables_and_a_table_may_stand_in_two(report, tables, tmp_path):
+    place = "<!-- bench: model -->\nold\n<!-- end -->\n"
+    write_pages(tmp_path, tables, performance=f"# Speed\n{place}", faq="no table\n")
+    made = report.tables_of_pages(tmp_path, {}, {})
+    assert [path.name for path in made] == ["README.md", "performance.md"]
+    for path, text in made.items():
+        assert "not measured: `python bench/model.py --size base --batch 4`" in text
+        path.write_text(text)
+    assert report.tables_of_pages(tmp_path, {}, {}) == {}
+
+
+def test_pages_are_written_and_compared_by_the_command(
+    report, tables, tmp_path, monkeypatch, capsys
+):
+    write_pages(tmp_path, tables)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    command = f"report.py --results {tmp_path} --pages"
+    monkeypatch.setattr("sys.argv", f"{command} --check".split())
+    with pytest.raises(SystemExit, match=r"README\.md: not what the results say"):
+        report.main()
+    assert (tmp_path / "README.md").read_text().count("not measured") == 0
+    monkeypatch.setattr("sys.argv", command.split())
+    report.main()
+    assert (tmp_path / "README.md").read_text().count("not measured") >= len(tables.TABLES)
+    monkeypatch.setattr("sys.argv", f"{command} --check".split())
+    report.main()
+    (tmp_path / "README.md").write_text("<!-- bench: speed -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert "README.md wants a table 'speed'" in capsys.readouterr().err
+
+
+def test_a_slower_case_is_in_the_table_too(tables):
+    table = tables.pretrain_table({"pretrain-base-cuda": pretrain_rows()})
     (row,) = [line for line in table.splitlines() if line.startswith("| BEiT-B, 224 px")]
     assert [cell.strip() for cell in row.split("|")[2:-1]] == [
         "5120", "1.40", "0.90", "68 % of measured, 54 % of stated"
@@ -63,13 +110,13 @@ def test_a_slower_case_is_in_the_table_too(report):
     assert "| BEiT-L on a GPU | not measured | | | |" in table
 
 
-def test_a_peer_that_did_not_run_is_no_figure_and_its_reason_is_on_the_page(report):
+def test_a_peer_that_did_not_run_is_no_figure_and_its_reason_is_on_the_page(report, tables):
     rows = [{"error": "", **row} for row in pretrain_rows()]
     for row in rows:
         if row["candidate"] == "timm":
             row |= dict.fromkeys(("ms", "spread", "images_per_second", "ratio"), "nan")
             row["error"] = "FailOnRecompileLimitHit: the limit is reached"
-    table = report.pretrain_table({"pretrain-base-cuda": rows})
+    table = tables.pretrain_table({"pretrain-base-cuda": rows})
     assert "| did not run | 0.90 |" in table
     assert "nan" not in table
     text, pictures = report.page({"pretrain-base-cuda": rows})
@@ -77,11 +124,36 @@ def test_a_peer_that_did_not_run_is_no_figure_and_its_reason_is_on_the_page(repo
     assert len(pictures) == 2
 
 
-def test_a_readme_without_a_place_for_a_table_is_refused(report):
-    with pytest.raises(ValueError, match="no place for"):
-        report.readme_with_tables("<!-- bench: model -->\n<!-- end -->", {})
-    with pytest.raises(ValueError, match="wants a table 'speed'"):
-        report.readme_with_tables("<!-- bench: speed -->\n<!-- end -->", {})
+def test_pages_that_leave_a_table_without_its_place_are_refused(report, tables, tmp_path):
+    write_pages(tmp_path, tables, readme="<!-- bench: model -->\n<!-- end -->", speed="")
+    with pytest.raises(ValueError, match=r"no page has a place for .*'pretrain'"):
+        report.tables_of_pages(tmp_path, {}, {})
+    page = tmp_path / "docs" / "speed.md"
+    page.write_text("<!-- bench: speed -->\n<!-- end -->")
+    with pytest.raises(ValueError, match=r"docs/speed\.md wants a table 'speed': take one of"):
+        report.tables_of_pages(tmp_path, {}, {})
+    # What stands behind a table that has lost its end stays.
+    page.write_text("<!-- bench: model -->\nold\nprose\n<!-- bench: data -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match=r"speed\.md begins tables .* close each with"):
+        report.tables_of_pages(tmp_path, {}, {})
+
+
+def test_tables_show_every_measured_row_slower_ones_too(report, tables):
+    results = report.read_results(ROOT / "bench" / "results")
+    kernels = tables.kernels_table(results)
+    assert "| B4-D192-V1024-forward | 2.65 | eager 0.83, eager-all 1.60 | 51 % |" in kernels
+    assert "xformers" not in kernels  # did not run on this machine
+    cases = {(n, r["case"]) for n in results if n.startswith("kernels-") for r in results[n]}
+    assert kernels.count(" % |") == len(cases)
+    accelerate = tables.accelerate_table(results)
+    assert "| timm, training step | 5995 | 4906 | 1.21 | 1.45 |" in accelerate
+    assert "| transformers, forward | 2177 | 1716 | 1.28 | |" in accelerate
+    stages = tables.stages_table(results)
+    assert "| backward | 1807 | 63 % | 1742 |" in stages
+    assert "| ours bf16 | tf32x3 (chosen) | 98.27 % |" in tables.tokenizer_table(results)
+    assert "| ours bf16 | 191 | 2.09 | 64 % |" in tables.tokenizer_table(results)
+    data = tables.data_table(results)
+    assert "| images to two views, per core second | fast | median 733, low 692," in data
 
 
 def test_the_page_needs_no_other_file_and_names_what_is_missing(report):
@@ -158,10 +230,12 @@ def write_gpu(folder, *runs):
     (place / "facts.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_a_gpu_is_shown_beside_floor_peers_and_prediction_slower_cases_too(report, bench, tmp_path):
+def test_a_gpu_is_shown_beside_floor_peers_and_prediction_slower_cases_too(
+    report, tables, bench, tmp_path
+):
     write_gpu(tmp_path, gpu_facts())
     gpus = bench("report_gpu").read_gpus(tmp_path)
-    lines = report.gpu_lines(gpus).splitlines()
+    lines = tables.gpu_lines(gpus).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert cells == [
         ["attention, B 256, N 197, forward", "NVIDIA H100 <80GB>", "0.15 ms", "60 %", "",
@@ -177,17 +251,17 @@ def test_a_gpu_is_shown_beside_floor_peers_and_prediction_slower_cases_too(repor
     assert "error of dq is 1.0, allowed 0.1" in text
 
 
-def test_the_newest_run_of_a_stage_counts(report, bench, tmp_path):
+def test_the_newest_run_of_a_stage_counts(tables, bench, tmp_path):
     write_gpu(tmp_path, gpu_facts(ms=0.3), gpu_facts("2026-11-29T10:00:00", ms=0.15)[1:2])
     (facts,) = bench("report_gpu").read_gpus(tmp_path).values()
-    table = report.gpu_lines({"NVIDIA H100": facts})
+    table = tables.gpu_lines({"NVIDIA H100": facts})
     assert "0.15 ms" in table
     assert "0.3 ms" not in table
     assert "4400 images/s" in table  # of the run before, which had that stage
 
 
 def test_a_later_run_that_was_cut_hides_no_figure_and_mends_no_error_it_did_not_try(
-    report, bench, tmp_path
+    tables, bench, tmp_path
 ):
     rest = {"s": 1.0, "stage": "kernels", "item": "attention N197"}
     error = {**rest, "run": "1", "kind": "error", "error": "too slow"}
@@ -195,10 +269,10 @@ def test_a_later_run_that_was_cut_hides_no_figure_and_mends_no_error_it_did_not_
     later = [{**rest, "run": "2", "kind": "begin"}, {**rest, "run": "2", "kind": "cut"}, other]
     write_gpu(tmp_path, [*gpu_facts("1"), error], later)
     gpus = bench("report_gpu").read_gpus(tmp_path)
-    assert "0.15 ms" in report.gpu_lines(gpus)
+    assert "0.15 ms" in tables.gpu_lines(gpus)
     (facts,) = gpus.values()
     assert [f["error"] for f in facts if f["kind"] == "error"] == ["fell over"]
 
 
-def test_without_a_gpu_the_table_has_the_command(report):
-    assert "| all: `python bench/gpu.py` | | not measured | | | |" in report.gpu_lines({})
+def test_without_a_gpu_the_table_has_the_command(tables):
+    assert "| all: `python bench/gpu.py` | | not measured | | | |" in tables.gpu_lines({})

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.model.heads import BeitForMaskedImageModeling
-from beit_fast.tokenizer.dvae import DvaeConfig, Encoder
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import Encoder
 
 SMALL = BeitConfig(img_size=64, embed_dim=64, depth=3, num_heads=2, mlp_ratio=3.0, vocab_size=96)
 BASE = beit_config("beit_base_patch16_224_8k_vocab")

@@ -1,4 +1,4 @@
-"""The experiment's bookkeeping: what is chosen by what, and what the README says of it."""
+"""The experiment's bookkeeping: what is chosen by what, and the table of it."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def test_every_arm_is_judged_by_its_own_weights(science):
 
 
 def test_the_table_has_means_errors_and_paired_differences(bench):
-    report = bench("report")
+    tables = bench("report_tables")
     shared = {"paper": "", "machine": "CPU", "threads": "1", "processes": "2", "minutes": "9.9",
               "labels_per_class": "10", "torch": "2.11.0", "commit": "abc1234"}  # fmt: skip
     rows = [
@@ -75,7 +75,7 @@ def test_the_table_has_means_errors_and_paired_differences(bench):
         for measure in ("fine-tuned", "linear", "kNN")
         for seed, value in enumerate(values)
     ]
-    table = report.science_table({"science-evidence": rows})
+    table = tables.science_table({"science-evidence": rows})
     assert "| BEiT | 85.0 ± 5.0 |" in table
     assert "| from scratch | 50.0 ± 0.0 |" in table
     assert "| difference, seed by seed | 35.0 ± 5.0 |" in table

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beit_fast.data.views.single_view import SingleViewConfig, single_view
-from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
+from beit_fast.data.views.config import SingleViewConfig
+from beit_fast.data.views.single_view import single_view
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.tokenizer.frozen import PRECISIONS
 
 CONV, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from beit_fast.data.config import MaskingConfig
 from beit_fast.data.loader import BadDataError, Loader
-from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.samples import PretrainSample, TokenizerSample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.folder import ImageFolder
-from beit_fast.data.views.single_view import SingleViewConfig
-from beit_fast.data.views.two_views import ViewConfig
+from beit_fast.data.views.config import SingleViewConfig, ViewConfig
 
 SAMPLE = PretrainSample(
     ViewConfig(size=32, token_size=16), MaskingConfig(num_masked=6, min_block=2), (4, 4)

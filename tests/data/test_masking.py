@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from beit_fast.data import masking
-from beit_fast.data.masking import MaskingConfig, draw_mask, max_masked
+from beit_fast.data.config import MaskingConfig
+from beit_fast.data.masking import draw_mask, max_masked
 from beit_fast.data.seeds import SampleSeed
 
 SCRIPT = MaskingConfig()  # the authors' settings

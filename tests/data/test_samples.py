@@ -3,11 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from beit_fast.data.masking import MaskingConfig, draw_mask
+from beit_fast.data.config import MaskingConfig
+from beit_fast.data.masking import draw_mask
 from beit_fast.data.samples import PretrainSample, TokenizerSample, masked_index
 from beit_fast.data.seeds import SampleSeed
-from beit_fast.data.views.single_view import SingleViewConfig
-from beit_fast.data.views.two_views import ViewConfig, two_views
+from beit_fast.data.views.config import SingleViewConfig, ViewConfig
+from beit_fast.data.views.two_views import two_views
 
 VIEW = ViewConfig(size=(64, 96), token_size=(32, 48))
 MASKING = MaskingConfig(num_masked=9, min_block=2)

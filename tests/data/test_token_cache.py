@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beit_fast.data.config import MaskingConfig
 from beit_fast.data.loader import Loader
-from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.samples import CachedSample, PretrainSample, TokenViewSample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.folder import ImageFolder
@@ -29,7 +29,7 @@ from beit_fast.data.token_cache import (
     write_manifest,
     write_shard,
 )
-from beit_fast.data.views.two_views import ViewConfig
+from beit_fast.data.views.config import ViewConfig
 
 VIEW = ViewConfig(size=(32, 48), token_size=(16, 24))
 MASKING = MaskingConfig(num_masked=6, min_block=2)

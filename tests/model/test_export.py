@@ -21,7 +21,6 @@ MODELS = {
         {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False, "init_values": None,
          "global_pool": "token"},
     ),
-    "folded": (Beit, {"fold_layer_scale": True, "fold_norm_affine": True, **OWN}),
     "pyramid": (BeitFeaturePyramid, PYRAMID),
 }  # fmt: skip
 BATCH = {0: torch.export.Dim("batch")}
@@ -104,7 +103,7 @@ def test_onnx_computes_what_a_backbone_computes(tiny, randomize, assert_agree):
     pytest.importorskip("onnxscript", reason="ONNX needs onnxscript: pip install onnxscript")
     from onnx.reference import ReferenceEvaluator
 
-    model = randomize(BeitFeaturePyramid(tiny(**PYRAMID))).eval()  # README's is a classifier
+    model = randomize(BeitFeaturePyramid(tiny(**PYRAMID))).eval()  # the pages' is a classifier
     pixels = model.config.image_pixels
     program = torch.onnx.export(
         model, (torch.randn(2, 3, *pixels),), dynamo=True, dynamic_shapes=(BATCH,), verbose=False

@@ -12,7 +12,7 @@ from beit_fast.model import heads
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import beit_config
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.model.layers import patchify
+from beit_fast.model.patch_embed import patchify
 from beit_fast.model.pyramid import BeitFeaturePyramid
 
 B, L, V = 3, 16, 24

@@ -1,43 +1,14 @@
+"""What a block and its parts are."""
+
+import functools
+
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from beit_fast.kernels.attention import attention_reference
 from beit_fast.kernels.attention.rel_pos_bias import rel_pos_bias_reference
-from beit_fast.model.layers import Attention, Block, Mlp, PatchEmbed, patchify
-
-
-def test_patches_are_row_major_and_ordered_as_a_convolution_weight():
-    images = torch.randn(2, 3, 8, 12)
-    patches = patchify(images, (4, 2))
-    assert torch.equal(patches, F.unfold(images, (4, 2), stride=(4, 2)).transpose(1, 2))
-    assert torch.equal(patches[0, 7].view(3, 4, 2), images[0, :, 4:8, 2:4])
-
-
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-def test_patch_embedding_is_the_convolution_it_stores(tiny, channels_last):
-    embed = PatchEmbed(tiny(img_size=(24, 32), patch_size=(8, 16)))
-    images = torch.randn(2, 3, 24, 32)
-    if channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    expected = embed.proj(images).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(embed(images), expected)
-
-
-def test_patches_are_embedded_as_the_images_they_are_cut_from(tiny):
-    embed = PatchEmbed(tiny(img_size=(24, 32), patch_size=(8, 16)))
-    images = torch.randn(2, 3, 24, 32)
-    patches = patchify(images, (8, 16))
-    assert torch.equal(embed(patches), embed(images))
-    with pytest.raises(ValueError, match=r"patches are \(B, 6, 384\)"):
-        embed(patches[:, 1:])
-
-
-def test_images_of_another_size_are_refused_with_both_remedies(tiny):
-    embed = PatchEmbed(tiny())
-    for shape in ((1, 3, 40, 32), (1, 1, 32, 32), (3, 32, 32)):
-        with pytest.raises(ValueError, match=r"takes \(B, 3, 32, 32\): resize the images, or"):
-            embed(torch.zeros(shape))
+from beit_fast.model.layers import Attention, Block, Mlp
 
 
 @pytest.mark.parametrize("head_dim", [None, 24], ids=["K8", "K24"])
@@ -62,11 +33,47 @@ def test_mlp_uses_the_exact_gelu(tiny, randomize):
     torch.testing.assert_close(mlp(x), mlp.fc2(hidden))
 
 
-def test_a_block_scales_both_branches(tiny, randomize):
+def test_a_block_adds_two_scaled_branches_each_of_a_norm(tiny, randomize):
     block, x = randomize(Block(tiny(), 0.0)), torch.randn(2, 17, 32)
-    middle = x + block.gamma_1 * block.attn(block.norm1(x), None)
+    middle = x + block.gamma_1 * block.attn(block.norm1(x))
     expected = middle + block.gamma_2 * block.mlp(block.norm2(middle))
-    torch.testing.assert_close(block(x, None), expected)
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_a_block_without_layer_scale_adds_its_branches_as_they_are(tiny, randomize):
+    block, x = randomize(Block(tiny(init_values=None), 0.0)), torch.randn(2, 17, 32)
+    middle = x + block.attn(block.norm1(x))
+    torch.testing.assert_close(block(x), middle + block.mlp(block.norm2(middle)))
+
+
+def test_a_dropped_sample_skips_the_branch_and_a_kept_one_counts_for_it(tiny, randomize):
+    block, x = randomize(Block(tiny(), 0.5)), torch.randn(4, 17, 32)
+    keeps = iter([torch.tensor([0.0, 2.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 2.0, 2.0])])
+    block.draw_keep = lambda x: next(keeps)
+    out = block(x)
+    assert torch.equal(out[0], x[0])
+    middle = x + 2 * block.gamma_1 * block.attn(block.norm1(x))
+    torch.testing.assert_close(out[1], middle[1])
+    middle[2] = x[2]
+    expected = middle + 2 * block.gamma_2 * block.mlp(block.norm2(middle))
+    torch.testing.assert_close(out[2:], expected[2:])
+
+
+def test_a_block_is_timms(tiny, randomize):
+    from timm.models.beit import Block as TimmBlock
+
+    ours = randomize(Block(tiny(use_rel_pos_bias=True), 0.5))
+    theirs = TimmBlock(
+        32, 4, qkv_bias=True, init_values=0.1, drop_path=0.5, window_size=(4, 4),
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+    )  # fmt: skip
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x, shared = torch.randn(8, 17, 32), torch.randn(4, 17, 17)
+    outputs = []
+    for block in (ours, theirs):
+        torch.manual_seed(1)
+        outputs.append(block(x, shared))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("init_values", [None, 0.0])
@@ -77,10 +84,10 @@ def test_without_layer_scale_a_block_has_no_gamma(tiny, init_values):
 
 def test_drop_path_keeps_the_share_and_the_mean(tiny):
     block, x = Block(tiny(), 0.3), torch.zeros(20_000, 1, 1)
-    keep = block._draw_keep(x)
+    keep = block.draw_keep(x)
     assert sorted(keep.unique().tolist()) == pytest.approx([0, 1 / 0.7])
     assert keep.mean().item() == pytest.approx(1, abs=0.02)
-    assert not torch.equal(keep, block._draw_keep(x))
+    assert not torch.equal(keep, block.draw_keep(x))
 
 
 def test_drop_path_draws_nothing_in_eval_or_at_rate_zero(tiny):
@@ -97,8 +104,8 @@ def test_drop_path_draws_nothing_in_eval_or_at_rate_zero(tiny):
 def test_the_branches_of_a_block_are_dropped_independently(tiny):
     block = Block(tiny(), 0.5)
     draws = []
-    draw = block._draw_keep
-    block._draw_keep = lambda x: draws.append(draw(x)) or draws[-1]
+    draw = block.draw_keep
+    block.draw_keep = lambda x: draws.append(draw(x)) or draws[-1]
     block(torch.randn(64, 17, 32), None)
     assert len(draws) == 2
     assert not torch.equal(*draws)

@@ -63,8 +63,6 @@ def test_it_is_timms_without_qkv_bias(unbiased, gradients, assert_agree):
     "fields",
     [
         {},
-        {"fold_norm_affine": True},
-        {"fold_norm_affine": True, "fold_layer_scale": True},
         {"skip_unread_rows": True},
         {"dynamic_img_size": True},
     ],

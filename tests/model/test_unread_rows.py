@@ -9,7 +9,7 @@ from torch import nn
 
 from beit_fast.kernels import _triton
 from beit_fast.kernels.residual import layer_norm, scale_residual, scale_residual_norm
-from beit_fast.model import layers
+from beit_fast.model import fused, layers
 from beit_fast.model.heads import BeitForMaskedImageModeling
 
 B, L, V = 5, 16, 24
@@ -20,13 +20,6 @@ MODES = {
     "own-tables": {"use_rel_pos_bias": True},
     "drop-path": {"drop_path_rate": 0.5},
     "compact": {"drop_path_rate": 0.5, "drop_path_compact": True},
-    "folded": {"fold_layer_scale": True, "fold_norm_affine": True, "drop_path_rate": 0.5},
-    "compact-and-folded": {
-        "fold_layer_scale": True,
-        "fold_norm_affine": True,
-        "drop_path_rate": 0.5,
-        "drop_path_compact": True,
-    },
 }
 modes = pytest.mark.parametrize("fields", MODES.values(), ids=MODES)
 MASKS = {
@@ -205,8 +198,8 @@ def test_a_patch_that_is_not_there_is_refused(tiny):
         model.loss(images, mask, index, tokens.flatten()[: len(index)])
 
 
-@pytest.mark.parametrize("fields", [MODES["drop-path"], MODES["compact-and-folded"]],
-                         ids=["drop-path", "compact-and-folded"])  # fmt: skip
+@pytest.mark.parametrize("fields", [MODES["drop-path"], MODES["compact"]],
+                         ids=["drop-path", "compact"])  # fmt: skip
 def test_losses_need_no_value_on_the_host(tiny, fields):
     # The meta device has shapes and no values: nonzero, boolean indexing and .item() raise there.
     arguments = [t.to("meta") for t in inputs()]
@@ -239,9 +232,9 @@ def test_the_kernels_give_the_same_gradients(
     _, model = pair(tiny, randomize, torch.float32, drop_path_rate=0.5)
     model, arguments = model.to(device), [x.to(device) for x in inputs()]
     expected = loss_and_gradients(model, arguments, gradients)
-    for function in (scale_residual, scale_residual_norm, layer_norm, layers.gather_rows):
+    for function in (scale_residual, scale_residual_norm, layer_norm, fused.gather_rows):
         called = functools.partial(function, backend="triton")
-        monkeypatch.setattr(layers, function.__name__, called)
+        monkeypatch.setattr(fused, function.__name__, called)
     results = loss_and_gradients(model, arguments, gradients)
     assert results.pop("correct") == expected.pop("correct")
     assert_agree(results, expected)

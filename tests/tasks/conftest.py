@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_fast.data.masking import MaskingConfig
-from beit_fast.data.views.two_views import ViewConfig
+from beit_fast.data.config import DataConfig, MaskingConfig
+from beit_fast.data.views.config import ViewConfig
 from beit_fast.model.config import BeitConfig
-from beit_fast.tasks.pretrain.task import PretrainConfig
-from beit_fast.tasks.sources import DataConfig
+from beit_fast.tasks.pretrain.config import PretrainConfig
 from beit_fast.tokenizer.checkpoint import save_tokenizer
-from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.config import OptimConfig, RunConfig
 
 

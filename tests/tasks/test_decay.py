@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from beit_fast.data.views.augment import AugmentConfig
+from beit_fast.data.views.config import AugmentConfig
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.recipes import FINETUNE, PRETRAIN, TOKENIZER
 from beit_fast.tasks.finetune.task import FinetuneTask

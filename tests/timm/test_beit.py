@@ -189,7 +189,9 @@ def test_what_a_model_cannot_do_is_refused_and_not_swallowed():
         timm.create_model(TEST, attn_drop_rate=0.1)
     with pytest.raises(TypeError, match="takes no patch_drop_rate"):
         timm.create_model(TEST, patch_drop_rate=0.1)
-    timm.create_model(TEST, attn_drop_rate=0.0)
+    with pytest.raises(ValueError, match="no fold_layer_scale any more: leave it out"):
+        timm.create_model(TEST, fold_layer_scale=True)
+    timm.create_model(TEST, attn_drop_rate=0.0, fold_layer_scale=False)
     with pytest.raises(ValueError, match="patch_size 8: these weights"):
         timm.create_model(TEST).set_input_size(patch_size=8)
 

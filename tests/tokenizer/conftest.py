@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae
 
 TINY = DvaeConfig(
     vocab_size=24, encoder_width=8, decoder_width=8, decoder_input_width=12, blocks_per_group=2

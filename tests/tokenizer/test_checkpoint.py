@@ -13,7 +13,8 @@ from beit_fast.tokenizer.checkpoint import (
     load_tokenizer,
     save_tokenizer,
 )
-from beit_fast.tokenizer.dvae import Dvae, DvaeConfig
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae
 
 
 def shapes_of(dvae):

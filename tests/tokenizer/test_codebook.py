@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from beit_fast.tokenizer.codebook import CONTRAST, place_codes
-from beit_fast.tokenizer.dvae import Dvae, DvaeConfig, map_pixels
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae, map_pixels
 from beit_fast.tokenizer.metrics import codebook_use, count_codes
 
 CONFIG = DvaeConfig(vocab_size=64, encoder_width=8, decoder_width=8, blocks_per_group=1)

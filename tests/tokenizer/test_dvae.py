@@ -6,14 +6,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from beit_fast.kernels.head import linear_argmax
-from beit_fast.tokenizer.dvae import (
-    Dvae,
-    DvaeConfig,
-    dvae_config,
-    map_pixels,
-    most_likely_images,
-    unmap_pixels,
-)
+from beit_fast.tokenizer.config import DvaeConfig, dvae_config
+from beit_fast.tokenizer.dvae import Dvae, map_pixels, most_likely_images, unmap_pixels
 
 
 def conv(state, name, x):
@@ -283,23 +277,3 @@ def test_training_keeps_logits_and_statistics_in_fp32_under_autocast(tiny, image
     assert {t.dtype for t in output} == {torch.float32}
     rounded = output.logits.bfloat16().float()
     assert not torch.equal(output.logits, rounded)
-
-
-@pytest.mark.parametrize("vocab_size", [1024, 2048, 4096, 8192])
-def test_named_sizes_differ_in_their_codes_alone(vocab_size):
-    assert dvae_config(f"dvae_{vocab_size}") == DvaeConfig(vocab_size=vocab_size)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: DvaeConfig(encoder_width=30), "encoder_width is 30.*multiple of 4"),
-        (lambda: DvaeConfig(decoder_width=2), "decoder_width is 2"),
-        (lambda: DvaeConfig(blocks_per_group=0), "blocks_per_group is 0"),
-        (lambda: dvae_config("dvae_512"), "dvae_1024"),
-    ],
-    ids=["width", "decoder-width", "blocks", "name"],
-)
-def test_impossible_configs_are_explained(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()

@@ -6,12 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beit_fast.data.views.single_view import SingleViewConfig, single_view
+from beit_fast.data.config import PHOTOGRAPHS
+from beit_fast.data.views.config import SingleViewConfig
+from beit_fast.data.views.single_view import single_view
 from beit_fast.kernels._triton import A100, H100, interpreting, pretend
 from beit_fast.kernels.head import linear_argmax
-from beit_fast.tasks.sources import PHOTOGRAPHS, open_source
+from beit_fast.tasks.sources import open_source
 from beit_fast.tokenizer import frozen as module
-from beit_fast.tokenizer.dvae import Dvae, DvaeConfig, map_pixels
+from beit_fast.tokenizer.config import DvaeConfig
+from beit_fast.tokenizer.dvae import Dvae, map_pixels
 from beit_fast.tokenizer.frozen import PRECISIONS, FrozenTokenizer, fold_encoder, run_folded
 from beit_fast.tokenizer.protocol import Tokenizer
 

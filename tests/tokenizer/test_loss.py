@@ -11,7 +11,7 @@ from torch.distributions import (
 )
 
 from beit_fast.tokenizer.dvae import DvaeOutput, map_pixels
-from beit_fast.tokenizer.loss import CosineSchedule, dvae_loss, kl_to_uniform, logit_laplace_nll
+from beit_fast.tokenizer.loss import dvae_loss, kl_to_uniform, logit_laplace_nll
 
 
 def test_logit_laplace_is_a_laplace_variable_seen_through_a_sigmoid():
@@ -46,21 +46,3 @@ def test_a_position_weighs_beta_over_192_at_any_image_size(height, width):
     torch.testing.assert_close(plain.total, plain.reconstruction)
     expected = 6.6 / 192 * kl_to_uniform(logits).mean()
     torch.testing.assert_close(weighted.total - plain.total, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_schedules_are_half_a_cosine_and_constant_after_it():
-    beta = CosineSchedule(start=0.0, end=6.6, num_steps=5_000)
-    temperature = CosineSchedule(start=1.0, end=1 / 16, num_steps=150_000)
-    assert (beta(0), beta(5_000), beta(10**9)) == (0, 6.6, 6.6)
-    assert beta(2_500) == pytest.approx(3.3)
-    assert beta(1_250) == pytest.approx(6.6 * (1 - math.cos(math.pi / 4)) / 2)
-    assert (temperature(0), temperature(150_000)) == (1, 1 / 16)
-    assert temperature(75_000) == pytest.approx((1 + 1 / 16) / 2)
-    values = [temperature(step) for step in range(0, 160_000, 1000)]
-    assert values == sorted(values, reverse=True)
-
-
-def test_a_schedule_of_no_steps_is_its_end():
-    assert CosineSchedule(start=1.0, end=0.5, num_steps=0)(0) == 0.5
-    with pytest.raises(ValueError, match="-1"):
-        CosineSchedule(start=1.0, end=0.5, num_steps=-1)

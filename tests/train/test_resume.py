@@ -22,7 +22,7 @@ from beit_fast.train.state import (
 )
 from beit_fast.train.step import NonFiniteLoss
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "pretrain.md"
 
 
 def flat_names(recipes):
@@ -48,7 +48,7 @@ def test_every_name_in_the_table_is_a_setting():
 
 
 def test_the_page_has_the_table_of_the_code():
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     rows = {
         kind: set(re.findall(r"`([a-z_.]+)`", line))
         for kind in ("habit", "advised")
@@ -61,22 +61,34 @@ def test_the_page_has_the_table_of_the_code():
 
 def test_settings_of_another_run_are_listed_and_a_new_switch_that_is_off_is_none():
     stored = {"model": {"depth": 2}}
-    off = {"fold_layer_scale": False, "drop_rate": 0.0, "use_fc_norm": None}
+    off = {"drop_path_compact": False, "drop_rate": 0.0, "use_fc_norm": None}
     assert check_settings("run", stored, {"model": {"depth": 2, **off}}) == []
     implied = {"weight_decay_on_rel_pos_bias": True}
     assert check_settings("run", stored, {"model": {"depth": 2}, **implied}) == []
-    changed = {"model": {"depth": 3, "fold_layer_scale": True}}
+    changed = {"model": {"depth": 3, "drop_path_compact": True}}
     with pytest.raises(
-        CheckpointError, match=r"depth was 2, is 3; .*fold\w* was 'absent', is True"
+        CheckpointError, match=r"depth was 2, is 3; .*compact was 'absent', is True"
     ) as refused:
         check_settings("run", stored, changed)
     (names,) = re.findall(r"--run\.resume_with '\[(.*)\]'", str(refused.value))
     found = check_settings("run", stored, changed, accepted=names.split(","))
-    assert [change.name for change in found] == ["model.depth", "model.fold_layer_scale"]
+    assert [change.name for change in found] == ["model.depth", "model.drop_path_compact"]
     with pytest.raises(CheckpointError, match="depth was 2"):
-        check_settings("run", stored, changed, accepted=["model.fold_layer_scale"])
+        check_settings("run", stored, changed, accepted=["model.drop_path_compact"])
     with pytest.raises(CheckpointError, match=r"names model\.dept, and there are no such settings"):
         check_settings("run", stored, changed, accepted=["model.dept"])
+
+
+def test_a_switch_that_is_gone_and_was_off_is_no_difference():
+    ours = {"model": {"depth": 2}}
+    off = {"fold_layer_scale": False, "rate": 0.0, "other": None}
+    assert check_settings("run", {"model": {"depth": 2, **off}}, ours) == []
+    stored = {"model": {"depth": 2, "fold_layer_scale": True}}
+    with pytest.raises(CheckpointError, match="fold_layer_scale was True, is 'absent'") as refused:
+        check_settings("run", stored, ours)
+    (name,) = re.findall(r"--run\.resume_with '\[(.*)\]'", str(refused.value))
+    (change,) = check_settings("run", stored, ours, accepted=[name])
+    assert change.name == name == "model.fold_layer_scale"
 
 
 def test_a_long_list_is_told_apart_by_its_first_difference():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from beit_fast.model.beit import Beit
-from beit_fast.model.config import beit_config
+from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 from beit_fast.train import state as train_state
@@ -123,6 +123,15 @@ def test_statistics_that_no_one_could_read_back_are_refused(statistics, tiny, tm
     with pytest.raises(ValueError, match=r"statistics are .*mean and std"):
         convert(model.state_dict(), tmp_path / "w.pth", to="unilm", statistics=statistics)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_config_that_names_fields_which_are_gone_is_read(folded, tiny, tmp_path):
+    model = BeitForImageClassification(tiny(**PER_BLOCK, norm_eps=1e-5))
+    said = dataclasses.asdict(model.config) | dict.fromkeys(BeitConfig.REMOVED, folded)
+    path = tmp_path / "w.safetensors"
+    write_weights(path, model.state_dict(), metadata={"beit_fast.config": json.dumps(said)})
+    assert read_checkpoint(path).config == model.config
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-MAX_PIXELS = 64_000_000
+from beit_fast.data.sources.limits import MAX_PIXELS
 
 _JPEG = b"\xff\xd8\xff"
 # The format's own class instead of Image.open: that one looks up every plugin Pillow has, tries

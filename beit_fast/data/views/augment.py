@@ -7,45 +7,13 @@ Source: timm's `transforms_imagenet_train` as unilm beit `run_class_finetuning.p
 colour jitter is ignored there beside RandAugment, so there is none.
 """
 
-from dataclasses import dataclass
-from typing import Annotated
-
 import numpy as np
 
-from beit_fast.checks import (
-    Fraction,
-    NonNegative,
-    PositiveRange,
-    Probability,
-    Range,
-    ShareRange,
-    check_fields,
-)
 from beit_fast.data.seeds import SampleSeed
+from beit_fast.data.views.config import AugmentConfig, ViewConfig
 from beit_fast.data.views.mixing import draw_erase, draw_mix
 from beit_fast.data.views.rand_augment import rand_augment
-from beit_fast.data.views.two_views import ViewConfig, make_views
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Augmentation and labels of training; the defaults are those of fine-tuning from MIM."""
-
-    scale: ShareRange = (0.08, 1.0)  # area of the crop as a share of the image's
-    ratio: PositiveRange = (3 / 4, 4 / 3)  # width / height of the crop, log-uniform
-    hflip: Probability = 0.5  # probability
-    rand_augment: Annotated[float, Range(0, 10)] | None = 9.0  # magnitude; null: none
-    erase: Probability = 0.25  # probability of erasing a box of an image
-    mixup: NonNegative = 0.8  # alpha of Beta(alpha, alpha), one draw a micro-batch; 0: none
-    cutmix: NonNegative = 1.0
-    label_smoothing: Fraction = 0.1
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @property
-    def mixes(self) -> bool:
-        return self.mixup > 0 or self.cutmix > 0
+from beit_fast.data.views.two_views import make_views
 
 
 class AugmentedSample:

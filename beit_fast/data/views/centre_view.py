@@ -1,15 +1,13 @@
 """One view of an image for evaluation: the whole image made smaller, and its centre."""
 
 import math
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from beit_fast.data.sources.decode import decode_pillow
+from beit_fast.data.views.config import CropMode, Interpolation
 
-Interpolation = Literal["bicubic", "bilinear"]
-CropMode = Literal["center", "squash"]  # timm's words
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 

@@ -9,28 +9,12 @@ Source: arXiv:2102.12092 appendix A.2.
 
 import math
 import random
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from beit_fast.checks import Count, Probability, ShareRange, check_fields
-from beit_fast.data.sources.decode import MAX_PIXELS, decode_fast
-
-
-@dataclass(frozen=True, kw_only=True)
-class SingleViewConfig:
-    """The view; the defaults are the paper's."""
-
-    size: Count = 256  # pixels, both sides of the view
-    # Area of the square as a share of the largest that fits; (1, 1) in the paper. Few and large
-    # images give more to learn from with (0.1, 1).
-    scale: ShareRange = (1.0, 1.0)
-    hflip: Probability = 0.5  # probability
-    max_pixels: Count = MAX_PIXELS  # in one image file; larger ones are refused undecoded
-
-    def __post_init__(self):
-        check_fields(self)
+from beit_fast.data.sources.decode import decode_fast
+from beit_fast.data.views.config import SingleViewConfig
 
 
 def single_view(data: bytes, config: SingleViewConfig, rng: random.Random) -> np.ndarray:

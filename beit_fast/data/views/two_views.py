@@ -30,25 +30,16 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from beit_fast.checks import (
-    Count,
-    PositiveRange,
-    Probability,
-    ShareRange,
-    Side,
-    check_fields,
-)
-from beit_fast.data.sources.decode import MAX_PIXELS, decode_fast, decode_pillow
+from beit_fast.data.sources.decode import decode_fast, decode_pillow
 from beit_fast.data.views.color_jitter import jitter_coefficients
+from beit_fast.data.views.config import ViewConfig
 from beit_fast.data.views.statistics import IMAGENET_MEAN, IMAGENET_STD
-from beit_fast.flags import flag
 
 VIEWS = ("images", "token_images")  # of the encoder, of the tokenizer
 TRIES = 10  # boxes drawn before the central crop is taken
@@ -57,41 +48,6 @@ _ENHANCE = {
     "contrast": ImageEnhance.Contrast,
     "saturation": ImageEnhance.Color,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewConfig:
-    """The two views of a sample; the defaults are the official pre-training's."""
-
-    kind: Literal["reference", "fast"] = "fast"
-    size: Side = 224  # pixels (height, width) for the encoder
-    token_size: Side = 112  # pixels for the tokenizer: its stride per patch
-    scale: ShareRange = (0.08, 1.0)  # area of the crop as a share of the image's
-    ratio: PositiveRange = (3 / 4, 4 / 3)  # width / height of the crop, log-uniform
-    color_jitter: Probability = (
-        0.4  # brightness, contrast, saturation factors: 1 - this to 1 + this
-    )
-    hflip: Probability = 0.5  # probability
-    max_pixels: Count = MAX_PIXELS  # in one image file; larger ones are refused undecoded
-
-    def __post_init__(self):
-        check_fields(self)
-        for name in ("size", "token_size"):
-            object.__setattr__(self, name, pair(getattr(self, name)))
-
-    def check_grid(self, grid: tuple[int, int]) -> None:
-        """Raises ValueError unless both views split evenly into `grid` patches or tokens."""
-        for name, (height, width) in (("size", self.size), ("token_size", self.token_size)):
-            if height % grid[0] or width % grid[1]:
-                near = tuple(
-                    max(1, round(side / n)) * n
-                    for side, n in zip((height, width), grid, strict=True)
-                )
-                raise ValueError(
-                    f"view {name}={height}x{width} px does not split into a grid of "
-                    f"{grid[0]}x{grid[1]} patches: take {near[0]}x{near[1]} "
-                    f"({flag(f'views.{name}')})"
-                )
 
 
 @dataclass(frozen=True)
@@ -235,11 +191,6 @@ def _offset_factor(
     mean_t = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
     std_t = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
     return (255 * mean_t).float().to(device), (1 / (255 * std_t)).float().to(device)
-
-
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) from either form."""
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -13,28 +13,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from beit_fast.checks import (
-    Batch,
-    Count,
     CropShare,
     FieldError,
-    Filled,
     Positive,
     Probability,
-    Side,
-    Threads,
     check_fields,
 )
-from beit_fast.data.views.centre_view import CropMode, Interpolation
+from beit_fast.data.views.config import CropMode, Interpolation
 from beit_fast.data.views.statistics import HALF_MEAN, HALF_STD, STATISTICS
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.tasks.evaluate.classes import wordnet_ids
+from beit_fast.tasks.evaluate.config import ClassifierConfig, Which
 from beit_fast.tasks.evaluate.evaluation import default_crop_pct
 from beit_fast.weights.description import Statistics, description_of, read_json, step_of
 from beit_fast.weights.files import replace_file
@@ -44,7 +40,6 @@ from beit_fast.weights.read import Weights, read_checkpoint
 
 UNSTATED = "nothing says otherwise"
 PREPROCESSOR = "preprocessor_config.json"
-Which = Literal["model", "ema"]
 logger = logging.getLogger("beit_fast.tasks")
 _PILLOW = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as transformers writes them
 _SHIPPED = ("model", "pytorch_model")  # how weights are called that a configuration lies beside
@@ -78,28 +73,6 @@ class View:
         by_name = next((n for n, s in STATISTICS.items() if s == (self.mean, self.std)), None)
         units = f"{by_name} statistics" if by_name else f"mean {self.mean}, std {self.std}"
         return f"{share}, {self.interpolation}, {units} ({self.origin})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierConfig:
-    """A classifier's checkpoint and how it is run; null: as the checkpoint says."""
-
-    checkpoint: Filled  # run or one of its steps, file, folder, published name
-    weights: Which = "model"  # ema: the average that a run or a .pth file keeps beside them
-    img_size: Side | None = None  # pixels; positions are resized to it
-    num_heads: Count | None = None  # where the checkpoint does not show it
-    statistics: Literal["half", "imagenet"] | None = None  # mean and std of pixels
-    crop_pct: CropShare | None = None  # kept share of the resized short side
-    interpolation: Interpolation | None = None
-    crop_mode: CropMode | None = None  # squash: to the size whatever the proportions
-    precision: Literal["fp32", "bf16"] = "bf16"
-    batch_size: Batch = 64  # on each rank
-    num_threads: Threads = 4  # decoding threads
-    follow_links: bool = True  # to images and folders, wherever they lead
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from beit_fast.data.in_order import batches_in_order
 from beit_fast.data.sources.folder import ImageSource
-from beit_fast.data.views.centre_view import CropMode, Interpolation, centre_view
+from beit_fast.data.views.centre_view import centre_view
+from beit_fast.data.views.config import CropMode, Interpolation
 from beit_fast.kernels.input.patches import normalized_patches
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.train.parallel import World

@@ -7,35 +7,22 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from beit_fast.checks import Count, Filled
 from beit_fast.data.in_order import batches_in_order
 from beit_fast.data.sources.folder import ImageFolder, read_image_file
 from beit_fast.data.views.centre_view import centre_view
 from beit_fast.files import naming
 from beit_fast.kernels.input.patches import normalized_patches
-from beit_fast.tasks.evaluate.checkpoints import Classifier, ClassifierConfig, open_classifier
+from beit_fast.tasks.evaluate.checkpoints import Classifier, open_classifier
 from beit_fast.tasks.evaluate.classes import describe_class
+from beit_fast.tasks.evaluate.config import PredictConfig
 from beit_fast.tasks.sources import describe_source
 from beit_fast.train.parallel import open_world
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictConfig(ClassifierConfig):
-    """A classifier's checkpoint, images, and how many classes of each to say."""
-
-    images: tuple[Filled, ...]  # files, folders, patterns
-    top: Count = 5
-    # One JSON array on stdout, and nothing else. A byte of a name that is no UTF-8 is \udc80 to
-    # \udcff there, as `os.fsencode` takes it.
-    json: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 def run_prediction(config: PredictConfig) -> None:

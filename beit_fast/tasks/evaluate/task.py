@@ -2,19 +2,19 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from beit_fast.checks import Filled
 from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.files import naming
-from beit_fast.tasks.evaluate.checkpoints import ClassifierConfig, open_classifier
+from beit_fast.tasks.evaluate.checkpoints import open_classifier
 from beit_fast.tasks.evaluate.classes import describe_class, match_classes
+from beit_fast.tasks.evaluate.config import EvaluateConfig
 from beit_fast.tasks.evaluate.evaluation import Classification, evaluate_classifier
 from beit_fast.tasks.sources import describe_source
 from beit_fast.train.log import plain_console
@@ -24,16 +24,6 @@ from beit_fast.train.state import environment
 from beit_fast.train.stop import stop_signals
 
 NUM_WORST = 10  # classes in the table
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ClassifierConfig):
-    """A classifier's checkpoint, labelled images, and how the one meets the other."""
-
-    folder: Filled  # with a sub-folder of images for each class
-    output: Filled = "evaluation.json"  # file to write
-    # order: the folders, sorted, are the checkpoint's classes, whatever they are called.
-    match: Literal["names", "order"] = "names"
 
 
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:

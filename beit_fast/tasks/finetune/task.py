@@ -6,36 +6,23 @@ rates fall from the head down to the embeddings.
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from beit_fast.checks import (
-    Batch,
-    CropShare,
-    Filled,
-    Given,
-    Part,
-    Probability,
-    Share,
-    Threads,
-    check_fields,
-)
 from beit_fast.data.loader import Loader
 from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.data.sources.folder import ImageSource
 from beit_fast.data.sources.subset import Subset, split
-from beit_fast.data.views.augment import AugmentConfig, AugmentedSample
+from beit_fast.data.views.augment import AugmentedSample
 from beit_fast.data.views.mixing import erase_boxes, mix, mixed_loss
 from beit_fast.data.views.statistics import STATISTICS
 from beit_fast.data.views.two_views import normalize
 from beit_fast.files import naming
-from beit_fast.flags import flag
-from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.tasks.check_images import check_test_images
@@ -45,11 +32,11 @@ from beit_fast.tasks.evaluate.evaluation import (
     default_crop_pct,
     evaluate_classifier,
 )
+from beit_fast.tasks.finetune.config import FinetuneConfig, LabelledDataConfig
 from beit_fast.tasks.finetune.init import starting_point
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.sources import describe_source, say, task_settings, unseen_batches
 from beit_fast.train.aside import Aside
-from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
 from beit_fast.train.parallel import World, open_world
@@ -60,52 +47,6 @@ from beit_fast.viz.reconstruction import draw_columns
 
 NUM_PICTURES = 8
 RESULT = "result.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelledDataConfig:
-    """Labelled images and the batches made of them."""
-
-    path: Given = ""  # folder with a sub-folder of images for each class
-    test: Given = ""  # the same classes, to evaluate on
-    held_out: Part | None = None  # without `test`: this share of each class, never trained on
-    batch_size: Batch = 128  # images per micro-batch on each rank
-    num_threads: Threads = 4  # decoding threads; batches do not depend on it
-    follow_links: bool = True  # to images and folders, wherever they lead
-    max_bad_share: Probability = 0.001  # of the training images; see `Loader`. Of the test's: none
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.held_out is not None and self.test:
-            raise ValueError(
-                f"{flag('data.held_out')} is {self.held_out} and {flag('data.test')} {self.test}: "
-                "give a share of the training images to evaluate on, and then no data.test, or "
-                "null and the folder"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """Everything a fine-tuning run depends on."""
-
-    # With `init` the architecture is the checkpoint's (finetune_init.py). num_classes 0: as many as
-    # there are class folders; any other number must be theirs.
-    model: BeitConfig
-    data: LabelledDataConfig
-    optim: OptimConfig
-    run: RunConfig
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    init: Filled | None = None  # file, folder, run or published name; null: from scratch
-    init_key: Filled | None = None  # which of several weights: ema of a run, model_ema of unilm's
-    layer_decay: Share = 0.65  # of the learning rate, from a layer to the one before; 1: none
-    statistics: Literal["half", "imagenet"] = "half"  # mean and std of pixels
-    crop_pct: CropShare | None = None  # of test images; None: timm's for their size
-    # Less memory, as in pre-training.
-    grad_checkpointing: bool | Literal["selective"] = False
-    weight_decay_on_rel_pos_bias: bool = True  # as in pre-training
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,21 @@ features move faster than codes can follow, and a few codes end up with everythi
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from beit_fast.checks import Positive, check_fields
 from beit_fast.data.samples import TokenizerSample
-from beit_fast.data.views.single_view import SingleViewConfig
-from beit_fast.flags import flag
-from beit_fast.tasks.sources import (
-    DataConfig,
-    describe_source,
-    open_loader,
-    say,
-    task_settings,
-    unseen_batches,
-)
+from beit_fast.tasks.pretrain.config import DvaeTrainingConfig
+from beit_fast.tasks.sources import describe_source, open_loader, say, task_settings, unseen_batches
 from beit_fast.tokenizer.checkpoint import save_tokenizer
 from beit_fast.tokenizer.codebook import place_codes
-from beit_fast.tokenizer.dvae import STRIDE, Dvae, DvaeConfig, most_likely_images
-from beit_fast.tokenizer.loss import CosineSchedule, dvae_loss
+from beit_fast.tokenizer.config import STRIDE
+from beit_fast.tokenizer.dvae import Dvae, most_likely_images
+from beit_fast.tokenizer.loss import dvae_loss
 from beit_fast.tokenizer.metrics import (
     ReconstructionError,
     codebook_use,
@@ -40,7 +32,6 @@ from beit_fast.tokenizer.metrics import (
     reconstruction_error,
 )
 from beit_fast.train.aside import Aside
-from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import train
 from beit_fast.train.parallel import World, open_world
@@ -54,44 +45,6 @@ from beit_fast.viz.reconstruction import draw_columns
 TOKENIZER = "tokenizer.safetensors"
 NUM_PICTURES = 8
 POSITIONS_PER_CODE = 4  # that k-means sees, at least
-
-
-@dataclass(frozen=True, kw_only=True)
-class DvaeTrainingConfig:
-    """Everything the training of a tokenizer depends on; schedules count optimiser steps."""
-
-    dvae: DvaeConfig = field(default_factory=DvaeConfig)
-    data: DataConfig
-    optim: OptimConfig
-    run: RunConfig
-    view: SingleViewConfig = field(default_factory=SingleViewConfig)
-    beta: CosineSchedule = field(  # weight of the KL term
-        default_factory=lambda: CosineSchedule(start=0.0, end=6.6, num_steps=5_000)
-    )
-    temperature: CosineSchedule = field(
-        default_factory=lambda: CosineSchedule(start=1.0, end=1 / 16, num_steps=150_000)
-    )
-    # random: as DALL-E. kmeans: as clusters of the untrained encoder's features, for short runs.
-    codebook_init: Literal["random", "kmeans"] = "random"
-    encoder_lr_scale: Positive = 1.0  # the encoder's learning rate, as a multiple of optim.lr
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.view.size % STRIDE:
-            raise ValueError(
-                f"{flag('view.size')} is {self.view.size} px: the dVAE needs a multiple of "
-                f"{STRIDE} px"
-            )
-        if self.run.precision == "fp8":
-            raise ValueError(
-                f"{flag('run.precision')} is fp8, which convolutions do not have: pass bf16"
-            )
-        for name in ("start", "end"):
-            if not (value := getattr(self.temperature, name)) > 0:
-                raise ValueError(
-                    f"{flag(f'temperature.{name}')} is {value}: scores are divided by the "
-                    "temperature, give a number above 0"
-                )
 
 
 class DvaeTask:

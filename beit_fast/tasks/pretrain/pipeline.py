@@ -6,13 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from beit_fast.flags import flags_of
-from beit_fast.tasks.pretrain.dvae import (
-    TOKENIZER,
-    DvaeTrainingConfig,
-    finished_tokenizer,
-    train_tokenizer,
-)
-from beit_fast.tasks.pretrain.task import PretrainConfig, PretrainTask, TokensToCome
+from beit_fast.tasks.pretrain.config import DvaeTrainingConfig, PretrainConfig
+from beit_fast.tasks.pretrain.dvae import TOKENIZER, finished_tokenizer, train_tokenizer
+from beit_fast.tasks.pretrain.task import PretrainTask, TokensToCome
 from beit_fast.tasks.sources import describe_source, say, task_settings
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
 from beit_fast.tokenizer.dvae import Dvae

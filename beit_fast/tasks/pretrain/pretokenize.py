@@ -21,7 +21,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +30,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from beit_fast.checks import Count, Filled
 from beit_fast.data.loader import Loader
 from beit_fast.data.samples import TokenViewSample
 from beit_fast.data.token_cache import (
     MANIFEST,
-    MAX_VOCAB,
     Manifest,
     Shard,
     TokenCacheError,
@@ -47,9 +45,9 @@ from beit_fast.data.token_cache import (
     write_shard,
 )
 from beit_fast.data.views.color_jitter import jitter_views
+from beit_fast.tasks.pretrain.config import PretokenizeConfig
 from beit_fast.tasks.pretrain.pipeline import open_tokenizer
 from beit_fast.tasks.pretrain.task import (
-    PretrainConfig,
     TokensToCome,
     check_tokenizer,
     frozen,
@@ -66,31 +64,6 @@ from beit_fast.train.state import environment
 from beit_fast.train.stop import Interrupted, StopFlag, sole_user, stop_signals
 
 logger = logging.getLogger("beit_fast.data")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretokenizeConfig(PretrainConfig):
-    """The configuration of the runs that will read the tokens, and where to write them.
-
-    Of the run, data, views, tokenizer, the model's grid and the seed count; the rest may differ.
-    """
-
-    output: Filled  # folder of the token cache
-    num_views: Count = 10  # K, of every image; more can be added later
-    # In one file, 28 MB of 14 x 14 tokens; what a kill costs a rank.
-    images_per_shard: Count = 65536
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.model.predict == "pixels" or self.token_cache is not None:
-            raise ValueError(
-                "tokens are made by a tokenizer, for a model that predicts them: pass "
-                "--model.predict tokens, --token_cache null and a tokenizer"
-            )
-        if self.model.vocab_size > MAX_VOCAB:
-            raise ValueError(
-                f"{self.model.vocab_size} codes do not fit the cache's 16 bits: at most {MAX_VOCAB}"
-            )
 
 
 def run_pretokenize(config: PretokenizeConfig) -> Path:

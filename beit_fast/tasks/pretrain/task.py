@@ -6,17 +6,15 @@ loss   = mean over hidden patches of -log p(tokens | first view with hidden patc
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
-from beit_fast.checks import Filled, check_fields
-from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.samples import CachedSample, PretrainSample
 from beit_fast.data.sources.folder import ImageSource
 from beit_fast.data.token_cache import TokenCache, check_made_from, describe
@@ -24,83 +22,23 @@ from beit_fast.data.views.color_jitter import jitter_views
 from beit_fast.data.views.statistics import (
     STATISTICS,
 )
-from beit_fast.data.views.two_views import ViewConfig
 from beit_fast.kernels.input.patches import normalized_patches
-from beit_fast.model.config import BeitConfig
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForMaskedImageModeling
 from beit_fast.tasks.layer_decay import spared_from_decay
-from beit_fast.tasks.pretrain.dvae import DvaeTrainingConfig
-from beit_fast.tasks.sources import DataConfig, open_loader, unseen_batches
+from beit_fast.tasks.pretrain.config import PretrainConfig, as_flag, as_text
+from beit_fast.tasks.sources import open_loader, unseen_batches
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
-from beit_fast.tokenizer.dvae import STRIDE, Dvae
+from beit_fast.tokenizer.config import STRIDE
+from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.tokenizer.frozen import FrozenTokenizer
 from beit_fast.tokenizer.metrics import code_entropy, count_codes
 from beit_fast.tokenizer.protocol import Tokenizer
-from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.parallel import World
 from beit_fast.train.stop import heed_stop
 from beit_fast.viz.reconstruction import draw_columns, hide_patches
 
 NUM_PICTURES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Everything a pre-training run depends on."""
-
-    model: BeitConfig
-    data: DataConfig
-    optim: OptimConfig
-    run: RunConfig
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
-    views: ViewConfig = field(default_factory=ViewConfig)
-    statistics: Literal["half", "imagenet"] = "half"  # mean and std of the first view
-    # Patches to predict: BEiT's hidden ones, or as ablations (paper, Table 4) all of them, from the
-    # masked or from the whole image. model.predict "pixels" is the table's other ablation.
-    objective: Literal["masked", "all", "all_unmasked"] = "masked"
-    tokenizer: Filled | None = None  # safetensors file; `beit-fast convert-dalle` writes DALL-E's
-    # Train one first, in the run's folder; on the same images unless it names others.
-    tokenizer_training: DvaeTrainingConfig | None = None
-    # Of a dVAE's convolutions; scores are fp32's in all. fp16 is the fast one on GPUs.
-    tokenizer_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    # Folder that `beit-fast pretokenize` wrote with these very settings: training then needs no
-    # tokenizer. One given besides is for evaluation and pictures, on crops that no step sees.
-    token_cache: Filled | None = None
-    # Less memory: blocks are computed again in the backward pass, or with "selective" all of them
-    # but products and attention.
-    grad_checkpointing: bool | Literal["selective"] = False
-    # Of the relative-position tables; false is the original's disable_weight_decay_on_rel_pos_bias.
-    weight_decay_on_rel_pos_bias: bool = True
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        sources = (self.tokenizer is not None) + (self.tokenizer_training is not None)
-        if self.token_cache is not None:
-            if self.model.predict == "pixels" or self.tokenizer_training is not None:
-                raise ValueError(
-                    f"--token_cache {self.token_cache} holds the tokens of a trained tokenizer, "
-                    "for a model that predicts tokens: pass null for it, or "
-                    "--tokenizer_training null (and for evaluation --tokenizer FILE, the one that "
-                    "made them) and --model.predict tokens"
-                )
-        elif self.model.predict == "tokens" and sources != 1:
-            raise ValueError(
-                "give one of --tokenizer (a file, written by `beit-fast convert-dalle` or "
-                "`beit-fast tokenizer`) and --tokenizer_training, and null for the other; or a "
-                "--token_cache, written by `beit-fast pretokenize`"
-            )
-        if self.model.predict == "pixels" and sources:
-            raise ValueError(
-                "a model that predicts pixels uses no tokenizer: pass null for --tokenizer and "
-                "--tokenizer_training"
-            )
-        size = self.model.image_pixels
-        if self.views.size != size:
-            raise ValueError(
-                f"the views are {_by(self.views.size)} px and the model takes {_by(size)}: pass "
-                f"--views.size {_flag(size)}"
-            )
 
 
 @dataclass(frozen=True)
@@ -412,15 +350,7 @@ def check_tokenizer(tokenizer: Tokenizer | TokensToCome, config: PretrainConfig)
     wanted = tuple(side * tokenizer.stride for side in model.grid)
     if config.views.token_size != wanted:
         raise ValueError(
-            f"the tokenizer's view is {_by(config.views.token_size)} px, and one token for each "
-            f"of {_by(model.grid)} patches needs {_by(wanted)}: pass --views.token_size "
-            f"{_flag(wanted)}"
+            f"the tokenizer's view is {as_text(config.views.token_size)} px, and one token for "
+            f"each of {as_text(model.grid)} patches needs {as_text(wanted)}: pass "
+            f"--views.token_size {as_flag(wanted)}"
         )
-
-
-def _by(sides: tuple[int, int]) -> str:
-    return f"{sides[0]}x{sides[1]}"
-
-
-def _flag(sides: tuple[int, int]) -> str:
-    return str(sides[0]) if sides[0] == sides[1] else f"[{sides[0]},{sides[1]}]"

@@ -14,9 +14,8 @@ of the training images; test images are only counted.
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,22 +23,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from beit_fast.checks import (
-    Batch,
-    Count,
-    CropShare,
-    FieldError,
-    Filled,
-    Given,
-    NonNegative,
-    Part,
-    Positive,
-    Probability,
-    Seed,
-    Side,
-    Threads,
-    check_fields,
-)
 from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.data.sources.subset import split
 from beit_fast.data.views.statistics import STATISTICS
@@ -53,6 +36,7 @@ from beit_fast.tasks.evaluate.checkpoints import (
     weights_digest,
 )
 from beit_fast.tasks.evaluate.evaluation import default_crop_pct
+from beit_fast.tasks.probe.config import ProbeConfig
 from beit_fast.tasks.probe.features import Features, cached_features
 from beit_fast.tasks.probe.probes import knn_accuracy, linear_probes
 from beit_fast.tasks.sources import describe_source, say
@@ -66,40 +50,6 @@ from beit_fast.weights.pretrained import load_pretrained
 from beit_fast.weights.read import Weights
 
 POOLS = ("cls", "mean")  # the order in the features
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """Encoder, labelled images, and what to train on its features."""
-
-    checkpoint: Given = ""  # of any task: run or one of its steps, file, folder, published name
-    train: Given = ""  # folder with a sub-folder for each class
-    test: Given = ""  # the same classes
-    output: Filled  # folder of results, and of the features, which are kept
-    weights: Literal["model", "ema", "random"] = "model"  # random: the same net untrained
-    img_size: Side | None = None  # pixels; positions are resized to it
-    num_heads: Count | None = None  # where the checkpoint does not show it
-    statistics: Literal["half", "imagenet"] | None = None  # of pixels; null: the checkpoint's
-    precision: Literal["fp32", "bf16"] = "bf16"  # of the encoder; features are stored in fp32
-    crop_pct: CropShare | None = None  # timm's; None: 224/256 below 384 px, 1 from there on
-    knn: tuple[Count, ...] = (10, 20)  # neighbours
-    rates: tuple[Positive, ...] = (1e-3, 4e-3, 1.6e-2)  # learning rates, absolute
-    epochs: Count = 100  # over the features
-    batch_size: Count = 1024  # of the classifiers
-    weight_decay: NonNegative = 1e-4
-    held_out: Part = 0.1  # of the training images, to choose learning rate, block and k
-    seed: Seed = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    images_at_once: Batch = 128  # through the encoder
-    num_threads: Threads = 4  # decoding threads
-    follow_links: bool = True  # to images and folders, wherever they lead
-    max_bad_share: Probability = 0.001  # of the training images; see `Loader`. Of the test's: none
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("knn", "rates"):
-            if not getattr(self, name):
-                raise FieldError(name, "is empty: give at least one")
 
 
 def run_probe(config: ProbeConfig) -> dict[str, Any]:

@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 
 from beit_fast.data.sources.decode import (
-    MAX_PIXELS,
     BadImageError,
     _import_decode_jpeg,
     decode_fast,
     decode_pillow,
 )
-from beit_fast.data.views.two_views import ViewConfig, two_views
+from beit_fast.data.sources.limits import MAX_PIXELS
+from beit_fast.data.views.config import ViewConfig
+from beit_fast.data.views.two_views import two_views
 
 ORIENTATION = 0x0112
 

@@ -14,10 +14,10 @@ from torchvision.transforms import functional as tv
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.views.color_jitter import jitter_views
+from beit_fast.data.views.config import ViewConfig
 from beit_fast.data.views.statistics import HALF_MEAN, HALF_STD, IMAGENET_MEAN, IMAGENET_STD
 from beit_fast.data.views.two_views import (
     VIEWS,
-    ViewConfig,
     draw_box,
     draw_view,
     make_views,
@@ -269,33 +269,3 @@ def test_normalize_is_to_tensor_and_normalize_in_channels_last(mean, std):
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, ours.bfloat16())
     assert normalize(images[:0], mean, std).shape == (0, 3, 8, 6)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kind": "quick"}, "give reference or fast"),
-        ({"size": 0}, "at least 1"),
-        ({"token_size": (112, 0)}, "at least 1"),
-        ({"scale": (0.0, 1.0)}, "scale"),
-        ({"scale": (0.5, 1.5)}, "scale"),
-        ({"ratio": (2.0, 1.0)}, "ratio"),
-        ({"color_jitter": 1.5}, "color_jitter is 1.5: .* at most 1"),
-        ({"hflip": -0.1}, "hflip is -0.1: .* at least 0"),
-    ],
-)
-def test_a_setting_that_makes_no_sense_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        ViewConfig(**options)
-
-
-def test_a_view_that_does_not_split_into_the_grid_is_refused_with_a_size_that_does():
-    ViewConfig(size=(224, 320), token_size=(112, 160)).check_grid((14, 20))
-    with pytest.raises(
-        ValueError, match=r"size=230x230 px does not split .* 14x14 .* take 224x224"
-    ):
-        ViewConfig(size=230).check_grid((14, 14))
-    with pytest.raises(
-        ValueError, match=r"token_size=100x100 px .* take 98x98 .--views.token_size"
-    ):
-        ViewConfig(token_size=100).check_grid((14, 14))

@@ -12,7 +12,7 @@ from beit_fast.kernels import _triton
 from beit_fast.kernels._triton import Gpu, pretend, record
 from beit_fast.kernels.input import patches
 from beit_fast.kernels.input.patches import normalized_patches, normalized_patches_reference
-from beit_fast.model.layers import patchify
+from beit_fast.model.patch_embed import patchify
 
 BACKENDS = ("triton", "torch")
 

@@ -15,13 +15,13 @@ from beit_fast.data.views.two_views import normalize
 from beit_fast.model.beit import Beit
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.tasks.evaluate.checkpoints import (
-    ClassifierConfig,
     open_classifier,
     open_weights,
     view_of,
     weights_digest,
     write_image_processor,
 )
+from beit_fast.tasks.evaluate.config import ClassifierConfig
 from beit_fast.train.state import save_checkpoint
 from beit_fast.weights.pretrained import convert, from_pretrained, save_pretrained
 from beit_fast.weights.published import PUBLISHED

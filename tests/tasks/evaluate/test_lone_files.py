@@ -11,7 +11,8 @@ from beit_fast.cli import main
 from beit_fast.data.views.statistics import STATISTICS
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.recipes.finetune import small_data
-from beit_fast.tasks.evaluate.checkpoints import ClassifierConfig, open_classifier, statistics_of
+from beit_fast.tasks.evaluate.checkpoints import open_classifier, statistics_of
+from beit_fast.tasks.evaluate.config import ClassifierConfig
 from beit_fast.tasks.finetune.init import starting_point
 from beit_fast.tasks.finetune.task import check_statistics
 from beit_fast.train.state import metadata_of, save_checkpoint

@@ -18,16 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import beit_fast.data
 from beit_fast import BeitForImageClassification, BeitForMaskedImageModeling, from_pretrained
 from beit_fast.cli import main
-from beit_fast.data.views.augment import AugmentConfig
+from beit_fast.data.views.config import AugmentConfig
 from beit_fast.data.views.two_views import normalize
 from beit_fast.model.config import BeitConfig
 from beit_fast.tasks import check_images
-from beit_fast.tasks.finetune.task import (
-    FinetuneConfig,
-    FinetuneTask,
-    LabelledDataConfig,
-    run_finetuning,
-)
+from beit_fast.tasks.finetune.config import FinetuneConfig, LabelledDataConfig
+from beit_fast.tasks.finetune.task import FinetuneTask, run_finetuning
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import read_metrics
 from beit_fast.train.parallel import World

@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from beit_fast.tasks.pretrain.task import PretrainConfig, PretrainTask
+from beit_fast.tasks.pretrain.config import PretrainConfig
+from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer
 from beit_fast.train.loop import TaskLoss
 from beit_fast.train.parallel import World, data_parallel, open_world

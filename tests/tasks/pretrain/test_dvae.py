@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from beit_fast.data.views.single_view import SingleViewConfig
-from beit_fast.tasks.pretrain.dvae import DvaeTask, DvaeTrainingConfig, run_dvae
-from beit_fast.tasks.sources import DataConfig
+from beit_fast.data.config import DataConfig
+from beit_fast.data.views.config import SingleViewConfig
+from beit_fast.tasks.pretrain.config import DvaeTrainingConfig
+from beit_fast.tasks.pretrain.dvae import DvaeTask, run_dvae
 from beit_fast.tokenizer.checkpoint import load_tokenizer
-from beit_fast.tokenizer.dvae import DvaeConfig
-from beit_fast.tokenizer.loss import CosineSchedule
+from beit_fast.tokenizer.config import CosineSchedule, DvaeConfig
 from beit_fast.tokenizer.metrics import codebook_use
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import read_metrics

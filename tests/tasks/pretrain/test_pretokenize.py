@@ -21,11 +21,12 @@ from beit_fast.data import token_cache
 from beit_fast.data.token_cache import MANIFEST, TokenCache, TokenCacheError, read_manifest
 from beit_fast.tasks.pretrain import pretokenize
 from beit_fast.tasks.pretrain import task as pretrain
+from beit_fast.tasks.pretrain.config import PretokenizeConfig
 from beit_fast.tasks.pretrain.pipeline import run_pretraining
-from beit_fast.tasks.pretrain.pretokenize import PretokenizeConfig, run_pretokenize
+from beit_fast.tasks.pretrain.pretokenize import run_pretokenize
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer, save_tokenizer, tokenizer_digest
-from beit_fast.tokenizer.dvae import DvaeConfig
+from beit_fast.tokenizer.config import DvaeConfig
 from beit_fast.train.log import read_metrics
 from beit_fast.train.parallel import World
 from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint

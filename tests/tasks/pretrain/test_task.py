@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit_fast.data.views.color_jitter import jitter_views
 from beit_fast.data.views.two_views import normalize
-from beit_fast.model.layers import patchify
+from beit_fast.model.patch_embed import patchify
 from beit_fast.tasks.pretrain import task as pretrain
 from beit_fast.tasks.pretrain.pipeline import run_pretraining
 from beit_fast.tasks.pretrain.task import PretrainTask

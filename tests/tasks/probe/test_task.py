@@ -20,9 +20,10 @@ from beit_fast.model.config import BeitConfig
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.tasks.evaluate.checkpoints import open_weights, weights_digest
 from beit_fast.tasks.probe import features as features_module
+from beit_fast.tasks.probe.config import ProbeConfig
 from beit_fast.tasks.probe.features import block_features, cached_features
 from beit_fast.tasks.probe.probes import knn_accuracy
-from beit_fast.tasks.probe.task import ProbeConfig, load_encoder, run_probe
+from beit_fast.tasks.probe.task import load_encoder, run_probe
 from beit_fast.train.state import save_checkpoint
 from beit_fast.train.stop import Interrupted
 from beit_fast.weights.pretrained import convert

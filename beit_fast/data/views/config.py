@@ -1,0 +1,95 @@
+"""What is made of an image: to pre-train on, for the tokenizer, to fine-tune on, to evaluate on."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from beit_fast.checks import (
+    Count,
+    Fraction,
+    NonNegative,
+    PositiveRange,
+    Probability,
+    Range,
+    ShareRange,
+    Side,
+    check_fields,
+)
+from beit_fast.data.sources.limits import MAX_PIXELS
+from beit_fast.flags import flag
+
+Interpolation = Literal["bicubic", "bilinear"]
+CropMode = Literal["center", "squash"]  # timm's words
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """The two views of a sample; the defaults are the official pre-training's."""
+
+    kind: Literal["reference", "fast"] = "fast"
+    size: Side = 224  # pixels (height, width) for the encoder
+    token_size: Side = 112  # pixels for the tokenizer: its stride per patch
+    scale: ShareRange = (0.08, 1.0)  # area of the crop as a share of the image's
+    ratio: PositiveRange = (3 / 4, 4 / 3)  # width / height of the crop, log-uniform
+    color_jitter: Probability = 0.4  # brightness, contrast, saturation: by 1 - this to 1 + this
+    hflip: Probability = 0.5  # probability
+    max_pixels: Count = MAX_PIXELS  # in one image file; larger ones are refused undecoded
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("size", "token_size"):
+            object.__setattr__(self, name, _pair(getattr(self, name)))
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raises ValueError unless both views split evenly into `grid` patches or tokens."""
+        for name, (height, width) in (("size", self.size), ("token_size", self.token_size)):
+            if height % grid[0] or width % grid[1]:
+                near = tuple(
+                    max(1, round(side / n)) * n
+                    for side, n in zip((height, width), grid, strict=True)
+                )
+                raise ValueError(
+                    f"view {name}={height}x{width} px does not split into a grid of "
+                    f"{grid[0]}x{grid[1]} patches: take {near[0]}x{near[1]} "
+                    f"({flag(f'views.{name}')})"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleViewConfig:
+    """The view that trains a tokenizer; the defaults are those of DALL-E's paper."""
+
+    size: Count = 256  # pixels, both sides of the view
+    # Area of the square as a share of the largest that fits; (1, 1) in the paper. Few and large
+    # images give more to learn from with (0.1, 1).
+    scale: ShareRange = (1.0, 1.0)
+    hflip: Probability = 0.5  # probability
+    max_pixels: Count = MAX_PIXELS  # in one image file; larger ones are refused undecoded
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Augmentation and labels of training; the defaults are those of fine-tuning from MIM."""
+
+    scale: ShareRange = (0.08, 1.0)  # area of the crop as a share of the image's
+    ratio: PositiveRange = (3 / 4, 4 / 3)  # width / height of the crop, log-uniform
+    hflip: Probability = 0.5  # probability
+    rand_augment: Annotated[float, Range(0, 10)] | None = 9.0  # magnitude; null: none
+    erase: Probability = 0.25  # probability of erasing a box of an image
+    mixup: NonNegative = 0.8  # alpha of Beta(alpha, alpha), one draw a micro-batch; 0: none
+    cutmix: NonNegative = 1.0
+    label_smoothing: Fraction = 0.1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) from either form."""
+    return (size, size) if isinstance(size, int) else tuple(size)

@@ -1,0 +1,116 @@
+"""Numbers and names on the pages are those of the code, and of what was measured."""
+
+import csv
+import re
+import subprocess
+import sys
+from typing import get_args, get_type_hints
+
+import pytest
+
+from beit_fast import PUBLISHED
+from beit_fast.cli import VERBS
+from beit_fast.data.masking import MaskingConfig
+from beit_fast.data.token_cache import record_dtype
+from pages import ROOT, name_of, pages, text_of
+
+RESULTS = ROOT / "bench" / "results"
+RECIPES = {
+    verb: {name: make() for name, make in known.items()} for verb, (known, _) in VERBS.items()
+}
+
+
+def page(name: str) -> str:
+    """The words of a page of docs/, on one line."""
+    return " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split())
+
+
+def rows_of(name: str) -> list[list[str]]:
+    """Cells of all rows of all tables of a page, that begin with a name in backticks."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_the_table_of_recipes_is_that_of_the_recipes(verb):
+    """Length, images a step and rate. Of torchrun's ranks the docstring has the number."""
+    rows = {row[0].strip("`"): row[1:] for row in rows_of(f"{verb}.md")}
+    for recipe, config in RECIPES[verb].items():
+        assert recipe in rows
+        cells = rows[recipe]
+        run = config.run
+        length = f"{run.steps} steps" if run.steps else f"{run.epochs:g} epochs"
+        assert length.removesuffix("" if verb == "pretrain" else " epochs") in cells
+        ranks = re.search(r"^ *(\d+) ranks x", VERBS[verb][0][recipe].__doc__, re.MULTILINE)
+        step = config.data.batch_size * run.accumulate * (int(ranks[1]) if ranks else 1)
+        assert str(step) == cells[-2], recipe
+        assert float(cells[-1]) == config.optim.lr, recipe
+
+
+def test_the_rates_of_the_transforms_are_the_measured_ones():
+    with (RESULTS / "data.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {(r["bench"].split(",")[0], r["case"], r["figure"]): r for r in rows}
+    value = {key: float(row["value"]) for key, row in found.items()}
+    views, distance = "images to two views", "fast against reference"
+    rate = {kind: f"{value[views, kind, 'median']:.0f}" for kind in ("fast", "reference")}
+    text = page("data.md")
+    assert f"pairs of views a second and core | {rate['fast']} | {rate['reference']} |" in text
+    for side in ("224", "112"):
+        mean, decibel = value[distance, side, "mean"], value[distance, side, "PSNR median"]
+        assert re.search(
+            rf"difference of the {side} px view.*? \| {mean:.1f} \| 0 \| "
+            rf"\| the same as PSNR \| {decibel:.0f} dB \|",
+            text,
+        )
+    jitter = sum(
+        value["jitter of fast on the device", side, "ms per image"] for side in ("224", "112")
+    )
+    assert f"costs {jitter:.1f} ms an image" in text
+    masks = value["masks of 14x14", "block", "median"]
+    assert f"draws {round(masks, -3):,.0f} masks of `block`" in text
+
+
+def test_the_words_of_masks_and_cache_are_those_of_the_code():
+    text = page("data.md")
+    assert f"takes {record_dtype(14 * 14).itemsize} bytes" in text
+    demo, digits = (RECIPES["pretrain"][name] for name in ("demo", "digits"))
+    for config in (demo, digits):
+        height, width = config.model.grid
+        assert f"{config.masking.num_masked} of {height * width}" in text
+    strategies = get_args(get_type_hints(MaskingConfig)["strategy"])
+    assert {f"`{name}`" for name in strategies} <= set(text.split())
+    assert MaskingConfig().num_masked == 75
+
+
+def test_the_table_of_augmentation_has_the_defaults():
+    augment = RECIPES["finetune"]["small_data"].augment
+    rows = {row[0].strip("`").removeprefix("--augment."): row[1] for row in rows_of("finetune.md")}
+    for name in ("hflip", "rand_augment", "erase", "mixup", "cutmix", "label_smoothing"):
+        assert float(rows[name].split(",")[0]) == getattr(augment, name), name
+    assert rows["scale"].startswith("`[{:g},{:g}]`".format(*augment.scale))
+
+
+def test_the_ratios_of_acceleration_are_the_measured_ones():
+    with (RESULTS / "accelerate-base-cpu.csv").open(newline="") as file:
+        measured = {(r["pass"], r["model"]): float(r["ratio"]) for r in csv.DictReader(file)}
+    text = page("accelerate.md") + page("performance.md")
+    for (kind, model), ratio in measured.items():
+        assert f"{ratio:.2f}" in text or model.startswith("accelerated"), (kind, model)
+
+
+def test_the_published_checkpoints_are_counted():
+    text = page("models-and-checkpoints.md")
+    assert re.search(rf"\b{len(PUBLISHED)} (?:of them|published)", text)
+
+
+def test_the_tables_are_those_of_the_results():
+    command = [sys.executable, str(ROOT / "bench" / "report.py"), "--pages", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", pages(), ids=name_of)
+def test_no_placeholder_is_left(path):
+    assert not re.findall(r"\b[A-Z]+_(?:OUTPUT|NEWEST|NUMBERS|TABLE|MINUTES)\b|@@", text_of(path))
