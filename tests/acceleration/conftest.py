@@ -1,5 +1,6 @@
-"""Tiny models and their peers, as `tests/support/tiny_models.py` makes them."""
+"""Tiny models and their peers, as `tests/support/` makes them."""
 
+from accelerated import forget_warnings, pair
 from tiny_models import (
     assert_agree,
     gradients,
@@ -12,7 +13,9 @@ from tiny_models import (
 
 __all__ = [
     "assert_agree",
+    "forget_warnings",
     "gradients",
+    "pair",
     "randomize",
     "timm_beit",
     "tiny",
