@@ -11,12 +11,13 @@ from beit_fast.kernels.attention.backward import attention_backward
 from beit_fast.kernels.attention.bias import pad_bias, padded_dtype, padded_length, sum_partials
 from beit_fast.kernels.attention.forward import attention_forward
 from beit_fast.kernels.attention.rel_pos_bias import reduce_to_table
-from beit_fast.kernels.conv.operators import conv_triton
+from beit_fast.kernels.conv.implicit_gemm import conv_triton
 from beit_fast.kernels.conv.pixels import conv_pixels_triton
-from beit_fast.kernels.head.gather_norm import gather_norm, scatter_norm_backward
+from beit_fast.kernels.head.gather_norm import gather_norm
 from beit_fast.kernels.head.linear_argmax import linear_argmax_triton
+from beit_fast.kernels.head.scatter_norm import scatter_norm_backward
 from beit_fast.kernels.head.softmax_cross_entropy import cross_entropy_
-from beit_fast.kernels.input.mask_embed import mask_embed_backward, mask_embed_forward
+from beit_fast.kernels.input.mask_embed_kernels import mask_embed_backward, mask_embed_forward
 from beit_fast.kernels.input.patches import normalized_patches_triton
 from beit_fast.kernels.residual.backward import scale_residual_backward
 from beit_fast.kernels.residual.forward import scale_residual_forward

@@ -16,14 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.kernels._triton import can_launch
-from beit_fast.kernels.head.gather_norm import (
-    gather_norm,
-    gather_norm_torch,
-    scatter_norm_backward,
-    scatter_norm_backward_torch,
-)
+from beit_fast.kernels.head.gather_norm import gather_norm, gather_norm_torch
 from beit_fast.kernels.head.linear_argmax import linear_argmax
 from beit_fast.kernels.head.linear_cross_entropy import masked_linear_cross_entropy
+from beit_fast.kernels.head.scatter_norm import scatter_norm_backward, scatter_norm_backward_torch
 from kernels import Case, require_as_exact, try_all
 
 EPS = 1e-6

@@ -19,5 +19,9 @@ Below them all:
 linear              x weight^T + bias, by the faster matrix library
 exact_fp32          fp32 of CUDA's libraries without TF32, around what promises fp32
 first_order         operators that refuse a second derivative instead of losing it
+arguments           what operators ask of their arguments, and of the back end
+registration        what operators of torch.library share
+rows                rows in the registers of a program
+_triton             what launchers share: is Triton there, one door for every launch
 philox              random numbers that are a function of where they are used
 """

@@ -31,6 +31,9 @@ except ImportError:
     triton = tl = _NoTriton()
 
 HAS_TRITON = hasattr(triton, "compile")
+TensorDescriptor = None
+if HAS_TRITON:
+    from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: F401  for launchers
 
 
 @dataclass(frozen=True)
@@ -142,34 +145,11 @@ def launch_obstacle(tensor: Tensor, *dtypes: torch.dtype) -> str | None:
     return None
 
 
-def check_floating(**tensors: Tensor | None) -> None:
-    """Raise ValueError that names a tensor which is not of floats: torch would make do with it."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}: pass floats")
-
-
-def check_product(**tensors: Tensor | None) -> None:
-    """Raise ValueError unless these are of one dtype, or autocast brings them to one."""
-    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    dtypes = {tensor.dtype for tensor in there.values()}
-    if len(dtypes) == 1:
-        return
-    device = next(iter(there.values())).device.type
-    is_cast = device != "meta" and torch.is_autocast_enabled(device)
-    if not is_cast or not dtypes <= set(TRITON_DTYPES):
-        raise ValueError(
-            f"{', '.join(f'{name} is {tensor.dtype}' for name, tensor in there.items())}: cast "
-            "them to one dtype, or run under torch.autocast, which takes float32, bfloat16 and "
-            "float16"
-        )
-
-
-def warn_once(message: str) -> None:
+def warn_once(message: str, stacklevel: int = 4) -> None:
     """A fallback is never silent, and not told at every step either."""
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=stacklevel)
 
 
 def _capability_of(tensor: Tensor) -> tuple[int, int]:
@@ -205,6 +185,11 @@ def launch(
     guard = torch.cuda.device(on.device) if on.device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](**arguments, **options)
+
+
+def contiguous_rows(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with elements of a row side by side, as kernels read it; a copy if need be."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def cdiv(number: int, by: int) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import check_product
+from beit_fast.kernels.arguments import check_product
 
 NOT_TRACED = (
     "torch.jit.trace, torch.jit.script and torch.onnx.export(dynamo=False) cannot look into these "

@@ -22,7 +22,6 @@ TASKS = {f"tasks.{room}" for room in ("pretrain", "evaluate", "finetune", "probe
 ALLOWED = {
     **{part: set() for part in sorted(BASE)},
     **{room: {"kernels"} for room in sorted(KERNELS)},
-    "kernels.input": {"kernels", "kernels.residual"},
     "kernels": KERNELS,  # the names under which the rooms' operators are called
     "model": {"kernels"} | KERNELS | BASE,
     "weights": {"model", "kernels.attention"} | BASE,

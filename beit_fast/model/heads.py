@@ -6,8 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from beit_fast.kernels._triton import check_product
-from beit_fast.kernels.head.gather_norm import check_index
+from beit_fast.kernels.arguments import check_index, check_product
 from beit_fast.kernels.head.gather_rows import gather_rows
 from beit_fast.kernels.head.linear_argmax import linear_argmax
 from beit_fast.kernels.head.linear_cross_entropy import masked_linear_cross_entropy

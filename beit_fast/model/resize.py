@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import check_floating, exporting
+from beit_fast.kernels._triton import exporting
+from beit_fast.kernels.arguments import check_floating
 from beit_fast.kernels.attention.rel_pos_bias import relative_position_rows
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.kernels._triton import exporting, launch_obstacle, warn_once
+from beit_fast.kernels.arguments import cannot_run, check_backend
 
 BACKENDS = ("triton", "cpu", "sdpa", "xformers", "reference")
 WIDEST_HEAD = 128
@@ -43,7 +44,7 @@ def use_backend(backend: str) -> Iterator[None]:
     What a call names itself comes first. Not for threads that want different ones.
     """
     global _preferred
-    _check_name(backend)
+    check_backend(backend, BACKENDS)
     before, _preferred = _preferred, backend
     try:
         yield
@@ -65,12 +66,11 @@ def choose_backend(
     Raises ValueError where the wish cannot be granted, ImportError where xformers is not there.
     """
     backend = _preferred if backend is None else backend
-    if backend is not None:
-        _check_name(backend)
+    check_backend(backend, BACKENDS)
     if backend == "triton":
         obstacle = triton_obstacle(q)
         if obstacle is not None:
-            raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
+            raise cannot_run(backend, obstacle)
     if backend == "xformers":
         _import_xformers()
     if backend is not None:
@@ -87,11 +87,6 @@ def choose_backend(
     if obstacle is None:
         return Choice("triton")
     return Choice("sdpa", fallback=obstacle)
-
-
-def _check_name(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
 
 
 def triton_obstacle(q: Tensor) -> str | None:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
 from beit_fast.kernels.attention.bias import bias_unit, raw_bias
-from beit_fast.kernels.attention.chunks import num_chunks, strides_of
+from beit_fast.kernels.attention.chunks import num_chunks
+from beit_fast.kernels.attention.strides import strides_of
 
 TILE = 64  # queries and keys of a program
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, launch, tl, triton
 from beit_fast.kernels.attention.rel_pos_bias import expand_table
+from beit_fast.kernels.registration import implement
 
 # Below this scale a bias of 2000 would leave fp16's range when divided by it.
 SMALLEST_DIVISOR = 1 / 32
@@ -200,8 +201,7 @@ def pad_dense(bias: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
 torch.library.define(
     "beit_fast::pad_bias", "(Tensor bias, ScalarType dtype, float scale) -> Tensor"
 )
-# As a decorator `impl` would leave None behind in place of the function.
-torch.library.impl("beit_fast::pad_bias", ("CPU", "CUDA"), pad_dense)
+implement("pad_bias", pad_dense)
 
 
 @torch.library.register_fake("beit_fast::pad_bias")

@@ -1,10 +1,8 @@
-"""How the backward kernels that walk over images share them out, and their strides by name.
+"""How the backward kernels that walk over images share them out.
 
 Where a program keeps the gradient of the bias in registers, it owns a head (and a tile of
 queries) and walks over one of C chunks of the images: the partial sums are C times dbias.
 """
-
-from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv
 
@@ -19,9 +17,3 @@ def num_chunks(programs: int, images: int, chunk_bytes: int, slots: int) -> int:
     most = min(images, max(1, PARTIALS_BYTES // chunk_bytes), cdiv(4 * slots, programs))
     # Rounds of programs times images of each; the fewest chunks where several are as good.
     return min(range(1, most + 1), key=lambda c: (cdiv(c * programs, slots) * cdiv(images, c), c))
-
-
-def strides_of(name: str, tensor: Tensor | None, length: str) -> dict[str, int]:
-    """Strides of a (B, N or M, H, K) tensor by argument name; zeros where there is none."""
-    strides = tensor.stride()[:3] if tensor is not None else (0, 0, 0)
-    return dict(zip((f"{name}_stride_{dim}" for dim in ("b", length, "h")), strides, strict=True))

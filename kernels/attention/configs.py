@@ -124,7 +124,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class GeneralBackward:
-    """The tiles of the three kernels of `attention_backward_general`."""
+    """The tiles of the three kernels of `backward_general`."""
 
     dq: Tile
     dk_dv: Tile

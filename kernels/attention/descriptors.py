@@ -2,10 +2,7 @@
 
 from torch import Tensor
 
-from beit_fast.kernels._triton import HAS_TRITON
-
-if HAS_TRITON:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+from beit_fast.kernels._triton import TensorDescriptor
 
 
 def can_describe(tensor: Tensor) -> bool:
@@ -23,7 +20,7 @@ def can_describe(tensor: Tensor) -> bool:
     )
 
 
-def describe(tensor: Tensor, rows: int) -> "TensorDescriptor":
+def describe(tensor: Tensor, rows: int) -> TensorDescriptor:
     """Blocks of (rows, K) of one image and head; what lies beyond the sequence reads as zero."""
     B, N, H, K = tensor.shape
     # A dimension of one element may carry any stride, and a descriptor only a valid one.

@@ -10,7 +10,7 @@ whole     a program holds all keys and values of its image and head, and loops o
 flash     a program holds a tile of queries, and loops over the keys
 
 Shapes    q, out (B, N, H, K); k, v (B, M, H, K); lse (B, H, N); bias (G, H, >= N, >= M), padded
-          as in `attention_bias`, in units of u raw scores, -inf for keys m >= M; image b has bias
+          as in `bias.py`, in units of u raw scores, -inf for keys m >= M; image b has bias
           b mod G
 Types     scores, softmax and sums in fp32; the weights are rounded to v's type before they meet it
 Masks     those -inf are the only ones. A query that sees no key has out = 0 and lse = inf
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
-from beit_fast.kernels.attention.bias import bias_unit, raw_bias
+from beit_fast.kernels.attention.bias import bias_unit
 from beit_fast.kernels.attention.configs import (
     FlashForward,
     WholeForward,
@@ -31,179 +31,18 @@ from beit_fast.kernels.attention.configs import (
     head_parts,
     tail_width,
 )
-from beit_fast.kernels.philox import random_tile, threshold_of
-
-
-@triton.jit
-def _load_rows(
-    ptr,  # first row of the tile
-    stride,  # elements from row to row
-    num_rows,  # rows that exist, or None: all; may be negative
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    PARTS: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """The tiles (ROWS, part) of some rows; zero beyond the rows and columns that exist."""
-    row = tl.arange(0, ROWS)[:, None]
-    at = ptr + row.to(OFFSET) * stride
-    tiles = ()
-    for j in tl.static_range(len(PARTS)):
-        col = PARTS[j][0] + tl.arange(0, PARTS[j][1])[None, :]
-        if num_rows is None:
-            if PARTS[j][0] + PARTS[j][1] > K:
-                tiles += (tl.load(at + col, mask=col < K, other=0.0),)
-            else:
-                tiles += (tl.load(at + col),)
-        else:
-            inside = row < num_rows
-            if PARTS[j][0] + PARTS[j][1] > K:
-                inside = inside & (col < K)
-            tiles += (tl.load(at + col, mask=inside, other=0.0),)
-    return tiles
-
-
-@triton.jit
-def _load_keys(
-    ptr,  # keys or values of one image and head, (M, K)
-    stride,  # elements from row to row
-    M,
-    BEGIN: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    K: tl.constexpr,
-    PARTS: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """For each tile of a group, which begins at key BEGIN, its parts (width, part)."""
-    tiles = ()
-    at = ptr + BEGIN * tl.cast(stride, tl.int64)
-    left = M - BEGIN
-    for i in tl.static_range(len(WIDTHS)):
-        tiles += (_load_rows(at, stride, left, WIDTHS[i], K, PARTS, OFFSET),)
-        at += WIDTHS[i] * tl.cast(stride, tl.int64)
-        left -= WIDTHS[i]
-    return tiles
-
-
-@triton.jit
-def _load_bias(
-    ptr,  # first element of the tiles
-    stride,  # elements from row to row; 0 where all rows are one
-    num_rows,  # rows that are queries; may be negative
-    ROWS: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """The tiles (ROWS, width) of a group, side by side. Rows of no query cost no traffic."""
-    row = tl.arange(0, ROWS)[:, None]
-    at = ptr + row.to(OFFSET) * stride
-    tiles = ()
-    for i in tl.static_range(len(WIDTHS)):
-        col = tl.arange(0, WIDTHS[i])[None, :]
-        tiles += (tl.load(at + col, mask=row < num_rows, other=0.0),)
-        at += WIDTHS[i]
-    return tiles
-
-
-@triton.jit
-def _score(
-    q,  # tuple of (ROWS, part)
-    keys,  # for each tile a tuple of (width, part)
-    biases,  # tuple of (ROWS, width)
-    bias_unit,  # fp32: u; None: 1
-    PRECISION: tl.constexpr,
-):
-    """s for a group of keys: a tuple of (ROWS, width) fp32."""
-    scores = ()
-    for i in tl.static_range(len(keys)):
-        s = raw_bias(biases[i], bias_unit)
-        for j in tl.static_range(len(q)):
-            s = tl.dot(q[j], tl.trans(keys[i][j]), s, input_precision=PRECISION)
-        scores += (s,)
-    return scores
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
-    """A tuple of (ROWS, part) fp32."""
-    acc = ()
-    for j in tl.static_range(len(PARTS)):
-        acc += (tl.full((ROWS, PARTS[j][1]), 0.0, tl.float32),)
-    return acc
-
-
-@triton.jit
-def _multiply_rows(acc, factor):
-    """Each part (ROWS, part) of a tuple times factor (ROWS,)."""
-    out = ()
-    for j in tl.static_range(len(acc)):
-        out += (acc[j] * factor[:, None],)
-    return out
-
-
-@triton.jit
-def _attend(
-    scores,  # tuple of (ROWS, width) fp32
-    values,  # for each tile a tuple of (width, part)
-    keeps,  # tuple of (ROWS, width) bool: what dropout keeps; empty without dropout
-    highest,  # (ROWS,) maximum of c s so far
-    total,  # (ROWS,) sum of 2^(c s - highest) so far
-    acc,  # tuple of (ROWS, part): sum of 2^(c s - highest) v so far
-    exponent_factor,  # c
-    IS_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """highest, total and acc with a group of keys added; softmax is plain inside the group."""
-    before = highest
-    for i in tl.static_range(len(scores)):
-        highest = tl.maximum(highest, tl.max(scores[i], 1) * exponent_factor)
-    # Where all was -inf so far, any finite base gives weights of zero.
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    if not IS_FIRST:
-        rescale = tl.exp2(before - base)
-        total *= rescale
-        acc = _multiply_rows(acc, rescale)
-    for i in tl.static_range(len(scores)):
-        p = tl.exp2(scores[i] * exponent_factor - base[:, None])
-        total += tl.sum(p, 1)
-        if len(keeps) > 0:
-            p = tl.where(keeps[i], p, 0.0)
-        p = p.to(values[i][0].dtype)
-        added = ()
-        for j in tl.static_range(len(acc)):
-            part = tl.dot(p, values[i][j], acc[j], input_precision=PRECISION)
-            added += (part,)
-        acc = added
-    return highest, total, acc
-
-
-@triton.jit
-def _store_rows(
-    highest,  # (ROWS,)
-    total,  # (ROWS,)
-    acc,  # tuple of (ROWS, part)
-    gain,  # what the weights that dropout kept are multiplied by
-    out_ptr,  # first row of the tile
-    out_stride,  # elements from row to row
-    lse_ptr,  # first row of the tile
-    num_rows,  # rows that exist
-    K: tl.constexpr,
-    PARTS: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    row = tl.arange(0, acc[0].shape[0])
-    sees_nothing = total == 0.0
-    total = tl.where(sees_nothing, 1.0, total)
-    lse = tl.where(sees_nothing, float("inf"), highest + tl.log2(total))
-    tl.store(lse_ptr + row, lse, mask=row < num_rows)
-    out = _multiply_rows(acc, gain / total)
-    at = out_ptr + row[:, None].to(OFFSET) * out_stride
-    for j in tl.static_range(len(PARTS)):
-        col = PARTS[j][0] + tl.arange(0, PARTS[j][1])[None, :]
-        inside = row[:, None] < num_rows
-        if PARTS[j][0] + PARTS[j][1] > K:
-            inside = inside & (col < K)
-        tl.store(at + col, out[j].to(out_ptr.dtype.element_ty), mask=inside)
+from beit_fast.kernels.attention.forward_tiles import (
+    attend,
+    keep,
+    load_bias,
+    load_keys,
+    load_rows,
+    score,
+    store_rows,
+    zeros,
+)
+from beit_fast.kernels.attention.strides import strides_in_units
+from beit_fast.kernels.philox import threshold_of
 
 
 @triton.jit
@@ -258,43 +97,41 @@ def _attention_whole_kernel(
     v_stride, out_stride = v_stride_n * UNIT, out_stride_n * UNIT
 
     # All loads that can be are under way before the first is waited for.
-    q = _load_rows(q_ptr, q_stride, N, BLOCK_N, K, PARTS, OFFSET)
-    keys0 = _load_keys(k_ptr, k_stride, M, 0, FIRST, K, PARTS, OFFSET)
-    keys1 = _load_keys(k_ptr, k_stride, M, FIRST_KEYS, SECOND, K, PARTS, OFFSET)
-    values0 = _load_keys(v_ptr, v_stride, M, 0, FIRST, K, PARTS, OFFSET)
-    values1 = _load_keys(v_ptr, v_stride, M, FIRST_KEYS, SECOND, K, PARTS, OFFSET)
-    biases0 = _load_bias(bias_ptr, bias_stride_n, N, BLOCK_N, FIRST, OFFSET)
+    q = load_rows(q_ptr, q_stride, N, BLOCK_N, K, PARTS, OFFSET)
+    keys0 = load_keys(k_ptr, k_stride, M, 0, FIRST, K, PARTS, OFFSET)
+    keys1 = load_keys(k_ptr, k_stride, M, FIRST_KEYS, SECOND, K, PARTS, OFFSET)
+    values0 = load_keys(v_ptr, v_stride, M, 0, FIRST, K, PARTS, OFFSET)
+    values1 = load_keys(v_ptr, v_stride, M, FIRST_KEYS, SECOND, K, PARTS, OFFSET)
+    biases0 = load_bias(bias_ptr, bias_stride_n, N, BLOCK_N, FIRST, OFFSET)
 
     # With what does not change moved out of the loop, 40 registers would hold addresses.
     for start in tl.range(0, N, BLOCK_N, disable_licm=True):
         start = tl.cast(start, tl.int64)
         left = (N - start).to(tl.int32)
         bias1_ptr = bias_ptr + start * bias_stride_n + FIRST_KEYS
-        biases1 = _load_bias(bias1_ptr, bias_stride_n, left, BLOCK_N, SECOND, OFFSET)
+        biases1 = load_bias(bias1_ptr, bias_stride_n, left, BLOCK_N, SECOND, OFFSET)
         highest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
-        acc = _zeros(BLOCK_N, PARTS)
-        scores = _score(q, keys0, biases0, bias_unit, "ieee")
+        acc = zeros(BLOCK_N, PARTS)
+        scores = score(q, keys0, biases0, bias_unit, "ieee")
         values = values0
         if len(SECOND) > 0:
-            highest, total, acc = _attend(
+            highest, total, acc = attend(
                 scores, values, (), highest, total, acc, exponent_factor, True, "ieee"
             )
-            scores = _score(q, keys1, biases1, bias_unit, "ieee")
+            scores = score(q, keys1, biases1, bias_unit, "ieee")
             values = values1
         if not ONE_TILE:  # what the next turn begins with arrives during the rest of this one
             after, rest = start + BLOCK_N, left - BLOCK_N
             next_q_ptr, next_bias_ptr = q_ptr + after * q_stride, bias_ptr + after * bias_stride_n
-            q = _load_rows(next_q_ptr, q_stride, rest, BLOCK_N, K, PARTS, OFFSET)
-            biases0 = _load_bias(next_bias_ptr, bias_stride_n, rest, BLOCK_N, FIRST, OFFSET)
+            q = load_rows(next_q_ptr, q_stride, rest, BLOCK_N, K, PARTS, OFFSET)
+            biases0 = load_bias(next_bias_ptr, bias_stride_n, rest, BLOCK_N, FIRST, OFFSET)
         IS_FIRST: tl.constexpr = len(SECOND) == 0
-        highest, total, acc = _attend(
+        highest, total, acc = attend(
             scores, values, (), highest, total, acc, exponent_factor, IS_FIRST, "ieee"
         )
         out_rows, lse_rows = out_ptr + start * out_stride, lse_ptr + start
-        _store_rows(
-            highest, total, acc, 1.0, out_rows, out_stride, lse_rows, left, K, PARTS, OFFSET
-        )
+        store_rows(highest, total, acc, 1.0, out_rows, out_stride, lse_rows, left, K, PARTS, OFFSET)
 
 
 @triton.jit
@@ -354,53 +191,36 @@ def _attention_flash_kernel(
     left = (N - start).to(tl.int32)
     stream = (b * H + h).to(tl.int32)
 
-    q = _load_rows(q_ptr, q_stride, left, BLOCK_N, K, PARTS, OFFSET)
+    q = load_rows(q_ptr, q_stride, left, BLOCK_N, K, PARTS, OFFSET)
     highest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    acc = _zeros(BLOCK_N, PARTS)
+    acc = zeros(BLOCK_N, PARTS)
     full = M // BLOCK_M * BLOCK_M
     for begin in tl.range(0, full, BLOCK_M, disable_licm=True):
         begin = tl.cast(begin, tl.int64)
-        k = _load_rows(k_ptr + begin * k_stride, k_stride, None, BLOCK_M, K, PARTS, OFFSET)
-        biases = _load_bias(bias_ptr + begin, bias_stride_n, left, BLOCK_N, (BLOCK_M,), OFFSET)
-        scores = _score(q, (k,), biases, bias_unit, PRECISION)
-        v = _load_rows(v_ptr + begin * v_stride, v_stride, None, BLOCK_M, K, PARTS, OFFSET)
+        k = load_rows(k_ptr + begin * k_stride, k_stride, None, BLOCK_M, K, PARTS, OFFSET)
+        biases = load_bias(bias_ptr + begin, bias_stride_n, left, BLOCK_N, (BLOCK_M,), OFFSET)
+        scores = score(q, (k,), biases, bias_unit, PRECISION)
+        v = load_rows(v_ptr + begin * v_stride, v_stride, None, BLOCK_M, K, PARTS, OFFSET)
         keeps = ()
         if rng_ptr is not None:
-            keeps = (_keep(rng_ptr, stream, start, begin, M, drop_below, BLOCK_N, BLOCK_M),)
-        highest, total, acc = _attend(
+            keeps = (keep(rng_ptr, stream, start, begin, M, drop_below, BLOCK_N, BLOCK_M),)
+        highest, total, acc = attend(
             scores, (v,), keeps, highest, total, acc, exponent_factor, False, PRECISION
         )
     if TAIL > 0:
         begin = tl.cast(full, tl.int64)
-        k = _load_rows(k_ptr + begin * k_stride, k_stride, M - full, TAIL, K, PARTS, OFFSET)
-        v = _load_rows(v_ptr + begin * v_stride, v_stride, M - full, TAIL, K, PARTS, OFFSET)
-        biases = _load_bias(bias_ptr + begin, bias_stride_n, left, BLOCK_N, (TAIL,), OFFSET)
-        scores = _score(q, (k,), biases, bias_unit, PRECISION)
+        k = load_rows(k_ptr + begin * k_stride, k_stride, M - full, TAIL, K, PARTS, OFFSET)
+        v = load_rows(v_ptr + begin * v_stride, v_stride, M - full, TAIL, K, PARTS, OFFSET)
+        biases = load_bias(bias_ptr + begin, bias_stride_n, left, BLOCK_N, (TAIL,), OFFSET)
+        scores = score(q, (k,), biases, bias_unit, PRECISION)
         keeps = ()
         if rng_ptr is not None:
-            keeps = (_keep(rng_ptr, stream, start, begin, M, drop_below, BLOCK_N, TAIL),)
-        highest, total, acc = _attend(
+            keeps = (keep(rng_ptr, stream, start, begin, M, drop_below, BLOCK_N, TAIL),)
+        highest, total, acc = attend(
             scores, (v,), keeps, highest, total, acc, exponent_factor, False, PRECISION
         )
-    _store_rows(highest, total, acc, gain, out_ptr, out_stride, lse_ptr, left, K, PARTS, OFFSET)
-
-
-@triton.jit
-def _keep(
-    rng_ptr,  # (2,) int64: seed and offset
-    stream,  # int32: image and head
-    start,  # first query of the tile
-    begin,  # first key of the tile, a multiple of 4
-    M,  # keys
-    drop_below,  # int32: a weight with a smaller random word is dropped
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Which weights of a tile dropout keeps: (ROWS, COLS) bool."""
-    n = start.to(tl.int32) + tl.arange(0, ROWS)[:, None]
-    quad = n * tl.cdiv(M, 4) + (begin // 4).to(tl.int32) + tl.arange(0, COLS // 4)[None, :]
-    return random_tile(rng_ptr, quad, stream, ROWS, COLS) >= drop_below
+    store_rows(highest, total, acc, gain, out_ptr, out_stride, lse_ptr, left, K, PARTS, OFFSET)
 
 
 def attention_forward(
@@ -429,7 +249,7 @@ def attention_forward(
     assert lse.is_contiguous()
     if config is None:
         config = forward_config(gpu_of(q), q.dtype, N, M, K, dropout_p > 0, tf32)
-    strides, unit, offset = _strides(q=q, k=k, v=v, out=out)
+    strides, unit, offset = strides_in_units(q=q, k=k, v=v, out=out)
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
@@ -483,16 +303,3 @@ def attention_forward(
             PRECISION="tf32" if tf32 else "ieee",
             **arguments,
         )
-
-
-def _strides(**tensors: Tensor) -> tuple[dict[str, int], int, object]:
-    """Strides by kernel argument in units, the unit in elements, and the type of tile offsets."""
-    strides = {
-        f"{name}_stride_{dim}": tensor.stride(i) if tensor.shape[i] > 1 else 0
-        for name, tensor in tensors.items()
-        for i, dim in enumerate("bnh")
-    }
-    unit = math.gcd(8, *strides.values())  # eight 16-bit elements are the widest load
-    widest_row = max(stride for name, stride in strides.items() if name.endswith("_n"))
-    offset = tl.int32 if 128 * widest_row < 2**31 else tl.int64  # no tile has more than 128 rows
-    return {name: stride // unit for name, stride in strides.items()}, unit, offset

@@ -21,15 +21,8 @@ import functools
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import (
-    HAS_TRITON,
-    cdiv,
-    check_floating,
-    exporting,
-    launch,
-    tl,
-    triton,
-)
+from beit_fast.kernels._triton import HAS_TRITON, cdiv, exporting, launch, tl, triton
+from beit_fast.kernels.arguments import check_floating
 
 
 def relative_position_index(grid: tuple[int, int]) -> Tensor:

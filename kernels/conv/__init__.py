@@ -1,6 +1,7 @@
 """The tokenizer's convolutions, with ReLU, residual and pooling fused, channels last.
 
-operators.py has the ones of its body, pixels.py the first one, from uint8 pixels.
+operators.py has the ones of its body, on the kernels of implicit_gemm.py; pixels.py the first one,
+from uint8 pixels.
 """
 
 from beit_fast.kernels.conv.operators import conv, conv_backend, conv_reference

@@ -22,17 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import (
-    cdiv,
-    check_floating,
-    gpu_of,
-    launch,
-    launch_obstacle,
-    tl,
-    triton,
-    warn_once,
-)
+from beit_fast.kernels._triton import cdiv, gpu_of, launch, launch_obstacle, tl, triton
+from beit_fast.kernels.arguments import check_backend, check_floating, triton_or_torch
 from beit_fast.kernels.exact_fp32 import exact_fp32
+from beit_fast.kernels.registration import implement
 
 BACKENDS = ("triton", "torch")
 _STEP = 32  # of the sum over k^2 3
@@ -168,8 +161,7 @@ def _conv_pixels(pixels, weight, bias, scale, fill, backend):
     return run(pixels.contiguous(), weight.contiguous(), bias, scale, fill)
 
 
-# As a decorator `impl` would leave None behind in place of the function.
-torch.library.impl("beit_fast::conv_pixels", ("CPU", "CUDA"), _conv_pixels)
+implement("conv_pixels", _conv_pixels)
 
 
 @torch.library.register_fake("beit_fast::conv_pixels")
@@ -214,8 +206,7 @@ def conv_pixels(
 
 def conv_pixels_backend(pixels: Tensor, weight: Tensor, backend: str | None = None) -> str:
     """What `conv_pixels` runs on for these: the one place that decides, as `conv_backend` does."""
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
+    check_backend(backend, BACKENDS)
     if backend == "torch" or (backend is None and pixels.device.type == "cpu"):
         return "torch"
     obstacle = launch_obstacle(pixels, weight.dtype)
@@ -223,10 +214,6 @@ def conv_pixels_backend(pixels: Tensor, weight: Tensor, backend: str | None = No
         obstacle = f"the kernel takes float16 and bfloat16 weights, not {weight.dtype}"
     elif len(weight) % 8:
         obstacle = f"the kernel gives channels in multiples of 8, not {len(weight)}"
-    if obstacle is None:
-        return "triton"
-    if backend is not None:
-        raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
-    if weight.dtype in (torch.float16, torch.bfloat16):  # other types have no kernel to miss
-        warn_once(f"conv_pixels runs on torch, slower: {obstacle}")
-    return "torch"
+    if backend is None and weight.dtype not in (torch.float16, torch.bfloat16):
+        return "torch"  # other types have no kernel to miss
+    return triton_or_torch("conv_pixels", backend, obstacle)

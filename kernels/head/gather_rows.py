@@ -15,17 +15,22 @@ Cost      forward moves 2 I D elements, backward I D + B N D: bound by memory
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import check_floating, launch_obstacle, warn_once
-from beit_fast.kernels.head.gather_norm import (
-    WIDEST,
+from beit_fast.kernels._triton import launch_obstacle
+from beit_fast.kernels.arguments import (
+    check_backend,
+    check_floating,
     check_index,
     check_index_values,
+    triton_or_torch,
+)
+from beit_fast.kernels.head.gather_norm import (
+    WIDEST,
     gather_norm,
     gather_norm_reference,
     gather_norm_torch,
-    scatter_norm_backward,
-    scatter_norm_backward_torch,
 )
+from beit_fast.kernels.head.scatter_norm import scatter_norm_backward, scatter_norm_backward_torch
+from beit_fast.kernels.registration import implement
 
 BACKENDS = ("triton", "torch")
 
@@ -43,12 +48,11 @@ torch.library.define(
     "beit_fast::gather_rows_backward",
     "(Tensor dout, Tensor index, SymInt[] shape, str backend) -> Tensor dx",
 )
-_DEVICES = ("CPU", "CUDA")
 
 
 def _forward(x: Tensor, index: Tensor, backend: str) -> Tensor:
     if x.device.type == "cpu" and backend == "torch":
-        check_index_values(x, index)
+        check_index_values(index, x.shape[0] * x.shape[1])
     gather = gather_norm if backend == "triton" else gather_norm_torch
     return gather(x, index, None, None, 0.0, x.dtype)[0]
 
@@ -61,9 +65,8 @@ def _backward(dout: Tensor, index: Tensor, shape: list[int], backend: str) -> Te
     return scatter(dout, index, ones, like_x, dout.new_empty(2, 0), None, **wanted)[0]
 
 
-# As a decorator `impl` would leave None behind in place of the function.
-torch.library.impl("beit_fast::gather_rows", _DEVICES, _forward)
-torch.library.impl("beit_fast::gather_rows_backward", _DEVICES, _backward)
+implement("gather_rows", _forward)
+implement("gather_rows_backward", _backward)
 
 
 @torch.library.register_fake("beit_fast::gather_rows")
@@ -125,16 +128,10 @@ def gather_rows(x: Tensor, index: Tensor, *, backend: str | None = None) -> Tens
 
 
 def _resolve(x: Tensor, backend: str | None) -> str:
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
+    check_backend(backend, BACKENDS)
     if backend == "torch" or (backend is None and x.device.type != "cuda"):
         return "torch"
     obstacle = launch_obstacle(x, x.dtype)
     if x.shape[2] > WIDEST:
         obstacle = f"the kernels take up to {WIDEST} channels, not {x.shape[2]}"
-    if obstacle is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
-    warn_once(f"gather_rows runs on torch, slower and not deterministic: {obstacle}")
-    return "torch"
+    return triton_or_torch("gather_rows", backend, obstacle, "slower and not deterministic")

@@ -30,15 +30,22 @@ from torch import Tensor
 
 from beit_fast.kernels._triton import (
     cdiv,
-    check_floating,
+    contiguous_rows,
     gpu_of,
     launch,
     launch_obstacle,
     tl,
     triton,
-    warn_once,
+)
+from beit_fast.kernels.arguments import (
+    check_backend,
+    check_floating,
+    check_index,
+    check_index_values,
+    triton_or_torch,
 )
 from beit_fast.kernels.exact_fp32 import exact_fp32
+from beit_fast.kernels.registration import implement
 
 PRECISIONS = ("fp32", "tf32x3", "fp16x2", "tf32", "bf16", "fp16")
 BACKENDS = ("triton", "torch")
@@ -296,17 +303,16 @@ def _linear_argmax(x, weight, bias, index, precision, backend, rest=None):
         return x.new_full(shape, -1, dtype=torch.int64)
     if _resolve(backend, x) == "triton":
         rows, listed = _as_matrix(x, index)
-        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        weight = contiguous_rows(weight)
         return linear_argmax_triton(rows, weight, bias, listed, precision, rest).view(shape)
     if x.device.type == "cpu" and index is not None:
-        _check_index(x, index)
+        check_index_values(index, x[..., 0].numel())
     with torch.autocast(x.device.type, enabled=False), exact_fp32():
         rows, listed = _as_matrix(x, index)
         return linear_argmax_torch(rows, weight, bias, listed, precision, rest).view(shape)
 
 
-# As a decorator `impl` would leave None behind in place of the function.
-torch.library.impl("beit_fast::linear_argmax", ("CPU", "CUDA"), _linear_argmax)
+implement("linear_argmax", _linear_argmax)
 
 
 @torch.library.register_fake("beit_fast::linear_argmax")
@@ -357,15 +363,11 @@ def linear_argmax(
     check_floating(x=x, weight=weight, bias=bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"the bias is {tuple(bias.shape)}: pass ({weight.shape[0]},), or None")
-    if index is not None and (index.ndim != 1 or index.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(
-            f"the index is {index.dtype} {tuple(index.shape)}: pass int32 or int64 (I,), rows of x "
-            "with its leading axes flattened, -1 for padding"
-        )
+    if index is not None:
+        check_index(index, "rows of x with its leading axes flattened")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: pass one of {', '.join(PRECISIONS)}")
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
+    check_backend(backend, BACKENDS)
     if rest is not None and (
         precision != "fp16x2"
         or {weight.dtype, rest.dtype} != {torch.float16}
@@ -388,21 +390,4 @@ def _resolve(backend: str, x: Tensor) -> str:
     """The one place that decides, and says once for each reason where something slower runs."""
     if backend == "torch" or (backend == "" and x.device.type == "cpu"):
         return "torch"
-    obstacle = launch_obstacle(x, x.dtype)
-    if obstacle is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
-    warn_once(f"linear_argmax runs on torch, slower: {obstacle}")
-    return "torch"
-
-
-def _check_index(x: Tensor, index: Tensor) -> None:
-    num_rows = x[..., 0].numel()
-    wrong = (index < -1) | (index >= num_rows)
-    if wrong.any():
-        i = wrong.nonzero()[0].item()
-        raise ValueError(
-            f"index[{i}] is {index[i].item()}, and x has {num_rows} rows: pass 0 .. "
-            f"{num_rows - 1}, or -1 for padding"
-        )
+    return triton_or_torch("linear_argmax", backend, launch_obstacle(x, x.dtype))

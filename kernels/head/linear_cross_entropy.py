@@ -24,39 +24,29 @@ Cost      2 I D V operations forward and 4 backward: bound by arithmetic
 Source    BEiT arXiv:2106.08254, eq. 1; gradient in the forward as Liger arXiv:2410.10989
 """
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from beit_fast.kernels._triton import Gpu, cdiv, check_floating, gpu_of, launch_obstacle, warn_once
-from beit_fast.kernels.first_order import first_order
-from beit_fast.kernels.head.gather_norm import (
-    WIDEST,
+from beit_fast.kernels._triton import launch_obstacle
+from beit_fast.kernels.arguments import (
+    INDEX_DTYPES,
+    autocast_dtype,
+    check_backend,
+    check_floating,
     check_index,
     check_index_values,
-    gather_norm,
-    gather_norm_reference,
-    gather_norm_torch,
-    scatter_norm_backward,
-    scatter_norm_backward_torch,
+    triton_or_torch,
 )
-from beit_fast.kernels.head.softmax_cross_entropy import (
-    SLAB_ROWS,
-    cross_entropy_,
-    cross_entropy_torch_,
-)
-from beit_fast.kernels.linear import linear
+from beit_fast.kernels.first_order import first_order
+from beit_fast.kernels.head.chunks import run_chunks
+from beit_fast.kernels.head.gather_norm import WIDEST, gather_norm_reference
+from beit_fast.kernels.head.scatter_norm import scatter_norm_backward, scatter_norm_backward_torch
+from beit_fast.kernels.registration import implement, or_empty
 
 BACKENDS = ("triton", "torch", "reference")
 REDUCTIONS = ("mean", "sum", "none")
-# Logits at a time on a GPU: two fifths of its L2 cache, for the weight and its gradient pass
-# through it too, and not more than 1024 rows of 8192 in 16 bits, which bounds the memory above.
-# Below 512 rows a product cannot fill the GPU.
-MOST_BYTES, FEWEST_ROWS = 16 << 20, 512
-CPU_BYTES = 32 << 20  # on a CPU: 1024 rows of 8192 in fp32; fewer re-read dweight more often
 
 
 def masked_linear_cross_entropy_reference(
@@ -123,7 +113,7 @@ def _forward(
     if check or (backend == "torch" and x.device.type == "cpu"):
         _check_values(x, index, target, weight)
     later = reduction == "none"  # then the backward needs dloss first
-    loss_I, correct_I, *kept = _run_chunks(
+    loss_I, correct_I, *kept = run_chunks(
         x, index, target, weight, bias, norm_weight, norm_bias, norm_eps, label_smoothing, z_loss,
         dtype, chunk_rows, backend, None, [False] * 5 if later else needs,
     )  # fmt: skip
@@ -132,85 +122,6 @@ def _forward(
         factor = factor / (index != -1).sum().clamp(min=1)
     loss = loss_I if later else (loss_I.sum() * factor)[0]
     return loss, correct_I.sum(), *kept, factor
-
-
-def _run_chunks(
-    x, index, target, weight, bias, norm_weight, norm_bias, norm_eps, label_smoothing, z_loss,
-    dtype, chunk_rows, backend, dloss, needs,
-):  # fmt: skip
-    """(loss (I,), correct (I,), drows, stats, dweight, dbias), the last four for a row's loss."""
-    needs_x, needs_weight, needs_bias, *needs_norm = needs
-    needs_rows = needs_x or any(needs_norm)
-    num_rows, (V, D) = len(index), weight.shape
-    on_triton = backend == "triton"
-    gather = gather_norm if on_triton else gather_norm_torch
-    cross_entropy = cross_entropy_ if on_triton else cross_entropy_torch_
-    chunk_rows = min(chunk_rows or default_chunk_rows(V, dtype, gpu_of(x), x.device), num_rows)
-    wide = torch.promote_types(dtype, torch.float32)
-    with torch.no_grad(), _without_autocast(x.device.type):
-        rows_ID, stats = gather(x, index, norm_weight, norm_bias, norm_eps, dtype)
-        weight_VD = weight.to(dtype)
-        bias_V = None if bias is None else bias.to(dtype)
-        if on_triton:
-            # Rows begin at multiples of 16 elements: for cuBLAS, and for loads of 128 bits.
-            logits_CV = x.new_empty((chunk_rows, cdiv(V, 16) * 16), dtype=dtype)[:, :V]
-        loss_I = x.new_empty(num_rows, dtype=wide)
-        correct_I = x.new_empty(num_rows, dtype=torch.int32)
-        dweight = x.new_empty((V, D) if needs_weight else (0,), dtype=wide)
-        num_slabs = cdiv(chunk_rows, SLAB_ROWS) if on_triton else min(chunk_rows, 1)
-        dbias_SV = x.new_empty((num_slabs, V), dtype=wide) if needs_bias else None
-        if num_rows == 0:
-            dweight.zero_()
-        for start in range(0, num_rows, chunk_rows or 1):
-            part = slice(start, start + chunk_rows)
-            rows_CD = rows_ID[part]
-            if not on_triton:
-                dlogits_CV = linear(rows_CD, weight_VD, bias_V)
-            elif bias_V is None:
-                dlogits_CV = torch.mm(rows_CD, weight_VD.t(), out=logits_CV[: len(rows_CD)])
-            else:
-                dlogits_CV = logits_CV[: len(rows_CD)]
-                torch.addmm(bias_V, rows_CD, weight_VD.t(), out=dlogits_CV)
-            cross_entropy(
-                dlogits_CV,
-                index[part],
-                target[part],
-                label_smoothing,
-                z_loss,
-                loss=loss_I[part],
-                correct=correct_I[part],
-                with_gradient=needs_rows or needs_weight or needs_bias,
-                dloss=None if dloss is None else dloss[part],
-                dbias=dbias_SV,
-                accumulates=start > 0,
-            )
-            if needs_weight:
-                _add_product(dweight, dlogits_CV.t(), rows_CD, is_first=start == 0)
-            if needs_rows and on_triton:
-                torch.mm(dlogits_CV, weight_VD, out=rows_CD)
-            elif needs_rows:
-                rows_CD.copy_(linear(dlogits_CV, weight_VD.t()))
-            del dlogits_CV  # before the next chunk's
-        dbias = x.new_empty(0, dtype=wide) if dbias_SV is None else dbias_SV.sum(dim=0)
-    if not needs_rows:
-        rows_ID, stats = rows_ID.new_empty(0), stats.new_empty(0)
-    return loss_I, correct_I, rows_ID, stats, dweight, dbias
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    has_autocast = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext()
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """total = a b, or total += a b; in the total's fp32 where a and b are narrower."""
-    beta = 0 if is_first else 1  # with 0 what is in total does not count, NaN included
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    elif a.device.type == "cuda":
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
-    else:
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 
 def _backward(
@@ -222,7 +133,7 @@ def _backward(
     backend = _resolve(backend, x, dtype)
     needs_x, needs_weight, needs_bias, *needs_norm = needs
     if reduction == "none":
-        _, _, drows, stats, dweight, dbias = _run_chunks(
+        _, _, drows, stats, dweight, dbias = run_chunks(
             x, index, target, weight, bias, norm_weight, norm_bias, norm_eps, label_smoothing,
             z_loss, dtype, chunk_rows, backend, dloss.to(factor.dtype).contiguous(), needs,
         )  # fmt: skip
@@ -244,12 +155,11 @@ def _backward(
         gradients[1] = (dweight * factor).to(weight_dtype)
     if needs_bias:
         gradients[2] = (dbias * factor).to(bias_dtype)
-    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+    return or_empty(x, gradients)
 
 
-# As a decorator `impl` would leave None behind in place of the function.
-torch.library.impl("beit_fast::masked_linear_cross_entropy", ("CPU", "CUDA"), _forward)
-torch.library.impl("beit_fast::masked_linear_cross_entropy_backward", ("CPU", "CUDA"), _backward)
+implement("masked_linear_cross_entropy", _forward)
+implement("masked_linear_cross_entropy_backward", _backward)
 
 
 @torch.library.register_fake("beit_fast::masked_linear_cross_entropy")
@@ -368,8 +278,7 @@ def masked_linear_cross_entropy(
     """
     _check(x, index, target, weight, reduction)
     _check_vectors(weight, bias, norm_weight, norm_bias)
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
+    check_backend(backend, BACKENDS)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}: pass 1 or more, or None to choose")
     options = {
@@ -382,6 +291,9 @@ def masked_linear_cross_entropy(
         return masked_linear_cross_entropy_reference(
             x, index, target, weight, bias, norm_weight, norm_bias, **options
         )
+    dtype = weight.dtype
+    if dtype != torch.float64:
+        dtype = autocast_dtype(x.device) or dtype
     inputs = (x, weight, bias, norm_weight, norm_bias)
     grad = torch.is_grad_enabled()
     loss, num_correct, *_ = torch.ops.beit_fast.masked_linear_cross_entropy(
@@ -390,27 +302,13 @@ def masked_linear_cross_entropy(
         target.contiguous(),
         *inputs[1:],
         *options.values(),
-        _compute_dtype(x, weight),
+        dtype,
         chunk_rows or 0,
         check_values,
         backend or "",
         [grad and t is not None and t.requires_grad for t in inputs],
     )
     return loss, num_correct
-
-
-def default_chunk_rows(V: int, dtype: torch.dtype, gpu: Gpu, device: torch.device) -> int:
-    """Rows of V logits at a time, see MOST_BYTES.
-
-    >>> from beit_fast.kernels._triton import H100
-    >>> default_chunk_rows(8192, torch.bfloat16, H100, torch.device("cuda"))
-    1024
-    """
-    if device.type == "cpu":
-        wide = torch.promote_types(dtype, torch.float32)
-        return max(CPU_BYTES // (V * wide.itemsize) // 64 * 64, 64)
-    num_bytes = min(2 * gpu.l2_bytes // 5, MOST_BYTES)
-    return max(num_bytes // (cdiv(V, 16) * 16 * dtype.itemsize) // 64 * 64, FEWEST_ROWS)
 
 
 def triton_obstacle(x: Tensor, dtype: torch.dtype) -> str | None:
@@ -424,26 +322,12 @@ def _resolve(backend: str, x: Tensor, dtype: torch.dtype) -> str:
     """The one place that decides, and says once for each reason where something slower runs."""
     if backend == "torch" or (backend == "" and x.device.type == "cpu"):
         return "torch"
-    obstacle = triton_obstacle(x, dtype)
-    if obstacle is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
-    warn_once(
-        f"masked_linear_cross_entropy runs on torch, slower and not deterministic: {obstacle}"
-    )
-    return "torch"
-
-
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    name, lost = "masked_linear_cross_entropy", "slower and not deterministic"
+    return triton_or_torch(name, backend, triton_obstacle(x, dtype), lost)
 
 
 def _check_values(x: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> None:
-    check_index_values(x, index)
+    check_index_values(index, x.shape[0] * x.shape[1])
     V = weight.shape[0]
     wrong = ((target < 0) | (target >= V)) & (index != -1)
     if wrong.any():
@@ -462,7 +346,7 @@ def _check(x: Tensor, index: Tensor, target: Tensor, weight: Tensor, reduction: 
         )
     check_floating(x=x, weight=weight)
     check_index(index)
-    if target.shape != index.shape or target.dtype not in (torch.int32, torch.int64):
+    if target.shape != index.shape or target.dtype not in INDEX_DTYPES:
         raise ValueError(
             f"{target.dtype} targets {tuple(target.shape)} for {tuple(index.shape)} rows: pass one "
             "integer for each row, int64 or int32, padded ones included"

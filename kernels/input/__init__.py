@@ -1,1 +1,5 @@
-"""From pixels to the sequence that enters the first block."""
+"""From pixels to the sequence that enters the first block.
+
+patches.py makes normalised patches of uint8 images; mask_embed.py, on mask_embed_kernels.py, makes
+of embedded patches, mask token, [CLS] and positions what the first block reads.
+"""

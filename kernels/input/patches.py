@@ -22,7 +22,14 @@ import functools
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import cdiv, launch, launch_obstacle, tl, triton, warn_once
+from beit_fast.kernels._triton import cdiv, launch, launch_obstacle, tl, triton
+from beit_fast.kernels.arguments import (
+    autocast_dtype,
+    check_backend,
+    check_index,
+    check_index_values,
+    triton_or_torch,
+)
 
 BACKENDS = ("triton", "torch")
 MOST_PATCHES = 2**31  # counted in int32
@@ -314,7 +321,7 @@ def _normalized_patches(images, patch_pixels, mean, std, index, dtype, backend):
     if index is not None:
         index = index.contiguous()
         if index.device.type == "cpu" and not on_triton:
-            _check_range(index, num_patches)
+            check_index_values(index, num_patches, "the images have {} patches")
     return function(images, tuple(patch_pixels), tuple(mean), tuple(std), index, dtype)
 
 
@@ -341,12 +348,9 @@ def normalized_patches(
     elsewhere. Raises ValueError where shapes do not fit.
     """
     _check(images, patch_pixels, mean, std, index)
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
+    check_backend(backend, BACKENDS)
     if dtype is None:
-        kind = images.device.type
-        on = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if on else torch.float32
+        dtype = autocast_dtype(images.device) or torch.float32
     return torch.ops.beit_fast.normalized_patches(
         images,
         list(patch_pixels),
@@ -365,20 +369,7 @@ def _resolve(backend: str, images: Tensor, num_patches: int, dtype: torch.dtype)
     obstacle = launch_obstacle(images, dtype)
     if num_patches >= MOST_PATCHES:
         obstacle = f"the kernels take fewer than {MOST_PATCHES} patches, not {num_patches}"
-    if obstacle is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
-    warn_once(f"normalized_patches runs on torch, slower: {obstacle}")
-    return "torch"
-
-
-def _check_range(index: Tensor, num_patches: int) -> None:
-    if ((index < -1) | (index >= num_patches)).any():
-        raise ValueError(
-            f"the index has entries from {int(index.min())} to {int(index.max())}: pass patches "
-            f"b L + l from 0 to {num_patches - 1}, or -1 for padding"
-        )
+    return triton_or_torch("normalized_patches", backend, obstacle)
 
 
 def _num_patches(images: Tensor, patch_pixels: tuple[int, int]) -> int:
@@ -414,7 +405,5 @@ def _check(images, patch_pixels, mean, std, index) -> None:
             f"mean is {tuple(mean)}, std {tuple(std)}: pass {C} numbers each, one per channel, "
             "those of std above 0"
         )
-    if index is not None and (index.ndim != 1 or index.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(
-            f"the index is {index.dtype} {tuple(index.shape)}: pass integers (I,), int32 or int64"
-        )
+    if index is not None:
+        check_index(index, "patches as b L + l")

@@ -15,13 +15,8 @@ from torch import Tensor
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, tl, triton
 from beit_fast.kernels.philox import threshold_of
 from beit_fast.kernels.residual.drop_path import DROP_PATH_QUAD
-from beit_fast.kernels.residual.forward import (
-    best_chunk,
-    columns,
-    drop_elements,
-    sample_factor,
-    there,
-)
+from beit_fast.kernels.residual.forward import drop_elements, sample_factor
+from beit_fast.kernels.rows import best_chunk, columns, there
 
 
 @triton.jit

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import exporting, launch_obstacle, warn_once
+from beit_fast.kernels._triton import exporting, launch_obstacle
+from beit_fast.kernels.arguments import check_backend, triton_or_torch
 from beit_fast.kernels.philox import keep_mask_reference
 from beit_fast.kernels.residual.drop_path import KeptSamples, drop_path_keep_reference
 
@@ -24,18 +25,11 @@ def choose_backend(
 
     `dtypes` are those of the results. Raises ValueError where the wish cannot be granted.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}: pass one of {', '.join(BACKENDS)}, or None")
+    check_backend(backend, BACKENDS)
     if backend == "torch" or (backend is None and (x.device.type != "cuda" or exporting())):
         return "torch"
     inputs = (x.dtype,) if branch is None else (x.dtype, branch.dtype)
-    obstacle = _triton_obstacle(x, (*inputs, *dtypes))
-    if obstacle is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"backend='triton' cannot run here: {obstacle}; pass backend=None")
-    warn_once(f"scale_residual runs on torch's operators, slower: {obstacle}")
-    return "torch"
+    return triton_or_torch("scale_residual", backend, _triton_obstacle(x, (*inputs, *dtypes)))
 
 
 def _triton_obstacle(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:

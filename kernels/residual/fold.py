@@ -16,7 +16,7 @@ Legend    F counts the linear layer's outputs here
 
 from torch import Tensor
 
-from beit_fast.kernels._triton import check_floating, check_product
+from beit_fast.kernels.arguments import check_floating, check_product
 
 
 def fold_layer_scale(

@@ -13,25 +13,7 @@ from torch import Tensor
 from beit_fast.kernels._triton import cdiv, launch, tl, triton
 from beit_fast.kernels.philox import random_tile, random_words, threshold_of
 from beit_fast.kernels.residual.drop_path import DROP_PATH_QUAD
-
-
-@triton.jit
-def there(
-    rows,  # (ROWS,) bool
-    i: tl.constexpr,  # number of the chunk
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """The rows' mask for chunk i; columns matter in a last chunk that is not full."""
-    mask = rows[:, None]
-    if (i + 1) * CHUNK > D:
-        mask = mask & (columns(i, CHUNK) < D)
-    return mask
-
-
-@triton.jit
-def columns(i: tl.constexpr, CHUNK: tl.constexpr):
-    return i * CHUNK + tl.arange(0, CHUNK)[None, :]
+from beit_fast.kernels.rows import best_chunk, columns, there
 
 
 @triton.jit
@@ -200,14 +182,6 @@ def _tiles(D: int) -> dict[str, int]:
     rows_of_a_thread = 2 if num_chunks <= 4 else 1
     rows = 256 * num_warps // chunk * rows_of_a_thread
     return {"num_warps": num_warps, "ROWS": rows, "CHUNK": chunk, "NUM_CHUNKS": num_chunks}
-
-
-def best_chunk(D: int, widest: int, most: int) -> int:
-    """The power of two, 16 to `widest`, of which at most `most` cover D, with least beyond it."""
-    chunks = [widest]
-    while chunks[-1] > 16 and cdiv(D, chunks[-1] // 2) <= most:
-        chunks.append(chunks[-1] // 2)
-    return min(chunks, key=lambda chunk: (cdiv(D, chunk) * chunk, -chunk))
 
 
 def scale_residual_forward(

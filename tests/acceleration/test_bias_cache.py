@@ -1,4 +1,4 @@
-"""A bias is built once where nothing changes, and is never that of an older table."""
+"""The bias that an accelerated model keeps is the one of its table."""
 
 import torch
 

@@ -1,24 +1,49 @@
-"""Models of timm and transformers beside their accelerated copies, and what both give."""
+"""Models of other libraries, their accelerated copies, and how two are compared."""
+
+import copy
 
 import pytest
 import torch
+import transformers
 
-from tiny_models import build_timm
+from beit_fast import accelerate
+from beit_fast.kernels import _triton
+from tiny_models import PER_BLOCK, VANILLA, build_timm
 
+FAMILIES = {
+    "shared": {},
+    "per-block": PER_BLOCK,
+    "shared-and-per-block": {"use_rel_pos_bias": True},
+    "vanilla": VANILLA,
+    "token-pooling": {"use_rel_pos_bias": True, "global_pool": "token"},
+    "no-bias": {"use_shared_rel_pos_bias": False},
+}
+MODELS = {
+    "timm": lambda config, c: build_timm(config),
+    "transformers": lambda config, c: transformers.BeitForImageClassification(c),
+    "transformers-mim": lambda config, c: transformers.BeitForMaskedImageModeling(c),
+}
 TABLE = "relative_position_bias_table"
-every_model = pytest.mark.parametrize("kind", ["timm", "transformers", "transformers-mim"])
+every_model = pytest.mark.parametrize("kind", MODELS)
 either = pytest.mark.parametrize("kind", ["timm", "transformers"])
 
 
-def build_model(kind, config, theirs):
-    """By our configuration, or by `theirs` of transformers."""
-    if kind == "timm":
-        return build_timm(config)
-    import transformers
+@pytest.fixture
+def pair(tiny, randomize, transformers_config):
+    """A model and its accelerated copy, random weights, in eval."""
 
-    if kind == "transformers":
-        return transformers.BeitForImageClassification(theirs)
-    return transformers.BeitForMaskedImageModeling(theirs)
+    def make(kind, attention="sdpa", hidden_dropout=0.0, **fields):
+        config = tiny(**(PER_BLOCK | fields))
+        theirs = transformers_config(config)
+        theirs._attn_implementation = attention
+        theirs.drop_path_rate = config.drop_path_rate
+        theirs.hidden_dropout_prob = hidden_dropout
+        model = randomize(MODELS[kind](config, theirs)).eval()
+        accelerated = copy.deepcopy(model)
+        accelerate(accelerated)
+        return model, accelerated
+
+    return make
 
 
 def run(model, images, **options):
@@ -45,3 +70,8 @@ def assert_within(ours, theirs, exact):
         allowed = allowed + torch.finfo(theirs[name].dtype).eps * want.norm()
         error = (ours[name].double() - want).norm()
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.fixture
+def forget_warnings(monkeypatch):
+    monkeypatch.setattr(_triton, "_warned", set())

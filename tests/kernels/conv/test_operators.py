@@ -3,24 +3,10 @@ import itertools
 import pytest
 import torch
 
-from beit_fast.kernels._triton import (
-    A100,
-    B200,
-    H100,
-    RTX3090,
-    RTX4090,
-    RTX5090,
-    pretend,
-    record,
-)
+from beit_fast.kernels._triton import A100, B200, H100, RTX3090, RTX4090, RTX5090, pretend, record
 from beit_fast.kernels.conv import operators as module
-from beit_fast.kernels.conv.operators import (
-    conv,
-    conv_backend,
-    conv_obstacle,
-    conv_reference,
-    tile_of,
-)
+from beit_fast.kernels.conv.implicit_gemm import conv_triton, tile_of
+from beit_fast.kernels.conv.operators import conv, conv_backend, conv_obstacle, conv_reference
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -185,7 +171,7 @@ def test_the_stages_of_every_tile_fit_the_shared_memory_of_the_gpu(gpu):
             for shape in ((2, 8, 8, C), (D, side, side, C), (D,), (2, 8, 8, D))
         )
         with pretend(gpu), record() as launches:
-            module.conv_triton(x, weight, bias, None, False, False, out)
+            conv_triton(x, weight, bias, None, False, False, out)
         tile = launches[0].arguments
         stage = 2 * tile["BLOCK_C"] * (128 + tile["BLOCK_D"])
         assert launches[0].options["num_stages"] * stage <= gpu.shared_bytes
@@ -198,7 +184,7 @@ def test_indices_reach_beyond_two_to_the_31():
             x = torch.empty(1400, 112, 112, 256, dtype=torch.float16, device="meta")
             out = torch.empty_like(x)
             weight = torch.empty(256, 1, 1, 256, dtype=torch.float16, device="meta")
-            module.conv_triton(x, weight, torch.empty(256, device="meta"), None, False, False, out)
+            conv_triton(x, weight, torch.empty(256, device="meta"), None, False, False, out)
         assert launches[0].grid == (1400 * 98 * 2,)
         assert launches[0].arguments["x_desc"].shape == list(x.shape)
         return

@@ -10,6 +10,7 @@ import torch
 from beit_fast.kernels import _triton
 from beit_fast.kernels._triton import Gpu, pretend, record
 from beit_fast.kernels.input import mask_embed as module
+from beit_fast.kernels.input import mask_embed_kernels
 from beit_fast.kernels.input.mask_embed import mask_embed, mask_embed_reference
 
 BACKENDS = ("triton", "torch")
@@ -142,7 +143,7 @@ def test_positions_and_images_are_shared_out_among_programs():
     for num_sms in (1, 2):
         with pretend(Gpu((9, 0), num_sms, 1 << 20)), pytest.MonkeyPatch.context() as patch:
             for resident in (1, 5, 28):
-                patch.setattr(module, "_num_resident", lambda *_, r=resident: r)
+                patch.setattr(mask_embed_kernels, "_num_resident", lambda *_, r=resident: r)
                 assert_same_to_rounding(run(mask_embed, tensors, backend="triton"), expected)
 
 
