@@ -3,7 +3,7 @@
 House names are unilm's and timm's. transformers has two sets: that of its files, which version 4
 had in its modules too and version 5 still writes, and that of version 5's modules. There queries,
 keys and values are three matrices. Held against timm and transformers in
-tests/model/test_layouts.py.
+tests/weights/test_layouts.py.
 """
 
 import re
