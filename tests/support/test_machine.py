@@ -96,7 +96,7 @@ def test_every_warning_of_the_package_is_known_as_ours():
             re.findall(r'warn_once\(\s*f?"', source)
         )
     assert len(calls) > 5
-    for message in calls:
+    for message in (re.sub(r"\{[^{}]*\}", "x", call) for call in calls):
         assert any(re.match(ours, message) for ours in machine.OURS), message
 
 
