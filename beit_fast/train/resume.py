@@ -36,7 +36,7 @@ HABITS = frozenset(
         *("run.output", "data.path", "data.test", "data.follow_links", "init_key"),
         # pace and reports
         *("run.log_every", "run.save_every", "run.keep", "run.picture_every"),
-        *("run.evaluate_every", "run.strict", "data.num_threads", "crop_pct"),
+        *("run.evaluate_every", "run.strict", "data.num_threads"),
         # how a resume is made
         *("run.resume", "run.resume_from", "run.resume_with", "run.fallback"),
         # other rounding, and on another device or compiled other random numbers
@@ -52,6 +52,7 @@ ADVISED = frozenset(
         *("optim.decay_steps", "optim.weight_decay", "optim.weight_decay_end", "optim.betas"),
         *("optim.eps", "optim.clip_grad", "weight_decay_on_rel_pos_bias", "layer_decay"),
         *("encoder_lr_scale", "run.steps", "run.epochs", "run.precision", "data.max_bad_share"),
+        "crop_pct",  # of test images alone, and kept for those who evaluate the run
         *SPLIT,
     }
 )

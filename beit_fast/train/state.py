@@ -40,6 +40,7 @@ DESCRIBED = {
     "beit_fast.config": "model",
     "beit_fast.classes": "classes",
     "beit_fast.statistics": "statistics",
+    "beit_fast.crop_pct": "crop_pct",
 }
 logger = logging.getLogger("beit_fast.train")
 

@@ -1,4 +1,4 @@
-"""What files of ours say of themselves: the model's config, its classes, statistics of pixels.
+"""What files of ours say of themselves: the model's config, its classes, how images are made.
 
 A run says it in the manifest beside its weights, and every safetensors file in its own metadata, so
 that a file which was moved elsewhere is still understood.
@@ -18,6 +18,7 @@ from beit_fast.files import refuse_other_kinds
 CONFIG_KEY = "beit_fast.config"
 CLASSES_KEY = "beit_fast.classes"
 STATISTICS_KEY = "beit_fast.statistics"
+CROP_KEY = "beit_fast.crop_pct"
 MANIFEST = "manifest.json"
 
 NAMED = ("half", "imagenet")
@@ -32,6 +33,7 @@ class Description:
     config: dict[str, Any] | None = None  # fields of BeitConfig
     classes: tuple[str, ...] | None = None  # their names, in the head's order
     statistics: Statistics | None = None
+    crop_pct: float | None = None  # share of the resized short side that test images keep
 
     def check_statistics(self) -> None:
         """Raise ValueError for statistics that no one could read back."""
@@ -49,6 +51,7 @@ class Description:
             CONFIG_KEY: self.config,
             CLASSES_KEY: self.classes,
             STATISTICS_KEY: self.statistics,
+            CROP_KEY: self.crop_pct,
         }
         return {key: json.dumps(value) for key, value in said.items() if value is not None}
 
@@ -64,14 +67,15 @@ def description_of_metadata(metadata: Mapping[str, str] | None, where: Path) -> 
             problem = f"{where}: its {key} cannot be read ({error}): write it anew"
             raise ValueError(problem) from error
 
-    return _description(said(CONFIG_KEY), said(CLASSES_KEY), said(STATISTICS_KEY), where)
+    keys = (CONFIG_KEY, CLASSES_KEY, STATISTICS_KEY, CROP_KEY)
+    return _description(*map(said, keys), where)
 
 
 def description_of_settings(settings: Mapping[str, Any], where: Path) -> Description:
     """What the settings in a run's manifest say."""
     model = settings.get("model")
     said = (model if isinstance(model, Mapping) else None, settings.get("classes"))
-    return _description(*said, settings.get("statistics"), where)
+    return _description(*said, settings.get("statistics"), settings.get("crop_pct"), where)
 
 
 def description_of(path: Path) -> Description:
@@ -125,15 +129,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _description(config: Any, classes: Any, statistics: Any, where: Path) -> Description:
+def _description(
+    config: Any, classes: Any, statistics: Any, crop_pct: Any, where: Path
+) -> Description:
     if config is not None and not isinstance(config, Mapping):
         raise ValueError(f"{where}: its config is a {type(config).__name__}: write it anew")
     if not isinstance(statistics, str | None):
         statistics = _mean_and_std(statistics, where)
+    if crop_pct is not None and not (isinstance(crop_pct, int | float) and 0 < crop_pct <= 1):
+        raise ValueError(
+            f"{where}: the crop is {crop_pct!r}, and a share above 0 and up to 1 is needed: "
+            "write it anew"
+        )
     return Description(
         config=None if config is None else dict(config),
         classes=tuple(map(str, classes)) if isinstance(classes, list) else None,
         statistics=statistics,
+        crop_pct=crop_pct,
     )
 
 

@@ -62,6 +62,7 @@ class Weights:
     guesses: tuple[str, ...] = ()  # what nothing states and shapes leave open, in words
     labels: tuple[str, ...] | None = None  # names of the classes
     statistics: Statistics | None = None  # of pixels, where a file or a run of ours says so
+    crop_pct: float | None = None  # of test images, likewise
     taps: tuple[int, ...] | None = None  # blocks that feed a segmentation head
 
 
@@ -136,6 +137,7 @@ def read_checkpoint(
         guesses=guesses,
         labels=labels,
         statistics=statistics,
+        crop_pct=said.crop_pct,
         taps=taps,
     )
 

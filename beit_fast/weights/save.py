@@ -84,6 +84,7 @@ def _description(weights: Weights, labels: Sequence[str] | None) -> dict[str, st
         config=dataclasses.asdict(weights.config),
         classes=tuple(labels) if labels is not None and is_classifier else None,
         statistics=weights.statistics,
+        crop_pct=weights.crop_pct,
     )
     said.check_statistics()
     return said.metadata()

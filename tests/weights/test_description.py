@@ -31,6 +31,7 @@ def step(tiny, randomize, tmp_path):
         "model": json.loads(json.dumps(dataclasses.asdict(config))),
         "statistics": "imagenet",
         "classes": CLASSES,
+        "crop_pct": 0.95,
     }
     tensors = {"model": model.state_dict(), "ema": model.state_dict()}
     metadata = metadata_of(settings)
@@ -42,7 +43,7 @@ def assert_understood(path, step):
     assert weights.config == read_checkpoint(step / "ema.safetensors").config
     assert (weights.config.num_heads, weights.config.image_pixels) == (4, (24, 64))
     assert weights.labels == tuple(CLASSES)
-    assert weights.statistics == "imagenet"
+    assert (weights.statistics, weights.crop_pct) == ("imagenet", 0.95)
     assert weights.guesses == ()
     return weights
 
@@ -78,7 +79,7 @@ def test_a_file_that_is_not_the_manifests_is_said_and_another_manifest_is_no_con
 
 def test_the_loop_writes_the_keys_that_are_read(step):
     keys = (description.CONFIG_KEY, description.CLASSES_KEY, description.STATISTICS_KEY)
-    assert tuple(train_state.DESCRIBED) == keys
+    assert tuple(train_state.DESCRIBED) == (*keys, description.CROP_KEY)
     assert train_state.MANIFEST == description.MANIFEST
     assert metadata_of({"seed": 3}) == {}
     assert load_checkpoint(step).tensors.keys() == {"model", "ema"}  # whole by its digests
@@ -108,6 +109,14 @@ def test_a_saved_model_says_it_and_a_config_json_that_was_edited_counts(tiny, ra
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content | {"layer_norm_eps": 1e-5}))
     assert read_checkpoint(tmp_path).config == dataclasses.replace(model.config, norm_eps=1e-5)
+
+
+@pytest.mark.parametrize("crop", ["all", 0, 1.5, float("nan")])
+def test_a_crop_that_is_no_share_is_refused_with_the_file(crop, tiny, tmp_path):
+    state = BeitForImageClassification(tiny(**PER_BLOCK)).state_dict()
+    write_weights(tmp_path / "w.safetensors", state, metadata=metadata_of({"crop_pct": crop}))
+    with pytest.raises(ValueError, match=r"w.safetensors: the crop is .*up to 1 is needed"):
+        read_checkpoint(tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("statistics", ["none", (0.5, 0.5), ((0.5,) * 3,)])

@@ -142,7 +142,8 @@ def open_classifier(config: ClassifierConfig) -> Classifier:
     shape = weights.config
     if shape.in_chans != 3:
         raise ValueError(f"{source} takes {shape.in_chans} channels: images here have 3")
-    view = view_of(source, shape, config.img_size, said=weights.statistics, **_chosen(config))
+    said = {"said": weights.statistics, "crop": weights.crop_pct}
+    view = view_of(source, shape, config.img_size, **said, **_chosen(config))
     if config.img_size is not None:
         shape = dataclasses.replace(shape, img_size=config.img_size)
     model = BeitForImageClassification(shape).eval()
@@ -162,16 +163,18 @@ def view_of(
     img_size: int | tuple[int, int] | None = None,
     *,
     said: Statistics | None = None,
+    crop: float | None = None,
     **chosen: Any,
 ) -> View:
     """What the checkpoint, or the folder it lies in, says of its images; else the original's.
 
     `img_size` is another size than the checkpoint's: its crop is then the original's. `said` are
-    the statistics that came with the weights, if they did. `chosen` are fields of `View` that are
-    wanted otherwise. Raises ValueError for what no view here can be.
+    the statistics that came with the weights, `crop` the share of their test images, if they did.
+    `chosen` are fields of `View` that are wanted otherwise. Raises ValueError for what no view here
+    can be.
     """
     usual = default_crop_pct(config.image_pixels if img_size is None else img_size)
-    fields = _stated(source, said) or {"origin": UNSTATED}
+    fields = _stated(source, said, crop) or {"origin": UNSTATED}
     if img_size is not None and fields.get("crop_mode") != "squash":
         fields["crop_pct"] = usual
     if chosen:
@@ -186,7 +189,7 @@ def write_image_processor(source: str | Path, folder: str | Path) -> Path | None
     transform: a centre that is not square.
     """
     written = read_checkpoint(folder)
-    view = view_of(source, written.config, said=written.statistics)
+    view = view_of(source, written.config, said=written.statistics, crop=written.crop_pct)
     height, width = written.config.image_pixels
     if height != width and view.crop_mode == "center":
         logger.warning(
@@ -269,18 +272,23 @@ def _chosen(config: ClassifierConfig) -> dict[str, Any]:
     return chosen
 
 
-def _stated(source: str | Path, said: Statistics | None) -> dict[str, Any] | None:
+def _stated(
+    source: str | Path, said: Statistics | None, crop: float | None = None
+) -> dict[str, Any] | None:
     """Fields of the checkpoint's view, from the first of those who know of it."""
     is_run = step_of(Path(source)) is not None
-    ours = _of_ours(said, "of the run" if is_run else f"of {Path(source).name}")
+    ours = _of_ours(said, crop, "of the run" if is_run else f"of {Path(source).name}")
     if is_run:
         return ours
     return _of_published(source) or _of_folder(source) or ours
 
 
-def _of_ours(said: Statistics | None, origin: str) -> dict[str, Any] | None:
+def _of_ours(said: Statistics | None, crop: float | None, origin: str) -> dict[str, Any] | None:
     pair = STATISTICS.get(said) if isinstance(said, str) else said
-    return None if pair is None else {"mean": pair[0], "std": pair[1], "origin": origin}
+    fields = {} if pair is None else {"mean": pair[0], "std": pair[1]}
+    if crop is not None:
+        fields["crop_pct"] = crop
+    return fields | {"origin": origin} if fields else None
 
 
 def _of_published(source: str | Path) -> dict[str, Any] | None:

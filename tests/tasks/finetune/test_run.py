@@ -13,6 +13,8 @@ from beit_fast import BeitForImageClassification, from_pretrained
 from beit_fast.cli import main
 from beit_fast.data.views.config import AugmentConfig
 from beit_fast.tasks import check_images
+from beit_fast.tasks.evaluate.checkpoints import open_classifier
+from beit_fast.tasks.evaluate.config import ClassifierConfig
 from beit_fast.tasks.finetune.task import FinetuneTask, run_finetuning
 from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint
 from beit_fast.weights.convert import convert
@@ -65,7 +67,8 @@ def test_a_run_is_evaluated_on_the_way_and_at_the_end_and_names_its_classes(
 
 
 def test_a_run_is_read_back_converted_and_fine_tuned_further(finetune_config, tmp_path):
-    result = run_finetuning(finetune_config(run={"epochs": 1, "evaluate_every": None}))
+    run = {"epochs": 1, "evaluate_every": None}
+    result = run_finetuning(finetune_config(run=run, crop_pct=0.95))
     model = from_pretrained(str(tmp_path / "run"), key="ema")
     assert isinstance(model, BeitForImageClassification)
     for name, value in result.train.model.state_dict().items():
@@ -79,6 +82,7 @@ def test_a_run_is_read_back_converted_and_fine_tuned_further(finetune_config, tm
     labels = json.loads((tmp_path / "hf" / "config.json").read_text())["id2label"]
     assert list(labels.values()) == PHOTOGRAPHED
     for source in ("run", "hf"):
+        assert view_of(tmp_path / source).crop_pct == 0.95  # as it was evaluated
         config = finetune_config(
             init=str(tmp_path / source), model={"img_size": 48}, run={"output": str(tmp_path / "x")}
         )
@@ -87,6 +91,11 @@ def test_a_run_is_read_back_converted_and_fine_tuned_further(finetune_config, tm
     config = replace(config, init=str(tmp_path / "run"), statistics="imagenet")
     with pytest.raises(ValueError, match=r"trained with statistics half .* --statistics half"):
         FinetuneTask(config, ALONE)
+
+
+def view_of(source):
+    config = ClassifierConfig(checkpoint=str(source))
+    return open_classifier(config).view
 
 
 def load_raw(result):
