@@ -107,7 +107,10 @@ def _read_folder(path: Path, key: str | None) -> WeightFile:
         return _read_run_step(step, key or "model")
     weights = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
     if weights is None:
-        raise ValueError(f"{path} holds none of {', '.join(_WEIGHTS)}: pass the file's own path")
+        raise ValueError(
+            f"{path} holds none of {', '.join(_WEIGHTS)}, and no checkpoint of a run: pass the "
+            "file's own path; a run has none before its first --run.save_every steps or a stop"
+        )
     file = read_weights(weights, key=key)
     config = path / "config.json"
     hf_config = read_json(config) if config.is_file() else None
