@@ -98,8 +98,8 @@ class PatchEmbed(nn.Module):
             remedy = _layout_remedy(images, channels) or "pass such images"
             raise ValueError(
                 f"the images are {tuple(images.shape)}, the model takes (B, {channels}, height, "
-                f"width): {remedy}; patches are (B, {num_patches}, {patch_dim}), those of another grid "
-                "do not show their grid: pass images"
+                f"width): {remedy}; patches are (B, {num_patches}, {patch_dim}), those of another "
+                "grid do not tell it: pass images"
             )
         (height, width), (patch_height, patch_width) = images.shape[2:], self.patch_pixels
         if height % patch_height or width % patch_width or not height or not width:
