@@ -73,7 +73,7 @@ def read_weights(path: str | Path, *, key: str | None = None) -> WeightFile:
     if not path.is_file():
         raise FileNotFoundError(
             f"there are no weights at {path}: pass a .pth or .safetensors file, a folder with "
-            "config.json, a run's output, or one of beit_fast.weights.published's names"
+            "config.json, a run's output, or one of the names in beit_fast.PUBLISHED"
         )
     refuse_other_kinds(path, "weights")
     if path.name.endswith(".index.json"):
