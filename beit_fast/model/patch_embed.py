@@ -114,7 +114,7 @@ def _layout_remedy(images: Tensor, channels: int) -> str:
     """What makes (B, channels, height, width) of the images; "" where it is not the layout."""
     if images.ndim == 3 and images.shape[0] == channels:
         return "pass images[None], one image being a batch too"
-    if images.ndim == 4 and images.shape[1] == 1:
+    if images.ndim == 4 and images.shape[1] == 1 != channels:
         return f"pass images.expand(-1, {channels}, -1, -1), all channels being the grey one"
     if images.ndim == 4 and images.shape[1] != channels and images.shape[3] == channels:
         return "pass images.permute(0, 3, 1, 2), channels first"

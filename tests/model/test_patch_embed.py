@@ -65,3 +65,5 @@ def test_images_of_more_channels_are_for_another_model(tiny):
     with pytest.raises(ValueError, match=r"\(1, 4, 32, 32\).* build the model with in_chans"):
         PatchEmbed(tiny())(images)
     PatchEmbed(tiny(in_chans=4))(images)
+    with pytest.raises(ValueError, match="resize the images"):  # grey ones are right for this one
+        PatchEmbed(tiny(in_chans=1))(torch.randn(1, 1, 40, 32))
