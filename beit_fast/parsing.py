@@ -14,16 +14,29 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from beit_fast.checks import FieldError, allowed, hints
 from beit_fast.files import naming
 from beit_fast.flags import flags_of
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """Keeps the lines of a description: a command in it is there to be pasted."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
 def new_parser(command: str, **options: Any) -> ArgumentParser:
     """jsonargparse's, for `read`. A flag is never guessed from its first letters."""
-    return ArgumentParser(prog=command, exit_on_error=False, allow_abbrev=False, **options)
+    return ArgumentParser(
+        prog=command,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+        **options,
+    )
 
 
 def add_removed(parser: ArgumentParser, config_type: type) -> None:

@@ -343,6 +343,7 @@ def test_help_lists_verbs_recipes_and_fields(capsys):
     said = capsys.readouterr().out
     assert "--masking.num_masked" in said
     assert "Annotated[float, above 0]" in said  # what a field may hold
+    assert "\nbeit-fast pretrain small --data.path" in said  # a line of its own, to be pasted
 
 
 def test_print_config_is_yaml_that_config_reads(capsys, tmp_path):

@@ -86,17 +86,20 @@ class PatchEmbed(nn.Module):
         if not self.dynamic_img_size:
             if images.ndim == 4 and tuple(images.shape[1:]) == self.image_shape:
                 return
+            remedy = _layout_remedy(images, channels) or (
+                "resize the images, or load the model with another img_size, which resizes its "
+                "positions, or with dynamic_img_size=True"
+            )
             raise ValueError(
                 f"the images are {tuple(images.shape)}, the model takes (B, {channels}, {height}, "
-                f"{width}): resize the images, or build the model with dynamic_img_size=True, or "
-                "with another img_size and positions resized by beit_fast.model.resize; patches "
-                f"are (B, {num_patches}, {patch_dim})"
+                f"{width}): {remedy}; patches are (B, {num_patches}, {patch_dim})"
             )
         if images.ndim != 4 or images.shape[1] != channels:
+            remedy = _layout_remedy(images, channels) or "pass such images"
             raise ValueError(
                 f"the images are {tuple(images.shape)}, the model takes (B, {channels}, height, "
-                f"width); patches are (B, {num_patches}, {patch_dim}), for those of another grid "
-                "do not tell it: pass images"
+                f"width): {remedy}; patches are (B, {num_patches}, {patch_dim}), those of another "
+                "grid do not tell it: pass images"
             )
         (height, width), (patch_height, patch_width) = images.shape[2:], self.patch_pixels
         if height % patch_height or width % patch_width or not height or not width:
@@ -105,3 +108,16 @@ class PatchEmbed(nn.Module):
                 f"{patch_height}x{patch_width}: pad or crop the images to multiples (nothing is "
                 "padded here: pixels that are not there would be attended to)"
             )
+
+
+def _layout_remedy(images: Tensor, channels: int) -> str:
+    """What makes (B, channels, height, width) of the images; "" where it is not the layout."""
+    if images.ndim == 3 and images.shape[0] == channels:
+        return "pass images[None], one image being a batch too"
+    if images.ndim == 4 and images.shape[1] == 1 != channels:
+        return f"pass images.expand(-1, {channels}, -1, -1), all channels being the grey one"
+    if images.ndim == 4 and images.shape[1] != channels and images.shape[3] == channels:
+        return "pass images.permute(0, 3, 1, 2), channels first"
+    if images.ndim == 4 and images.shape[1] != channels:
+        return "pass other images, or build the model with in_chans"
+    return ""

@@ -51,7 +51,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Dvae
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no tokenizer at {path}: train one with `beit-fast tokenizer`, "
-            "or convert DALL-E's with beit_fast.tokenizer.dalle"
+            "or convert DALL-E's with `beit-fast convert-dalle`"
         )
     refuse_other_kinds(path, "a tokenizer")
     try:

@@ -73,7 +73,7 @@ def read_weights(path: str | Path, *, key: str | None = None) -> WeightFile:
     if not path.is_file():
         raise FileNotFoundError(
             f"there are no weights at {path}: pass a .pth or .safetensors file, a folder with "
-            "config.json, a run's output, or one of beit_fast.weights.published's names"
+            "config.json, a run's output, or one of the names in beit_fast.PUBLISHED"
         )
     refuse_other_kinds(path, "weights")
     if path.name.endswith(".index.json"):
@@ -107,7 +107,10 @@ def _read_folder(path: Path, key: str | None) -> WeightFile:
         return _read_run_step(step, key or "model")
     weights = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
     if weights is None:
-        raise ValueError(f"{path} holds none of {', '.join(_WEIGHTS)}: pass the file's own path")
+        raise ValueError(
+            f"{path} holds none of {', '.join(_WEIGHTS)}, and no checkpoint of a run: pass the "
+            "file's own path; a run has none before its first --run.save_every steps or a stop"
+        )
     file = read_weights(weights, key=key)
     config = path / "config.json"
     hf_config = read_json(config) if config.is_file() else None

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import stat
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from beit_fast.cli import VERBS, WITHOUT_RECIPE
 from beit_fast.tokenizer.checkpoint import (
     FORMAT,
     infer_config,
@@ -99,8 +101,11 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_nothing_behind(path, tiny, 
 
 
 def test_a_missing_file_says_how_to_get_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match="beit-fast tokenizer"):
+    with pytest.raises(FileNotFoundError) as refusal:
         load_tokenizer(tmp_path / "none.safetensors")
+    verbs = re.findall("`beit-fast ([a-z-]+)`", str(refusal.value))
+    assert verbs == ["tokenizer", "convert-dalle"]
+    assert set(verbs) <= {*VERBS, *WITHOUT_RECIPE}
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,9 @@ def test_garbled_bytes_give_tensors_or_a_value_error(kind, tmp_path):
 def test_a_place_without_weights_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no weights at .*nowhere"):
         read_weights(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds none of model\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"holds none of model\.safetensors.* no checkpoint of a run"
+    ):
         read_weights(tmp_path)
     save_file(TENSORS, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="one set of weights"):
