@@ -3,6 +3,7 @@
 import ast
 import json
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -277,7 +278,31 @@ def test_modules_and_operators_come_with_the_first_name():
         from beit_fast import Beit
         # Programs that torch.export made with strict=True, and loads again, name them.
         print(torch.ops.beit_fast.masked_linear_cross_entropy.default)
+        print(torch.ops.beit_fast.scale_residual.default)
         import beit_fast
         print(beit_fast.model.pyramid.BeitFeaturePyramid is beit_fast.BeitFeaturePyramid)
     """)
-    assert said == "beit_fast.masked_linear_cross_entropy.default\nTrue\n"
+    operators = ["masked_linear_cross_entropy", "scale_residual"]
+    assert said == "".join(f"beit_fast.{name}.default\n" for name in operators) + "True\n"
+
+
+def test_a_module_brings_the_operators_that_it_calls():
+    # conftest.py imports every module of the kernels, users import one.
+    called = {
+        name.removesuffix(".__init__"): re.findall(r"torch\.ops\.beit_fast\.(\w+)", text)
+        for name, path in files()
+        if "torch.ops.beit_fast." in (text := path.read_text(encoding="utf-8"))
+    }
+    assert len(called) > 5
+    said = run(f"""
+        import importlib, os, torch, triton
+        for module, operators in {called}.items():
+            if os.fork() == 0:
+                importlib.import_module(module)
+                missing = [o for o in operators if not hasattr(torch.ops.beit_fast, o)]
+                print(*(f"{{module}}:{{operator}}" for operator in missing))
+                sys.stdout.flush()
+                os._exit(0)
+            os.wait()
+    """)
+    assert said.split() == []

@@ -11,6 +11,7 @@ from beit_fast.kernels.arguments import autocast_dtype, check_floating, check_rn
 from beit_fast.kernels.philox import draw_rng
 from beit_fast.kernels.residual.cpu import choose_backend, layer_norm_torch, scale_residual_torch
 from beit_fast.kernels.residual.drop_path import KeptSamples
+from beit_fast.kernels.residual.operators import call_operator
 
 
 def scale_residual(
@@ -41,7 +42,7 @@ def scale_residual(
     options = {"dropout_p": dropout_p, "drop_path_p": drop_path_p, "rng": rng}
     if choose_backend(x, branch, (dtype,), backend) == "torch":
         return scale_residual_torch(x, branch, gamma, keep, bias, kept, dtype, **options)
-    return _operator(x, branch, gamma, keep, bias, kept, dtype, **options)[0]
+    return call_operator(x, branch, gamma, keep, bias, kept, dtype, **options)[0]
 
 
 def scale_residual_norm(
@@ -81,7 +82,7 @@ def scale_residual_norm(
         return out, layer_norm_torch(out, norm_weight, norm_bias, eps, norm_kept, norm_dtype)
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "norm_kept": norm_kept, "eps": eps}
     norm["norm_dtype"] = norm_dtype
-    return _operator(x, branch, gamma, keep, bias, kept, dtype, **options, **norm)[:2]
+    return call_operator(x, branch, gamma, keep, bias, kept, dtype, **options, **norm)[:2]
 
 
 def layer_norm(
@@ -104,45 +105,7 @@ def layer_norm(
     if choose_backend(x, None, (dtype,), backend) == "torch":
         return layer_norm_torch(x, weight, bias, eps, kept, dtype)
     norm = {"norm_weight": weight, "norm_bias": bias, "norm_kept": kept, "eps": eps}
-    return _operator(x, None, None, None, None, None, x.dtype, **norm, norm_dtype=dtype)[1]
-
-
-def _operator(
-    x: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    bias: Tensor | None,
-    kept: KeptSamples | None,
-    dtype: torch.dtype,
-    *,
-    dropout_p: float = 0.0,
-    drop_path_p: float = 0.0,
-    rng: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_kept: KeptSamples | None = None,
-    eps: float | None = None,
-    norm_dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.beit_fast.scale_residual(
-        x,
-        branch,
-        bias,
-        gamma,
-        keep,
-        None if kept is None else kept.slots,
-        rng,
-        dropout_p,
-        drop_path_p,
-        norm_weight,
-        norm_bias,
-        None if norm_kept is None else norm_kept.slots,
-        x.shape[0] if norm_kept is None else len(norm_kept.samples),
-        eps,
-        dtype,
-        norm_dtype,
-    )
+    return call_operator(x, None, None, None, None, None, x.dtype, **norm, norm_dtype=dtype)[1]
 
 
 def _drawn(rng: Tensor | None, x: Tensor) -> Tensor:

@@ -281,3 +281,42 @@ def _differentiate(ctx, dout, dln, _dmean, _drstd):
 torch.library.register_autograd(
     "beit_fast::scale_residual", _differentiate, setup_context=_setup_context
 )
+
+
+def call_operator(
+    x: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    kept: KeptSamples | None,
+    dtype: torch.dtype,
+    *,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    rng: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_kept: KeptSamples | None = None,
+    eps: float | None = None,
+    norm_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, ln, mean and rstd, by the operator: `kept` and `norm_kept` become their slots."""
+    return torch.ops.beit_fast.scale_residual(
+        x,
+        branch,
+        bias,
+        gamma,
+        keep,
+        None if kept is None else kept.slots,
+        rng,
+        dropout_p,
+        drop_path_p,
+        norm_weight,
+        norm_bias,
+        None if norm_kept is None else norm_kept.slots,
+        x.shape[0] if norm_kept is None else len(norm_kept.samples),
+        eps,
+        dtype,
+        norm_dtype,
+    )

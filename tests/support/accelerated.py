@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import transformers
 
 from beit_fast import accelerate
 from beit_fast.kernels import _triton
@@ -18,10 +17,19 @@ FAMILIES = {
     "token-pooling": {"use_rel_pos_bias": True, "global_pool": "token"},
     "no-bias": {"use_shared_rel_pos_bias": False},
 }
+
+
+def _of_transformers(name):
+    """A class of transformers, imported here, for conftest.py imports this file."""
+    import transformers
+
+    return getattr(transformers, name)
+
+
 MODELS = {
     "timm": lambda config, c: build_timm(config),
-    "transformers": lambda config, c: transformers.BeitForImageClassification(c),
-    "transformers-mim": lambda config, c: transformers.BeitForMaskedImageModeling(c),
+    "transformers": lambda config, c: _of_transformers("BeitForImageClassification")(c),
+    "transformers-mim": lambda config, c: _of_transformers("BeitForMaskedImageModeling")(c),
 }
 TABLE = "relative_position_bias_table"
 every_model = pytest.mark.parametrize("kind", MODELS)

@@ -1,3 +1,4 @@
+import ast
 import os
 import re
 import subprocess
@@ -84,6 +85,24 @@ def test_a_file_of_tests_that_imports_a_missing_package_is_skipped(outcomes, mon
     monkeypatch.setattr(f"{__name__}.TESTS", "import a_package_that_nobody_has\n" + TESTS)
     out = outcomes(TESTED + "a_package_that_nobody_has==1.0\n")
     assert re.search(r"SKIPPED .*a_package_that_nobody_has is not installed", out)
+
+
+def test_what_every_test_of_a_folder_imports_needs_no_extra():
+    """pytest skips a file of tests for a missing package, but ends where a conftest.py needs it."""
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    extras = set(re.findall(r'^ {8,}"([\w-]+)', setup.partition("extras_require")[2], re.MULTILINE))
+    modules = {module for module, package in machine._PACKAGE_OF.items() if package in extras}
+    modules |= extras - {"pytest"}
+    assert {"transformers", "torchao", "sklearn"} <= modules
+    shared = [p for p in (ROOT / "tests/support").glob("*.py") if not p.name.startswith("test_")]
+    shared += (ROOT / "tests").rglob("conftest.py")
+    assert len(shared) > 20
+    for path in shared:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
+                tops = {name.partition(".")[0] for name in names if name}
+                assert not tops & modules, f"{path}: {tops & modules}"
 
 
 def test_every_warning_of_the_package_is_known_as_ours():

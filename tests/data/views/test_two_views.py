@@ -93,7 +93,7 @@ def test_fast_views_are_close_to_the_reference(photographs):
         )
         for k in (0, 1)
     ]
-    # The figures of views.py, with room for other draws.
+    # The figures of two_views.py, with room for other draws.
     for k, median, worst, mean in ((0, 48, 34, 0.7), (1, 42, 30, 1.3)):
         values = np.array([(decibel, level) for decibel, level, view in measured if view == k])
         assert np.median(values[:, 0]) > median
