@@ -63,7 +63,8 @@ def __getattr__(name: str) -> Any:
     alone = [module for module in _WITHOUT_TORCH if name in _NAMES[module]]
     for module in alone or _NAMES:
         found = importlib.import_module(f"{__name__}.{module}")
-        globals().update({each: getattr(found, each) for each in _NAMES[module]})
+        for each in _NAMES[module]:
+            globals().setdefault(each, getattr(found, each))  # what a user put here stays
     return globals()[name]
 
 

@@ -286,6 +286,16 @@ def test_modules_and_operators_come_with_the_first_name():
     assert said == "".join(f"beit_fast.{name}.default\n" for name in operators) + "True\n"
 
 
+def test_what_a_user_puts_in_a_names_place_stays_there():
+    said = run("""
+        import beit_fast
+        beit_fast.from_pretrained = "mine"
+        beit_fast.Beit
+        print(beit_fast.from_pretrained)
+    """)
+    assert said == "mine\n"
+
+
 def test_a_module_brings_the_operators_that_it_calls():
     # conftest.py imports every module of the kernels, users import one.
     called = {

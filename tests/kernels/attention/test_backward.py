@@ -15,12 +15,7 @@ from beit_fast.kernels.philox import keep_mask_reference
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@pytest.fixture(autouse=True)
-def _poison():
-    """Fill with NaN what launchers allocate."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("new_memory_is_nan")
 
 
 def inputs(B, N, M, H=2, K=64, G=1, dtype=torch.bfloat16, std=1.0, device=None):

@@ -11,21 +11,16 @@ from beit_fast.kernels._triton import A100, H100, Gpu, pretend, record
 from beit_fast.kernels.attention.backward_hopper import hopper_backward, hopper_fits
 from beit_fast.kernels.attention.bias import padded_length
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-    reason="tensor descriptors as these kernels use them need Hopper",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+        reason="tensor descriptors as these kernels use them need Hopper",
+    ),
+    pytest.mark.usefixtures("new_memory_is_nan"),
+]
 
 
 run = functools.partial(run_backward, hopper_backward)
-
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """Fill what the launcher allocates with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(

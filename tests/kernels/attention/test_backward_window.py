@@ -13,12 +13,7 @@ from beit_fast.kernels.attention.backward_window import window_backward, window_
 run = functools.partial(run_backward, window_backward)
 
 
-@pytest.fixture(autouse=True)
-def _poison():
-    """Fill what the launcher allocates with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("new_memory_is_nan")
 
 
 @pytest.mark.parametrize(

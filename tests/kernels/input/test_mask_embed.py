@@ -17,12 +17,7 @@ BACKENDS = ("triton", "torch")
 NAMES = ("patches", "cls_token", "mask_token", "mask", "pos")
 
 
-@pytest.fixture(autouse=True)
-def _new_memory_is_nan():
-    """An element that nobody writes shows: in this mode torch fills `empty`."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("new_memory_is_nan")
 
 
 def inputs(B, L, D, with_mask=True, with_pos=True):

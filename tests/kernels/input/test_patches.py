@@ -17,12 +17,7 @@ from beit_fast.model.patch_embed import patchify
 BACKENDS = ("triton", "torch")
 
 
-@pytest.fixture(autouse=True)
-def _new_memory_is_nan():
-    """An element that nobody writes shows: in this mode torch fills `empty`."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("new_memory_is_nan")
 
 
 def random_images(B, height, width, C=3):
