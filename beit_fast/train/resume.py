@@ -60,7 +60,12 @@ NUM_IMAGES = "run.num_images"  # advised where a few were removed, see `_few_rem
 IMAGES_PER_STEP = "run.images_per_step"
 LENGTH = ("run.steps", "run.epochs", "optim.warmup_steps", "optim.warmup_epochs", NUM_IMAGES)
 # What a setting was before there was one; of all others: off (False, None or 0).
-BEFORE = {"weight_decay_on_rel_pos_bias": True, "model.qkv_bias": True}
+BEFORE = {
+    "weight_decay_on_rel_pos_bias": True,
+    "model.qkv_bias": True,
+    "optim.schedule": "cosine",
+    "optim.poly_power": 1.0,
+}
 ABANDONED = "abandoned"
 
 
