@@ -28,35 +28,26 @@ def layer_id(name: str, depth: int) -> int:
     return int(rest[0]) + 1 if part == "blocks" else depth + 1
 
 
-def spared_from_decay(
-    model: nn.Module, *, spare_tables: bool, spare_embeddings: bool = True
-) -> set[str]:
+def spared_from_decay(model: nn.Module, *, spare_tables: bool) -> set[str]:
     """Names of the parameters that are not decayed though they have several axes.
 
-    Positions and [CLS], but for segmentation: the original looks there for the names they have in
-    classification, and finds none. The mask token and the relative-position tables are decayed as
-    in the original, where `disable_weight_decay_on_rel_pos_bias` is `spare_tables`.
+    Positions and [CLS], but for a segmenter's; the mask token and the relative-position tables are
+    decayed as in the original, where `disable_weight_decay_on_rel_pos_bias` is `spare_tables`.
     """
-    names = set(model.no_weight_decay()) if spare_embeddings else set()
+    names = set(model.no_weight_decay())
     if spare_tables:
         names |= {n for n, _ in model.named_parameters() if n.endswith(TABLE)}
     return names
 
 
 def layer_decay_groups(
-    model: nn.Module,
-    weight_decay: float,
-    layer_decay: float,
-    *,
-    spare_tables: bool = False,
-    spare_embeddings: bool = True,
+    model: nn.Module, weight_decay: float, layer_decay: float, *, spare_tables: bool = False
 ) -> list[dict[str, Any]]:
     """Parameter groups for AdamW with `lr_scale`, one for each layer and kind, by layer.
 
     Not decayed: what has one axis, and `spared_from_decay`. `name` says layer and kind.
     """
-    depth = len(model.blocks)
-    spared = spared_from_decay(model, spare_tables=spare_tables, spare_embeddings=spare_embeddings)
+    depth, spared = len(model.blocks), spared_from_decay(model, spare_tables=spare_tables)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
