@@ -19,7 +19,7 @@ BASE = {"checks", "errors", "flags", "files", "labels"}  # of the standard libra
 KERNELS = {f"kernels.{room}" for room in ("attention", "residual", "head", "input", "conv")}
 DATA = {"data", "data.seeds", "data.sources", "data.views"}
 BELOW_TASKS = {"kernels", "model", "weights", "tokenizer", "train", "viz", "tasks"} | KERNELS | DATA
-TASKS = {f"tasks.{room}" for room in ("pretrain", "evaluate", "finetune", "probe")}
+TASKS = {f"tasks.{room}" for room in ("pretrain", "evaluate", "finetune", "probe", "segment")}
 ALLOWED = {
     **{part: set() for part in sorted(BASE)},
     **{room: {"kernels"} for room in sorted(KERNELS)},
@@ -40,6 +40,7 @@ ALLOWED = {
     "tasks.evaluate": BELOW_TASKS | BASE,
     "tasks.finetune": BELOW_TASKS | {"tasks.evaluate"} | BASE,
     "tasks.probe": BELOW_TASKS | {"tasks.evaluate"} | BASE,
+    "tasks.segment": BELOW_TASKS | {"tasks.evaluate"} | BASE,
     "recipes": {"model", "tokenizer", "train", "data", "data.views"} | TASKS,
     "parsing": BASE,
     "cli": {"parsing", "recipes", "weights", "tokenizer", "train"} | TASKS | BASE,
