@@ -15,7 +15,7 @@ import beit_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 # What each room may import of the others; itself is understood. From the ground up.
-BASE = {"checks", "errors", "flags", "files"}  # of the standard library alone
+BASE = {"checks", "errors", "flags", "files", "labels"}  # of the standard library alone
 KERNELS = {f"kernels.{room}" for room in ("attention", "residual", "head", "input", "conv")}
 DATA = {"data", "data.seeds", "data.sources", "data.views"}
 BELOW_TASKS = {"kernels", "model", "weights", "tokenizer", "train", "viz", "tasks"} | KERNELS | DATA
