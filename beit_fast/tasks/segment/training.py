@@ -6,7 +6,7 @@ the heads and the pyramid down to the embeddings. Source: unilm beit `semantic_s
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from beit_fast.model.segmenter import BeitForSemanticSegmentation
 from beit_fast.tasks.evaluate.checkpoints import statistics_of
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.segment.config import SegmentConfig
-from beit_fast.tasks.segment.data import open_masked
+from beit_fast.tasks.segment.data import describe_masked, open_masked
 from beit_fast.tasks.segment.evaluation import Segmentation, evaluate_segmenter, read_pair
 from beit_fast.tasks.segment.init import starting_point
 from beit_fast.tasks.segment.sliding import segment_image
@@ -129,6 +129,13 @@ class SegmentTask:
     def report(self) -> dict[str, Tensor]:
         return {}
 
+    def describe_images(self) -> list[str]:
+        """A line for those to train on and for those to evaluate on."""
+        lines = [f"images: {describe_masked(self.source)}"]
+        if self.test is not None:
+            lines.append(f"test images: {describe_masked(self.test)}")
+        return lines
+
     def segment(self, model: BeitForSemanticSegmentation) -> Segmentation:
         """Evaluate `model` on every test image once, over all ranks."""
         assert self.test is not None, "a run without test images evaluates nothing"
@@ -198,7 +205,7 @@ def freeze(model: BeitForSemanticSegmentation, *, encoder: bool) -> list[torch.n
     frozen = unread
     if encoder:
         frozen = [part for name, part in model.named_children() if name not in OF_HEADS]
-        for name, parameter in model.named_parameters(recurse=False):  # [CLS], positions
+        for parameter in model.parameters(recurse=False):  # [CLS], positions
             parameter.requires_grad_(False)
     for part in frozen:
         part.requires_grad_(False)
