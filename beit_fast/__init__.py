@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from beit_fast.acceleration.patching import accelerate, restore
     from beit_fast.model.beit import Beit
-    from beit_fast.model.config import BeitConfig, beit_config
+    from beit_fast.model.config import BeitConfig, SegmenterConfig, beit_config
     from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
     from beit_fast.model.pyramid import BeitFeaturePyramid
     from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
+    from beit_fast.model.segmenter import BeitForSemanticSegmentation
     from beit_fast.weights.convert import convert
     from beit_fast.weights.load import from_pretrained, load_pretrained
     from beit_fast.weights.published import PUBLISHED, published
@@ -27,6 +28,8 @@ __all__ = [
     "BeitFeaturePyramid",
     "BeitForImageClassification",
     "BeitForMaskedImageModeling",
+    "BeitForSemanticSegmentation",
+    "SegmenterConfig",
     "accelerate",
     "beit_config",
     "convert",
@@ -43,10 +46,11 @@ __all__ = [
 _NAMES = {  # by the module they are in, as above
     "acceleration.patching": ("accelerate", "restore"),
     "model.beit": ("Beit",),
-    "model.config": ("BeitConfig", "beit_config"),
+    "model.config": ("BeitConfig", "SegmenterConfig", "beit_config"),
     "model.heads": ("BeitForImageClassification", "BeitForMaskedImageModeling"),
     "model.pyramid": ("BeitFeaturePyramid",),
     "model.resize": ("resize_pos_embed", "resize_rel_pos_table"),
+    "model.segmenter": ("BeitForSemanticSegmentation",),
     "weights.convert": ("convert",),
     "weights.load": ("from_pretrained", "load_pretrained"),
     "weights.published": ("PUBLISHED", "published"),

@@ -54,6 +54,8 @@ class Beit(nn.Module):
     torch.Size([1, 197, 768])
     """
 
+    config_class = BeitConfig
+
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
         self.config = config

@@ -1,4 +1,4 @@
-"""What a BEiT is made of, and the sizes that have a name.
+"""What a BEiT and a segmenter are made of, and the sizes that have a name.
 
 Two families. Vanilla BEiT, of the paper's main tables, is a plain ViT:
 `use_abs_pos_emb`, no `init_values`. BEiT+, of appendices A and B and of nearly all published
@@ -130,6 +130,77 @@ class BeitConfig:
     def head_dim(self) -> int:
         """K, channels of an attention head."""
         return self.attn_head_dim or self.embed_dim // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterConfig(BeitConfig):
+    """Shape of a segmenter; the defaults are Base at 512 px with the 150 classes of ADE20K.
+
+    Raises ValueError for combinations that make no model, saying what to change.
+    """
+
+    img_size: Side = 512
+    use_rel_pos_bias: bool = True
+    use_shared_rel_pos_bias: bool = False
+    num_classes: Natural = 150
+    drop_rate: Fraction = 0.1  # of whole channels before the last convolution, as mmsegmentation
+    # UPerNet (arXiv:1807.10221) on four maps; or batch norm and one 1x1 convolution on one.
+    head: Literal["upernet", "linear"] = "upernet"
+    # Blocks that are read, from 0: four, one for each map, or one; None: see `tapped`.
+    taps: tuple[Natural, ...] | None = None
+    head_channels: Count | None = None  # of UPerNet; None: embed_dim
+    auxiliary_channels: Natural = 256  # of UPerNet's second head, for training; 0: no such head
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_linear = self.head == "linear"
+        if self.num_classes < 2:
+            raise FieldError(
+                "num_classes",
+                f"is {self.num_classes}: give 2 or more, what is of no other class counts as one",
+            )
+        needed = 1 if is_linear else 4
+        if self.taps is not None and (
+            len(self.taps) != needed or any(tap >= self.depth for tap in self.taps)
+        ):
+            raise FieldError(
+                "taps",
+                f"are {list(self.taps)}: the {self.head} head reads {needed}, give {needed} of "
+                f"the blocks 0 to {self.depth - 1}",
+            )
+        if is_linear and self.head_channels is not None:
+            raise FieldError(
+                "head_channels",
+                f"is {self.head_channels}, and the linear head has none of its own: leave it out",
+            )
+        pooled = 4 if self.patch_pixels == (8, 8) else 2
+        if not is_linear and min(self.grid) < pooled:
+            raise FieldError(
+                "img_size",
+                f"is {self.img_size}, {self.grid[0]}x{self.grid[1]} patches, of which UPerNet "
+                f"pools {pooled}x{pooled}: give {pooled} or more patches down and across",
+            )
+
+    @property
+    def tapped(self) -> tuple[int, ...]:
+        """Blocks that are read, from 0: `taps`, or `default_taps`, or for "linear" the last."""
+        if self.taps is not None:
+            return tuple(self.taps)
+        return (self.depth - 1,) if self.head == "linear" else default_taps(self.depth)
+
+    @property
+    def upernet_channels(self) -> int:
+        """Of UPerNet's convolutions."""
+        return self.head_channels or self.embed_dim
+
+
+def default_taps(depth: int) -> tuple[int, int, int, int]:
+    """Blocks that end a third, a half, two thirds and the whole of the depth, from 0.
+
+    3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24: unilm's.
+    """
+    ends = (depth // 3, depth // 2, 2 * depth // 3, depth)
+    return tuple(max(end - 1, 0) for end in ends)
 
 
 def beit_config(name: str, **overrides: Any) -> BeitConfig:

@@ -1,7 +1,7 @@
 """How weights start: as the original pre-trains, and as it fine-tunes what is not in a checkpoint.
 
 Pre-training follows BERT's initialiser, a normal of 0.02 cut at one sigma (realised std 0.0108);
-fine-tuning timm's, whose cut at +-2 never bites. In both, what is added to the residual stream by
+fine-tuning timm's, whose cut at +-2 never bites. In all, what is added to the residual stream by
 block l (from 1) is divided by sqrt(2 l) (paper 2.4; unilm `fix_init_weight`).
 """
 
@@ -33,6 +33,25 @@ def init_finetuning(model: nn.Module) -> None:
     model.patch_embed.proj.reset_parameters()
     if isinstance(model.head, nn.Linear):
         model.head.weight.mul_(0.001)
+
+
+@torch.no_grad()
+def init_segmentation(model: nn.Module) -> None:
+    """The encoder as fine-tuning starts; heads as mmsegmentation's, all but their batch norms.
+
+    Convolutions before a batch norm from N(0, 2 / fan_out) (mmcv `ConvModule`), the last ones from
+    N(0, 0.01) with biases 0 (mmseg `BaseDecodeHead`).
+    """
+    _init(model, lambda weight: nn.init.trunc_normal_(weight, std=STD))
+    model.patch_embed.proj.reset_parameters()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d) or name == "patch_embed.proj":
+            continue
+        if name.endswith("conv_seg"):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+        else:
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _init(model: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Four maps of strides 4, 8, 16 and 32 from a plain BEiT, for segmentation and detection code.
+"""Four maps of growing strides from a plain BEiT, for segmentation and detection code.
 
 Four blocks are tapped, their patch tokens laid out as maps, and each map brought to its stride by
 its own part: two transposed convolutions with batch norm and GELU between, one, none, a pooling.
@@ -7,15 +7,20 @@ must have been trained on the same taps. transformers' classes take features two
 taps they are given. Source: unilm beit `semantic_segmentation/backbone/beit.py`; taps as there.
 """
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from beit_fast.model.beit import Beit
-from beit_fast.model.config import BeitConfig
+from beit_fast.model.config import BeitConfig, default_taps
 
-STRIDES = (4, 8, 16, 32)
+LEVELS = ("fpn1", "fpn2", "fpn3", "fpn4")
+
+# Pixels; (down, across) where a patch is not square. A fraction where 4 does not divide a patch.
+Stride = int | float | tuple[int | float, int | float]
 
 
 class LevelShape(NamedTuple):
@@ -24,27 +29,25 @@ class LevelShape(NamedTuple):
     channels: int
     height: int | None  # None: as the images are
     width: int | None
-    stride: int
+    stride: Stride
 
 
 class BeitFeaturePyramid(Beit):
-    """Images (B, C, height, width) to maps (B, D, height / s, width / s) for s = 4, 8, 16, 32.
+    """Images (B, C, height, width) to four maps (B, D, height / s, width / s), s of `strides`.
 
-    A tuple, the finest first, as mmseg and mmdet take it; with `names` a dict under these, as
-    detectron2 and torchvision do. `taps` are blocks from 0, one for each map; by default those that
-    end a third, a half, two thirds and the whole of the depth: 3, 5, 7, 11 of 12 and 7, 11, 15, 23
-    of 24, unilm's. `config.dynamic_img_size` lets images of any size in; where 32 does not divide
-    one, its last map leaves out the odd row or column. The finest map has a batch norm, of one
-    device; `nn.SyncBatchNorm.convert_sync_batchnorm` makes it unilm's.
-    Raises ValueError for patches other than 16 or 8, and for taps that are no blocks.
+    For patches of p pixels s is p / 4, p / 2, p and 2 p, for 8 pixels as in unilm p / 2, p, 2 p and
+    4 p: 4, 8, 16 and 32 for both usual sizes. Maps are of channels-last layout. A tuple, the finest
+    first, as mmseg and mmdet take it; with `names` a dict under these, as detectron2 and
+    torchvision do. `taps` are blocks from 0, one for each map; None: `default_taps`.
+    `config.dynamic_img_size` lets images of any size in; where the last stride does not divide one,
+    its map leaves out what is over. The finest map has a batch norm, of one device;
+    `nn.SyncBatchNorm.convert_sync_batchnorm` makes it unilm's.
+    Raises ValueError for taps that are no blocks.
 
     >>> maps = BeitFeaturePyramid(BeitConfig(depth=4))(torch.zeros(1, 3, 224, 224))
     >>> [tuple(m.shape[2:]) for m in maps]
     [(56, 56), (28, 28), (14, 14), (7, 7)]
     """
-
-    strides = STRIDES
-    size_divisibility = STRIDES[-1]  # detectron2 pads images to multiples of it
 
     def __init__(
         self,
@@ -54,43 +57,30 @@ class BeitFeaturePyramid(Beit):
         names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(config)
-        if config.patch_pixels not in ((16, 16), (8, 8)):
-            raise ValueError(
-                f"patches are of {config.patch_pixels} pixels: strides of 4, 8, 16 and 32 are made "
-                "from patches of 16 or 8"
-            )
         self.taps = default_taps(config.depth) if taps is None else tuple(taps)
-        if len(self.taps) != len(STRIDES) or not all(0 <= t < config.depth for t in self.taps):
+        if len(self.taps) != len(LEVELS) or not all(0 <= t < config.depth for t in self.taps):
             raise ValueError(
                 f"taps are {self.taps}: pass 4 blocks, from 0 to {config.depth - 1}, one per stride"
             )
-        if names is not None and len(set(names)) != len(STRIDES):
+        if names is not None and len(set(names)) != len(LEVELS):
             raise ValueError(f"names are {list(names)}: pass 4 different ones, finest map first")
         self.names = None if names is None else tuple(names)
         self.out_channels = config.embed_dim
-        for level, stride in enumerate(STRIDES, 1):
-            part = _resample(config.embed_dim, config.patch_pixels[0], stride)
-            setattr(self, f"fpn{level}", part)
+        self.strides = strides_of(config.patch_pixels)
+        # detectron2 pads images to multiples of it.
+        self.size_divisibility = math.lcm(*(_coarsest(side) for side in config.patch_pixels))
+        add_pyramid(self)
         self.init_weights()
 
     def init_weights(self) -> None:
         """The encoder as pre-training starts; the pyramid as torch starts its layers."""
         super().init_weights()
-        for level in range(1, len(STRIDES) + 1):
-            for module in self.get_submodule(f"fpn{level}").modules():
-                if isinstance(module, (nn.ConvTranspose2d, nn.BatchNorm2d)):
-                    module.reset_parameters()
+        init_pyramid(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...] | dict[str, Tensor]:
         """The four maps; patches (B, L, P) are of the config's grid."""
-        outputs: list[Tensor] = []
-        self._run(self.blocks[: max(self.taps) + 1], images, tap=outputs.append)
-        grid = self.patch_embed.grid_of(images) or self.config.grid
-        maps = []
-        for level, tap in enumerate(self.taps, 1):
-            map_BDGG = outputs[tap][:, 1:].transpose(1, 2).unflatten(2, grid)
-            maps.append(self.get_submodule(f"fpn{level}")(map_BDGG))
-        return tuple(maps) if self.names is None else dict(zip(self.names, maps, strict=True))
+        maps = pyramid_maps(self, images, self.taps)
+        return maps if self.names is None else dict(zip(self.names, maps, strict=True))
 
     def prune_intermediate_layers(self, *_: object, **__: object) -> list[int]:
         """Raises ValueError: the maps need their taps, and no block behind the last is computed."""
@@ -100,29 +90,74 @@ class BeitFeaturePyramid(Beit):
 
     def output_shape(self) -> dict[str, LevelShape]:
         """Channels and stride of each map by its name, or where it has none by its stride."""
-        names = self.names or [f"stride{stride}" for stride in STRIDES]
+        names = self.names or [f"stride{_text(stride)}" for stride in self.strides]
         return {
             name: LevelShape(self.out_channels, None, None, stride)
-            for name, stride in zip(names, STRIDES, strict=True)
+            for name, stride in zip(names, self.strides, strict=True)
         }
 
 
-def default_taps(depth: int) -> tuple[int, int, int, int]:
-    """Blocks that end a third, a half, two thirds and the whole of the depth, from 0."""
-    ends = (depth // 3, depth // 2, 2 * depth // 3, depth)
-    return tuple(max(end - 1, 0) for end in ends)
+def strides_of(patch_pixels: tuple[int, int]) -> tuple[Stride, ...]:
+    """Of the four maps, in pixels."""
+    pairs = [[_plain(side * s) for side in patch_pixels] for s in _relative(patch_pixels)]
+    return tuple(down if down == across else (down, across) for down, across in pairs)
 
 
-def _resample(D: int, patch: int, stride: int) -> nn.Module:
-    """From maps of a patch's stride to maps of another; unilm's modules, and so its names."""
-    if patch == 4 * stride:
-        norm = nn.BatchNorm2d(D)
-        return nn.Sequential(_double(D), norm, nn.GELU(), _double(D))
-    if patch == 2 * stride:
-        return nn.Sequential(_double(D))
-    if patch == stride:
-        return nn.Identity()
-    return nn.MaxPool2d(stride // patch)
+def add_pyramid(model: Beit) -> None:
+    """Give a model `fpn1` to `fpn4`, without values that mean anything: `init_pyramid`."""
+    D = model.config.embed_dim
+    for level, stride in zip(LEVELS, _relative(model.config.patch_pixels), strict=True):
+        model.add_module(level, _resample(D, stride))
+
+
+def init_pyramid(model: Beit) -> None:
+    """Start `fpn1` to `fpn4` as torch starts its layers, statistics included."""
+    for level in LEVELS:
+        for module in model.get_submodule(level).modules():
+            if isinstance(module, nn.ConvTranspose2d | nn.modules.batchnorm._BatchNorm):
+                module.reset_parameters()
+
+
+def pyramid_maps(model: Beit, images: Tensor, taps: Sequence[int]) -> tuple[Tensor, ...]:
+    """What `fpn1` to `fpn4` make of four blocks' outputs; blocks after the last do not run."""
+    maps = tapped_maps(model, images, taps)
+    return tuple(model.get_submodule(n)(m) for n, m in zip(LEVELS, maps, strict=True))
+
+
+def tapped_maps(model: Beit, images: Tensor, taps: Sequence[int]) -> list[Tensor]:
+    """Patch tokens of listed blocks as maps (B, D, Gh, Gw), views in channels-last layout."""
+    outputs: list[Tensor] = []
+    model._run(model.blocks[: max(taps) + 1], images, tap=outputs.append)
+    grid = model.patch_embed.grid_of(images) or model.config.grid
+    return [outputs[tap][:, 1:].transpose(1, 2).unflatten(2, grid) for tap in taps]
+
+
+def _relative(patch_pixels: tuple[int, int]) -> tuple[Fraction, ...]:
+    """Strides of the maps in patches; unilm has its own for patches of 8."""
+    finest = Fraction(1, 2) if tuple(patch_pixels) == (8, 8) else Fraction(1, 4)
+    return tuple(finest * 2**level for level in range(len(LEVELS)))
+
+
+def _coarsest(side: int) -> int:
+    return 32 if side == 8 else 2 * side
+
+
+def _plain(value: Fraction) -> int | float:
+    return value.numerator if value.denominator == 1 else float(value)
+
+
+def _text(stride: Stride) -> str:
+    return "x".join(map(str, stride)) if isinstance(stride, tuple) else str(stride)
+
+
+def _resample(D: int, stride: Fraction) -> nn.Module:
+    """From maps of patches to maps of another stride; unilm's modules, and so its names."""
+    if stride < 1:
+        parts = [_double(D)]
+        if stride == Fraction(1, 4):
+            parts += [nn.BatchNorm2d(D), nn.GELU(), _double(D)]
+        return nn.Sequential(*parts)
+    return nn.Identity() if stride == 1 else nn.MaxPool2d(int(stride))
 
 
 def _double(D: int) -> nn.ConvTranspose2d:

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from beit_fast.model.config import default_taps
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.model.pyramid import STRIDES, BeitFeaturePyramid, default_taps
+from beit_fast.model.pyramid import BeitFeaturePyramid
 from beit_fast.weights.hf_config import SEGMENTATION_TAPS
 from beit_fast.weights.load import from_pretrained, load_pretrained
 from tiny_models import PER_BLOCK
@@ -93,7 +94,7 @@ def test_names_are_unilms_and_strides_those_asked_for(config, patch, names):
     for height, width in ((64, 64), (96, 32), (32, 128)):
         maps = model(torch.randn(2, 3, height, width))
         assert [tuple(m.shape) for m in maps] == [
-            (2, model.out_channels, height // s, width // s) for s in STRIDES
+            (2, model.out_channels, height // s, width // s) for s in (4, 8, 16, 32)
         ]
     assert model(torch.randn(1, 3, 48, 80))[3].shape == (1, 32, 1, 2)  # an odd row, left out
 
@@ -107,7 +108,26 @@ def test_names_make_a_dict_as_detection_code_takes_it(config):
     for name in names:
         assert shapes[name].channels == maps[name].shape[1]
         assert shapes[name].stride == 64 // maps[name].shape[2]
-    assert list(BeitFeaturePyramid(config()).output_shape()) == [f"stride{s}" for s in STRIDES]
+    shapes = BeitFeaturePyramid(config()).output_shape()
+    assert list(shapes) == ["stride4", "stride8", "stride16", "stride32"]
+
+
+@pytest.mark.parametrize(
+    ("patch", "strides", "divisibility"),
+    [
+        (14, (3.5, 7, 14, 28), 28),
+        (32, (8, 16, 32, 64), 64),
+        ((16, 8), ((4, 2), (8, 4), (16, 8), (32, 16)), 32),
+    ],
+)
+def test_other_patches_have_strides_that_go_with_them(config, patch, strides, divisibility):
+    height, width = (6 * side for side in config(img_size=448, patch_size=patch).patch_pixels)
+    model = BeitFeaturePyramid(config(img_size=(height, width), patch_size=patch))
+    assert of_pyramid(model) == UNILM
+    assert (model.strides, model.size_divisibility) == (strides, divisibility)
+    assert [shape.stride for shape in model.output_shape().values()] == list(strides)
+    maps = model(torch.randn(1, 3, height, width))
+    assert [tuple(m.shape[2:]) for m in maps] == [(24, 24), (12, 12), (6, 6), (3, 3)]
 
 
 @pytest.mark.parametrize("mode", [True, "selective"])
@@ -161,9 +181,7 @@ def test_synchronised_batch_norm_keeps_the_names(config):
     assert list(model.state_dict()) == names
 
 
-def test_what_makes_no_pyramid_is_refused(config, tiny):
-    with pytest.raises(ValueError, match=r"patches are of \(14, 14\) pixels"):
-        BeitFeaturePyramid(config(img_size=56, patch_size=14))
+def test_what_makes_no_pyramid_is_refused(config):
     with pytest.raises(ValueError, match="pass 4 blocks, from 0 to 5"):
         BeitFeaturePyramid(config(), taps=(3, 5, 7, 11))
     with pytest.raises(ValueError, match="pass 4 different ones"):

@@ -1,0 +1,133 @@
+"""The class of every pixel (paper 3.2): the encoder, a pyramid of its blocks' maps, and a head."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit_fast.labels import IGNORE
+from beit_fast.model.beit import Beit
+from beit_fast.model.config import SegmenterConfig
+from beit_fast.model.init import init_segmentation
+from beit_fast.model.pyramid import add_pyramid, init_pyramid, pyramid_maps, tapped_maps
+from beit_fast.model.segmentation_heads import FCNHead, LinearHead, UperNetHead, resize
+
+
+class BeitForSemanticSegmentation(Beit):
+    """The encoder with UPerNet or a linear head on its blocks; state dicts are mmsegmentation's.
+
+    Names are those of unilm's checkpoints without "backbone."; `load_state_dict` takes both. Batch
+    norms are of one device; `nn.SyncBatchNorm.convert_sync_batchnorm` makes them unilm's.
+
+    >>> model = BeitForSemanticSegmentation(SegmenterConfig(img_size=64, depth=4)).eval()
+    >>> model(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 150, 16, 16])
+    """
+
+    config_class = SegmenterConfig
+    config: SegmenterConfig
+
+    def __init__(self, config: SegmenterConfig) -> None:
+        super().__init__(config)
+        D, last = config.embed_dim, (config.num_classes, config.drop_rate)
+        self.decode_head: nn.Module
+        self.auxiliary_head: FCNHead | None = None
+        if config.head == "linear":
+            self.decode_head = LinearHead(D, *last)
+        else:
+            add_pyramid(self)
+            self.decode_head = UperNetHead(D, config.upernet_channels, *last)
+            if config.auxiliary_channels:
+                self.auxiliary_head = FCNHead(D, config.auxiliary_channels, *last)
+        self.register_load_state_dict_pre_hook(_drop_backbone)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Start anew, as fine-tuning does where the checkpoint has nothing."""
+        init_segmentation(self)
+        if self.config.head == "upernet":
+            init_pyramid(self)
+        for head in filter(None, (self.decode_head, self.auxiliary_head)):
+            for module in head.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.reset_parameters()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores (B, num_classes, h, w) of the main head, at a stride of its own.
+
+        UPerNet's are at a quarter of the patch (of 8 pixels: a half), the linear head's at the
+        patch; `segmentation_heads.resize` brings them to a size in pixels. images (B, C, height,
+        width), normalised, or patches (B, L, P). Raises ValueError as `Beit` does, and in training
+        for a batch of one image that UPerNet's batch norm cannot take.
+        """
+        return self.decode_head(self._maps(images))
+
+    def loss(
+        self, images: Tensor, labels: Tensor, *, auxiliary_weight: float = 0.4
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the pixels, and the share of labelled pixels that are right (scalars).
+
+        images as for `forward`; labels integer (B, height, width), IGNORE (-1) where a pixel does
+        not count. Scores are brought to the labels' size; the auxiliary head's loss is added with
+        its weight. The mean is mmsegmentation's: over all pixels, also those that do not count,
+        whose loss is 0. Raises ValueError as `forward` does, and for labels of another shape or
+        kind.
+        """
+        maps = self._maps(images)
+        _check_labels(labels, len(images))
+        loss, accuracy = pixel_cross_entropy(self.decode_head(maps), labels)
+        if self.auxiliary_head is not None and auxiliary_weight:
+            auxiliary, _ = pixel_cross_entropy(self.auxiliary_head(maps[2]), labels)
+            loss = loss + auxiliary_weight * auxiliary
+        return loss, accuracy
+
+    def no_weight_decay(self) -> set[str]:
+        """None: unilm's test compares names without "backbone.", so it decays all that have axes.
+
+        Source: unilm beit `mmcv_custom/layer_decay_optimizer_constructor.py`.
+        """
+        return set()
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    def prune_intermediate_layers(self, *_: object, **__: object) -> list[int]:
+        """Raises ValueError: the head needs its taps."""
+        raise ValueError(
+            f"a segmenter needs its taps {self.config.tapped}: build one with other taps, or prune "
+            "a Beit"
+        )
+
+    def _maps(self, images: Tensor) -> tuple[Tensor, ...] | list[Tensor]:
+        read = tapped_maps if self.config.head == "linear" else pyramid_maps
+        return read(self, images, self.config.tapped)
+
+
+def pixel_cross_entropy(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss over all pixels, in fp32, and the share of labelled pixels that are right.
+
+    scores (B, C, h, w) are resized to the labels, integer (B, height, width).
+    """
+    scores = resize(scores if scores.dtype == torch.float64 else scores.float(), labels.shape[1:])
+    labels = labels.long()
+    total = F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum")
+    counted = labels != IGNORE
+    right = (scores.detach().argmax(dim=1) == labels).sum()
+    return total / labels.numel(), right / counted.sum().clamp(min=1)
+
+
+def _check_labels(labels: Tensor, num_images: int) -> None:
+    if labels.ndim != 3 or len(labels) != num_images or labels.is_floating_point():
+        raise ValueError(
+            f"labels are {labels.dtype} {tuple(labels.shape)} for {num_images} images: pass whole "
+            f"numbers ({num_images}, height, width), {IGNORE} where a pixel does not count"
+        )
+
+
+def _drop_backbone(
+    _module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
+) -> None:
+    """mmsegmentation has the encoder and the pyramid under `backbone`."""
+    start = f"{prefix}backbone."
+    for name in [name for name in state_dict if name.startswith(start)]:
+        state_dict[prefix + name.removeprefix(start)] = state_dict.pop(name)
