@@ -1,6 +1,6 @@
 """How a segmenter is run on images of any size, and what the verbs that do so are told."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from beit_fast.checks import (
@@ -80,7 +80,6 @@ class SegmenterSourceConfig:
     windows_at_once: Batch = 8
     precision: Literal["fp32", "bf16"] = "bf16"
     num_threads: Threads = 4  # decoding threads
-    follow_links: bool = True  # to images and folders, wherever they lead
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -99,18 +98,26 @@ class SegmenterSourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSegmentationConfig(SegmenterSourceConfig):
-    """A segmenter's checkpoint, images with masks, and how the one meets the other.
+class MasksConfig:
+    """Where the masks of images are, and what their ids mean."""
 
-    FOLDER is ADE20K's root (images/validation, annotations/validation), or a folder of images,
-    with --masks the folder of their masks: PNGs of class ids under the images' names.
-    """
+    masks: Given = ""  # folder of PNGs of class ids; "": FOLDER is of ADE20K's layout
+    part: Literal["training", "validation"] = "validation"  # of ADE20K's layout
+    # names of the classes, and if it says them ids and colours; "": ADE20K's, or the checkpoint's
+    classes_file: Given = ""
+    ignore: Natural | None = None  # id of what does not count; null: none, in ADE20K's layout 0
+    follow_links: bool = True  # to images and folders, wherever they lead
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSegmentationConfig(SegmenterSourceConfig):
+    """A segmenter's checkpoint, images with masks, and how the one meets the other."""
 
     folder: Filled  # ADE20K's root, or of images
-    masks: Given = ""  # folder of the masks; "": ADE20K's layout
-    part: Literal["training", "validation"] = "validation"  # of ADE20K's layout
-    classes: Given = ""  # file of the classes' names, JSON or text; "": the checkpoint's
-    ignore: Natural | None = None  # id in the masks that is not counted
+    data: MasksConfig = field(default_factory=MasksConfig)
     output: Filled = "segmentation.json"  # file to write
     order: Literal["worst", "id"] = "worst"  # of the classes in the table that is printed
 
@@ -126,4 +133,6 @@ class PredictSegmentationConfig(SegmenterSourceConfig):
     images: tuple[Filled, ...]  # files, folders, patterns
     output: Filled  # folder to write
     overwrite: bool = False  # replace files that are there
+    classes_file: Given = ""  # names of the classes, and if it says them colours
+    follow_links: bool = True  # to images and folders, wherever they lead
     precision: Literal["fp32", "bf16"] = "fp32"
