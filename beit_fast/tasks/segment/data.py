@@ -6,14 +6,12 @@ import numpy as np
 import torch
 
 from beit_fast.data.sources.segmentation import (
-    MaskedFolder,
     SegmentationSource,
     open_segmentation,
 )
 from beit_fast.data.sources.subset import Subset, split
 from beit_fast.flags import flag
 from beit_fast.tasks.segment.config import SegmentationDataConfig
-from beit_fast.tasks.sources import describe_source
 
 
 class MaskedSubset(Subset):
@@ -64,18 +62,6 @@ def open_masked(
             "or under other names: give images of the same classes"
         )
     return source, test
-
-
-def describe_masked(source: SegmentationSource) -> str:
-    """What is read and what is not, in one line, as `describe_source` has it."""
-    if isinstance(source, MaskedSubset):
-        return f"{len(source)} of {describe_masked(source.source)}"
-    if not isinstance(source, MaskedFolder):
-        return describe_source(source, source.classes)
-    said = f"{describe_source(source.images, source.classes)}, masks of {source.masks}"
-    if left := len(source.without_image):
-        said += f", {left} of no image left out"
-    return said
 
 
 def _open(

@@ -21,14 +21,15 @@ from beit_fast.data.views.statistics import STATISTICS
 from beit_fast.flags import flag
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.segmenter import BeitForSemanticSegmentation
+from beit_fast.tasks.check_images import check_segmentation
 from beit_fast.tasks.evaluate.checkpoints import statistics_of
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.segment.config import SegmentConfig
-from beit_fast.tasks.segment.data import describe_masked, open_masked
+from beit_fast.tasks.segment.data import open_masked
 from beit_fast.tasks.segment.evaluation import Segmentation, evaluate_segmenter, read_pair
 from beit_fast.tasks.segment.init import starting_point
 from beit_fast.tasks.segment.sliding import segment_image
-from beit_fast.tasks.sources import task_settings
+from beit_fast.tasks.sources import describe_source, task_settings
 from beit_fast.train.batch_norm import synchronize_batch_norm
 from beit_fast.train.parallel import World
 from beit_fast.viz.segmentation import draw_comparison, palette
@@ -131,10 +132,22 @@ class SegmentTask:
 
     def describe_images(self) -> list[str]:
         """A line for those to train on and for those to evaluate on."""
-        lines = [f"images: {describe_masked(self.source)}"]
+        lines = [f"images: {describe_source(self.source, self.classes)}"]
         if self.test is not None:
-            lines.append(f"test images: {describe_masked(self.test)}")
+            lines.append(f"test images: {describe_source(self.test, self.classes)}")
         return lines
+
+    def check_images(self) -> None:
+        """Raise ValueError on every rank for images and masks that cannot be used."""
+        data = self.config.data
+        shared = {
+            "num_threads": data.num_threads,
+            "world": self.world,
+            "folder": Path(self.config.run.output),
+        }
+        check_segmentation(self.source, "training", max_bad_share=data.max_bad_share, **shared)
+        if self.test is not None:
+            check_segmentation(self.test, "test", **shared)
 
     def segment(self, model: BeitForSemanticSegmentation) -> Segmentation:
         """Evaluate `model` on every test image once, over all ranks."""
