@@ -14,6 +14,7 @@ from beit_fast.files import naming
 from beit_fast.tasks.segment.checkpoints import open_segmenter
 from beit_fast.tasks.segment.config_evaluation import EvaluateSegmentationConfig
 from beit_fast.tasks.segment.evaluation import Segmentation, evaluate_segmenter
+from beit_fast.tasks.sources import describe_source
 from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import open_world
 from beit_fast.train.preflight import check_output_file
@@ -35,7 +36,7 @@ def run_segmentation_evaluation(config: EvaluateSegmentationConfig) -> dict[str,
         source, known = open_masks(config, segmenter.model.config.num_classes)
         names, how = match_names(source.classes if known else None, segmenter.classes)
         names = segmenter.names if names is None else names
-        console.out(f"images: {len(source)} in {config.folder}")
+        console.out(f"images: {describe_source(source, source.classes)}")
         console.out(f"classes: {how}")
         found = evaluate_segmenter(
             segmenter.model.to(world.device),

@@ -136,10 +136,10 @@ def test_two_ranks_count_what_one_counts_also_where_one_has_no_image(tmp_path):
 def test_a_pair_that_cannot_be_used_is_named_and_the_mode_restored(part):
     source, model = Pairs(3), PatchModel().train()
     if part == "size":
-        source.files[1].mask = source.files[2].mask
-        message = r"cannot use images/1\.png \(the image is 18x24, its mask 23x31\): repair"
+        source.spoil(1, mask=source.files[2].mask)
+        message = r"cannot use images/1\.png \(the mask has 31x23 pixels and the image 24x18"
     else:
-        setattr(source.files[1], part, encoded(torch.zeros(9, 9).byte().numpy())[:40])
+        source.spoil(1, **{part: encoded(torch.zeros(9, 9).byte().numpy())[:40]})
         message = r"cannot use images/1\.png .*repair or remove it"
     with pytest.raises(ValueError, match=message):
         evaluate(model, source)
