@@ -38,6 +38,7 @@ USAGE = """usage: beit-fast <verb> ...
   pretrain RECIPE        train a BEiT on a folder of images
   pretokenize RECIPE     write the visual tokens that `pretrain RECIPE --token_cache DIR` reads
   finetune RECIPE        train a classifier on class folders, from a pre-trained BEiT
+  segment RECIPE         train a segmenter on images with masks, from a pre-trained BEiT
   probe RECIPE           linear and nearest-neighbour accuracy of every block of a pre-trained BEiT
   tokenizer RECIPE       train a dVAE on a folder of images
   evaluate CHECKPOINT FOLDER
@@ -287,6 +288,12 @@ def _finetune() -> Run:
     return run_finetuning
 
 
+def _segment() -> Run:
+    from beit_fast.tasks.segment.task import run_segmentation
+
+    return run_segmentation
+
+
 def _probe() -> Run:
     from beit_fast.tasks.probe.task import run_probe
 
@@ -348,6 +355,7 @@ VERBS: dict[str, tuple[dict[str, Callable[[], Any]], Callable[[], Run]]] = {
     "pretrain": (recipes.PRETRAIN, _pretrain),
     "pretokenize": (recipes.PRETOKENIZE, _pretokenize),
     "finetune": (recipes.FINETUNE, _finetune),
+    "segment": (recipes.SEGMENT, _segment),
     "probe": (recipes.PROBE, _probe),
     "tokenizer": (recipes.TOKENIZER, _tokenizer),
 }

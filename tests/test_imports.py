@@ -35,7 +35,7 @@ ALLOWED = {
     "data": DATA | BASE,
     "train": BASE,
     "viz": BASE,
-    "tasks": {"data", "data.sources", "train"} | BASE,
+    "tasks": {"data", "data.sources", "train", "model", "weights"} | BASE,
     "tasks.pretrain": BELOW_TASKS | BASE,
     "tasks.evaluate": BELOW_TASKS | BASE,
     "tasks.finetune": BELOW_TASKS | {"tasks.evaluate"} | BASE,
@@ -195,6 +195,7 @@ OF_THE_COMMAND_LINE = {
         ["pretrain", "small", "--model.img_size", "65"],
         ["pretokenize", "small", "--help"],
         ["finetune", "small_data", "--help"],
+        ["segment", "small_data", "--help"],
         ["probe", "small", "--help"],
         ["tokenizer", "small", "--help"],
         ["evaluate", "--help"],
@@ -230,7 +231,7 @@ def test_configurations_and_recipes_are_made_without_torch():
         for name in {modules}:
             importlib.import_module(name)
         from beit_fast import recipes
-        for verb in ("PRETRAIN", "PRETOKENIZE", "FINETUNE", "PROBE", "TOKENIZER"):
+        for verb in ("PRETRAIN", "PRETOKENIZE", "FINETUNE", "SEGMENT", "PROBE", "TOKENIZER"):
             for recipe in getattr(recipes, verb).values():
                 recipe()
         print(loaded())
