@@ -110,10 +110,10 @@ def match_names(
         return of_checkpoint if of_masks is None else of_masks, f"by number, names are of {whose}"
     if of_masks == of_checkpoint:
         return of_masks, "the same in the masks and in the checkpoint"
-    pairs = enumerate(zip(of_masks, of_checkpoint, strict=False))
-    number, (theirs, ours) = next(
-        (n, pair) for n, pair in pairs if pair[0] != pair[1]
-    )  # sizes that differ are the evaluation's to refuse
+    if len(of_masks) != len(of_checkpoint):  # which the evaluation refuses
+        return of_masks, f"{len(of_masks)} in the masks and {len(of_checkpoint)} in the checkpoint"
+    pairs = enumerate(zip(of_masks, of_checkpoint, strict=True))
+    number, (theirs, ours) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
     if sorted(of_masks) == sorted(of_checkpoint):
         raise ValueError(
             f"the classes have the same names in another order: {number} is {theirs!r} in the "
