@@ -15,6 +15,7 @@ Memory    4 C h w bytes of the resized image, and 4 C times a window; the origin
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
@@ -48,10 +49,11 @@ def segment_image(
     image = image.cpu().numpy()
     size = image.shape[:2]
     scales = scaled_sizes(size, model.config.image_pixels, slide)
-    passes = [(scale, mirror) for scale in scales for mirror in (False, True)[: 1 + slide.flip]]
+    # Ratios for which the window is too large are one and the same pass, which counts so often.
+    times = Counter((scale, mirror) for scale in scales for mirror in _mirrors(slide))
     found = torch.empty(size, dtype=torch.int64, device=device)
     mean = None
-    for scale, mirror in passes:
+    for (scale, mirror), count in times.items():
         resized = torch.from_numpy(resize(image, scale)).to(device)
         pixels = normalize(resized[None], *statistics)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -59,14 +61,14 @@ def segment_image(
         logits = logits.flip(2) if mirror else logits
         if not logits.isfinite().all():
             raise ValueError("the model's scores are not finite: are its weights?")
-        if len(passes) == 1:  # softmax changes no order
+        if len(times) == 1:  # softmax changes no order
             for rows, strip in resized_strips(logits, size):
                 found[rows] = strip.argmax(dim=0)
             return found
         if mean is None:
             mean = torch.zeros(len(logits), *size, device=device)
         for rows, strip in resized_strips(logits, size):
-            mean[:, rows] += strip.softmax(dim=0) / len(passes)
+            mean[:, rows] += count / times.total() * strip.softmax(dim=0)
     return mean.argmax(dim=0)
 
 
@@ -138,6 +140,10 @@ def resized_strips(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slic
         rows = slice(first, min(first + rows_at_once, height))
         strip = logits[:, above[rows]].lerp(logits[:, below[rows]], share[rows])
         yield rows, _resize(strip[None], (rows.stop - first, width))[0]
+
+
+def _mirrors(slide: SlideConfig) -> tuple[bool, ...]:
+    return (False, True) if slide.flip else (False,)
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,12 +2,15 @@
 
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from beit_fast.cli import VERBS, WITHOUT_RECIPE
+from beit_fast.cli import VERBS, WITHOUT_RECIPE, main
 from beit_fast.data.sources import ade20k
 from beit_fast.data.views.statistics import STATISTICS
+from beit_fast.data.views.two_views import normalize
 from beit_fast.model.beit import Beit
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.tasks.evaluate.checkpoints import open_classifier
@@ -108,6 +111,22 @@ def test_what_says_nothing_has_imagenets_statistics_and_numbers_for_names(tmp_pa
     assert segmenter.statistics == STATISTICS["imagenet"]
     assert (segmenter.classes, segmenter.palette) == (None, None)
     assert segmenter.names == ("class 0", "class 1", "class 2")
+
+
+def test_transformers_is_told_to_squash_images_to_the_window(tmp_path):
+    from transformers import AutoImageProcessor
+
+    torch.save({"state_dict": tiny_segmenter(img_size=32).state_dict()}, tmp_path / "mine.pth")
+    command = ["convert", tmp_path / "mine.pth", tmp_path / "hf", "--to", "hf"]
+    assert main([*map(str, command)]) == 0
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf", backend="pil")
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    found = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
+    wanted = normalize(torch.from_numpy(image)[None], *STATISTICS["imagenet"])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    wide = processor(Image.new("RGB", (90, 40), (255, 0, 0)), return_tensors="pt")["pixel_values"]
+    assert wide.shape == (1, 3, 32, 32)
+    assert opened(tmp_path / "hf").statistics == STATISTICS["imagenet"]
 
 
 def test_a_file_under_a_published_name_has_ade20ks_classes(tmp_path):

@@ -23,6 +23,7 @@ from beit_fast.tasks.segment.evaluation import (
     read_pair,
 )
 from beit_fast.tasks.segment.sliding import segment_image
+from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted, stop_signals
 from labelled_pixels import Pairs, PatchModel, encoded
 from task_runs import ALONE, TWO_RANKS
@@ -109,6 +110,15 @@ def test_a_mean_over_images_would_be_another_number():
         one.files = [files]
         parts.append(evaluate(model, one).miou)
     assert whole != pytest.approx(sum(parts) / 2, rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_counts_what_the_cpu_counts():
+    """But for pixels of which two classes are as likely, within rounding."""
+    world = World(0, 1, torch.device("cuda"))
+    there = evaluate(PatchModel().to("cuda"), Pairs(6), world=world)
+    here = evaluate(PatchModel(), Pairs(6))
+    assert (there.confusion - here.confusion).abs().sum() < here.confusion.sum() / 1000
 
 
 def test_two_ranks_count_what_one_counts_also_where_one_has_no_image(tmp_path):
