@@ -68,7 +68,8 @@ class BeitFeaturePyramid(Beit):
         self.out_channels = config.embed_dim
         self.strides = strides_of(config.patch_pixels)
         # detectron2 pads images to multiples of it.
-        self.size_divisibility = math.lcm(*(_coarsest(side) for side in config.patch_pixels))
+        coarsest = _relative(config.patch_pixels)[-1]
+        self.size_divisibility = math.lcm(*(int(coarsest * side) for side in config.patch_pixels))
         add_pyramid(self)
         self.init_weights()
 
@@ -136,10 +137,6 @@ def _relative(patch_pixels: tuple[int, int]) -> tuple[Fraction, ...]:
     """Strides of the maps in patches; unilm has its own for patches of 8."""
     finest = Fraction(1, 2) if tuple(patch_pixels) == (8, 8) else Fraction(1, 4)
     return tuple(finest * 2**level for level in range(len(LEVELS)))
-
-
-def _coarsest(side: int) -> int:
-    return 32 if side == 8 else 2 * side
 
 
 def _plain(value: Fraction) -> int | float:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from beit_fast.model.config import BeitConfig
 from beit_fast.weights.description import Statistics, step_of
+from beit_fast.weights.hf_config import transformers_differs
 from beit_fast.weights.layouts import SEGMENTATION
 from beit_fast.weights.read import Source, Task, read_checkpoint
 from beit_fast.weights.save import HF_FILES, write_hf, write_house
@@ -82,6 +83,7 @@ def convert(
         kept = {name: tensor for name, tensor in state.items() if name not in left_out}
         weights = dataclasses.replace(weights, state=kept)
         written = write_hf(weights, target, weights.labels)
+        notes += tuple(note for note in transformers_differs(weights.config) if note not in notes)
     else:
         if to == "timm":
             left_out = tuple(sorted(name for name in state if _timm_lacks(name)))

@@ -1,13 +1,17 @@
-"""transformers' config.json, read into a BeitConfig's fields and written from one."""
+"""transformers' config.json, read into a config's fields and written from one."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from beit_fast.model.config import BeitConfig
+from beit_fast.model.config import BeitConfig, SegmenterConfig
 
-# Blocks (from 0) whose outputs the segmentation heads were trained on, by depth.
-SEGMENTATION_TAPS = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}
+# Of transformers' segmentation heads: what ours are, too; its defaults.
+_HEADS = {
+    "pool_scales": [1, 2, 3, 6],
+    "auxiliary_num_convs": 1,
+    "auxiliary_concat_input": False,
+}
 
 
 def fields_of_hf_config(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,10 +67,45 @@ def labels_of_hf_config(hf: Mapping[str, Any]) -> tuple[str, ...] | None:
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(labels)) else labels
 
 
-def taps_of_hf_config(hf: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """`out_indices`; transformers' class takes `hidden_states[i - 1]`, two blocks early."""
-    taps = hf.get("out_indices")
-    return tuple(taps) if isinstance(taps, Sequence) and len(taps) == 4 else None
+def segmenter_fields_of_hf_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that SegmenterConfig adds; `out_indices` are the blocks that unilm calls so.
+
+    Raises ValueError where the heads are others than ours.
+    """
+    for name, ours in _HEADS.items():
+        theirs = hf.get(name, ours)
+        if (list(theirs) if isinstance(theirs, tuple | list) else theirs) != ours:
+            raise ValueError(f"config.json has {name} {theirs!r}: the heads here have {ours!r}")
+    has_auxiliary = hf.get("use_auxiliary_head", True)
+    fields: dict[str, Any] = {
+        "auxiliary_channels": hf.get("auxiliary_channels", 256) if has_auxiliary else 0
+    }
+    # Early files have the second name.
+    taps = hf.get("out_indices", hf.get("segmentation_indices"))
+    if isinstance(taps, Sequence) and len(taps) == 4:
+        depth = hf.get("num_hidden_layers", 12)
+        if max(taps) >= depth or min(taps) < 0:
+            raise ValueError(
+                f"config.json has out_indices {list(taps)}, and blocks are 0 to {depth - 1}: write "
+                "there the blocks, from 0, that the heads were trained on"
+            )
+        fields["taps"] = tuple(taps)
+    return fields
+
+
+def segmenter_differs(config: SegmenterConfig) -> str:
+    """What transformers' class makes of a segmenter that is not what we do; it always differs.
+
+    Seen in transformers 5 `modeling_beit.py`: `hidden_states[i - 1]` for i of `out_indices`, where
+    0 is what enters the first block; no dropout in the heads.
+    """
+    theirs = [max(tap - 2, -1) if tap else config.depth - 1 for tap in config.tapped]
+    return (
+        f"out_indices {list(config.tapped)} are the blocks, from 0, that the heads read, as unilm "
+        f"counts; transformers' class reads blocks {theirs} for them (-1: what enters the first), "
+        "so its outputs differ, and heads trained there want these as taps; nor has it dropout in "
+        "its heads, or a window that slides"
+    )
 
 
 def hf_config_of(
@@ -74,14 +113,11 @@ def hf_config_of(
     task: str,
     *,
     labels: Sequence[str] | None = None,
-    taps: Sequence[int] | None = None,
-    num_classes: int | None = None,
     has_mask_token: bool = False,
 ) -> dict[str, Any]:
     """config.json for transformers: `task` as `Weights.task`.
 
-    `num_classes` and `taps` are for segmentation. Raises ValueError where transformers' BEiT cannot
-    be what `config` says.
+    Raises ValueError where transformers' BEiT cannot be what `config` says.
     """
     if config.attn_head_dim is not None and config.head_dim * config.num_heads != config.embed_dim:
         raise ValueError(
@@ -92,7 +128,7 @@ def hf_config_of(
         raise ValueError(
             "this model predicts pixels: transformers has no such BEiT, use to='unilm'"
         )
-    classes = config.num_classes if num_classes is None else num_classes
+    classes = config.num_classes
     if labels is not None and len(labels) != classes:
         raise ValueError(f"{len(labels)} labels for {classes} classes: pass one for each")
     architecture = {
@@ -130,41 +166,65 @@ def hf_config_of(
         labels = labels or [f"LABEL_{index}" for index in range(classes)]
         written["id2label"] = {str(index): name for index, name in enumerate(labels)}
         written["label2id"] = {name: index for index, name in enumerate(labels)}
-    if task == "segmentation":
-        taps = taps or SEGMENTATION_TAPS.get(config.depth)
-        if taps is None:
-            raise ValueError(f"no taps are known for {config.depth} blocks: pass 4 block numbers")
-        written["out_indices"] = list(taps)
+    if isinstance(config, SegmenterConfig) and task == "segmentation":
+        _check_head(config)
+        written |= {
+            **_HEADS,
+            "out_indices": list(config.tapped),
+            "use_auxiliary_head": config.auxiliary_channels > 0,
+            "auxiliary_channels": config.auxiliary_channels or 256,
+            "semantic_loss_ignore_index": 255,
+        }
     return written
 
 
-def transformers_differs(config: BeitConfig) -> str | None:
-    """What transformers makes of a model of this config that is not what we do, or None.
+def _check_head(config: SegmenterConfig) -> None:
+    """Raise ValueError where transformers has no such heads or pyramid."""
+    if config.head != "upernet":
+        raise ValueError(
+            f"the head is {config.head!r}: transformers has a segmenter with UPerNet alone, use "
+            "to='unilm', or save the encoder, Beit, alone"
+        )
+    if config.upernet_channels != config.embed_dim:
+        raise ValueError(
+            f"head_channels is {config.head_channels}: transformers' head has embed_dim, "
+            f"{config.embed_dim}, use to='unilm'"
+        )
+    if config.patch_pixels == (8, 8):
+        raise ValueError(
+            "patches of 8 pixels have unilm's pyramid for them, which transformers lacks: use "
+            "to='unilm'"
+        )
+
+
+def transformers_differs(config: BeitConfig) -> tuple[str, ...]:
+    """What transformers makes of a model of this config that is not what we do.
 
     Seen in transformers 5 `modeling_beit.py`: a table is laid out as (width, height) before it is
     resized, absolute positions as a square, and a pair as `patch_size` is divided by.
     """
+    notes = (segmenter_differs(config),) if isinstance(config, SegmenterConfig) else ()
     (height, width), square_patch = config.image_pixels, len(set(config.patch_pixels)) == 1
     if not square_patch:
-        return (
+        notes += (
             f"transformers takes no patches of {config.patch_pixels} px: beit_fast reads these "
-            "files, transformers raises TypeError"
+            "files, transformers raises TypeError",
         )
-    if config.grid[0] == config.grid[1]:
-        return None
-    if config.use_rel_pos_bias or config.use_shared_rel_pos_bias:
-        return (
+    elif config.grid[0] == config.grid[1]:
+        pass
+    elif config.use_rel_pos_bias or config.use_shared_rel_pos_bias:
+        notes += (
             f"{height}x{width} px are not square: transformers reads the table of relative "
             "positions transposed there, so its outputs differ; beit_fast reads these files as "
-            "they are meant"
+            "they are meant",
         )
-    if config.use_abs_pos_emb:
-        return (
+    elif config.use_abs_pos_emb:
+        notes += (
             f"{height}x{width} px are not square: transformers takes positions for those of a "
             "square and moves them or raises RuntimeError; beit_fast reads these files as they "
-            "are meant"
+            "are meant",
         )
-    return None
+    return notes
 
 
 def mlp_ratio_of(hidden_dim: int, embed_dim: int) -> float:

@@ -56,7 +56,7 @@ _ROWS = (
             ("mlp.fc2.*", "output.dense.*", "mlp.fc2.*"),
         )
     ),
-    # Segmentation. House: unilm's without "backbone.".
+    # Segmentation. House: unilm's without "backbone."; of the linear head see _WHOLE.
     ("fpn1.0.*", "fpn1.0.*", "fpn.fpn1.conv_transpose1.*"),
     ("fpn1.1.@", "fpn1.1.@", "fpn.fpn1.normalization.@"),
     ("fpn1.3.*", "fpn1.3.*", "fpn.fpn1.conv_transpose2.*"),
@@ -84,11 +84,14 @@ _ENDINGS = {
 }
 
 SEGMENTATION = re.compile(r"(fpn[1-4]|decode_head|auxiliary_head)\.")
-_NUM_CONVS = {"psp_modules": 4, "lateral_convs": 3, "fpn_convs": 3}  # pools 1, 2, 3, 6; levels
 _INDEX = re.compile(r"(^|\.)relative_position_index$")
 _PROJECTION = re.compile(r"(blocks\.\d+\.attn\.)([qkv])\.weight")
-# As they are in house names: split apart for others, and BEiT v2's blocks of pre-training only.
-_WHOLE = re.compile(r"blocks\.\d+\.attn\.qkv\.weight|cls_pt_layers\.\d+\..*")
+# As they are in house names: split apart for others; BEiT v2's blocks of pre-training only, and the
+# batch norm of the linear head, which no other layout has.
+_WHOLE = re.compile(
+    r"blocks\.\d+\.attn\.qkv\.weight|cls_pt_layers\.\d+\..*"
+    rf"|decode_head\.bn\.({'|'.join(_ENDINGS['@'])})"
+)
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
@@ -169,24 +172,6 @@ def with_zero_biases(state: Mapping[str, Tensor], config: BeitConfig) -> dict[st
             whole |= {f"{stem}{part}_bias": tensor.new_zeros(len(tensor) // 3) for part in "qv"}
         whole[name] = tensor
     return whole
-
-
-def missing_of_segmentation(names: Iterable[str]) -> list[str]:
-    """House names of UperNet's and, where there is one, the auxiliary head's that are not here.
-
-    The pyramid depends on the patch size and is not looked at.
-    """
-    names, missing = set(names), []
-    heads = {head for head in ("decode_head.", "auxiliary_head.") if _starts(names, head)}
-    for house, *_ in _ROWS:
-        if not house.startswith(tuple(heads)):
-            continue
-        count = next((n for part, n in _NUM_CONVS.items() if part in house), 1)
-        for ending in _ENDINGS.get(house[-1], ("",)):
-            name = house.rstrip("*@") + ending
-            if not name.endswith("num_batches_tracked"):  # files older than torch 0.4.1's counter
-                missing += [n for k in range(count) if (n := name.format(k=k)) not in names]
-    return missing
 
 
 def shorten(names: list[str], most: int = 8) -> str:

@@ -9,14 +9,15 @@ head, its norm, the mask token) may be left out or stay fresh, and the report sa
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from beit_fast.model.beit import Beit
-from beit_fast.model.config import BeitConfig
+from beit_fast.model.config import BeitConfig, SegmenterConfig
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
 from beit_fast.weights.layouts import SEGMENTATION, shorten
 from beit_fast.weights.read import (
@@ -32,7 +33,11 @@ from beit_fast.weights.read import (
 logger = logging.getLogger("beit_fast.model")
 
 # What a task adds to the encoder: absent as a whole it stays fresh, unwanted it is left out.
-_TASK_PARTS = ("mask_token", "norm", "fc_norm", "head", "lm_head", "fpn1", "fpn2")
+_TASK_PARTS = (
+    *("mask_token", "norm", "fc_norm", "head", "lm_head"),
+    *("fpn1", "fpn2", "decode_head", "auxiliary_head"),
+)
+_CONV_SEG = re.compile(r"(decode_head|auxiliary_head)\.conv_seg\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +67,11 @@ def load_pretrained(model: Beit, source: Source, *, key: str | None = None) -> L
     """Load a checkpoint into `model`, whose config decides: positions are fitted to it.
 
     A shared table is copied to each block where the blocks have tables; tables and positions of
-    another grid are resized (exactly as unilm does); a head with other classes stays fresh, and so
-    does what the source's task does not have, with the values `model` has. dtype and device are the
-    model's. Where the source does not say its heads they are the model's, and where its positions
-    are as many as the model's grid has, that is their grid. `source` and `key`: as for
-    `read_checkpoint`.
+    another grid are resized (exactly as unilm does); a head with other classes stays fresh (of a
+    segmenter's heads the last convolutions), and so does what the source's task does not have, with
+    the values `model` has. dtype and device are the model's. Where the source does not say its
+    heads they are the model's, and where its positions are as many as the model's grid has, that is
+    their grid. `source` and `key`: as for `read_checkpoint`.
     Raises ValueError, before a weight is changed, for anything else that does not fit.
     """
     weights = read_checkpoint(source, key=key, unless_stated=_unless_stated(model.config))
@@ -86,20 +91,39 @@ def from_pretrained(
 
     `model_class` is that of the checkpoint's task unless given; `overrides` replace fields of the
     config: `img_size=384` resizes the positions, `num_classes=10` gives a fresh head (a pre-trained
-    checkpoint has 0 classes), `use_rel_pos_bias=True, use_shared_rel_pos_bias=False` a table for
-    each block, as fine-tuning has. Where the checkpoint does not say its heads, `num_heads` does;
-    where its positions are as many as the grid of `img_size` has, that is their grid. What is
-    fresh, left out or guessed is logged as a warning; `load_pretrained` returns it.
+    checkpoint has 0 classes; a segmenter made of what is none needs it), `use_rel_pos_bias=True,
+    use_shared_rel_pos_bias=False` a table for each block, as fine-tuning has. Where the checkpoint
+    does not say its heads, `num_heads` does; where its positions are as many as the grid of
+    `img_size` has, that is their grid. What is fresh, left out or guessed is logged as a warning;
+    `load_pretrained` returns it.
     Raises as `read_checkpoint` and `load_pretrained` do.
     """
     weights = read_checkpoint(source, key=key, unless_stated=overrides)
     model_class = model_class or MODEL_CLASSES.get(weights.task, Beit)
-    model = model_class(dataclasses.replace(weights.config, **overrides))
+    model = model_class(_config_for(model_class, weights.config, overrides))
     model.to(weights.state["cls_token"].dtype)
     report = load_pretrained(model, weights)
     if report.fresh or report.left_out or weights.guesses:
         logger.warning("%s", report)
     return model.eval()
+
+
+def _config_for(
+    model_class: type[Beit], config: BeitConfig, overrides: Mapping[str, Any]
+) -> BeitConfig:
+    """The checkpoint's config as one of this model's class, with fields replaced."""
+    kind = model_class.config_class
+    if isinstance(config, SegmenterConfig) == issubclass(kind, SegmenterConfig):
+        return dataclasses.replace(config, **overrides)
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(BeitConfig)}
+    if issubclass(kind, SegmenterConfig):
+        if "num_classes" not in overrides:
+            raise ValueError(
+                f"the checkpoint is of no segmenter, and {model_class.__name__} needs to know how "
+                "many classes there are: pass num_classes"
+            )
+        del fields["drop_rate"]  # of another task's head
+    return kind(**{**fields, **overrides})
 
 
 def _unless_stated(config: BeitConfig) -> dict[str, Any]:
@@ -135,15 +159,19 @@ def _fit(weights: Weights, model: Beit) -> tuple[dict[str, Tensor], LoadReport]:
     for part in _TASK_PARTS:
         ours = {name for name in wanted if name.split(".")[0] == part}
         theirs = {name for name in state if name.split(".")[0] == part}
-        other = part in ("head", "lm_head") and any(
-            state[name].shape != wanted[name].shape
-            and state[name].shape[1:] == wanted[name].shape[1:]
-            for name in ours & theirs
+        other = (
+            _other_rows(ours & theirs, state, wanted)
+            if part in ("head", "lm_head")
+            else _other_head(part, source, target)
         )
         if ours and (not theirs or other):
             fresh |= ours
         if theirs and (not ours or other):
             left_out |= theirs
+    classes = {name for name in wanted.keys() & state.keys() - fresh if _CONV_SEG.match(name)}
+    if _other_rows(classes, state, wanted):
+        fresh |= classes
+        left_out |= classes
     left_out |= {
         name
         for name in state.keys() - wanted.keys()
@@ -155,6 +183,14 @@ def _fit(weights: Weights, model: Beit) -> tuple[dict[str, Tensor], LoadReport]:
     notes = weights.guesses
     if "norm_eps" in weights.stated and source.norm_eps != target.norm_eps:
         notes += (f"norm_eps is {source.norm_eps} in the source, {target.norm_eps} in the model",)
+    if isinstance(source, SegmenterConfig) and (taps := _taps_of(model)) not in (
+        None,
+        source.tapped,
+    ):
+        notes += (
+            f"blocks {list(source.tapped)} are read in the source, {list(taps)} in the model: what "
+            "was trained on the one is given the other",
+        )
     return state, LoadReport(
         loaded=tuple(state),
         resized=resized,
@@ -164,6 +200,36 @@ def _fit(weights: Weights, model: Beit) -> tuple[dict[str, Tensor], LoadReport]:
         dropped=weights.dropped,
         notes=notes,
     )
+
+
+def _other_rows(
+    names: Collection[str], state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> bool:
+    """Whether one of these tensors differs in how many rows it has, and in nothing else."""
+    return any(
+        state[name].shape != wanted[name].shape and state[name].shape[1:] == wanted[name].shape[1:]
+        for name in names
+    )
+
+
+def _other_head(part: str, source: BeitConfig, target: BeitConfig) -> bool:
+    """Whether this part of a segmenter is built otherwise in the other."""
+    if not isinstance(source, SegmenterConfig) or not isinstance(target, SegmenterConfig):
+        return False
+    ours, theirs = (
+        {
+            "decode_head": (config.head, config.upernet_channels),
+            "auxiliary_head": config.auxiliary_channels,
+        }.get(part)
+        for config in (source, target)
+    )
+    return ours != theirs
+
+
+def _taps_of(model: Beit) -> tuple[int, ...] | None:
+    if isinstance(model.config, SegmenterConfig):
+        return model.config.tapped
+    return getattr(model, "taps", None)
 
 
 def _resize(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from beit_fast.model.config import BeitConfig, beit_config
+from beit_fast.model.config import VARIANTS, BeitConfig, SegmenterConfig, beit_config
 
 BASE_URL = "https://github.com/addf400/files/releases/download/v1.0"
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -111,7 +111,11 @@ def _entry(
     classes: int = 1000,
     **overrides: object,
 ) -> Published:
-    config = beit_config(variant, num_classes=0 if task == "mim" else classes, **overrides)
+    overrides = {"num_classes": 0 if task == "mim" else classes, **overrides}
+    if task == "segmentation":
+        config = SegmenterConfig(**{**VARIANTS[variant], **overrides})
+    else:
+        config = beit_config(variant, **overrides)
     mean, std = statistics
     return Published(
         name=name,

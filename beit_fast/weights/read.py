@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 
 from beit_fast.model.beit import Beit
-from beit_fast.model.config import BeitConfig
+from beit_fast.model.config import BeitConfig, SegmenterConfig
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
+from beit_fast.model.segmenter import BeitForSemanticSegmentation
 from beit_fast.weights.description import Description, Statistics
 from beit_fast.weights.files import read_weights
 from beit_fast.weights.hf_config import (
     fields_of_hf_config,
     labels_of_hf_config,
     mlp_ratio_of,
-    taps_of_hf_config,
+    segmenter_differs,
+    segmenter_fields_of_hf_config,
 )
 from beit_fast.weights.layouts import (
     SEGMENTATION,
     find_layout,
-    missing_of_segmentation,
     shorten,
     to_house,
 )
@@ -39,6 +40,7 @@ MODEL_CLASSES: dict[str, type[Beit]] = {
     "mim": BeitForMaskedImageModeling,
     "classifier": BeitForImageClassification,
     "features": BeitForImageClassification,  # no classes
+    "segmentation": BeitForSemanticSegmentation,
 }  # the others: Beit
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 OWN_TABLE = "blocks.{}.attn.relative_position_bias_table"
@@ -63,7 +65,6 @@ class Weights:
     labels: tuple[str, ...] | None = None  # names of the classes
     statistics: Statistics | None = None  # of pixels, where a file or a run of ours says so
     crop_pct: float | None = None  # of test images, likewise
-    taps: tuple[int, ...] | None = None  # blocks that feed a segmentation head
 
 
 Source = str | Path | Mapping[str, Tensor] | Weights
@@ -91,7 +92,7 @@ def read_checkpoint(
         if key is not None or stated:
             raise ValueError(f"these weights are read already: pass {[key, *stated]} when reading")
         return source
-    hf_config, taps, said, published_statistics = None, None, Description(), None
+    hf_config, said, published_statistics = None, Description(), None
     if isinstance(source, Mapping):
         tensors, where = dict(source), "the state dict"
     else:
@@ -107,25 +108,30 @@ def read_checkpoint(
     try:
         layout = find_layout(tensors)
         state, dropped = to_house(tensors)
-        of_file = _own_fields(said.config)
+        task = task_of(state)
+        of_file = _own_fields(said.config, task)
         if hf_config is not None:
             try:
                 of_file |= fields_of_hf_config(hf_config)  # the newer: it can be edited
                 labels = labels_of_hf_config(hf_config) or labels
-                taps = taps_of_hf_config(hf_config)
+                if task == "segmentation":
+                    of_file |= segmenter_fields_of_hf_config(hf_config)
             except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
                 raise ValueError(f"config.json is damaged ({error}): copy it anew") from error
         _drop_zero_biases(state, of_file if hf_config is None else hf_config)
         stated = of_file | stated
-        task = task_of(state)
         config, guesses = _config_of(state, task, layout, stated, unless_stated)
+        if task == "segmentation":
+            _add_counters(state)
+            guesses += (segmenter_differs(config),) if layout != "house" else ()
         _check(state, task, config)
         check_finite(state)
     except UnknownHeads as error:
         raise UnknownHeads(f"{where}: {error}", error.sizes) from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    if labels is not None and task == "classifier" and len(labels) != config.num_classes:
+    has_classes = task in ("classifier", "segmentation")
+    if has_classes and labels is not None and len(labels) != config.num_classes:
         raise ValueError(f"{where}: {len(labels)} names of classes, {config.num_classes} rows")
     return Weights(
         state=state,
@@ -138,7 +144,6 @@ def read_checkpoint(
         labels=labels,
         statistics=statistics,
         crop_pct=said.crop_pct,
-        taps=taps,
     )
 
 
@@ -246,7 +251,29 @@ def _config_of(
         fields["num_classes"] = 0
     if task == "features":
         fields["global_pool"] = "token" if "norm.weight" in state else "avg"
-    return BeitConfig(**fields), tuple(guesses)
+    if task != "segmentation":
+        return BeitConfig(**fields), tuple(guesses)
+    return SegmenterConfig(**_head_fields(state, embed_dim) | fields), tuple(guesses)
+
+
+def _head_fields(state: Mapping[str, Tensor], embed_dim: int) -> dict[str, Any]:
+    """What the shapes of a segmenter's heads say."""
+    if "decode_head.bn.weight" in state:
+        return {"head": "linear"}
+    mixed = state.get("decode_head.fpn_bottleneck.conv.weight")
+    auxiliary = state.get("auxiliary_head.convs.0.conv.weight")
+    channels = len(mixed) if mixed is not None and mixed.ndim else embed_dim
+    return {
+        "head_channels": None if channels == embed_dim else channels,
+        "auxiliary_channels": len(auxiliary) if auxiliary is not None and auxiliary.ndim else 0,
+    }
+
+
+def _add_counters(state: dict[str, Tensor]) -> None:
+    """Files older than torch 0.4.1 lack a batch norm's count of batches, which no result needs."""
+    for name in [name for name in state if name.endswith(".running_var")]:
+        counter = name.removesuffix("running_var") + "num_batches_tracked"
+        state.setdefault(counter, torch.tensor(0))
 
 
 def _drop_zero_biases(state: dict[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -268,17 +295,22 @@ def _check(state: Mapping[str, Tensor], task: Task, config: BeitConfig) -> None:
         raise ValueError(f"{', '.join(kinds)} where weights belong: {shorten(sorted(numbers))}")
     with torch.device("meta"):
         wanted = MODEL_CLASSES.get(task, Beit)(config).state_dict()
-    encoder = {
+    part = {  # a pyramid without heads is no task of its own
         name: tensor
         for name, tensor in state.items()
         if name in wanted
         or not (
-            name == "mask_token" or SEGMENTATION.match(name) or name.startswith("cls_pt_layers.")
+            name == "mask_token"
+            or (task != "segmentation" and SEGMENTATION.match(name))
+            or name.startswith("cls_pt_layers.")
         )
     }
-    compare_tensors(encoder, wanted, "its config")
-    if task == "segmentation" and (missing := missing_of_segmentation(state)):
-        raise ValueError(f"{len(missing)} tensors of the heads are missing: {shorten(missing)}")
+    if task == "segmentation" and config.patch_pixels == (8, 8) and "fpn1.3.weight" in part:
+        raise ValueError(
+            "a pyramid of transformers for patches of 8 pixels, whose strides are 2, 4, 8 and 16: "
+            "the one here is unilm's, with 4, 8, 16 and 32; read the encoder without fpn1"
+        )
+    compare_tensors(part, wanted, "its config")
 
 
 def compare_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whose: str) -> None:
@@ -299,16 +331,23 @@ def compare_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], w
         )
 
 
-def _own_fields(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Our own config as a file holds it. Raises ValueError where it is of another version."""
+def _own_fields(config: Mapping[str, Any] | None, task: Task) -> dict[str, Any]:
+    """Our own config as a file holds it, the fields that a model of this task has.
+
+    Raises ValueError where it is of another version.
+    """
     if config is None:
         return {}
     config = {name: value for name, value in config.items() if name not in BeitConfig.REMOVED}
-    known = {f.name for f in dataclasses.fields(BeitConfig)}
-    unknown = sorted(config.keys() - known)
+    known, of_segmenter = (
+        {field.name for field in dataclasses.fields(kind)} for kind in (BeitConfig, SegmenterConfig)
+    )
+    unknown = sorted(config.keys() - of_segmenter)
     if unknown:
         raise ValueError(f"its config has {unknown}: read it with the beit_fast it is of")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    # An encoder that was taken out of a segmenter may come with its config.
+    known = of_segmenter if task == "segmentation" else known
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
 
 
 def _is_published(name: str) -> bool:

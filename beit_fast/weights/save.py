@@ -40,7 +40,8 @@ def save_pretrained(
     "imagenet" or mean and std, is kept beside the weights for `evaluate` and its like. What was
     saved there is replaced, as transformers' method does.
     Warns where transformers computes something else with these files: it reads positions of a grid
-    that is not square as if height were width. Raises ValueError where it has no such BEiT.
+    that is not square as if height were width, and a segmenter's blocks two too early. Raises
+    ValueError where it has no such BEiT.
     """
     task = task_of(model.state_dict())
     weights = Weights(
@@ -51,6 +52,8 @@ def save_pretrained(
         statistics=statistics,
     )
     write_hf(weights, Path(folder), labels)
+    for warning in transformers_differs(model.config):
+        logger.warning("%s", warning)
     return Path(folder)
 
 
@@ -79,10 +82,10 @@ def push_to_hub(
 
 def _description(weights: Weights, labels: Sequence[str] | None) -> dict[str, str]:
     """What a file says of itself, as its metadata."""
-    is_classifier = weights.task == "classifier"
+    has_classes = weights.task in ("classifier", "segmentation")
     said = Description(
         config=dataclasses.asdict(weights.config),
-        classes=tuple(labels) if labels is not None and is_classifier else None,
+        classes=tuple(labels) if labels is not None and has_classes else None,
         statistics=weights.statistics,
         crop_pct=weights.crop_pct,
     )
@@ -112,13 +115,10 @@ def write_hf(weights: Weights, folder: Path, labels: Sequence[str] | None) -> in
         weights.config,
         weights.task,
         labels=labels,
-        taps=weights.taps,
         has_mask_token="mask_token" in weights.state,
     )
     dtype = str(weights.state["cls_token"].dtype).removeprefix("torch.")
     said = _description(weights, labels)
-    if warning := transformers_differs(weights.config):
-        logger.warning("%s", warning)
     renamed = from_house(with_zero_biases(weights.state, weights.config), "hf4")
     if config["architectures"] == ["BeitModel"]:
         renamed = {name.removeprefix("beit."): tensor for name, tensor in renamed.items()}

@@ -95,8 +95,8 @@ def test_timm_leaves_out_what_it_lacks_and_the_report_names_it(mim, tmp_path):
 def segmentation_state(tiny, transformers_config):
     from transformers import BeitForSemanticSegmentation
 
-    config = transformers_config(tiny(depth=4, use_rel_pos_bias=True))
-    config.use_shared_relative_position_bias, config.out_indices = False, [1, 2, 3, 4]
+    config = transformers_config(tiny(depth=4, img_size=64, patch_size=16, **PER_BLOCK))
+    config.use_mask_token, config.out_indices = False, [0, 1, 2, 3]
     return BeitForSemanticSegmentation(config).eval()
 
 
@@ -122,10 +122,8 @@ def test_a_segmentation_file_gives_its_encoder_and_converts_whole(
     assert not info["unexpected_keys"]
     assert_identical(again.state_dict(), theirs.state_dict())
     del stored["decode_head.lateral_convs.2.bn.running_var"]
-    with pytest.raises(ValueError, match=r"1 tensors of the heads .*convs\.2\.bn\.running_var"):
+    with pytest.raises(ValueError, match=r"lateral_convs\.2\.bn\.running_var is missing"):
         read_checkpoint(stored)
-    with pytest.raises(ValueError, match="no taps are known for 4 blocks"):
-        convert(tmp_path / "m.pth", tmp_path / "third", to="hf")
 
 
 def test_the_command_converts_and_says_what_it_did(mim, tmp_path, capsys):

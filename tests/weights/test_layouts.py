@@ -46,7 +46,7 @@ def test_segmentation_names_are_those_of_version_5_modules(tiny, transformers_co
     from transformers import BeitForSemanticSegmentation
 
     config = transformers_config(tiny(depth=4, use_rel_pos_bias=True))
-    config.out_indices = [1, 2, 3, 4]
+    config.out_indices = [0, 1, 2, 3]
     theirs = BeitForSemanticSegmentation(config).state_dict()
     house, _ = to_house(theirs)
     assert {"fpn1.0.weight", "decode_head.psp_modules.3.1.bn.running_var"} < house.keys()

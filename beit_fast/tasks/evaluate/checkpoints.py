@@ -258,8 +258,8 @@ _NO_CLASSES = {
     "`beit-fast finetune RECIPE --init {source}`",
     "encoder": "is an encoder without a classifier (head.weight is missing): fine-tune it, "
     "`beit-fast finetune RECIPE --init {source}`",
-    "segmentation": "classifies pixels, not images: fine-tune it, "
-    "`beit-fast finetune RECIPE --init {source}`",
+    "segmentation": "classifies pixels, not images: pass it to `beit-fast evaluate-segmentation` "
+    "or `predict-segmentation`, or fine-tune it, `beit-fast finetune RECIPE --init {source}`",
 }
 
 
