@@ -5,9 +5,10 @@
 Prints masks per second, images per second of both transforms and of crops with labels of pixels,
 what the fast one leaves to the device, their distance in pixels, and the loader's throughput, and
 writes each of these to bench/results/data.csv as it is measured (records.py has the rule). Masks
-and jitter decode nothing; the rest needs torchcodec, and the loader Grain. Rates are per second of CPU time of one thread, so
-other work on the machine matters less; candidates take turns every few images, and the median over
-rounds is printed with its range. Without --data it takes the photographs of the package.
+and jitter decode nothing; the rest needs torchcodec, and the loader Grain. Rates are per second of
+CPU time of one thread, so other work on the machine matters less; candidates take turns every few
+images, and the median over rounds is printed with its range. Without --data it takes the
+photographs of the package.
 
 The rate of `fast` is that of a loader thread: its jitter happens later, on the device that trains.
 Where that is a CPU too, its milliseconds, printed apart, come on top.
