@@ -45,6 +45,7 @@ setup(
             "pytest-xdist",  # tests on several cores
             "ruff",
             "setuptools>=70.1",  # the build back end: a wheel is tested; older ones need wheel
+            "torchmetrics",  # oracle of segmentation's measures: IoU, accuracy, confusion
             "scikit-learn",  # oracle of the probes: nearest neighbours, logistic regression
             "transformers>=5.17",  # numerical peer, as is timm
             "torchao>=0.18",  # the extra fp8

@@ -23,6 +23,10 @@ from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
 from beit_fast.parsing import add_removed, make, new_parser, read
 from beit_fast.tasks.evaluate.config import EvaluateConfig, PredictConfig
+from beit_fast.tasks.segment.config_evaluation import (
+    EvaluateSegmentationConfig,
+    PredictSegmentationConfig,
+)
 from beit_fast.train.stop import Interrupted
 
 Run = Callable[[Any], Any]  # of a configuration
@@ -34,12 +38,17 @@ USAGE = """usage: beit-fast <verb> ...
   pretrain RECIPE        train a BEiT on a folder of images
   pretokenize RECIPE     write the visual tokens that `pretrain RECIPE --token_cache DIR` reads
   finetune RECIPE        train a classifier on class folders, from a pre-trained BEiT
+  segment RECIPE         train a segmenter on images with masks, from a pre-trained BEiT
   probe RECIPE           linear and nearest-neighbour accuracy of every block of a pre-trained BEiT
   tokenizer RECIPE       train a dVAE on a folder of images
   evaluate CHECKPOINT FOLDER
                          accuracy of a classifier on a folder of labelled images, class by class
   predict CHECKPOINT IMAGE...
                          the likeliest classes of images
+  evaluate-segmentation CHECKPOINT FOLDER
+                         IoU of a segmenter on images with masks, class by class
+  predict-segmentation CHECKPOINT IMAGE... --output FOLDER
+                         the class of every pixel of images, as PNGs of ids and of colours
   convert SRC DST --to unilm|timm|hf
                          a BEiT under other names: file, folder, run or published name
   convert-dalle          OpenAI's encoder.pkl and decoder.pkl -> one safetensors file
@@ -108,8 +117,8 @@ def _out_of_memory(error: Exception) -> str:
     section = section_of(error)
     return (
         f"memory ran out ({said[:200]}): make the batches smaller (--{section}data.batch_size, "
-        f"with --{section}run.accumulate for the same step; --batch_size or --images_at_once where "
-        "those are the flags), or the model"
+        f"with --{section}run.accumulate for the same step; --batch_size, --images_at_once or "
+        "--windows_at_once where those are the flags), or the model"
     )
 
 
@@ -238,6 +247,29 @@ def parse_predict(arguments: Sequence[str]) -> PredictConfig:
     )
 
 
+def parse_evaluate_segmentation(arguments: Sequence[str]) -> EvaluateSegmentationConfig:
+    """`beit-fast evaluate-segmentation` with these arguments."""
+    kind = EvaluateSegmentationConfig
+    parser = new_parser("beit-fast evaluate-segmentation", description=inspect.getdoc(kind))
+    parser.add_argument("checkpoint", help="run or step, file, folder, or published name")
+    parser.add_argument(
+        "folder", help="ADE20K's root; or of images, with --data.masks that of their masks"
+    )
+    parser.add_class_arguments(kind, skip={"checkpoint", "folder"})
+    return make(kind, read(parser, arguments, kind), arguments=("checkpoint", "folder"))
+
+
+def parse_predict_segmentation(arguments: Sequence[str]) -> PredictSegmentationConfig:
+    """`beit-fast predict-segmentation` with these arguments."""
+    kind = PredictSegmentationConfig
+    parser = new_parser("beit-fast predict-segmentation", description=inspect.getdoc(kind))
+    parser.add_argument("checkpoint", help="run or step, file, folder, or published name")
+    parser.add_argument("images", nargs="+", help="files, folders, patterns")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_class_arguments(kind, skip={"checkpoint", "images", "overwrite"})
+    return make(kind, read(parser, arguments, kind), arguments=("checkpoint", "images"))
+
+
 def _pretrain() -> Run:
     from beit_fast.tasks.pretrain.pipeline import run_pretraining
 
@@ -254,6 +286,12 @@ def _finetune() -> Run:
     from beit_fast.tasks.finetune.task import run_finetuning
 
     return run_finetuning
+
+
+def _segment() -> Run:
+    from beit_fast.tasks.segment.task import run_segmentation
+
+    return run_segmentation
 
 
 def _probe() -> Run:
@@ -278,6 +316,18 @@ def _predict() -> Run:
     from beit_fast.tasks.evaluate.predict import run_prediction
 
     return run_prediction
+
+
+def _evaluate_segmentation() -> Run:
+    from beit_fast.tasks.segment.evaluate import run_segmentation_evaluation
+
+    return run_segmentation_evaluation
+
+
+def _predict_segmentation() -> Run:
+    from beit_fast.tasks.segment.predict import run_segmentation_prediction
+
+    return run_segmentation_prediction
 
 
 def _convert() -> Run:
@@ -305,12 +355,15 @@ VERBS: dict[str, tuple[dict[str, Callable[[], Any]], Callable[[], Run]]] = {
     "pretrain": (recipes.PRETRAIN, _pretrain),
     "pretokenize": (recipes.PRETOKENIZE, _pretokenize),
     "finetune": (recipes.FINETUNE, _finetune),
+    "segment": (recipes.SEGMENT, _segment),
     "probe": (recipes.PROBE, _probe),
     "tokenizer": (recipes.TOKENIZER, _tokenizer),
 }
 WITHOUT_RECIPE: dict[str, tuple[Callable[[Sequence[str]], Any], Callable[[], Run]]] = {
     "evaluate": (parse_evaluate, _evaluate),
     "predict": (parse_predict, _predict),
+    "evaluate-segmentation": (parse_evaluate_segmentation, _evaluate_segmentation),
+    "predict-segmentation": (parse_predict_segmentation, _predict_segmentation),
     "convert": (parse_convert, _convert),
     "convert-dalle": (parse_convert_dalle, _convert_dalle),
 }

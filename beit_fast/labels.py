@@ -1,3 +1,3 @@
-"""What a label of a pixel says where there is none, for data and model alike."""
+"""Labels of pixels."""
 
-IGNORE = -1  # this pixel counts neither in a loss nor in a score
+IGNORE = -1  # of a pixel that no loss and no measure counts

@@ -2,31 +2,36 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from beit_fast.data.sources.decode import BadImageError, decode_fast
-from beit_fast.data.sources.folder import ImageSource
+from beit_fast.data.sources.folder import ImageSource, Source
+
+Files = TypeVar("Files")  # of one image: bytes, or those of its mask too
 
 _AT_ONCE = 1024  # images handed to the threads
 _NAMED = 5  # images in an error
 
 
 def unusable_images(
-    source: ImageSource,
+    source: Source[Files],
     indices: Sequence[int] | None = None,
     *,
     num_threads: int,
+    look: Callable[[Files], object] = decode_fast,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, str]:
     """Name -> reason of the images of `source` (of those with `indices`) that cannot be read and
-    decoded. `between` is called between portions: it may raise to leave."""
+    decoded; `look` does that, and raises BadImageError. `between` is called between portions: it
+    may raise to leave."""
 
     def reason(index: int) -> str | None:
         try:
-            decode_fast(source.read(index))
+            look(source.read(index))
         except (BadImageError, OSError) as error:
             return " ".join(str(error).split())
         return None
@@ -43,14 +48,19 @@ def unusable_images(
     return found
 
 
-def name_unusable(unusable: Mapping[str, str], num_images: int, kind: str = "images") -> str:
-    """The error of images that all count, the first by name."""
-    named = "; ".join(f"{name} ({why})" for name, why in [*unusable.items()][:_NAMED])
+def name_unusable(
+    unusable: Mapping[str, str],
+    num_images: int,
+    kind: str = "images",
+    remedy: str = "Repair or remove them: every one counts, so none is left out",
+) -> str:
+    """The error of images that cannot be done without, the first by name, each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in [*unusable.items()][:_NAMED]:
+        by_reason.setdefault(why, []).append(name)
+    named = "; ".join(f"{', '.join(names)} ({why})" for why, names in by_reason.items())
     more = f" and {len(unusable) - _NAMED} more" if len(unusable) > _NAMED else ""
-    return (
-        f"{len(unusable)} of {num_images} {kind} cannot be used: {named}{more}. Repair or remove "
-        "them: every one counts, so none is left out"
-    )
+    return f"{len(unusable)} of {num_images} {kind} cannot be used: {named}{more}. {remedy}"
 
 
 def batches_in_order(

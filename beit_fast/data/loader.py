@@ -18,7 +18,7 @@ import copy
 import logging
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,11 +27,13 @@ from torch import Tensor
 from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed, counter_seed
 from beit_fast.data.sources.decode import BadImageError
-from beit_fast.data.sources.folder import ImageSource
+from beit_fast.data.sources.folder import Source
 from beit_fast.errors import RunError
 from beit_fast.flags import flag
 
 logger = logging.getLogger("beit_fast.data")
+
+Files = TypeVar("Files")  # of one image: bytes, or those of its mask too
 
 # Up to here the lengths that Grain computes in floats are whole numbers; a run at 10,000 images
 # per second gets there in fourteen thousand years.
@@ -46,20 +48,21 @@ class BadDataError(RunError):
 class Loader:
     """Endless batches of samples from a source.
 
-    batch_size is per rank. An image that cannot be used is replaced by the next one of the data set
-    that can, with the crop and mask of the one it replaces; it is named once in the log
-    "beit_fast.data" and counted. With more bad files than `max_bad_share` of the data set the run
-    stops with BadDataError, but ten of them are borne in a data set of a hundred or more (a tenth
-    of a smaller one) so that one broken file does not stop a short run. `max_bad_share=0` is
-    strict: the first stops it. Each rank counts what it meets.
+    batch_size is per rank. An image that cannot be used, itself or the mask file that a source has
+    for it, is replaced by the next one of the data set that can, with the crop and hidden patches
+    of the one it replaces; it is named once in the log "beit_fast.data" and counted. With more bad
+    files than `max_bad_share` of the data set the run stops with BadDataError, but ten of them are
+    borne in a data set of a hundred or more (a tenth of a smaller one) so that one broken file does
+    not stop a short run. `max_bad_share=0` is strict: the first stops it. Each rank counts what it
+    meets.
 
     Raises ValueError for sizes or ranks that make no sense.
     """
 
     def __init__(
         self,
-        source: ImageSource,
-        sample: Sample,
+        source: Source[Files],
+        sample: Sample[Files],
         *,
         batch_size: int,
         seed: int = 0,
@@ -205,7 +208,7 @@ class BadSamples:
 
     def __init__(
         self,
-        source: ImageSource,
+        source: Source,
         max_share: float,
         outcome: str = "the next image takes its place",
         setting: str = "data.max_bad_share",

@@ -1,4 +1,4 @@
-"""From the bytes of an image and its seed to the arrays of a sample, and from samples to a batch.
+"""From the files of an image and its seed to the arrays of a sample, and from samples to a batch.
 
 The loader knows order, threads and bad files; a sample knows what a task learns from. Letters as in
 the house table: B images, L = Gh x Gw patches.
@@ -6,7 +6,7 @@ the house table: B images, L = Gh x Gw patches.
 
 import random
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -18,12 +18,16 @@ from beit_fast.data.views.config import SingleViewConfig, ViewConfig
 from beit_fast.data.views.single_view import single_view
 from beit_fast.data.views.two_views import make_views, two_views
 
+Files = TypeVar("Files", contravariant=True)  # of one image, as a source reads them
 
-class Sample(Protocol):
-    """What a loader makes of each file. Called from several threads at once."""
 
-    def __call__(self, data: bytes, seed: SampleSeed) -> dict[str, np.ndarray]:
-        """Arrays of the same shapes for every file; all that is random comes from `seed`.
+class Sample(Protocol[Files]):
+    """What a loader makes of each image. Called from several threads at once."""
+
+    def __call__(self, data: Files, seed: SampleSeed) -> dict[str, np.ndarray]:
+        """Arrays of the same shapes for every image; all that is random comes from `seed`.
+
+        data: what the source reads, the bytes of a file or a `MaskedImage`.
 
         Raises BadImageError for a file that cannot be used.
         """

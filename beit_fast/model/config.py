@@ -142,7 +142,7 @@ class SegmenterConfig(BeitConfig):
     img_size: Side = 512
     use_rel_pos_bias: bool = True
     use_shared_rel_pos_bias: bool = False
-    num_classes: Natural = 150
+    num_classes: Natural = 150  # 0: not known yet, as in a recipe for data of one's own
     drop_rate: Fraction = 0.1  # of whole channels before the last convolution, as mmsegmentation
     # UPerNet (arXiv:1807.10221) on four maps; or batch norm and one 1x1 convolution on one.
     head: Literal["upernet", "linear"] = "upernet"
@@ -154,10 +154,10 @@ class SegmenterConfig(BeitConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         is_linear = self.head == "linear"
-        if self.num_classes < 2:
+        if self.num_classes == 1:
             raise FieldError(
                 "num_classes",
-                f"is {self.num_classes}: give 2 or more, what is of no other class counts as one",
+                "is 1: give 2 or more, what is of no other class counts as one",
             )
         needed = 1 if is_linear else 4
         if self.taps is not None and (

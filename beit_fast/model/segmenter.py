@@ -21,12 +21,16 @@ class BeitForSemanticSegmentation(Beit):
     >>> model = BeitForSemanticSegmentation(SegmenterConfig(img_size=64, depth=4)).eval()
     >>> model(torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 150, 16, 16])
+
+    Raises ValueError for a config that leaves the number of classes open.
     """
 
     config_class = SegmenterConfig
     config: SegmenterConfig
 
     def __init__(self, config: SegmenterConfig) -> None:
+        if config.num_classes == 0:
+            raise ValueError("num_classes is 0: a segmenter needs to know how many there are")
         super().__init__(config)
         D, last = config.embed_dim, (config.num_classes, config.drop_rate)
         self.decode_head: nn.Module

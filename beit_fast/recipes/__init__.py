@@ -6,6 +6,7 @@ A variation is `dataclasses.replace`, or a flag on the command line.
 from collections.abc import Callable
 
 from beit_fast.recipes import finetune as _finetune
+from beit_fast.recipes import segment as _segment
 from beit_fast.recipes.digits import digits, finetune_digits, probe_digits, tokenizer_digits
 from beit_fast.recipes.pretrain import (
     beit_base_in1k,
@@ -22,6 +23,7 @@ from beit_fast.recipes.tokenizer import dalle_tokenizer, demo_tokenizer, small_t
 from beit_fast.tasks.finetune.config import FinetuneConfig
 from beit_fast.tasks.pretrain.config import DvaeTrainingConfig, PretrainConfig
 from beit_fast.tasks.probe.config import ProbeConfig
+from beit_fast.tasks.segment.config import SegmentConfig
 
 PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {
     "demo": demo,
@@ -49,6 +51,19 @@ FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {
     "beit_base_in1k": _finetune.beit_base_in1k,
     "beit_large_in1k": _finetune.beit_large_in1k,
     "beit_base_cifar100": _finetune.beit_base_cifar100,
+}
+SEGMENT: dict[str, Callable[[], SegmentConfig]] = {
+    "small_data": _segment.small_data,
+    "beit_plus_base_ade20k_512": _segment.beit_plus_base_ade20k_512,
+    "beit_plus_base_in22k_ade20k_512": _segment.beit_plus_base_in22k_ade20k_512,
+    "beit_plus_base_in22k_ade20k_640": _segment.beit_plus_base_in22k_ade20k_640,
+    "beit_plus_large_in22k_ade20k_512": _segment.beit_plus_large_in22k_ade20k_512,
+    "beit_plus_large_in22k_ade20k_640": _segment.beit_plus_large_in22k_ade20k_640,
+    "beit_base_ade20k_512": _segment.beit_base_ade20k_512,
+    "beit_v2_base_ade20k_512": _segment.beit_v2_base_ade20k_512,
+    "beit_v2_base_in21k_ade20k_512": _segment.beit_v2_base_in21k_ade20k_512,
+    "beit_v2_large_ade20k_512": _segment.beit_v2_large_ade20k_512,
+    "beit_v2_large_in21k_ade20k_512": _segment.beit_v2_large_in21k_ade20k_512,
 }
 PROBE: dict[str, Callable[[], ProbeConfig]] = {
     "digits": probe_digits,

@@ -1,16 +1,31 @@
-"""Test images are looked at before training starts: at its end it is late to find one broken."""
+"""Images are looked at before training starts: at its end it is late to find one broken."""
 
+import functools
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, TypeVar
 
 from beit_fast.data.in_order import name_unusable, unusable_images
-from beit_fast.data.sources.folder import ImageSource
+from beit_fast.data.sources.decode import decode_fast
+from beit_fast.data.sources.folder import ImageSource, Source
+from beit_fast.data.sources.masks import decode_pair
+from beit_fast.data.sources.segmentation import MaskedImage, SegmentationSource
 from beit_fast.files import naming
+from beit_fast.flags import flag
 from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted, heed_stop
 
-REMEMBERED = "test_images.json"
-PLACE = "while looking at the test images"
+Kind = Literal["training", "test"]  # of images
+Files = TypeVar("Files")
+
+logger = logging.getLogger("beit_fast.data")
+
+
+def remembered_in(folder: Path, kind: Kind) -> Path:
+    """The file that remembers which images were whole."""
+    return folder / f"{kind}_images.json"
 
 
 def check_test_images(source: ImageSource, *, num_threads: int, world: World, folder: Path) -> None:
@@ -19,24 +34,70 @@ def check_test_images(source: ImageSource, *, num_threads: int, world: World, fo
     `folder` remembers which images were whole, so that a resume does not look again. Raises
     ValueError that names those that cannot be used, and Interrupted.
     """
-    remembered, digest = folder / REMEMBERED, source.digest()
+    _look_once(source, decode_fast, "test", 0, num_threads, world, folder)
+
+
+def check_segmentation(
+    source: SegmentationSource,
+    kind: Kind,
+    *,
+    num_threads: int,
+    world: World,
+    folder: Path,
+    max_bad_share: float = 0.0,
+) -> None:
+    """Decode every image and its mask once, and compare their sizes and the ids with the classes.
+
+    As `check_test_images`; but up to `max_bad_share` of the images may be unusable and are named in
+    the log "beit_fast.data": those that a `Loader` would replace.
+    """
+    look = functools.partial(_look_at_pair, source)
+    allowed = int(max_bad_share * len(source))
+    _look_once(source, look, kind, allowed, num_threads, world, folder)
+
+
+def _look_at_pair(source: SegmentationSource, pair: MaskedImage) -> None:
+    decode_pair(pair.image, pair.mask, source.labels)
+
+
+def _look_once(
+    source: Source[Files],
+    look: Callable[[Files], object],
+    kind: Kind,
+    allowed: int,
+    num_threads: int,
+    world: World,
+    folder: Path,
+) -> None:
+    remembered, digest = remembered_in(folder, kind), source.digest()
     if any(world.gather(_remembers(remembered, digest))):
         return
+    place = f"while looking at the {kind} images"
     first, last = (len(source) * rank // world.size for rank in (world.rank, world.rank + 1))
     found: dict[str, str] | int
     try:
         found = unusable_images(
-            source, range(first, last), num_threads=num_threads, between=lambda: heed_stop(PLACE)
+            source,
+            range(first, last),
+            num_threads=num_threads,
+            look=look,
+            between=lambda: heed_stop(place),
         )
     except Interrupted as stop:
         found = stop.signum
     parts = world.gather(found)
     if signum := max((part for part in parts if isinstance(part, int)), default=0):
-        raise Interrupted(signum, PLACE)
+        raise Interrupted(signum, place)
     bad = {name: why for part in parts for name, why in part.items()}
-    if bad:
-        raise ValueError(name_unusable(bad, len(source), "test images"))
+    if len(bad) > allowed:
+        remedies = {
+            "test": "Repair or remove them: every one counts, so none is left out",
+            "training": f"Repair or remove them: {flag('data.max_bad_share')} allows {allowed}",
+        }
+        raise ValueError(name_unusable(bad, len(source), f"{kind} images", remedies[kind]))
     if world.is_main:
+        for name, why in bad.items():
+            logger.warning("cannot use %s (%s): the next image takes its place", name, why)
         folder.mkdir(parents=True, exist_ok=True)
         with naming(remembered):
             remembered.write_text(json.dumps({"images": digest}), encoding="utf-8")

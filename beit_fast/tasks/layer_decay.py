@@ -3,12 +3,13 @@
     scale(id) = decay^(depth + 1 - id)
     id   0          patch embedding, [CLS], mask token, positions
          k + 1      block k, with its own relative-position table
-         depth + 1  the rest: norms, head, and the table that blocks share
+         depth + 1  the rest: norms, heads, pyramid, and the table that blocks share
 
 Own code because timm's `param_groups_layer_decay` sorts by `group_matcher`, which puts the shared
 table with the embeddings; unilm gives it the head's rate.
 
-Source: unilm beit `optim_factory.py` (spec 7.2)
+Source: unilm beit `optim_factory.py` (spec 7.2), and for segmentation its
+`layer_decay_optimizer_constructor.py` (spec 9.2)
 """
 
 from typing import Any
@@ -30,8 +31,8 @@ def layer_id(name: str, depth: int) -> int:
 def spared_from_decay(model: nn.Module, *, spare_tables: bool) -> set[str]:
     """Names of the parameters that are not decayed though they have several axes.
 
-    Positions and [CLS]; the mask token and the relative-position tables are decayed as in the
-    original, where `disable_weight_decay_on_rel_pos_bias` is `spare_tables`.
+    Positions and [CLS], but for a segmenter's; the mask token and the relative-position tables are
+    decayed as in the original, where `disable_weight_decay_on_rel_pos_bias` is `spare_tables`.
     """
     names = set(model.no_weight_decay())
     if spare_tables:

@@ -14,9 +14,11 @@ from beit_fast.data.config import PHOTOGRAPHS, DataConfig
 from beit_fast.data.loader import Loader
 from beit_fast.data.samples import Sample
 from beit_fast.data.sources.class_folders import called_as_parts
+from beit_fast.data.sources.digit_scenes import DigitScenes, is_digit_scenes
 from beit_fast.data.sources.digits import Digits, is_digits
-from beit_fast.data.sources.folder import ImageFolder, ImageSource
+from beit_fast.data.sources.folder import ImageFolder, ImageSource, Source
 from beit_fast.data.sources.scan import Found
+from beit_fast.data.sources.segmentation import MaskedFolder
 from beit_fast.data.sources.subset import Subset
 from beit_fast.train.parallel import World
 
@@ -25,19 +27,24 @@ UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never 
 
 def open_source(path: str, *, follow_links: bool = True) -> ImageSource:
     """The images below `path`. Raises ValueError for a folder that is missing or has none, and as
-    `Digits` does."""
+    `Digits` and `DigitScenes` do."""
     if not path:
         raise ValueError("no images were named: pass --data.path with a folder of images")
     if path == PHOTOGRAPHS:
         return ImageFolder(Path(beit_fast.data.__file__).parent / PHOTOGRAPHS)
+    if is_digit_scenes(path):
+        return DigitScenes(path)
     return Digits(path) if is_digits(path) else ImageFolder(path, follow_links=follow_links)
 
 
-def describe_source(source: ImageSource, classes: Sequence[str] | None = None) -> str:
+def describe_source(source: Source, classes: Sequence[str] | None = None) -> str:
     """What is read and what is not, in one line: "photos: 15 images, 5 of them by links, 3 classes,
     2 other files (2 .avif) left out". Names that are not UTF-8 have their bytes escaped."""
     if isinstance(source, Subset):
         return f"{len(source)} of {describe_source(source.source, classes)}"
+    num_masks_left = 0
+    if isinstance(source, MaskedFolder):
+        source, num_masks_left = source.images, len(source.without_image)
     found = source.found if isinstance(source, ImageFolder) else Found()
     said = [f"{len(source)} image{'s' * (len(source) != 1)}"]
     if found.num_linked:
@@ -47,6 +54,8 @@ def describe_source(source: ImageSource, classes: Sequence[str] | None = None) -
     elif len(found.folders) > 1 and called_as_parts(found.folders):
         said.append(f"all of {', '.join(found.folders)} (pass the path of one to read that alone)")
     said += filter(None, [found.left_out()])
+    if num_masks_left:
+        said.append(f"{num_masks_left} mask{'s' * (num_masks_left != 1)} without an image left out")
     path = source.root if isinstance(source, ImageFolder) else source.path
     return f"{path}: {', '.join(said)}".encode(errors="backslashreplace").decode()
 

@@ -28,6 +28,8 @@ class OptimConfig:
 
     lr: Positive = 1.5e-3  # peak, absolute: not scaled by the batch
     min_lr: NonNegative = 1e-5
+    schedule: Literal["cosine", "poly"] = "cosine"  # poly: mmcv's, with its warm-up (optim.py)
+    poly_power: Positive = 1.0  # of poly; 1: a straight line down to min_lr
     warmup_steps: Natural | None = None  # optimiser steps; None takes warmup_epochs
     warmup_epochs: NonNegative = 10.0
     decay_steps: Count | None = None  # optimiser step that reaches min_lr; None takes the last one
@@ -45,6 +47,12 @@ class OptimConfig:
                 "min_lr",
                 f"is {self.min_lr} and lr is {self.lr}: give min_lr <= lr (min_lr = lr is a "
                 "constant rate)",
+            )
+        if self.schedule == "cosine" and self.poly_power != 1.0:
+            raise FieldError(
+                "poly_power",
+                f"is {self.poly_power} and the schedule is cosine, which has no power: pass "
+                f"{flag('optim.schedule')} poly, or leave {flag('optim.poly_power')} out",
             )
 
 

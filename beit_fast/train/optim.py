@@ -1,12 +1,19 @@
 """The optimiser and its schedule.
 
+cosine
     lr(s) = lr * s / (W - 1)                                          s < W    warm-up
-    lr(s) = min_lr + (lr - min_lr) / 2 * (1 + cos(pi (s - W) / (S - W)))       cosine
+    lr(s) = min_lr + (lr - min_lr) / 2 * (1 + cos(pi (s - W) / (S - W)))
+poly
+    p(s)  = min_lr + (lr - min_lr) * (1 - s / S)^power
+    lr(s) = p(s) * (1 - (1 - s / W) * (1 - 1e-6))                     s < W    warm-up
+    lr(s) = p(s)
+both
     lr(s) = min_lr                                                    s >= S
     wd(s) = wd_end + (wd - wd_end) / 2 * (1 + cos(pi s / S))
 
 S optimiser steps (the run's, unless `decay_steps` is given), the first W of them warm-up.
-Source: unilm beit `cosine_scheduler` (spec 6).
+Source: unilm beit `cosine_scheduler` (spec 6); mmcv's `PolyLrUpdaterHook`, whose decay counts from
+the first step and whose warm-up multiplies it, with unilm's warmup_ratio (spec 9.2).
 """
 
 import math
@@ -20,12 +27,19 @@ from beit_fast.flags import flag
 from beit_fast.train.apex import apex_adamw
 from beit_fast.train.config import OptimConfig
 
+POLY_WARMUP_RATIO = 1e-6  # of the rate at the first step
+
 
 def lr_at(step: int, optim: OptimConfig, num_steps: int, warmup_steps: int) -> float:
-    """Learning rate of 0-based optimiser step `step`; the first warm-up step has rate 0."""
+    """Learning rate of 0-based optimiser step `step`; a cosine's first warm-up step has rate 0."""
+    end = num_steps if optim.decay_steps is None else optim.decay_steps
+    if optim.schedule == "poly":
+        left = max(0.0, 1 - step / end) ** optim.poly_power
+        rate = optim.min_lr + (optim.lr - optim.min_lr) * left
+        cold = max(0.0, 1 - step / warmup_steps) if warmup_steps else 0.0
+        return rate * (1 - cold * (1 - POLY_WARMUP_RATIO))
     if step < warmup_steps:
         return optim.lr * step / max(1, warmup_steps - 1)
-    end = num_steps if optim.decay_steps is None else optim.decay_steps
     progress = min(1.0, (step - warmup_steps) / max(1, end - warmup_steps))
     return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * progress))
 

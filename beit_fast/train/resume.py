@@ -34,6 +34,7 @@ HABITS = frozenset(
     {
         # places: what lies there is compared, by its weights, classes or number of images
         *("run.output", "data.path", "data.test", "data.follow_links", "init_key"),
+        *("data.masks", "data.test_masks", "data.classes_file"),
         # pace and reports
         *("run.log_every", "run.save_every", "run.keep", "run.picture_every"),
         *("run.evaluate_every", "run.strict", "data.num_threads"),
@@ -52,7 +53,9 @@ ADVISED = frozenset(
         *("optim.decay_steps", "optim.weight_decay", "optim.weight_decay_end", "optim.betas"),
         *("optim.eps", "optim.clip_grad", "weight_decay_on_rel_pos_bias", "layer_decay"),
         *("encoder_lr_scale", "run.steps", "run.epochs", "run.precision", "data.max_bad_share"),
-        "crop_pct",  # of test images alone, and kept for those who evaluate the run
+        # of test images alone, and kept for those who evaluate the run
+        *("crop_pct", "evaluation.stride", "evaluation.scale", "evaluation.multi_scale"),
+        *("evaluation.flip", "evaluation.windows_at_once", "palette"),
         *SPLIT,
     }
 )
@@ -60,7 +63,12 @@ NUM_IMAGES = "run.num_images"  # advised where a few were removed, see `_few_rem
 IMAGES_PER_STEP = "run.images_per_step"
 LENGTH = ("run.steps", "run.epochs", "optim.warmup_steps", "optim.warmup_epochs", NUM_IMAGES)
 # What a setting was before there was one; of all others: off (False, None or 0).
-BEFORE = {"weight_decay_on_rel_pos_bias": True, "model.qkv_bias": True}
+BEFORE = {
+    "weight_decay_on_rel_pos_bias": True,
+    "model.qkv_bias": True,
+    "optim.schedule": "cosine",
+    "optim.poly_power": 1.0,
+}
 ABANDONED = "abandoned"
 
 

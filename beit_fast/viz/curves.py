@@ -21,7 +21,7 @@ def draw_curves(
         raise ValueError(f"no metrics were logged: train first, or lower {flag('run.log_every')}")
     panels = [
         name
-        for name in ("loss", "accuracy", "test_top1", "lr")
+        for name in ("loss", "accuracy", "test_top1", "test_miou", "lr")
         if any(name in record for record in records)
     ]
     figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")

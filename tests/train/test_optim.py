@@ -1,6 +1,7 @@
 """Schedule, clipping and the optimiser's state."""
 
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
@@ -68,6 +69,55 @@ def test_the_decay_may_end_before_the_run():
     optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=0, decay_steps=10)
     assert lr_at(5, optim, 100, 0) == pytest.approx(5.5e-3)
     assert lr_at(10, optim, 100, 0) == lr_at(99, optim, 100, 0) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(("power", "min_lr"), [(1.0, 0.0), (0.9, 0.0), (2.0, 1e-4)])
+def test_the_poly_schedule_is_mmcvs_at_every_step_of_every_group(model, power, min_lr):
+    """Against mmcv's hook as it goes, a step after the other, in double precision."""
+    num_steps, warmup, base = 60, 15, 1e-2
+    optim = OptimConfig(
+        lr=base, min_lr=min_lr, schedule="poly", poly_power=power, warmup_steps=warmup
+    )
+    groups = [{"params": [model.weight], "lr_scale": 0.65**3}, {"params": [model.bias]}]
+    optimizer = build_optimizer(groups, optim, torch.device("cpu"))
+    schedule = Schedule(optimizer, optim, num_steps=num_steps, warmup=warmup, start=0)
+    done = Fraction(0)  # of the run
+    for step in range(num_steps):
+        decayed = float(1 - done) ** power * (base - min_lr) + min_lr
+        to_come = 1 - min(step, warmup) / warmup  # of the warm-up
+        regular = decayed - decayed * to_come * 0.999999
+        assert lr_at(step, optim, num_steps, warmup) == pytest.approx(regular, rel=1e-12)
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        assert rates == pytest.approx([regular * 0.65**3, regular], rel=2e-7)  # fp32's rounding
+        optimizer.step()
+        schedule.step()
+        done += Fraction(1, num_steps)
+    assert lr_at(0, optim, num_steps, warmup) == pytest.approx(base * 1e-6)
+    assert lr_at(num_steps, optim, num_steps, warmup) == min_lr == lr_at(99, optim, num_steps, 15)
+
+
+def test_the_published_poly_schedule_has_the_originals_values():
+    optim = OptimConfig(lr=3e-5, min_lr=0.0, schedule="poly", warmup_steps=1500)
+
+    def lr(step):
+        return lr_at(step, optim, 160_000, 1500)
+
+    assert lr(0) == pytest.approx(3e-11)
+    assert lr(750) == pytest.approx(3e-5 * (1 - 750 / 160_000) * 0.5000005)
+    assert lr(1500) == pytest.approx(3e-5 * 158.5 / 160)
+    assert lr(80_000) == pytest.approx(1.5e-5)
+    assert lr(159_999) == pytest.approx(3e-5 / 160_000)
+    assert lr_at(0, optim, 160_000, 0) == 3e-5  # without a warm-up
+
+
+def test_a_poly_schedule_may_end_before_the_run_and_a_cosine_has_no_power():
+    optim = OptimConfig(lr=1e-2, min_lr=0.0, schedule="poly", warmup_steps=0, decay_steps=10)
+    assert lr_at(5, optim, 100, 0) == pytest.approx(5e-3)
+    assert lr_at(10, optim, 100, 0) == lr_at(99, optim, 100, 0) == 0
+    with pytest.raises(ValueError, match=r"poly_power is 0\.9 .* --optim\.schedule poly, or leave"):
+        OptimConfig(poly_power=0.9)
+    assert OptimConfig(schedule="poly", poly_power=0.9).poly_power == 0.9
+    assert OptimConfig(poly_power=1.0) == OptimConfig()
 
 
 def test_gradients_are_clipped_to_the_global_norm(model):

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import (
     BmpImagePlugin,
+    ExifTags,
     GifImagePlugin,
     Image,
     JpegImagePlugin,
@@ -35,12 +36,12 @@ from PIL import (
 
 from beit_fast.data.sources.limits import MAX_PIXELS
 
-_JPEG = b"\xff\xd8\xff"
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 # The format's own class instead of Image.open: that one looks up every plugin Pillow has, tries
 # them on hostile bytes, and warns of large images by a process-wide limit that is not ours.
 _FORMATS = (
     (_JPEG, JpegImagePlugin.JpegImageFile),
-    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (_PNG, PngImagePlugin.PngImageFile),
     (b"GIF8", GifImagePlugin.GifImageFile),
     (b"BM", BmpImagePlugin.BmpImageFile),
     (b"II*\0", TiffImagePlugin.TiffImageFile),
@@ -60,11 +61,42 @@ def decode_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if data.startswith(_JPEG):
         data = _without_app1(data)[0]
+    return _decode(data, max_pixels, _to_rgb)
+
+
+def decode_png(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, int, int]:
+    """A PNG as it is stored, in Pillow's mode for it, its bits per channel and its colour type.
+
+    Raises as `decode_pillow` does, and for every other format.
+    """
+    if data and not data.startswith(_PNG):
+        raise BadImageError("not a PNG image: save it as one, which loses nothing")
+    image = _decode(data, max_pixels, lambda image: image.copy())
+    depth, colour_type = data[24:26]  # of its header, which comes first
+    return image, depth, colour_type
+
+
+def exif_orientation(data: bytes) -> int:
+    """What EXIF says of how to turn an image, 1 to 8; 1, upright, where it says nothing that is
+    not applied. Raises BadImageError for no image of a known format."""
+    with _open(data) as image:
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            return 1
+        try:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # damaged EXIF, of which nothing else takes notice
+            return 1
+    return turned if turned in range(1, 9) else 1
+
+
+def _decode(
+    data: bytes, max_pixels: int, made: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
     try:
         with _open(data) as image:
             _check_size(*image.size, max_pixels)
             image.load()
-            return _to_rgb(image)
+            return made(image)
     except (BadImageError, MemoryError):
         raise
     except Exception as error:  # damaged files make Pillow raise nearly every builtin exception

@@ -7,8 +7,9 @@ the same four methods.
 import hashlib
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.scan import EXTENSIONS, scan
@@ -17,13 +18,16 @@ MAX_FILE_BYTES = 256 * 2**20  # no photograph is that large; the file would be r
 _SIZES_IN_DIGEST = 1024
 
 
-class ImageSource(Protocol):
+Files = TypeVar("Files", covariant=True)  # of one image: bytes, or those of its mask too
+
+
+class Source(Protocol[Files]):
     """Encoded images by number, the same numbers in every process and run."""
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> bytes:
-        """The file's bytes. Raises OSError or BadImageError if they cannot be had."""
+    def read(self, index: int) -> Files:
+        """The bytes of its files. Raises OSError or BadImageError if they cannot be had."""
         ...
 
     def name(self, index: int) -> str:
@@ -33,6 +37,10 @@ class ImageSource(Protocol):
     def digest(self) -> str:
         """Changes with the images or their order, and not where they lie."""
         ...
+
+
+class ImageSource(Source[bytes], Protocol):
+    """Of images alone."""
 
 
 class ImageFolder:
@@ -77,18 +85,23 @@ class ImageFolder:
         return os.path.join(self.root, self.paths[index])
 
     def digest(self) -> str:
-        """SHA-256 of all paths below the folder, and of the sizes of 1,024 files spread evenly.
+        return digest_of_files(self.root, self.paths)
 
-        Not of every size: asking a network disk for 14 million takes hours, for the names of
-        14 million no time beyond the scan. Raises OSError for a file that is gone.
-        """
-        digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(os.fsencode(path.replace(os.sep, "/")) + b"\0")
-        for number in range(min(_SIZES_IN_DIGEST, len(self))):
-            index = number * len(self) // min(_SIZES_IN_DIGEST, len(self))
-            digest.update(b"%d\0" % os.stat(self.name(index)).st_size)
-        return digest.hexdigest()
+
+def digest_of_files(root: Path, paths: Sequence[str]) -> str:
+    """SHA-256 of the paths below `root` and of the sizes of 1,024 files spread evenly.
+
+    Not of every size: asking a network disk for 14 million takes hours, for the names of
+    14 million no time beyond the scan. Raises OSError for a file that is gone.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(os.fsencode(path.replace(os.sep, "/")) + b"\0")
+    num_sizes = min(_SIZES_IN_DIGEST, len(paths))
+    for number in range(num_sizes):
+        path = paths[number * len(paths) // num_sizes]
+        digest.update(b"%d\0" % os.stat(os.path.join(root, path)).st_size)
+    return digest.hexdigest()
 
 
 def read_image_file(path: str | Path) -> bytes:

@@ -5,11 +5,13 @@ from typing import Annotated, Literal
 
 from beit_fast.checks import (
     Count,
+    FieldError,
     Fraction,
     NonNegative,
     PositiveRange,
     Probability,
     Range,
+    Share,
     ShareRange,
     Side,
     check_fields,
@@ -88,6 +90,25 @@ class AugmentConfig:
     @property
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationViewConfig:
+    """Augmentation of images with masks; the defaults are ADE20K's for crops of 512 pixels."""
+
+    # Pixels, long and short side that an image fits into at ratio 1. (2560, 640) for crops of 640.
+    scale: tuple[Count, Count] = (2048, 512)
+    ratio: PositiveRange = (0.5, 2.0)  # of `scale`, uniform
+    # Of the labelled pixels of a crop; 1: crops may be of one class alone.
+    max_class_share: Share = 0.75
+    hflip: Probability = 0.5  # probability
+    distort: bool = True  # brightness, contrast, saturation and hue, each with probability 1/2
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        long, short = self.scale
+        if long < short:
+            raise FieldError("scale", f"is [{long}, {short}]: give the long side first")
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

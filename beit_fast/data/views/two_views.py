@@ -135,7 +135,7 @@ def fast_views(
     sizes = {"images": config.size, "token_images": config.token_size}
     views = {name: _resize(crop, size) for name, size in sizes.items() if name in names}
     if draw.flip:
-        views = {name: _flip(view) for name, view in views.items()}
+        views = {name: flip_view(view) for name, view in views.items()}
     if draw.jitter:
         views["jitter"] = jitter_coefficients(draw.jitter, image)
     return views
@@ -203,7 +203,7 @@ def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
 
 
-def _flip(view: np.ndarray) -> np.ndarray:
+def flip_view(view: np.ndarray) -> np.ndarray:
     """Mirrored left to right; by channels, because NumPy copies threes of bytes slowly."""
     out = np.empty_like(view)
     for channel in range(3):
