@@ -35,7 +35,7 @@ def conv_of_enlarged(maps: Sequence[Tensor], weight: Tensor) -> Tensor:
     columns = [_by_column(m, part, width) for m, part in zip(maps[1:], parts[1:], strict=True)]
     rows = [_moved(m.shape[2], height, m).transpose(1, 2).flatten(1) for m in maps[1:]]
     # All maps in one product, so that their sum is rounded once.
-    rows_BHR = torch.cat(rows, dim=1).expand(len(first), -1, -1)
+    rows_BHR = torch.cat(rows, dim=1).expand(first.shape[0], -1, -1)
     out_BHWO = F.conv2d(first, parts[0], padding=1).permute(0, 2, 3, 1)
     out = torch.baddbmm(out_BHWO.flatten(2), rows_BHR, torch.cat(columns, dim=1).flatten(2))
     return out.unflatten(2, (width, -1)).permute(0, 3, 1, 2)

@@ -68,12 +68,15 @@ class UperNetHead(nn.Module):
         return self.conv_seg(self.dropout(mixed))
 
     def _pooled(self, x: Tensor) -> Tensor:
-        return self.bottleneck.of_enlarged((x, *(module(x) for module in self.psp_modules)))
+        parts = [resize(module(x), x.shape[2:]) for module in self.psp_modules]
+        # A map of 1x1 has no layout that enlarging could keep.
+        joined = torch.cat((x, *parts), dim=1).contiguous(memory_format=torch.channels_last)
+        return self.bottleneck(joined)
 
     def _check_batch(self, x: Tensor) -> None:
         norm = self.psp_modules[0][1].bn
         # What synchronises statistics is of another type, and has more images than these.
-        if norm.training and type(norm) is nn.BatchNorm2d and len(x) == 1:
+        if norm.training and type(norm) is nn.BatchNorm2d and x.shape[0] == 1:
             raise ValueError(
                 "a batch of 1 image came, and in training UPerNet's batch norm of a map pooled to "
                 "1x1 needs 2 values for each channel: pass 2 images or more, several ranks with "

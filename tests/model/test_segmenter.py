@@ -289,10 +289,13 @@ def test_a_hooked_convolution_gives_the_same_by_itself(config, randomize):
     assert seen == [160, 128]
 
 
-@pytest.mark.parametrize("head", ["upernet", "linear"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("head", "dtype"),
+    [("upernet", torch.bfloat16), ("linear", torch.float32)],
+    ids=["upernet-bf16", "linear-fp32"],
+)
 def test_a_crop_is_compiled_once_and_whole(config, randomize, gradients, head, dtype):
-    model = randomize(BeitForSemanticSegmentation(config(head=head, img_size=(64, 32))))
+    model = randomize(BeitForSemanticSegmentation(config(head=head, depth=2, img_size=(64, 32))))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model.loss, fullgraph=True, backend=counter)
@@ -301,7 +304,7 @@ def test_a_crop_is_compiled_once_and_whole(config, randomize, gradients, head, d
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss, _ = compiled(images, labels)
             expected, _ = model.loss(images, labels)
-        bound = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+        bound = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
         torch.testing.assert_close(loss, expected, rtol=bound, atol=0)
         loss.backward()
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
