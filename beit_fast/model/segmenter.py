@@ -1,15 +1,14 @@
 """The class of every pixel (paper 3.2): the encoder, a pyramid of its blocks' maps, and a head."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_fast.labels import IGNORE
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import SegmenterConfig
 from beit_fast.model.init import init_segmentation
+from beit_fast.model.pixel_loss import pixel_cross_entropy
 from beit_fast.model.pyramid import add_pyramid, init_pyramid, pyramid_maps, tapped_maps
-from beit_fast.model.segmentation_heads import FCNHead, LinearHead, UperNetHead, resize
+from beit_fast.model.segmentation_heads import FCNHead, LinearHead, UperNetHead
 
 
 class BeitForSemanticSegmentation(Beit):
@@ -105,19 +104,6 @@ class BeitForSemanticSegmentation(Beit):
     def _maps(self, images: Tensor) -> tuple[Tensor, ...] | list[Tensor]:
         read = tapped_maps if self.config.head == "linear" else pyramid_maps
         return read(self, images, self.config.tapped)
-
-
-def pixel_cross_entropy(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean loss over all pixels, in fp32, and the share of labelled pixels that are right.
-
-    scores (B, C, h, w) are resized to the labels, integer (B, height, width).
-    """
-    scores = resize(scores if scores.dtype == torch.float64 else scores.float(), labels.shape[1:])
-    labels = labels.long()
-    total = F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum")
-    counted = labels != IGNORE
-    right = (scores.detach().argmax(dim=1) == labels).sum()
-    return total / labels.numel(), right / counted.sum().clamp(min=1)
 
 
 def _check_labels(labels: Tensor, num_images: int) -> None:

@@ -14,6 +14,7 @@ from beit_fast.data.config import PHOTOGRAPHS, DataConfig
 from beit_fast.data.loader import Loader
 from beit_fast.data.samples import Sample
 from beit_fast.data.sources.class_folders import called_as_parts
+from beit_fast.data.sources.digit_scenes import DigitScenes, is_digit_scenes
 from beit_fast.data.sources.digits import Digits, is_digits
 from beit_fast.data.sources.folder import ImageFolder, ImageSource, Source
 from beit_fast.data.sources.scan import Found
@@ -26,11 +27,13 @@ UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never 
 
 def open_source(path: str, *, follow_links: bool = True) -> ImageSource:
     """The images below `path`. Raises ValueError for a folder that is missing or has none, and as
-    `Digits` does."""
+    `Digits` and `DigitScenes` do."""
     if not path:
         raise ValueError("no images were named: pass --data.path with a folder of images")
     if path == PHOTOGRAPHS:
         return ImageFolder(Path(beit_fast.data.__file__).parent / PHOTOGRAPHS)
+    if is_digit_scenes(path):
+        return DigitScenes(path)
     return Digits(path) if is_digits(path) else ImageFolder(path, follow_links=follow_links)
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from beit_fast.data.sources import ade20k
 from beit_fast.data.sources.class_names import Classes, Colour, numbered_classes, read_classes
 from beit_fast.data.sources.decode import BadImageError
+from beit_fast.data.sources.digit_scenes import is_digit_scenes, labelled_scenes
 from beit_fast.data.sources.folder import ImageFolder, Source, digest_of_files, read_image_file
 from beit_fast.data.sources.masks import MAX_CLASSES, MAX_ID, Translation, mask_ids
 from beit_fast.data.sources.pairs import pair_masks
@@ -148,6 +149,8 @@ def open_segmentation(
     """
     if not str(path):
         raise ValueError(f"no images were named: pass {flag('data.path')} with their folder")
+    if is_digit_scenes(path):
+        return labelled_scenes(str(path))
     classes = read_classes(classes_file) if classes_file else None
     if classes is None and num_classes is not None:
         classes = numbered_classes(_checked_count(num_classes))
