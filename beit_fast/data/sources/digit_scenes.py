@@ -101,7 +101,7 @@ class LabelledScenes:
     def __init__(self, name: str):
         self._scenes, self.path = DigitScenes(name), name
         ids = range(len(CLASSES))
-        self.labels = Translation(ids, (), "take masks of digit-scenes").labels
+        self.labels = Translation(ids, (), "take a mask of these scenes").labels
 
     def __len__(self) -> int:
         return len(self._scenes)
