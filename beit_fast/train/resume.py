@@ -42,7 +42,7 @@ HABITS = frozenset(
         *("run.resume", "run.resume_from", "run.resume_with", "run.fallback"),
         # other rounding, and on another device or compiled other random numbers
         *("run.device", "run.compile", "run.cuda_graph", "run.prepare_ahead", "run.cpu_threads"),
-        *("optim.backend", "grad_checkpointing"),
+        *("optim.backend", "grad_checkpointing", "evaluation.windows_at_once"),
     }
 )
 # The same images in each step however they are split: advised as long as their product stays.
@@ -55,7 +55,7 @@ ADVISED = frozenset(
         *("encoder_lr_scale", "run.steps", "run.epochs", "run.precision", "data.max_bad_share"),
         # of test images alone, and kept for those who evaluate the run
         *("crop_pct", "evaluation.stride", "evaluation.scale", "evaluation.multi_scale"),
-        *("evaluation.flip", "evaluation.windows_at_once", "palette"),
+        "evaluation.flip",
         *SPLIT,
     }
 )

@@ -18,6 +18,7 @@ from beit_fast.labels import IGNORE
 Colours = np.ndarray  # uint8 (C, 3)
 LEVELS = 24  # of red, green and blue, among which colours are looked for
 MIN_SIDE = 320  # pixels of the longer side of an image that is shown
+MIN_TILE, MAX_TILE = 180, 360  # and of one among others
 MAX_TEXT = 32  # letters of a class's name
 PAPER, INK, FAINT = (255, 255, 255), (25, 25, 25), (110, 110, 110)
 HATCH = ((70, 70, 70), (170, 170, 170))
@@ -91,17 +92,15 @@ def draw_comparison(
     path: Path,
 ) -> Path:
     """Write a PNG of rows of image, truth and prediction, and a legend of all that occurs."""
-    longest = max(max(ids.shape) for ids in truths)
-    factor = max(1, math.ceil(180 / longest))
     columns = {
-        "image": [np.asarray(image) for image in images],
+        "image": images,
         "truth": [colour(ids, colours) for ids in truths],
         "prediction": [colour(ids, colours) for ids in predictions],
     }
-    tiles = {title: [_enlarged(p, factor) for p in column] for title, column in columns.items()}
-    text = max(12, round(factor * longest / 18))
-    gap = max(4, text // 2)
+    tiles = {title: list(map(_tile, column)) for title, column in columns.items()}
     width = max(tile.width for tile in tiles["image"])
+    text = max(12, width // 18)
+    gap = max(4, text // 2)
     heights = [tile.height for tile in tiles["image"]]
     top = text + 2 * gap
     size = (3 * width + 2 * gap, top + sum(heights) + gap * (len(heights) - 1))
@@ -176,6 +175,13 @@ def _enlargement(height: int, width: int) -> int:
 
 def _text_size(width: int, height: int) -> int:
     return max(12, round(min(width, height) / 28))
+
+
+def _tile(pixels: np.ndarray) -> Image.Image:
+    """Enlarged by a whole number, or thinned out: colours of classes do not mix."""
+    longest = max(pixels.shape[:2])
+    step = math.ceil(longest / MAX_TILE)
+    return _enlarged(pixels[::step, ::step], max(1, math.ceil(MIN_TILE / longest)))
 
 
 def _enlarged(pixels: np.ndarray, factor: int) -> Image.Image:

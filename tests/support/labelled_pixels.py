@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from beit_fast.data.sources.decode import BadImageError
+from beit_fast.data.sources.segmentation import MaskedImage
 from beit_fast.labels import IGNORE
 
 IGNORED_VALUE = 255  # in the masks
@@ -40,6 +41,7 @@ class Pairs:
     """A source of noise with masks, of sizes that differ; keeps who was read."""
 
     def __init__(self, count, num_classes=5, seed=0):
+        self.palette = None
         self.classes = tuple(f"class {i}" for i in range(num_classes))
         rng = np.random.default_rng(seed)
         self.files, self.reads = [], []
@@ -48,7 +50,7 @@ class Pairs:
             mask = rng.integers(0, num_classes, size, dtype=np.uint8)
             mask[rng.random(size) < 0.1] = IGNORED_VALUE
             image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-            self.files.append(SimpleNamespace(image=encoded(image), mask=encoded(mask)))
+            self.files.append(MaskedImage(encoded(image), encoded(mask)))
 
     def __len__(self):
         return len(self.files)
@@ -59,6 +61,9 @@ class Pairs:
     def read(self, index):
         self.reads.append(index)
         return self.files[index]
+
+    def spoil(self, index, **files):
+        self.files[index] = self.files[index]._replace(**files)
 
     def labels(self, mask):
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit_fast.recipes import FINETUNE, PRETRAIN, TOKENIZER
+from beit_fast.recipes import FINETUNE, PRETRAIN, SEGMENT, TOKENIZER
 from beit_fast.tasks.sources import task_settings
 from beit_fast.train import resume
 from beit_fast.train.config import OptimConfig, RunConfig
@@ -38,7 +38,7 @@ def newest(output):
 
 
 def test_every_name_in_the_table_is_a_setting():
-    known = flat_names(PRETRAIN) | flat_names(FINETUNE) | flat_names(TOKENIZER)
+    known = set().union(*map(flat_names, (PRETRAIN, FINETUNE, SEGMENT, TOKENIZER)))
     assert not (resume.HABITS | resume.ADVISED) - known
     assert not resume.HABITS & resume.ADVISED
 

@@ -190,6 +190,8 @@ def write_image_processor(source: str | Path, folder: str | Path) -> Path | None
     """
     written = read_checkpoint(folder)
     view = view_of(source, written.config, said=written.statistics, crop=written.crop_pct)
+    if written.task == "segmentation":
+        view = _of_segmenter(view)
     height, width = written.config.image_pixels
     if height != width and view.crop_mode == "center":
         logger.warning(
@@ -261,6 +263,15 @@ _NO_CLASSES = {
     "segmentation": "classifies pixels, not images: pass it to `beit-fast evaluate-segmentation` "
     "or `predict-segmentation`, or fine-tune it, `beit-fast finetune RECIPE --init {source}`",
 }
+
+
+def _of_segmenter(view: View) -> View:
+    """As transformers' ADE20K checkpoints have it: it slides no window, but squashes images to it.
+    Pixels are in ImageNet's units where nothing says otherwise, as all recipes have them."""
+    whole = {"crop_pct": 1.0, "interpolation": "bilinear", "crop_mode": "squash"}
+    if view.origin == UNSTATED:
+        whole["mean"], whole["std"] = STATISTICS["imagenet"]
+    return dataclasses.replace(view, **whole)
 
 
 def _chosen(config: ClassifierConfig) -> dict[str, Any]:

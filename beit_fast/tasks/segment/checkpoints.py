@@ -81,7 +81,8 @@ def open_segmenter(config: SegmenterSourceConfig) -> Segmenter:
     classes, palette = weights.labels, _stated_palette(settings, shape.num_classes)
     if classes is None and _is_of_ade20k(source, shape.num_classes):
         classes, palette = ade20k.CLASSES, ade20k.PALETTE
-    statistics = config.statistics or weights.statistics or statistics_of(source) or "imagenet"
+    stated_units = statistics_of(source) or weights.statistics
+    statistics = config.statistics or stated_units or "imagenet"
     return Segmenter(
         model=model,
         classes=classes,

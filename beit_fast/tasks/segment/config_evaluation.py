@@ -126,8 +126,9 @@ class EvaluateSegmentationConfig(SegmenterSourceConfig):
 class PredictSegmentationConfig(SegmenterSourceConfig):
     """A segmenter's checkpoint, images, and the folder for what it says of their pixels.
 
-    OUTPUT/ids has a PNG of class ids for each image, 8 bits up to 256 classes and 16 beyond;
-    OUTPUT/overlays the image in the classes' colours, with a legend.
+    OUTPUT/ids has a PNG of class ids for each image, 8 bits up to 256 classes and 16 beyond; the
+    first class is 0, which in ADE20K's own masks is 1. OUTPUT/overlays has the image in the
+    classes' colours, with a legend.
     """
 
     images: tuple[Filled, ...]  # files, folders, patterns

@@ -14,6 +14,7 @@ from beit_fast.files import naming
 from beit_fast.tasks.segment.checkpoints import open_segmenter
 from beit_fast.tasks.segment.config_evaluation import EvaluateSegmentationConfig
 from beit_fast.tasks.segment.evaluation import Segmentation, evaluate_segmenter
+from beit_fast.tasks.sources import describe_source
 from beit_fast.train.log import plain_console
 from beit_fast.train.parallel import open_world
 from beit_fast.train.preflight import check_output_file
@@ -35,7 +36,7 @@ def run_segmentation_evaluation(config: EvaluateSegmentationConfig) -> dict[str,
         source, known = open_masks(config, segmenter.model.config.num_classes)
         names, how = match_names(source.classes if known else None, segmenter.classes)
         names = segmenter.names if names is None else names
-        console.out(f"images: {len(source)} in {config.folder}")
+        console.out(f"images: {describe_source(source, source.classes)}")
         console.out(f"classes: {how}")
         found = evaluate_segmenter(
             segmenter.model.to(world.device),
@@ -109,10 +110,10 @@ def match_names(
         return of_checkpoint if of_masks is None else of_masks, f"by number, names are of {whose}"
     if of_masks == of_checkpoint:
         return of_masks, "the same in the masks and in the checkpoint"
-    pairs = enumerate(zip(of_masks, of_checkpoint, strict=False))
-    number, (theirs, ours) = next(
-        (n, pair) for n, pair in pairs if pair[0] != pair[1]
-    )  # sizes that differ are the evaluation's to refuse
+    if len(of_masks) != len(of_checkpoint):  # which the evaluation refuses
+        return of_masks, f"{len(of_masks)} in the masks and {len(of_checkpoint)} in the checkpoint"
+    pairs = enumerate(zip(of_masks, of_checkpoint, strict=True))
+    number, (theirs, ours) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
     if sorted(of_masks) == sorted(of_checkpoint):
         raise ValueError(
             f"the classes have the same names in another order: {number} is {theirs!r} in the "

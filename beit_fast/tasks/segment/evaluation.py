@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from beit_fast.data.sources.decode import BadImageError, decode_fast
+from beit_fast.data.sources.decode import BadImageError
+from beit_fast.data.sources.masks import decode_pair
+from beit_fast.data.sources.segmentation import SegmentationSource
 from beit_fast.labels import IGNORE
 from beit_fast.tasks.segment.config_evaluation import SlideConfig
 from beit_fast.tasks.segment.sliding import Statistics, segment_image
@@ -70,23 +71,9 @@ class Segmentation:
         return self.confusion.diag().double(), self.confusion.sum(1), self.confusion.sum(0)
 
 
-class Labelled(Protocol):
-    """Of a SegmentationSource what is used here."""
-
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> Any: ...  # with the encoded files `image` and `mask`
-
-    def name(self, index: int) -> str: ...
-
-    def labels(self, mask: bytes) -> np.ndarray: ...
-
-
 def evaluate_segmenter(
     model: nn.Module,
-    source: Labelled,
+    source: SegmentationSource,
     *,
     slide: SlideConfig,
     statistics: Statistics,
@@ -151,14 +138,11 @@ def confusion_of(labels: Tensor, called: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def read_pair(source: Labelled, index: int) -> tuple[Tensor, Tensor]:
+def read_pair(source: SegmentationSource, index: int) -> tuple[Tensor, Tensor]:
     """Image uint8 (height, width, 3), labels (height, width). Raises ValueError that names it."""
     try:
         pair = source.read(index)
-        image, labels = decode_fast(pair.image), source.labels(pair.mask)
-        if image.shape[:2] != labels.shape:
-            sizes = [f"{height}x{width}" for height, width in (image.shape[:2], labels.shape)]
-            raise BadImageError(f"the image is {sizes[0]}, its mask {sizes[1]}")
+        image, labels = decode_pair(pair.image, pair.mask, source.labels)
     except (BadImageError, OSError) as error:
         raise ValueError(
             f"cannot use {source.name(index)} ({error}): repair or remove it; every image counts, "

@@ -74,7 +74,18 @@ def starting_point(
         anew = {n: t.clone() for n, t in model.state_dict().items() if ".conv_seg." in n}
     report = load_pretrained(model, weights)
     model.load_state_dict(model.state_dict() | anew)
+    report = dataclasses.replace(report, fresh=_by_part(report.fresh, model))
     return Start(model, weights_digest(weights.state), "\n".join([*notes, str(report)]))
+
+
+def _by_part(names: tuple[str, ...], model: BeitForSemanticSegmentation) -> tuple[str, ...]:
+    """A part of which all names are there by its own name: a head has some eighty tensors."""
+    told: set[str] = set()
+    for part in {name.partition(".")[0] for name in names}:
+        here = {name for name in names if name.partition(".")[0] == part}
+        whole = {name for name in model.state_dict() if name.partition(".")[0] == part}
+        told |= {part} if here == whole else here
+    return tuple(sorted(told))
 
 
 def _with_its_head(config: SegmenterConfig, weights: Weights) -> SegmenterConfig:

@@ -14,6 +14,8 @@ Memory    4 C h w bytes of the resized image, and 4 C times a window; the origin
           with 150 classes 0.2 GB for ADE20K's usual 683x512, 7 GB for 12 megapixels
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit_fast.data.views.segmentation import rescaled, resize
 from beit_fast.data.views.two_views import normalize
 from beit_fast.tasks.segment.config_evaluation import SlideConfig
 
@@ -43,27 +46,29 @@ def segment_image(
     and std of RGB in 0..1. Raises ValueError for scores that are not finite.
     """
     device = next(model.parameters()).device
-    image = image.to(device)
-    size = tuple(image.shape[:2])
+    image = image.cpu().numpy()
+    size = image.shape[:2]
     scales = scaled_sizes(size, model.config.image_pixels, slide)
-    passes = [(scale, mirror) for scale in scales for mirror in (False, True)[: 1 + slide.flip]]
+    # Ratios for which the window is too large are one and the same pass, which counts so often.
+    times = Counter((scale, mirror) for scale in scales for mirror in _mirrors(slide))
     found = torch.empty(size, dtype=torch.int64, device=device)
     mean = None
-    for scale, mirror in passes:
-        pixels = normalize(resize_image(image, scale)[None], *statistics)
+    for (scale, mirror), count in times.items():
+        resized = torch.from_numpy(resize(image, scale)).to(device)
+        pixels = normalize(resized[None], *statistics)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = slide_window(model, pixels.flip(3) if mirror else pixels, slide)
         logits = logits.flip(2) if mirror else logits
         if not logits.isfinite().all():
             raise ValueError("the model's scores are not finite: are its weights?")
-        if len(passes) == 1:  # softmax changes no order
+        if len(times) == 1:  # softmax changes no order
             for rows, strip in resized_strips(logits, size):
                 found[rows] = strip.argmax(dim=0)
             return found
         if mean is None:
             mean = torch.zeros(len(logits), *size, device=device)
         for rows, strip in resized_strips(logits, size):
-            mean[:, rows] += strip.softmax(dim=0) / len(passes)
+            mean[:, rows] += count / times.total() * strip.softmax(dim=0)
     return mean.argmax(dim=0)
 
 
@@ -114,17 +119,9 @@ def scaled_sizes(
     """
     long, short = slide.sides(window)
     if tuple(slide.multi_scale) == (1.0,):
-        return [_scaled(size, min(long / max(size), short / min(size)))]
+        return [rescaled(*size, long, short)]
     shorts = [max(min(window), int(short * ratio)) for ratio in slide.multi_scale]
-    return [_scaled(size, new / min(size)) for new in shorts]
-
-
-def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 (height, width, 3) -> uint8 (*size, 3), bilinear without antialiasing, as OpenCV's."""
-    if tuple(image.shape[:2]) == size:
-        return image
-    resized = _resize(image.permute(2, 0, 1)[None].float(), size)
-    return resized[0].round().to(torch.uint8).permute(1, 2, 0)
+    return [rescaled(*size, math.inf, new) for new in shorts]
 
 
 def resized_strips(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
@@ -145,16 +142,14 @@ def resized_strips(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slic
         yield rows, _resize(strip[None], (rows.stop - first, width))[0]
 
 
+def _mirrors(slide: SlideConfig) -> tuple[bool, ...]:
+    return (False, True) if slide.flip else (False,)
+
+
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(images.shape[2:]) == size:
         return images
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-
-
-def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
-    """Rounded as mmcv rounds, half up; no side is lost."""
-    height, width = (max(1, int(side * factor + 0.5)) for side in size)
-    return height, width
 
 
 def _coverage(starts: list[int], window: int, length: int, device: torch.device) -> Tensor:

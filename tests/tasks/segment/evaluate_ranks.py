@@ -16,7 +16,7 @@ HALF = ((0.5,) * 3, (0.5,) * 3)
 def main(output: Path) -> None:
     torch.set_num_threads(1)
     sources = {"seven": Pairs(7), "one": Pairs(1), "error": Pairs(7)}
-    sources["error"].files[6].mask = b"no image"
+    sources["error"].spoil(6, mask=b"no image")
     results = {"read": {}}
     with open_world("cpu") as world:
         for name, source in sources.items():

@@ -23,6 +23,7 @@ from beit_fast.tasks.segment.evaluation import (
     read_pair,
 )
 from beit_fast.tasks.segment.sliding import segment_image
+from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted, stop_signals
 from labelled_pixels import Pairs, PatchModel, encoded
 from task_runs import ALONE, TWO_RANKS
@@ -111,6 +112,15 @@ def test_a_mean_over_images_would_be_another_number():
     assert whole != pytest.approx(sum(parts) / 2, rel=1e-3)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_counts_what_the_cpu_counts():
+    """But for pixels of which two classes are as likely, within rounding."""
+    world = World(0, 1, torch.device("cuda"))
+    there = evaluate(PatchModel().to("cuda"), Pairs(6), world=world)
+    here = evaluate(PatchModel(), Pairs(6))
+    assert (there.confusion - here.confusion).abs().sum() < here.confusion.sum() / 1000
+
+
 def test_two_ranks_count_what_one_counts_also_where_one_has_no_image(tmp_path):
     script = Path(__file__).with_name("evaluate_ranks.py")
     subprocess.run(
@@ -136,10 +146,10 @@ def test_two_ranks_count_what_one_counts_also_where_one_has_no_image(tmp_path):
 def test_a_pair_that_cannot_be_used_is_named_and_the_mode_restored(part):
     source, model = Pairs(3), PatchModel().train()
     if part == "size":
-        source.files[1].mask = source.files[2].mask
-        message = r"cannot use images/1\.png \(the image is 18x24, its mask 23x31\): repair"
+        source.spoil(1, mask=source.files[2].mask)
+        message = r"cannot use images/1\.png \(the mask has 31x23 pixels and the image 24x18"
     else:
-        setattr(source.files[1], part, encoded(torch.zeros(9, 9).byte().numpy())[:40])
+        source.spoil(1, **{part: encoded(torch.zeros(9, 9).byte().numpy())[:40]})
         message = r"cannot use images/1\.png .*repair or remove it"
     with pytest.raises(ValueError, match=message):
         evaluate(model, source)
