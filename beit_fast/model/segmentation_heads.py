@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit_fast.model.enlarged_conv import conv_of_enlarged
+from beit_fast.model.layers import is_plain
+
 POOLS = (1, 2, 3, 6)  # sides of the pooled maps
 
 
@@ -24,6 +27,13 @@ class ConvModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
+
+    def of_enlarged(self, maps: Sequence[Tensor]) -> Tensor:
+        """The same of maps joined at the first one's size, without joining them."""
+        if is_plain(self, ConvModule) and is_plain(self.conv, nn.Conv2d):
+            return F.relu(self.bn(conv_of_enlarged(maps, self.conv.weight)))
+        size = maps[0].shape[2:]  # hooked, or another layer in its place
+        return self(torch.cat([resize(each, size) for each in maps], dim=1))
 
 
 class UperNetHead(nn.Module):
@@ -54,18 +64,19 @@ class UperNetHead(nn.Module):
         for level in (2, 1, 0):
             paths[level] = paths[level] + resize(paths[level + 1], paths[level].shape[2:])
         levels = [conv(path) for conv, path in zip(self.fpn_convs, paths[:-1], strict=True)]
-        size = levels[0].shape[2:]
-        mixed = torch.cat([resize(level, size) for level in (*levels, paths[-1])], dim=1)
-        return self.conv_seg(self.dropout(self.fpn_bottleneck(mixed)))
+        mixed = self.fpn_bottleneck.of_enlarged((*levels, paths[-1]))
+        return self.conv_seg(self.dropout(mixed))
 
     def _pooled(self, x: Tensor) -> Tensor:
         parts = [resize(module(x), x.shape[2:]) for module in self.psp_modules]
-        return self.bottleneck(torch.cat((x, *parts), dim=1))
+        # A map of 1x1 has no layout that enlarging could keep.
+        joined = torch.cat((x, *parts), dim=1).contiguous(memory_format=torch.channels_last)
+        return self.bottleneck(joined)
 
     def _check_batch(self, x: Tensor) -> None:
         norm = self.psp_modules[0][1].bn
         # What synchronises statistics is of another type, and has more images than these.
-        if norm.training and type(norm) is nn.BatchNorm2d and len(x) == 1:
+        if norm.training and type(norm) is nn.BatchNorm2d and x.shape[0] == 1:
             raise ValueError(
                 "a batch of 1 image came, and in training UPerNet's batch norm of a map pooled to "
                 "1x1 needs 2 values for each channel: pass 2 images or more, several ranks with "

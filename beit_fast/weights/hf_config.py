@@ -185,6 +185,11 @@ def _check_head(config: SegmenterConfig) -> None:
             f"the head is {config.head!r}: transformers has a segmenter with UPerNet alone, use "
             "to='unilm', or save the encoder, Beit, alone"
         )
+    if sorted(set(config.tapped)) != list(config.tapped):
+        raise ValueError(
+            f"taps {list(config.tapped)}: transformers wants four different blocks in rising "
+            "order, use to='unilm'"
+        )
     if config.upernet_channels != config.embed_dim:
         raise ValueError(
             f"head_channels is {config.head_channels}: transformers' head has embed_dim, "

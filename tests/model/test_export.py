@@ -8,8 +8,10 @@ import torch
 from beit_fast.acceleration.patching import accelerate, restore
 from beit_fast.kernels.attention.backends import use_backend
 from beit_fast.model.beit import Beit
+from beit_fast.model.config import SegmenterConfig
 from beit_fast.model.heads import BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.model.pyramid import BeitFeaturePyramid
+from beit_fast.model.segmenter import BeitForSemanticSegmentation
 
 OWN = {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
 PYRAMID = {"patch_size": 16, "img_size": 64, **OWN}
@@ -22,8 +24,19 @@ MODELS = {
          "global_pool": "token"},
     ),
     "pyramid": (BeitFeaturePyramid, PYRAMID),
+    "segmenter": (BeitForSemanticSegmentation, {}),
+    "linear-segmenter": (BeitForSemanticSegmentation, {"head": "linear"}),
 }  # fmt: skip
 BATCH = {0: torch.export.Dim("batch")}
+
+
+def configured(tiny, kind):
+    """The class and the tiny config of one of MODELS."""
+    model_class, fields = MODELS[kind]
+    if model_class is not BeitForSemanticSegmentation:
+        return model_class, tiny(**fields)
+    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 4, "num_classes": 5, **fields}
+    return model_class, SegmenterConfig(img_size=(64, 96), patch_size=16, **sizes)
 
 
 def exported(model, *inputs):
@@ -47,8 +60,8 @@ def leaves(out):
 def test_a_program_gives_what_the_model_gives_for_any_number_of_images(
     tiny, randomize, assert_agree, kind
 ):
-    model_class, fields = MODELS[kind]
-    model = randomize(model_class(tiny(**fields))).eval()
+    model_class, config = configured(tiny, kind)
+    model = randomize(model_class(config)).eval()
     pixels = model.config.image_pixels
     program = exported(model, torch.randn(2, 3, *pixels))
     assert namespaces(program) == {"aten"}
@@ -99,11 +112,12 @@ def test_a_backend_that_is_asked_for_stays_in_the_program(tiny):
 
 # torch's own warning.
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning")
-def test_onnx_computes_what_a_backbone_computes(tiny, randomize, assert_agree):
+def test_onnx_computes_what_a_segmenter_computes(tiny, randomize, assert_agree):
     pytest.importorskip("onnxscript", reason="ONNX needs onnxscript: pip install onnxscript")
     from onnx.reference import ReferenceEvaluator
 
-    model = randomize(BeitFeaturePyramid(tiny(**PYRAMID))).eval()  # the pages' is a classifier
+    model_class, config = configured(tiny, "segmenter")  # the pages' is a classifier
+    model = randomize(model_class(config)).eval()
     pixels = model.config.image_pixels
     program = torch.onnx.export(
         model, (torch.randn(2, 3, *pixels),), dynamo=True, dynamic_shapes=(BATCH,), verbose=False
