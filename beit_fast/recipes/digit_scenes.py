@@ -35,35 +35,36 @@ def digit_scenes() -> PretrainConfig:
 
     beit-fast pretrain digit_scenes
 
-    A dVAE of 128 codes, then a BEiT of 4 blocks of 64 with one table of relative positions. Nothing
+    A dVAE of 64 codes, then a BEiT of 4 blocks of 64 with one table of relative positions. Nothing
     is downloaded, but scikit-learn has to be installed.
     """
     return PretrainConfig(
-        model=BeitConfig(**NET, vocab_size=128, use_shared_rel_pos_bias=True, num_classes=0),
+        model=BeitConfig(**NET, vocab_size=64, use_shared_rel_pos_bias=True, num_classes=0),
         data=DataConfig(path="digit-scenes:train", batch_size=32, num_threads=1),
         masking=MaskingConfig(num_masked=26, min_block=3),
-        views=ViewConfig(size=SIDE, token_size=SIDE, scale=(0.5, 1.0), color_jitter=0, hflip=0),
+        views=ViewConfig(
+            size=SIDE, token_size=SIDE, scale=(1, 1), ratio=(1, 1), color_jitter=0, hflip=0
+        ),
         optim=OptimConfig(lr=4e-3, min_lr=1e-5, warmup_steps=50, clip_grad=3.0),
         run=RunConfig(
-            output="runs/digit_scenes", steps=2000, precision="fp32", cpu_threads=1, log_every=100
+            output="runs/digit_scenes", steps=1600, precision="fp32", cpu_threads=1, log_every=100
         ),
         tokenizer_training=tokenizer_digit_scenes(),
     )
 
 
 def tokenizer_digit_scenes() -> DvaeTrainingConfig:
-    """The dVAE of the scenes: 128 codes for 8 x 8 pixels, in about 20 seconds on one CPU core.
+    """The dVAE of the scenes: 64 codes for 8 x 8 pixels, in about 20 seconds on one CPU core.
 
     beit-fast tokenizer digit_scenes
 
-    That of the digits, on quarters of scenes at their own scale.
+    That of the digits, on whole scenes.
     """
     config = tokenizer_digits()
     return replace(
         config,
-        dvae=replace(config.dvae, vocab_size=128),
-        data=replace(config.data, path="digit-scenes:train"),
-        view=SingleViewConfig(size=SIDE // 2, scale=(0.2, 0.35), hflip=0),
+        data=replace(config.data, path="digit-scenes:train", batch_size=8),
+        view=SingleViewConfig(size=SIDE, scale=(1, 1), hflip=0),
         run=replace(config.run, output="runs/digit_scenes_tokenizer"),
     )
 
@@ -91,7 +92,7 @@ def segment_digits() -> SegmentConfig:
             log_every=50,
         ),
         augment=SegmentationViewConfig(
-            scale=(4 * SIDE, SIDE), ratio=(0.75, 1.5), max_class_share=1.0, hflip=0, distort=True
+            scale=(4 * SIDE, SIDE), ratio=(1, 1), max_class_share=1.0, hflip=0, distort=True
         ),
         init="runs/digit_scenes",
         layer_decay=1.0,
