@@ -36,6 +36,7 @@ EXPECTED = {
     "data": "python bench/data.py",
     "science-evidence": "python bench/science.py evidence",
     "science-table4": "python bench/science.py table4",
+    "science-segmentation": "python bench/science.py segmentation",
 }
 SIZES = {"small": "S", "base": "B", "large": "L"}
 PASSES = {"train_step": "training step", "forward": "forward", "slide": "a window slid"}
@@ -326,6 +327,38 @@ def science_table(results: dict[str, list[Row]]) -> str:
     return "\n".join(pages[:-1])
 
 
+def science_segmentation_table(results: dict[str, list[Row]]) -> str:
+    """mIoU on scenes of digits: mean and standard error over seeds, of both sides and paired."""
+    name = "science-segmentation"
+    rows = results.get(name)
+    if not rows:
+        return _not_measured(name)
+    shown, seeds = rows[0], len({row["seed"] for row in rows})
+    took = f"{shown['minutes']} minutes in {shown['processes']} processes, "
+    means = f"mean and standard error over {seeds} seeds" if seeds > 1 else "one seed"
+    lines = _sentence(
+        f"In %, on test scenes, after fine-tuning on {shown['labelled_scenes']} labelled ones; "
+        f"{means}; {took if shown['minutes'] else ''}{shown['cpu_minutes']} minutes of one core "
+        f"for all training, {shown['machine']}, torch {shown['torch']} "
+        f"(`bench/results/{name}.csv`, commit {shown['commit']})."
+    )
+    groups: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        of_variant = groups.setdefault(row["variant"], {})
+        of_variant.setdefault(row["measure"], []).append(100 * float(row["value"]))
+    settings = {row["variant"]: row["setting"] for row in rows}
+    measures = list(dict.fromkeys(row["measure"] for row in rows))
+    cells = [
+        [variant, settings[variant], *(mean_and_error(found[m]) for m in measures)]
+        for variant, found in groups.items()
+    ]
+    first, second = groups.values()
+    gains = [[a - b for a, b in zip(first[m], second[m], strict=True)] for m in measures]
+    cells.append(["difference, seed by seed", "", *map(mean_and_error, gains)])
+    heads = ("weights at the start", "chosen on validation", *measures)
+    return "\n".join([*lines, "", *_table(heads, cells)])
+
+
 def mean_and_error(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f}"
@@ -349,6 +382,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "tokenizer": tokenizer_table,
     "data": data_table,
     "science": science_table,
+    "science-segmentation": science_segmentation_table,
     "gpu": gpu_lines,
 }
 

@@ -2,6 +2,7 @@
 
     python bench/science.py evidence             # pre-trained against from scratch
     python bench/science.py table4               # variants of the objective; after `evidence`
+    python bench/science.py segmentation         # scenes of digits: science_segmentation.py
 
 A net of `beit-fast pretrain digits` learns from 997 images without labels, and is then judged three
 ways, each with several seeds: fine-tuned with 10 labels a class (every seed draws its own), and
@@ -17,31 +18,39 @@ The picture is of all that was measured.
 """
 
 import argparse
-import contextlib
 import csv
 import itertools
 import json
-import multiprocessing
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import science_segmentation
 import torch
+from science_runs import (
+    BEIT,
+    SCRATCH,
+    Arm,
+    arms_of,
+    choose,
+    run_all,
+    shortened,
+    summary,
+    tokenizer_of,
+    train_tokenizer,
+    workers,
+)
 from timing import RESULTS, conditions, conditions_line, format_table, write_results
 
 from beit_fast.recipes.digits import digits, finetune_digits, probe_digits, tokenizer_digits
 from beit_fast.tasks.finetune.config import FinetuneConfig
 from beit_fast.tasks.finetune.task import run_finetuning
 from beit_fast.tasks.pretrain.config import PretrainConfig
-from beit_fast.tasks.pretrain.dvae import TOKENIZER, run_dvae
 from beit_fast.tasks.pretrain.pipeline import run_pretraining
 from beit_fast.tasks.probe.config import ProbeConfig
 from beit_fast.tasks.probe.task import run_probe
-from beit_fast.train.config import RunConfig
 
 LABELS = 10  # of each class
 RATES = (3e-3, 1e-2)  # learning rates of fine-tuning; 1e-3 was behind for both sides
@@ -53,7 +62,7 @@ GRIDS = {
         (1e-2, 0.75),
     ),  # the best of BEiT on validation images, and one with decay
 }
-SCRATCH = "from scratch"
+SEGMENTATION = "segmentation"  # has a file of its own
 MEASURES = ("fine-tuned", "linear", "kNN")
 
 
@@ -67,7 +76,6 @@ class Variant:
     objective: str = "masked"
 
 
-BEIT = "BEiT"
 VARIANTS = {
     BEIT: Variant(82.86),
     "random masking": Variant(82.77, masking="random"),
@@ -76,41 +84,6 @@ VARIANTS = {
     "all tokens": Variant(82.59, objective="all"),
     "all tokens, no masking": Variant(81.67, objective="all_unmasked"),
 }
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What is judged: a variant's weights with one seed, or with no variant random ones."""
-
-    name: str
-    seed: int
-    work: Path
-    shorten: int  # every run takes one step in so many
-
-    @property
-    def folder(self) -> Path:
-        return self.work / f"seed{self.seed}" / self.name.replace(", ", "_").replace(" ", "_")
-
-    @property
-    def is_trained(self) -> bool:
-        return self.name != SCRATCH
-
-
-def tokenizer_of(arm: Arm) -> Path:
-    """The file of the seed's tokenizer."""
-    return arm.work / f"seed{arm.seed}" / "tokenizer" / TOKENIZER
-
-
-def train_tokenizer_of(arm: Arm) -> None:
-    config = tokenizer_digits()
-    output = str(tokenizer_of(arm).parent)
-    run_dvae(replace(config, run=shortened(config.run, arm, output)))
-
-
-def shortened(run: RunConfig, arm: Arm, output: str) -> RunConfig:
-    """The run in its own folder, with the arm's seed; one picture, one checkpoint."""
-    length = {"steps": run.steps // arm.shorten} if run.steps else {"epochs": run.epochs}
-    return replace(run, output=output, seed=arm.seed, device="cpu", save_every=10**9, **length)
 
 
 def pretraining_of(arm: Arm) -> PretrainConfig:
@@ -168,16 +141,6 @@ def probed(arm: Arm) -> dict[str, dict]:
 # --- what runs in the workers ---------------------------------------------------------------------
 
 
-def quietly(work: Callable[[Arm], object], arm: Arm) -> tuple[object, float]:
-    """The result of a piece of work, whose output goes to a log, and its seconds."""
-    torch.set_num_threads(1)
-    arm.folder.mkdir(parents=True, exist_ok=True)
-    begun = time.perf_counter()
-    with (arm.folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-        result = work(arm)
-    return result, time.perf_counter() - begun
-
-
 def train_and_judge(arm: Arm, settings: Sequence[tuple[float, float]]) -> dict:
     """Pre-train, if the arm is trained at all; probe; fine-tune over the grid, to choose by.
 
@@ -201,35 +164,17 @@ def test_accuracy(arm: Arm, chosen: dict[str, tuple[float, float]]) -> float:
     return finetuned_accuracy(arm, *chosen[arm.name], "test")
 
 
-def run_all(pool: ProcessPoolExecutor, work: Callable[[Arm], object], arms: Iterable[Arm]) -> dict:
-    """arm -> result, with a line for each as it is done."""
-    futures = {arm: pool.submit(quietly, work, arm) for arm in arms}
-    results = {}
-    try:
-        for arm, future in futures.items():
-            results[arm], seconds = future.result()
-            print(f"  {arm.name}, seed {arm.seed}: {seconds:.0f} s", flush=True)
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    return results
-
-
 # --- the experiments ------------------------------------------------------------------------------
 
 
 def measure(names: list[str], options: argparse.Namespace) -> list[dict]:
     """A row for each arm, seed and measure."""
     settings = GRIDS[options.what]
-    arms = [
-        Arm(name, seed, options.work, options.shorten)
-        for seed in range(options.seeds)
-        for name in names
-    ]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+    arms = arms_of(names, options)
+    with workers(options.processes) as pool:
         print("tokenizers")
-        run_all(pool, train_tokenizer_of, dict.fromkeys(replace(arm, name=BEIT) for arm in arms))
+        train = partial(train_tokenizer, config=tokenizer_digits())
+        run_all(pool, train, dict.fromkeys(replace(arm, name=BEIT) for arm in arms))
         # Random weights take their shapes from a run, so trained arms go first.
         trained = [arm for arm in arms if arm.is_trained]
         judged = {}
@@ -262,25 +207,6 @@ def measure(names: list[str], options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def choose(name: str, judged: dict) -> tuple[float, float]:
-    """The setting with the best mean on validation images; the first of equally good ones."""
-    grids = [result["grid"] for arm, result in judged.items() if arm.name == name]
-    return max(grids[0], key=lambda setting: statistics.fmean(grid[setting] for grid in grids))
-
-
-def summary(rows: list[dict]) -> list[dict]:
-    """Mean, standard deviation and standard error over seeds of each variant and measure."""
-    groups: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        groups.setdefault((row["variant"], row["measure"]), []).append(float(row["accuracy"]))
-    return [
-        {"variant": variant, "measure": name, "seeds": len(values)}
-        | {"mean": statistics.fmean(values)}
-        | {"std": statistics.stdev(values) if len(values) > 1 else float("nan")}
-        for (variant, name), values in groups.items()
-    ]
-
-
 def draw(folder: Path) -> Path:
     """A panel for each measure and a row for each variant, every seed a dot, as science.png."""
     from matplotlib.figure import Figure
@@ -302,7 +228,7 @@ def draw(folder: Path) -> Path:
             "o",
             alpha=0.4,
         )
-        for found in summary(mine):
+        for found in summary(mine, "accuracy"):
             axes.plot(100 * found["mean"], names.index(found["variant"]), "k|", markersize=14)
         axes.set_title(name, fontsize="medium")
         axes.set_xlabel("test accuracy, %")
@@ -314,29 +240,45 @@ def draw(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=tuple(GRIDS))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("what", choices=(*GRIDS, SEGMENTATION))
+    parser.add_argument(
+        "--seeds", type=int, help=f"5; of {SEGMENTATION} {science_segmentation.SEEDS}"
+    )
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--work", type=Path, default=Path("runs/science"), help="folder of runs")
     parser.add_argument("--shorten", type=int, default=1, help="train one step in so many, to try")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument(
+        "--picture", type=Path, default=science_segmentation.PICTURE, help=f"of {SEGMENTATION}"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    resumed, begun = options.work.exists(), time.perf_counter()
-    names = [BEIT, SCRATCH] if options.what == "evidence" else list(VARIANTS)
-    rows = measure(names, options)
+    begun, path = time.perf_counter(), options.output / f"science-{options.what}.csv"
+    if options.what == SEGMENTATION:
+        options.work /= SEGMENTATION
+        options.seeds = options.seeds or science_segmentation.SEEDS
+        resumed = options.work.exists()
+        rows, cpu_minutes = science_segmentation.measure(options)
+        settings = {"cpu_minutes": f"{cpu_minutes:.1f}"}
+        settings |= {"labelled_scenes": science_segmentation.LABELLED}
+    else:
+        options.seeds, resumed = options.seeds or 5, options.work.exists()
+        names = [BEIT, SCRATCH] if options.what == "evidence" else list(VARIANTS)
+        rows, settings = measure(names, options), {"labels_per_class": LABELS}
     values = conditions(
         torch.device("cpu"),
         ("scikit-learn",),
         processes=options.processes,
         minutes="" if resumed else f"{(time.perf_counter() - begun) / 60:.1f}",
-        labels_per_class=LABELS,
+        **settings,
         shorten=options.shorten,
     )
-    print(f"\n{conditions_line(values)}\n\n{format_table(summary(rows))}")
-    path = options.output / f"science-{options.what}.csv"
     write_results(path, rows, values)
-    print(path, draw(options.output), sep="\n")
+    if options.what == SEGMENTATION:
+        table, picture = summary(rows, "value"), options.picture
+    else:
+        table, picture = summary(rows, "accuracy"), draw(options.output)
+    print(f"\n{conditions_line(values)}\n\n{format_table(table)}", path, picture, sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from beit_fast.recipes import finetune as _finetune
 from beit_fast.recipes import segment as _segment
+from beit_fast.recipes.digit_scenes import digit_scenes, segment_digits, tokenizer_digit_scenes
 from beit_fast.recipes.digits import digits, finetune_digits, probe_digits, tokenizer_digits
 from beit_fast.recipes.pretrain import (
     beit_base_in1k,
@@ -28,6 +29,7 @@ from beit_fast.tasks.segment.config import SegmentConfig
 PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {
     "demo": demo,
     "digits": digits,
+    "digit_scenes": digit_scenes,
     "small": small,
     "beit_base_in1k": beit_base_in1k,
     "beit_plus_base_in1k": beit_plus_base_in1k,
@@ -53,6 +55,7 @@ FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {
     "beit_base_cifar100": _finetune.beit_base_cifar100,
 }
 SEGMENT: dict[str, Callable[[], SegmentConfig]] = {
+    "digits": segment_digits,
     "small_data": _segment.small_data,
     "beit_plus_base_ade20k_512": _segment.beit_plus_base_ade20k_512,
     "beit_plus_base_in22k_ade20k_512": _segment.beit_plus_base_in22k_ade20k_512,
@@ -73,6 +76,7 @@ PROBE: dict[str, Callable[[], ProbeConfig]] = {
 TOKENIZER: dict[str, Callable[[], DvaeTrainingConfig]] = {
     "demo": demo_tokenizer,
     "digits": tokenizer_digits,
+    "digit_scenes": tokenizer_digit_scenes,
     "small": small_tokenizer,
     "dalle": dalle_tokenizer,
 }

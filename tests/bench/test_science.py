@@ -1,6 +1,7 @@
 """The experiment's bookkeeping: what is chosen by what, and the table of it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,3 +81,73 @@ def test_the_table_has_means_errors_and_paired_differences(bench):
     assert "| from scratch | 50.0 ± 0.0 |" in table
     assert "| difference, seed by seed | 35.0 ± 5.0 |" in table
     assert "not measured: `python bench/science.py table4`" in table
+
+
+@pytest.fixture
+def segmentation(bench):
+    return bench("science_segmentation")
+
+
+@pytest.mark.parametrize("part", ["valid", "test"])
+def test_both_sides_segment_the_same_scenes_the_same_way(science, segmentation, part):
+    trained, scratch = (
+        segmentation.segmenting_of(arm(science, name, 3), 1e-3, 0.75, part)
+        for name in (science.BEIT, science.SCRATCH)
+    )
+    assert trained.data == scratch.data
+    assert trained.data.path == f"digit-scenes:train:{segmentation.LABELLED}:3"
+    assert trained.data.test == f"digit-scenes:{part}"
+    assert (trained.optim, trained.model) == (scratch.optim, scratch.model)
+    assert (trained.optim.lr, trained.layer_decay) == (1e-3, 0.75)
+    assert trained.run.steps == scratch.run.steps
+    assert (trained.init is None, scratch.init is None) == (False, True)
+    assert trained.init == segmentation.pretraining_of(arm(science, science.BEIT, 3)).run.output
+    assert trained.run.output != scratch.run.output
+
+
+def test_pretraining_for_segmentation_sees_no_label_and_no_other_part(science, segmentation):
+    config = segmentation.pretraining_of(arm(science, science.BEIT, 1))
+    assert config.data.path == "digit-scenes:train"
+    assert config.tokenizer == str(segmentation.tokenizer_of(arm(science, science.BEIT, 1)))
+    assert config.run.seed == 1
+
+
+def test_what_came_out_is_kept_and_not_repeated(science, segmentation, tmp_path, monkeypatch):
+    """Every setting of the grid runs once, from the one pre-training, on scenes to choose by."""
+    ran = []
+
+    def run(config):
+        ran.append((config.optim.lr, config.layer_decay, config.data.test))
+        return SimpleNamespace(raw=SimpleNamespace(miou=0.25))
+
+    monkeypatch.setattr(segmentation, "train_tokenizer", lambda *_: None)
+    monkeypatch.setattr(segmentation, "run_pretraining", lambda config: None)
+    monkeypatch.setattr(segmentation, "run_segmentation", run)
+    one = science.Arm(science.BEIT, 0, tmp_path, 1)
+    one.folder.mkdir(parents=True)
+    first, again = segmentation.train_and_judge(one), segmentation.train_and_judge(one)
+    assert ran == [(*setting, "digit-scenes:valid") for setting in segmentation.GRID]
+    assert first == again
+    assert first["grid"] == dict.fromkeys(segmentation.GRID, 0.25)
+
+
+def test_the_table_of_segmentation_has_means_errors_and_paired_differences(bench):
+    tables = bench("report_tables")
+    shared = {"machine": "CPU", "threads": "1", "processes": "2", "minutes": "", "torch": "2.11.0",
+              "cpu_minutes": "30.0", "labelled_scenes": "50", "commit": "abc1234"}  # fmt: skip
+    values = {"BEIT": (0.5, 0.6), "from scratch": (0.2, 0.4)}
+    rows = [
+        {"variant": variant, "seed": str(seed), "measure": "mIoU", "value": str(value)}
+        | {"validation": "0.5", "setting": "lr 0.003 decay 1", **shared}
+        for variant, found in values.items()
+        for seed, value in enumerate(found)
+    ]
+    table = tables.science_segmentation_table({"science-segmentation": rows})
+    assert "| weights at the start | chosen on validation | mIoU |" in table
+    assert "| BEIT | lr 0.003 decay 1 | 55.0 ± 5.0 |" in table
+    assert "| from scratch | lr 0.003 decay 1 | 30.0 ± 10.0 |" in table
+    assert "| difference, seed by seed | | 25.0 ± 5.0 |" in table
+    assert "30.0 minutes of one core" in " ".join(table.split())
+    assert tables.science_segmentation_table({}) == (
+        "not measured: `python bench/science.py segmentation`"
+    )

@@ -49,11 +49,12 @@ PHOTOGRAPHS = {  # behind the digits of a part
 _FOLDER = Path(__file__).parents[1] / "photographs"
 _SCRAPS = (1, 2)  # of photographs on a canvas, fewest and most
 _SCRAP_SIDES = (8, 24)  # pixels
-_CLUTTER = (0.15, 0.35)  # share of their contrast that photographs keep
+_CLUTTER = (0.15, 0.3)  # share of their contrast that photographs keep
 _GREY = 0.6  # share of their colour that they lose
 _BRIGHTNESS = (98, 158)  # mean grey level of the background
 _DIGITS = (4, 6)  # on a canvas, fewest and most; those that find no place are left out
-_DIGIT_SIDES = (22, 32)  # pixels
+_DIGIT_SIDES = (24, 32, 32)  # pixels, drawn from
+_STEP = 8  # pixels between places of digits: anywhere, they take a CPU longer than it should
 _TRIES = 20  # places for a digit
 _CONTRAST = (90, 130)  # grey levels above what is behind a digit
 _TINT = 10  # grey levels by which its channels differ from that
@@ -101,7 +102,7 @@ class LabelledScenes:
     def __init__(self, name: str):
         self._scenes, self.path = DigitScenes(name), name
         ids = range(len(CLASSES))
-        self.labels = Translation(ids, (), "take masks of digit-scenes").labels
+        self.labels = Translation(ids, (), "take a mask of these scenes").labels
 
     def __len__(self) -> int:
         return len(self._scenes)
@@ -138,9 +139,9 @@ def scene(part: str, number: int) -> tuple[np.ndarray, np.ndarray]:
     pixels, ids = _background(part, rng), np.zeros((SIDE, SIDE), np.uint8)
     digits, taken = _digits(part), np.zeros((SIDE, SIDE), bool)
     for _ in range(_within(rng, _DIGITS)):
-        side, index = _within(rng, _DIGIT_SIDES), int(rng.integers(len(digits)))
+        side, index = int(rng.choice(_DIGIT_SIDES)), int(rng.integers(len(digits)))
         for _ in range(_TRIES):
-            down, across = rng.integers(0, SIDE - side + 1, 2)
+            down, across = _STEP * rng.integers(0, (SIDE - side) // _STEP + 1, 2)
             place = slice(down, down + side), slice(across, across + side)
             if not taken[place].any():
                 break

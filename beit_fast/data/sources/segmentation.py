@@ -151,6 +151,11 @@ def open_segmentation(
     if not str(path):
         raise ValueError(f"no images were named: pass {flag('data.path')} with their folder")
     if is_digit_scenes(path):
+        if str(masks) or str(classes_file) or ignore is not None:
+            raise ValueError(
+                f"{path} brings its own masks and classes: leave out {flag('data.masks')}, "
+                f"{flag('data.classes_file')} and {flag('data.ignore')}"
+            )
         return labelled_scenes(str(path))
     classes = read_classes(classes_file) if classes_file else None
     if classes is None and num_classes is not None:
