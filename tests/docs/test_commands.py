@@ -19,10 +19,10 @@ from beit_fast.cli import (
     WITHOUT_RECIPE,
     ConvertConfig,
     EvaluateConfig,
+    EvaluateSegmentationConfig,
     PredictConfig,
+    PredictSegmentationConfig,
     parse,
-    parse_evaluate,
-    parse_predict,
 )
 from pages import (
     PROGRAMS,
@@ -38,6 +38,10 @@ from pages import (
 )
 
 FIRST_SCREEN = 25  # lines
+WITHOUT_RECIPE_CONFIGS = (
+    *(EvaluateConfig, PredictConfig, ConvertConfig),
+    *(EvaluateSegmentationConfig, PredictSegmentationConfig),
+)
 FOREIGN = frozenset(("--no-python", "--max-restarts", "--nproc_per_node"))  # flags of torchrun
 COMMANDS = [(name_of(page), c) for page in pages() for c in commands_of(text_of(page))]
 
@@ -103,8 +107,9 @@ def test_a_command_parses(words, tmp_path, monkeypatch):
     if verb == "convert":
         check_convert(arguments)
         return
-    if verb in ("evaluate", "predict"):
-        {"evaluate": parse_evaluate, "predict": parse_predict}[verb](arguments)
+    if verb in WITHOUT_RECIPE:
+        parse_verb, _ = WITHOUT_RECIPE[verb]
+        parse_verb(arguments)
         return
     known, _ = VERBS[verb]
     if not arguments:  # which lists the recipes
@@ -175,7 +180,7 @@ def test_a_bench_knows_its_flags(words):
 def flags() -> frozenset[str]:
     """Of all verbs with all recipes, and of all benches."""
     found = {"--help", "--config", "--print_config", "--json", "--to", "--overwrite"}
-    for config in (EvaluateConfig, PredictConfig, ConvertConfig):
+    for config in WITHOUT_RECIPE_CONFIGS:
         found |= {f"--{field.name}" for field in fields(config)}
     for recipes, _ in VERBS.values():
         for recipe in recipes.values():
