@@ -207,7 +207,8 @@ def test_a_training_step_never_waits_for_the_device(segment_config):
 
 
 def test_another_batch_size_is_compiled_for_itself(segment_config, compiled_sides):
-    task = SegmentTask(segment_config(data={"batch_size": 3}), ALONE)
+    linear = {"head": "linear", "head_channels": None}
+    task = SegmentTask(segment_config(data={"batch_size": 3}, model=linear), ALONE)
     task.compile("default")
     batch = first_batch(task)
     for size in (3, 2):
