@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from PIL import (
     BmpImagePlugin,
-    ExifTags,
     GifImagePlugin,
     Image,
     JpegImagePlugin,
@@ -37,6 +36,8 @@ from PIL import (
 from beit_fast.data.sources.limits import MAX_PIXELS
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_EXIF, _EXIF_WITHIN = b"Exif\0\0", 2**17  # bytes; a segment has at most half of that
+_ORIENTATION = 0x0112  # of EXIF's tags
 # The format's own class instead of Image.open: that one looks up every plugin Pillow has, tries
 # them on hostile bytes, and warns of large images by a process-wide limit that is not ours.
 _FORMATS = (
@@ -77,16 +78,25 @@ def decode_png(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, 
 
 
 def exif_orientation(data: bytes) -> int:
-    """What EXIF says of how to turn an image, 1 to 8; 1, upright, where it says nothing that is
-    not applied. Raises BadImageError for no image of a known format."""
-    with _open(data) as image:
-        if isinstance(image, TiffImagePlugin.TiffImageFile):
-            return 1
-        try:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1)
-        except Exception:  # damaged EXIF, of which nothing else takes notice
-            return 1
-    return turned if turned in range(1, 9) else 1
+    """What the EXIF of a JPEG says of how to turn it, 1 to 8; 1, upright, where it says nothing.
+
+    Read here, because Pillow warns of damaged EXIF, of which nothing else takes notice.
+    """
+    start = data.find(_EXIF, 0, _EXIF_WITHIN)
+    if not data.startswith(_JPEG) or start < 0:
+        return 1
+    exif = data[start + len(_EXIF) :]
+    order = "little" if exif.startswith(b"II") else "big"
+
+    def number(position: int, size: int) -> int:
+        return int.from_bytes(exif[position : position + size], order)
+
+    first = number(4, 4)
+    for entry in range(first + 2, first + 2 + 12 * number(first, 2), 12):
+        if number(entry, 2) == _ORIENTATION:
+            turned = number(entry + 8, 2)
+            return turned if turned in range(1, 9) else 1
+    return 1
 
 
 def _decode(

@@ -26,7 +26,7 @@ def pair_masks(images: ImageFolder, masks: Path, follow_links: bool) -> tuple[li
     others = [path for path in paths if not path.lower().endswith(".png")]
     masks_of = _by_stem(masks, [path for path in paths if path.lower().endswith(".png")])
     if not masks_of:
-        left = [f"{len(others)} images of other formats"] if others else []
+        left = [f"{len(others)} image{'s' * (len(others) != 1)} of other formats"] if others else []
         left += filter(None, [found.left_out()])
         said = f" ({', '.join(left)})" if left else ""
         raise ValueError(

@@ -16,6 +16,7 @@ have. EXIF orientation is not applied to images, so a mask is of the image as it
 """
 
 import hashlib
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -201,7 +202,9 @@ def _ade_root(path: Path, part: Part) -> Path:
         raise ValueError(f"{path} {lies}: give ADE20K's folder, or one of images")
     layout = ("images", "annotations")
     if not all((path / name / part).is_dir() for name in layout):
-        for found in (path.parent, *path.parents[1:2], *sorted(path.iterdir())):
+        with os.scandir(path) as entries:
+            below = sorted(path / entry.name for entry in entries if entry.is_dir())
+        for found in (*path.parents[:2], *below):
             if all((found / name / part).is_dir() for name in layout):
                 raise ValueError(
                     f"{path} does not hold images/{part} and annotations/{part}: pass {found}"

@@ -77,13 +77,13 @@ def _recoloured(image: np.ndarray, changes: list[np.ndarray]) -> np.ndarray:
     packed = np.zeros((*image.shape[:2], 4), np.uint8)
     for channel in range(3):  # NumPy copies threes of bytes slowly
         packed[..., channel] = image[..., channel]
-    colours = packed.view("<i4")
+    colours = packed.view("<i4").reshape(-1)
     for change in changes:
-        hsv = np.take(hsv_of_rgb(), colours)
-        hsv = np.take(change, hsv >> 8) | (hsv & 255)
-        colours = np.take(rgb_of_hsv(), hsv)
-    packed = colours.view(np.uint8)
-    out = np.empty_like(image)
+        hsv = hsv_of_rgb().take(colours)
+        hsv = change.take(hsv >> 8) | (hsv & 255)
+        colours = rgb_of_hsv().take(hsv)
+    packed = colours.view(np.uint8).reshape(packed.shape)
+    out = np.empty(image.shape, np.uint8)
     for channel in range(3):
         out[..., channel] = packed[..., channel]
     return out

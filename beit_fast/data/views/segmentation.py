@@ -73,6 +73,7 @@ class SegmentationSample:
         box, labels = choose_box(resized, self.size, labels_of, view.max_class_share, rng)
         top, left, height, width = box
         image = resize(image, resized)[top : top + height, left : left + width]
+        image = np.ascontiguousarray(image)  # else all that follows takes thrice the time
         if rng.random() < view.hflip:
             image, labels = flip_view(image), labels[:, ::-1]
         if view.distort:

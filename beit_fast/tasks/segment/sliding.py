@@ -51,7 +51,6 @@ def segment_image(
     scales = scaled_sizes(size, model.config.image_pixels, slide)
     # Ratios for which the window is too large are one and the same pass, which counts so often.
     times = Counter((scale, mirror) for scale in scales for mirror in _mirrors(slide))
-    found = torch.empty(size, dtype=torch.int64, device=device)
     mean = None
     for (scale, mirror), count in times.items():
         resized = torch.from_numpy(resize(image, scale)).to(device)
@@ -62,9 +61,7 @@ def segment_image(
         if not logits.isfinite().all():
             raise ValueError("the model's scores are not finite: are its weights?")
         if len(times) == 1:  # softmax changes no order
-            for rows, strip in resized_strips(logits, size):
-                found[rows] = strip.argmax(dim=0)
-            return found
+            return torch.cat([strip.argmax(dim=0) for _, strip in resized_strips(logits, size)])
         if mean is None:
             mean = torch.zeros(len(logits), *size, device=device)
         for rows, strip in resized_strips(logits, size):
