@@ -7,7 +7,7 @@ from beit_fast.model.beit import Beit
 from beit_fast.model.config import SegmenterConfig
 from beit_fast.model.init import init_segmentation
 from beit_fast.model.pixel_loss import pixel_cross_entropy
-from beit_fast.model.pyramid import add_pyramid, init_pyramid, pyramid_maps, tapped_maps
+from beit_fast.model.pyramid import add_pyramid, init_pyramid, pyramid_of, tapped_maps
 from beit_fast.model.segmentation_heads import FCNHead, LinearHead, UperNetHead
 
 
@@ -62,7 +62,7 @@ class BeitForSemanticSegmentation(Beit):
         width), normalised, or patches (B, L, P). Raises ValueError as `Beit` does, and in training
         for a batch of one image that UPerNet's batch norm cannot take.
         """
-        return self.decode_head(self._maps(images))
+        return self.decode_head(self._maps(self.encode(images)))
 
     def loss(
         self, images: Tensor, labels: Tensor, *, auxiliary_weight: float = 0.4
@@ -75,8 +75,19 @@ class BeitForSemanticSegmentation(Beit):
         whose loss is 0. Raises ValueError as `forward` does, and for labels of another shape or
         kind.
         """
-        maps = self._maps(images)
-        _check_labels(labels, len(images))
+        return self.loss_of(self.encode(images), labels, auxiliary_weight=auxiliary_weight)
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """What pyramid and head are given: maps (B, D, Gh, Gw) of the tapped blocks."""
+        return tapped_maps(self, images, self.config.tapped)
+
+    def loss_of(
+        self, encoded: list[Tensor], labels: Tensor, *, auxiliary_weight: float = 0.4
+    ) -> tuple[Tensor, Tensor]:
+        """`loss` from what `encode` gives. Apart, because torch.compile makes one graph of the
+        encoder where the batch norms of several ranks break up the rest."""
+        _check_labels(labels, len(encoded[0]))
+        maps = self._maps(encoded)
         loss, accuracy = pixel_cross_entropy(self.decode_head(maps), labels)
         if self.auxiliary_head is not None and auxiliary_weight:
             auxiliary, _ = pixel_cross_entropy(self.auxiliary_head(maps[2]), labels)
@@ -101,9 +112,8 @@ class BeitForSemanticSegmentation(Beit):
             "a Beit"
         )
 
-    def _maps(self, images: Tensor) -> tuple[Tensor, ...] | list[Tensor]:
-        read = tapped_maps if self.config.head == "linear" else pyramid_maps
-        return read(self, images, self.config.tapped)
+    def _maps(self, encoded: list[Tensor]) -> tuple[Tensor, ...] | list[Tensor]:
+        return encoded if self.config.head == "linear" else pyramid_of(self, encoded)
 
 
 def _check_labels(labels: Tensor, num_images: int) -> None:
