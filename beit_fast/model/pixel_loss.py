@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.labels import IGNORE
+from beit_fast.model.bilinear import resize_backward
 
 CHUNK = 2**25  # scores at full size, 134 MB
 
@@ -51,8 +52,7 @@ def _of_chunk(scores: Tensor, labels: Tensor, wants: bool) -> tuple[Tensor, Tens
     one_Q1 = torch.ones_like(chosen_Q1)
     slope_QC = log_QC.exp_().scatter_add_(1, label_Q1, -one_Q1).mul_(counted_Q1)
     slope = slope_QC.unflatten(0, labels.shape).permute(0, 3, 1, 2)
-    gradient = torch.ops.aten.upsample_bilinear2d_backward(slope, size, scores.shape, False)
-    return loss, right, gradient
+    return loss, right, resize_backward(slope, scores.shape[2:])
 
 
 # An operator: to the compiler one node, whose order of work, and so its memory, stays as it is.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit_fast.model.bilinear import Pool, resize
 from beit_fast.model.enlarged_conv import conv_of_enlarged
 from beit_fast.model.layers import is_plain
 
@@ -47,7 +48,7 @@ class UperNetHead(nn.Module):
         super().__init__()
         self.psp_modules = nn.ModuleList(
             # The pooling is mmsegmentation's 0.
-            nn.Sequential(nn.AdaptiveAvgPool2d(side), ConvModule(D, channels, 1))
+            nn.Sequential(Pool(side), ConvModule(D, channels, 1))
             for side in POOLS
         )
         self.bottleneck = ConvModule(D + len(POOLS) * channels, channels, 3)
@@ -109,10 +110,3 @@ class LinearHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         return self.conv_seg(self.dropout(self.bn(maps[0])))
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (B, C, h, w) of another size, bilinearly between the centres of pixels."""
-    if x.shape[2:] == torch.Size(size):
-        return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)

@@ -58,7 +58,7 @@ class BeitForSemanticSegmentation(Beit):
         """Scores (B, num_classes, h, w) of the main head, at a stride of its own.
 
         UPerNet's are at a quarter of the patch (of 8 pixels: a half), the linear head's at the
-        patch; `segmentation_heads.resize` brings them to a size in pixels. images (B, C, height,
+        patch; `bilinear.resize` brings them to a size in pixels. images (B, C, height,
         width), normalised, or patches (B, L, P). Raises ValueError as `Beit` does, and in training
         for a batch of one image that UPerNet's batch norm cannot take.
         """
