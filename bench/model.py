@@ -8,6 +8,11 @@ every patch where we score the hidden ones). A step is forward, loss and backwar
 optimiser. The ratio is the peer's time or memory by ours: above 1, ours is better. A peer that
 cannot run, or that torch.compile would leave eager, has a row without a time, and the reason in it.
 
+    python bench/model.py --tasks segmentation --size small --img-size 256 --batch 2
+
+times segmenters with UPerNet and its second head: a step, a batch in eval mode, and a window that
+slides over an image (model_segmentation.py). It has a file of its own.
+
     python bench/model.py --accelerate --size base --batch 4 --tasks classifier
 
 compares the libraries' models with themselves after `beit_fast.accelerate`: above 1, it helps.
@@ -25,7 +30,7 @@ task. On a GPU all tasks compile for 15 to 20 minutes, as estimated and not meas
 import argparse
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from finetune import FinetuneStep, Peer, check, make_step
 from memory import in_own_process, resident_kib
+from model_segmentation import build_segmenter, segmentation_labels, segmenter_config, slide
 from peers_models import timm_beit, transformers_config
 from records import Records
 from timing import (
@@ -57,6 +63,7 @@ PEERS = {
     "features": ("timm", "transformers"),
     "mim": ("transformers",),
 }
+SEGMENTATION = "segmentation"  # of --tasks where it is asked for
 FINETUNE = "finetune"  # whole steps of the classifier, with --finetune
 NUM_MASKED = 75
 
@@ -93,7 +100,7 @@ def make_inputs(setting: Setting) -> Inputs:
     hidden = torch.stack([torch.randperm(L, generator=generator) for _ in range(setting.batch)])
     hidden = hidden[:, : NUM_MASKED * L // 196]
     mask = torch.zeros(setting.batch, L, dtype=torch.bool).scatter_(1, hidden, True)
-    images = torch.randn(setting.batch, 3, setting.img_size, setting.img_size, generator=generator)
+    images = make_images(setting)
     tensors = (
         images,
         torch.randint(1000, (setting.batch,), generator=generator),
@@ -102,6 +109,18 @@ def make_inputs(setting: Setting) -> Inputs:
         torch.randint(8192, (setting.batch, L), generator=generator),
     )
     return Inputs(*(t.to(setting.device) for t in tensors))
+
+
+def make_images(setting: Setting) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (setting.batch, 3, setting.img_size, setting.img_size)
+    return torch.randn(shape, generator=generator).to(setting.device)
+
+
+def autocast_of(setting: Setting) -> Callable[[], AbstractContextManager]:
+    if setting.dtype == "bf16":
+        return functools.partial(torch.autocast, setting.device, torch.bfloat16)
+    return nullcontext
 
 
 # --- the candidates: a model, and how it turns inputs into (loss, output) -------------------------
@@ -155,10 +174,11 @@ def build(name: str, task: str, config: BeitConfig) -> tuple[nn.Module, Callable
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model's two timed calls."""
+    """One model's timed calls."""
 
     train_step: Callable[[], object]
     forward: Callable[[], object]
+    slide: Callable[[], object] | None = None  # of a segmenter
 
 
 def build_peer(name: str, config: BeitConfig) -> Peer | None:
@@ -176,15 +196,15 @@ def make_candidate(name: str, task: str, setting: Setting, compiled: bool = Fals
     if task == FINETUNE:
         step = finetune_step(name, setting, compiled)
         return Candidate(step, step.forward)
+    if task == SEGMENTATION:
+        return segmenter_candidate(name, setting, compiled)
     with torch.device(setting.device):
         model, loss = build(name, task, setting.config(task))
     model.train()
     inputs = make_inputs(setting)
     if compiled:
         loss = torch.compile(loss, dynamic=False)
-    autocast = nullcontext
-    if setting.dtype == "bf16":
-        autocast = functools.partial(torch.autocast, setting.device, torch.bfloat16)
+    autocast = autocast_of(setting)
 
     def train_step() -> None:
         model.zero_grad(set_to_none=True)
@@ -198,6 +218,40 @@ def make_candidate(name: str, task: str, setting: Setting, compiled: bool = Fals
             loss(inputs)
 
     return Candidate(train_step, forward)
+
+
+def segmenter_candidate(name: str, setting: Setting, compiled: bool) -> Candidate:
+    config = segmenter_config(setting.size, setting.img_size)
+    with torch.device(setting.device):
+        model, loss = build_segmenter(name, config)
+    images = make_images(setting)
+    labels = segmentation_labels(config, setting.batch, setting.device)
+    call = model
+    if compiled:
+        loss, call = torch.compile(loss, dynamic=False), torch.compile(model, dynamic=False)
+        call.config = model.config
+    over_image = slide(call, config, setting.device)
+    autocast = autocast_of(setting)
+
+    def train_step() -> None:
+        model.train().zero_grad(set_to_none=True)
+        with autocast():
+            value = loss(images, labels)
+        value.backward()
+
+    @torch.no_grad()
+    def forward() -> None:
+        model.eval()
+        with autocast():
+            call(images)
+
+    @torch.no_grad()
+    def slide_over() -> None:
+        model.eval()
+        with autocast():
+            over_image()
+
+    return Candidate(train_step, forward, slide_over)
 
 
 def finetune_step(name: str, setting: Setting, compiled: bool) -> FinetuneStep:
@@ -267,7 +321,7 @@ def bench(
     rows = []
     device = torch.device(setting.device)
     place = {"task": task, "mode": "compiled" if compiled else "eager"}
-    for kind in ("train_step", "forward"):
+    for kind in ("train_step", "forward", *(("slide",) if task == SEGMENTATION else ())):
         calls = {name: getattr(candidate, kind) for name, candidate in candidates.items()}
         timings = time_interleaved(calls, device=device, rounds=rounds)
         for name, timing in timings.items():
@@ -279,7 +333,9 @@ def bench(
                     "model": name,
                     "ms": timing.median_ms,
                     "spread": timing.spread,
-                    "images_per_second": 1e3 * setting.batch / timing.median_ms,
+                    "images_per_second": 1e3
+                    * (1 if kind == "slide" else setting.batch)
+                    / timing.median_ms,
                     "ratio": ratio,
                     "ratio_spread": ratio_spread,
                     "peak_mib": "",
@@ -318,9 +374,9 @@ def _add_memory(rows: list[dict], candidates: dict[str, Candidate], setting: Set
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", choices=["small", "base", "large"], default="base")
-    parser.add_argument("--img-size", type=int, choices=[224, 384, 512], default=224)
+    parser.add_argument("--img-size", type=int, choices=[224, 256, 384, 512], default=224)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tasks", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--tasks", nargs="+", choices=[*PEERS, SEGMENTATION], default=list(PEERS))
     parser.add_argument(
         "--finetune", action="store_true", help="whole steps of fine-tuning, in place of --tasks"
     )
@@ -335,6 +391,8 @@ def main() -> None:
         "--output", type=Path, help="CSV; default results/<what>-<size>-<device>.csv"
     )
     options = parser.parse_args()
+    if SEGMENTATION in options.tasks and (options.accelerate or options.tasks != [SEGMENTATION]):
+        parser.error(f"{SEGMENTATION} has a file of its own: ask for it alone")
 
     torch.set_num_threads(options.threads)
     setting = Setting(
@@ -358,10 +416,12 @@ def main() -> None:
     stem = "accelerate" if options.accelerate else "model"
     if options.finetune:
         stem = "finetune-accelerate" if options.accelerate else FINETUNE
+    elif options.tasks == [SEGMENTATION]:
+        stem = SEGMENTATION
     path = options.output or RESULTS / f"{stem}-{setting.size}-{setting.device}.csv"
     records = Records(path, values, ("task", "mode", "pass", "model"))
     for task in (FINETUNE,) if options.finetune else options.tasks:
-        peers = PEERS["classifier" if task == FINETUNE else task]
+        peers = PEERS.get("classifier" if task == FINETUNE else task, ("transformers",))
         runs = [("ours", *peers)]
         if options.accelerate:
             runs = [(ACCELERATED + peer, peer) for peer in peers]

@@ -146,7 +146,7 @@ def charts(name: str, rows: list[Row]) -> list[tuple[str, bytes]]:
             _bars(case, group, float(next(iter(group.values()))["floor_ms"]), note)
             for case, group in cases.items()
         ]
-    if kind in ("model", "finetune", "accelerate"):
+    if kind in ("model", "finetune", "segmentation", "accelerate"):
         groups: dict[str, dict[str, Row]] = {}
         for row in rows:
             title = f"{row['task']}, {row['pass']}, {row['mode']}"

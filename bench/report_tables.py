@@ -19,6 +19,8 @@ EXPECTED = {
     "model-base-cpu": "python bench/model.py --size base --batch 4",
     "finetune-base-cuda": "python bench/model.py --finetune --device cuda --dtype bf16 --batch 128",
     "finetune-base-cpu": "python bench/model.py --finetune --size base --batch 4",
+    "segmentation-small-cpu": "python bench/model.py --tasks segmentation --size small "
+    "--img-size 256 --batch 2",
     "accelerate-base-cpu": "python bench/model.py --accelerate --size base --batch 4 "
     "--tasks classifier",
     "kernels-attention-cuda": "python bench/kernels.py attention",
@@ -37,7 +39,7 @@ EXPECTED = {
     "science-segmentation": "python bench/science.py segmentation",
 }
 SIZES = {"small": "S", "base": "B", "large": "L"}
-PASSES = {"train_step": "training step", "forward": "forward"}
+PASSES = {"train_step": "training step", "forward": "forward", "slide": "a window slid"}
 NOT_MEASURED = "not measured"
 OURS_IS_BETTER = "Above 1 ours is faster, or takes less memory."
 
@@ -70,6 +72,11 @@ def finetune_table(results: dict[str, list[Row]]) -> str:
     return _against_libraries("finetune-base-cpu", results)
 
 
+def segmentation_table(results: dict[str, list[Row]]) -> str:
+    """Segmenters on a CPU against transformers': a step, a batch, a window that slides."""
+    return _against_libraries("segmentation-small-cpu", results)
+
+
 def _against_libraries(name: str, results: dict[str, list[Row]]) -> str:
     rows = results.get(name)
     if not rows:
@@ -88,6 +95,7 @@ def _against_libraries(name: str, results: dict[str, list[Row]]) -> str:
         "features": "features",
         "mim": "masked image modelling",
         "finetune": "fine-tuning",
+        "segmentation": "segmentation",
     }
     for task, title in tasks.items():
         for kind, called in PASSES.items():
@@ -123,8 +131,8 @@ def accelerate_table(results: dict[str, list[Row]]) -> str:
     titles = ("model, pass", "before, ms", "after, ms", "before / after", "peak memory, the same")
     cells = []
     for library in ("timm", "transformers"):
-        for kind, called in PASSES.items():
-            before = measured[library, kind]
+        for kind in ("train_step", "forward"):
+            called, before = PASSES[kind], measured[library, kind]
             after = measured[f"accelerated {library}", kind]
             memory = before["memory_ratio"] and f"{float(before['memory_ratio']):.2f}"
             times = [f"{float(row['ms']):.0f}" for row in (before, after)]
@@ -367,6 +375,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "model": model_table,
     "accelerate": accelerate_table,
     "finetune": finetune_table,
+    "segmentation": segmentation_table,
     "pretrain": pretrain_table,
     "stages": stages_table,
     "kernels": kernels_table,

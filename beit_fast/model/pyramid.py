@@ -120,8 +120,12 @@ def init_pyramid(model: Beit) -> None:
 
 
 def pyramid_maps(model: Beit, images: Tensor, taps: Sequence[int]) -> tuple[Tensor, ...]:
-    """What `fpn1` to `fpn4` make of four blocks' outputs; blocks after the last do not run."""
-    maps = tapped_maps(model, images, taps)
+    """The pyramid of four blocks' outputs; blocks after the last do not run."""
+    return pyramid_of(model, tapped_maps(model, images, taps))
+
+
+def pyramid_of(model: Beit, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What `fpn1` to `fpn4` make of four tapped maps."""
     return tuple(model.get_submodule(n)(m) for n, m in zip(LEVELS, maps, strict=True))
 
 

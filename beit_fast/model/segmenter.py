@@ -1,15 +1,14 @@
 """The class of every pixel (paper 3.2): the encoder, a pyramid of its blocks' maps, and a head."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_fast.labels import IGNORE
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import SegmenterConfig
 from beit_fast.model.init import init_segmentation
-from beit_fast.model.pyramid import add_pyramid, init_pyramid, pyramid_maps, tapped_maps
-from beit_fast.model.segmentation_heads import FCNHead, LinearHead, UperNetHead, resize
+from beit_fast.model.pixel_loss import pixel_cross_entropy
+from beit_fast.model.pyramid import add_pyramid, init_pyramid, pyramid_of, tapped_maps
+from beit_fast.model.segmentation_heads import FCNHead, LinearHead, UperNetHead
 
 
 class BeitForSemanticSegmentation(Beit):
@@ -63,7 +62,7 @@ class BeitForSemanticSegmentation(Beit):
         width), normalised, or patches (B, L, P). Raises ValueError as `Beit` does, and in training
         for a batch of one image that UPerNet's batch norm cannot take.
         """
-        return self.decode_head(self._maps(images))
+        return self.decode_head(self._maps(self.encode(images)))
 
     def loss(
         self, images: Tensor, labels: Tensor, *, auxiliary_weight: float = 0.4
@@ -76,8 +75,19 @@ class BeitForSemanticSegmentation(Beit):
         whose loss is 0. Raises ValueError as `forward` does, and for labels of another shape or
         kind.
         """
-        maps = self._maps(images)
-        _check_labels(labels, len(images))
+        return self.loss_of(self.encode(images), labels, auxiliary_weight=auxiliary_weight)
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """What pyramid and head are given: maps (B, D, Gh, Gw) of the tapped blocks."""
+        return tapped_maps(self, images, self.config.tapped)
+
+    def loss_of(
+        self, encoded: list[Tensor], labels: Tensor, *, auxiliary_weight: float = 0.4
+    ) -> tuple[Tensor, Tensor]:
+        """`loss` from what `encode` gives. Apart, because torch.compile makes one graph of the
+        encoder where the batch norms of several ranks break up the rest."""
+        _check_labels(labels, len(encoded[0]))
+        maps = self._maps(encoded)
         loss, accuracy = pixel_cross_entropy(self.decode_head(maps), labels)
         if self.auxiliary_head is not None and auxiliary_weight:
             auxiliary, _ = pixel_cross_entropy(self.auxiliary_head(maps[2]), labels)
@@ -102,27 +112,8 @@ class BeitForSemanticSegmentation(Beit):
             "a Beit"
         )
 
-    def _maps(self, images: Tensor) -> tuple[Tensor, ...] | list[Tensor]:
-        read = tapped_maps if self.config.head == "linear" else pyramid_maps
-        return read(self, images, self.config.tapped)
-
-
-def pixel_cross_entropy(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean loss over all pixels, in fp32, and the share of labelled pixels that are right.
-
-    scores (B, C, h, w) are resized to the labels, integer (B, height, width). P: all pixels.
-    """
-    scores = resize(scores if scores.dtype == torch.float64 else scores.float(), labels.shape[1:])
-    # A pixel's scores lie together: half the time of the softmax that steps over an image a class.
-    scores_PC, label_P = scores.permute(0, 2, 3, 1).flatten(0, 2), labels.flatten().long()
-    total = F.cross_entropy(scores_PC, label_P, ignore_index=IGNORE, reduction="sum")
-    with torch.no_grad():
-        counted_P = label_P != IGNORE
-        chosen_P = scores_PC.gather(1, label_P.clamp(min=0)[:, None])[:, 0]
-        # No argmax, which takes longer than all else here: a tie counts as right.
-        right_P = (chosen_P >= scores_PC.amax(dim=1)) & counted_P
-        share = right_P.sum() / counted_P.sum().clamp(min=1)
-    return total / label_P.numel(), share
+    def _maps(self, encoded: list[Tensor]) -> tuple[Tensor, ...] | list[Tensor]:
+        return encoded if self.config.head == "linear" else pyramid_of(self, encoded)
 
 
 def _check_labels(labels: Tensor, num_images: int) -> None:

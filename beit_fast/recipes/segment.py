@@ -219,12 +219,12 @@ def small_data() -> SegmentConfig:
 
     Starts from weights that have seen the labels of ImageNet-22K; `--init RUN` takes a pre-trained
     BEiT of yours, of any size. The settings that ADE20K has from these weights, with these reasons:
-    16 images a step, in two micro-batches, because fewer cost mIoU there, and 8 are enough for
-    batch norm's statistics; 8,000 steps, a twentieth, for 300 images are a seventieth of ADE20K's
-    and seen 400 times all the same; a warm-up of a twentieth of them, as the heads start anew;
-    layer decay and drop path as they are, because they keep what few images teach from undoing what
-    was pre-trained; averaged weights, because with few images the last ones are noisy. For a few
-    dozen images `--freeze_encoder true`, or `--model.head linear` besides.
+    16 images a step, because fewer cost mIoU there, in two micro-batches for one GPU's memory, so
+    that batch norm sees half as many; 8,000 steps, a twentieth, for 300 images are a seventieth of
+    ADE20K's and seen 400 times all the same; a warm-up of a twentieth of them, as the heads start
+    anew; layer decay and drop path as they are, because they keep what few images teach from
+    undoing what was pre-trained; averaged weights, because with few images the last ones are noisy.
+    For a few dozen images `--freeze_encoder true`, or `--model.head linear` besides.
     """
     return SegmentConfig(
         model=_model("base", drop_path_rate=0.1, num_classes=0),

@@ -52,7 +52,6 @@ class GatheredBatchNorm(nn.BatchNorm2d):
             setattr(ours, name, buffer)
         return ours.train(norm.training)
 
-    @torch.compiler.disable  # what ranks tell one another is no part of a graph
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
             return super().forward(images)

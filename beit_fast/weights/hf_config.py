@@ -5,13 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from beit_fast.model.config import BeitConfig, SegmenterConfig
-
-# Of transformers' segmentation heads: what ours are, too; its defaults.
-_HEADS = {
-    "pool_scales": [1, 2, 3, 6],
-    "auxiliary_num_convs": 1,
-    "auxiliary_concat_input": False,
-}
+from beit_fast.weights.segmenters import hf_fields_of_segmenter, segmenter_differs
 
 
 def fields_of_hf_config(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,47 +59,6 @@ def labels_of_hf_config(hf: Mapping[str, Any]) -> tuple[str, ...] | None:
             f"config.json: id2label has no class {error}: number them from 0"
         ) from None
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(labels)) else labels
-
-
-def segmenter_fields_of_hf_config(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that SegmenterConfig adds; `out_indices` are the blocks that unilm calls so.
-
-    Raises ValueError where the heads are others than ours.
-    """
-    for name, ours in _HEADS.items():
-        theirs = hf.get(name, ours)
-        if (list(theirs) if isinstance(theirs, tuple | list) else theirs) != ours:
-            raise ValueError(f"config.json has {name} {theirs!r}: the heads here have {ours!r}")
-    has_auxiliary = hf.get("use_auxiliary_head", True)
-    fields: dict[str, Any] = {
-        "auxiliary_channels": hf.get("auxiliary_channels", 256) if has_auxiliary else 0
-    }
-    # Early files have the second name.
-    taps = hf.get("out_indices", hf.get("segmentation_indices"))
-    if isinstance(taps, Sequence) and len(taps) == 4:
-        depth = hf.get("num_hidden_layers", 12)
-        if max(taps) >= depth or min(taps) < 0:
-            raise ValueError(
-                f"config.json has out_indices {list(taps)}, and blocks are 0 to {depth - 1}: write "
-                "there the blocks, from 0, that the heads were trained on"
-            )
-        fields["taps"] = tuple(taps)
-    return fields
-
-
-def segmenter_differs(config: SegmenterConfig) -> str:
-    """What transformers' class makes of a segmenter that is not what we do; it always differs.
-
-    Seen in transformers 5 `modeling_beit.py`: `hidden_states[i - 1]` for i of `out_indices`, where
-    0 is what enters the first block; no dropout in the heads.
-    """
-    theirs = [max(tap - 2, -1) if tap else config.depth - 1 for tap in config.tapped]
-    return (
-        f"out_indices {list(config.tapped)} are the blocks, from 0, that the heads read, as unilm "
-        f"counts; transformers' class reads blocks {theirs} for them (-1: what enters the first), "
-        "so its outputs differ, and heads trained there want these as taps; nor has it dropout in "
-        "its heads, or a window that slides"
-    )
 
 
 def hf_config_of(
@@ -167,39 +120,8 @@ def hf_config_of(
         written["id2label"] = {str(index): name for index, name in enumerate(labels)}
         written["label2id"] = {name: index for index, name in enumerate(labels)}
     if isinstance(config, SegmenterConfig) and task == "segmentation":
-        _check_head(config)
-        written |= {
-            **_HEADS,
-            "out_indices": list(config.tapped),
-            "use_auxiliary_head": config.auxiliary_channels > 0,
-            "auxiliary_channels": config.auxiliary_channels or 256,
-            "semantic_loss_ignore_index": 255,
-        }
+        written |= hf_fields_of_segmenter(config)
     return written
-
-
-def _check_head(config: SegmenterConfig) -> None:
-    """Raise ValueError where transformers has no such heads or pyramid."""
-    if config.head != "upernet":
-        raise ValueError(
-            f"the head is {config.head!r}: transformers has a segmenter with UPerNet alone, use "
-            "to='unilm', or save the encoder, Beit, alone"
-        )
-    if sorted(set(config.tapped)) != list(config.tapped):
-        raise ValueError(
-            f"taps {list(config.tapped)}: transformers wants four different blocks in rising "
-            "order, use to='unilm'"
-        )
-    if config.upernet_channels != config.embed_dim:
-        raise ValueError(
-            f"head_channels is {config.head_channels}: transformers' head has embed_dim, "
-            f"{config.embed_dim}, use to='unilm'"
-        )
-    if config.patch_pixels == (8, 8):
-        raise ValueError(
-            "patches of 8 pixels have unilm's pyramid for them, which transformers lacks: use "
-            "to='unilm'"
-        )
 
 
 def transformers_differs(config: BeitConfig) -> tuple[str, ...]:

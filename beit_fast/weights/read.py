@@ -23,8 +23,6 @@ from beit_fast.weights.hf_config import (
     fields_of_hf_config,
     labels_of_hf_config,
     mlp_ratio_of,
-    segmenter_differs,
-    segmenter_fields_of_hf_config,
 )
 from beit_fast.weights.layouts import (
     SEGMENTATION,
@@ -33,6 +31,12 @@ from beit_fast.weights.layouts import (
     to_house,
 )
 from beit_fast.weights.published import PUBLISHED, find_published
+from beit_fast.weights.segmenters import (
+    add_counters,
+    fields_of_heads,
+    segmenter_differs,
+    segmenter_fields_of_hf_config,
+)
 from beit_fast.weights.sizes import UnknownHeads, grid_of, num_heads_of
 
 Task = Literal["mim", "classifier", "features", "encoder", "segmentation"]
@@ -122,7 +126,7 @@ def read_checkpoint(
         stated = of_file | stated
         config, guesses = _config_of(state, task, layout, stated, unless_stated)
         if task == "segmentation":
-            _add_counters(state)
+            add_counters(state)
             guesses += (segmenter_differs(config),) if layout != "house" else ()
         _check(state, task, config)
         check_finite(state)
@@ -253,27 +257,7 @@ def _config_of(
         fields["global_pool"] = "token" if "norm.weight" in state else "avg"
     if task != "segmentation":
         return BeitConfig(**fields), tuple(guesses)
-    return SegmenterConfig(**_head_fields(state, embed_dim) | fields), tuple(guesses)
-
-
-def _head_fields(state: Mapping[str, Tensor], embed_dim: int) -> dict[str, Any]:
-    """What the shapes of a segmenter's heads say."""
-    if "decode_head.bn.weight" in state:
-        return {"head": "linear"}
-    mixed = state.get("decode_head.fpn_bottleneck.conv.weight")
-    auxiliary = state.get("auxiliary_head.convs.0.conv.weight")
-    channels = len(mixed) if mixed is not None and mixed.ndim else embed_dim
-    return {
-        "head_channels": None if channels == embed_dim else channels,
-        "auxiliary_channels": len(auxiliary) if auxiliary is not None and auxiliary.ndim else 0,
-    }
-
-
-def _add_counters(state: dict[str, Tensor]) -> None:
-    """Files older than torch 0.4.1 lack a batch norm's count of batches, which no result needs."""
-    for name in [name for name in state if name.endswith(".running_var")]:
-        counter = name.removesuffix("running_var") + "num_batches_tracked"
-        state.setdefault(counter, torch.tensor(0))
+    return SegmenterConfig(**fields_of_heads(state, embed_dim) | fields), tuple(guesses)
 
 
 def _drop_zero_biases(state: dict[str, Tensor], config: Mapping[str, Any]) -> None:

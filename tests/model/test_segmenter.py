@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -13,7 +12,7 @@ from beit_fast.model.beit import Beit
 from beit_fast.model.config import SegmenterConfig
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.pyramid import pyramid_maps
-from beit_fast.model.segmenter import BeitForSemanticSegmentation, pixel_cross_entropy
+from beit_fast.model.segmenter import BeitForSemanticSegmentation
 from beit_fast.weights.layouts import from_house
 
 TAPS = (0, 1, 2, 4)  # of 6 blocks; transformers takes two before the ones it is given
@@ -167,15 +166,6 @@ def test_the_mean_is_over_all_pixels_and_the_share_over_those_that_count(config,
     assert (loss.item(), share.item()) == (0, 0)
     without, _ = model.loss(images, labels, auxiliary_weight=0)
     torch.testing.assert_close(without, independent_loss(model, images, labels, 0)[0])
-
-
-def test_labels_may_have_another_size_than_the_images(config, randomize):
-    model = randomize(BeitForSemanticSegmentation(config())).eval()
-    scores = model(torch.randn(2, 3, 64, 64))
-    labels = torch.randint(5, (2, 37, 70))
-    enlarged = F.interpolate(scores, size=(37, 70), mode="bilinear", align_corners=False)
-    expected = F.cross_entropy(enlarged, labels)
-    torch.testing.assert_close(pixel_cross_entropy(scores, labels)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ TINY_SEGMENTER = SegmenterConfig(
     img_size=(32, 40),
     patch_size=4,
     embed_dim=16,
-    depth=4,
+    depth=6,  # of which UPerNet reads four that differ
     num_heads=2,
     num_classes=3,
     auxiliary_channels=4,
@@ -26,10 +26,13 @@ def tiny_segmenter(**changes) -> BeitForSemanticSegmentation:
     torch.nn.init.normal_(model.decode_head.conv_seg.weight)  # else one class is everywhere
     for block in model.blocks:
         torch.nn.init.normal_(block.attn.relative_position_bias_table)
-    coarse = torch.randn(8, model.config.in_chans, 3, 3)
-    with torch.no_grad():  # each class the largest of some pixels
+    coarse = 2 * torch.rand(16, model.config.in_chans, 4, 4) - 1
+    last = model.decode_head.conv_seg
+    with torch.no_grad():  # every class has the largest score somewhere
         scores = model(F.interpolate(coarse, model.config.image_pixels))
-        model.decode_head.conv_seg.bias -= scores.mean(dim=(0, 2, 3))
+        mean, std = scores.mean(dim=(0, 2, 3)), scores.std(dim=(0, 2, 3))
+        last.weight /= std.view(-1, 1, 1, 1)
+        last.bias.copy_((last.bias - mean) / std)
     return model
 
 

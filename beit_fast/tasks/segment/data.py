@@ -50,8 +50,8 @@ def open_masked(
         return MaskedSubset(source, kept), MaskedSubset(source, held_out)
     if data.test:
         # Classes without names are as many as the images have that are trained on.
-        fewest = None if data.classes_file else len(source.classes)
-        test = _open(data, data.test, data.test_masks, "validation", num_classes=fewest)
+        count = len(source.classes) if data.test_masks and not data.classes_file else None
+        test = _open(data, data.test, data.test_masks, "validation", num_classes=count)
     elif not data.masks and (Path(data.path) / "images" / "validation").is_dir():
         test = _open(data, data.path, "", "validation")
     else:
@@ -59,7 +59,8 @@ def open_masked(
     if test.classes != source.classes:
         raise ValueError(
             f"{data.path} has {len(source.classes)} classes and {data.test} {len(test.classes)}, "
-            "or under other names: give images of the same classes"
+            "or under other names: give images of the same classes, or name those of both with "
+            f"{flag('data.classes_file')}"
         )
     return source, test
 

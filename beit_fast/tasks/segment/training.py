@@ -5,6 +5,7 @@ the heads and the pyramid down to the embeddings. Source: unilm beit `semantic_s
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,7 @@ class SegmentTask:
         config.evaluation.strides(model.config.image_pixels)  # refused before the first step
         self.world, self.counters = world, {}
         self._statistics = STATISTICS[config.statistics]
-        self._loss = self._loss_of
+        self._loss, self._encode = self._loss_of, model.encode
         self.loader = Loader(
             self.source,
             SegmentationSample(model.config.image_pixels, config.augment, self.source.labels),
@@ -100,9 +101,13 @@ class SegmentTask:
         return self.loader.batches(start)
 
     def compile(self, mode: str) -> None:
-        # What ranks tell one another of their batch norms lies between graphs.
-        alone = self.world.size == 1
-        self._loss = torch.compile(self._loss_of, fullgraph=alone, dynamic=False, mode=mode)
+        """All of it; under several ranks the encoder, for their batch norms wait for one another
+        in every convolution of the pyramid and the heads."""
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
+        if self.world.size == 1:
+            self._loss = compiled(self._loss_of)
+        else:
+            self._encode = compiled(self.model.encode)
 
     def begin_step(self, step: int) -> None:
         """Parts that are not trained draw no random numbers: no layer of theirs is dropped."""
@@ -122,7 +127,8 @@ class SegmentTask:
 
     def _loss_of(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss, and the share of the labelled pixels that are right."""
-        return self.model.loss(pixels, labels, auxiliary_weight=self.config.auxiliary_weight)
+        weight = self.config.auxiliary_weight
+        return self.model.loss_of(self._encode(pixels), labels, auxiliary_weight=weight)
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return layer_decay_groups(self.model, weight_decay, self.config.layer_decay)
@@ -205,9 +211,8 @@ def check_batch(config: SegmentConfig, world: World) -> None:
     if config.model.head == "upernet" and config.data.batch_size * world.size == 1:
         raise ValueError(
             f"{flag('data.batch_size')} is 1 in one process, and UPerNet's batch norm of a map "
-            f"pooled to 1x1 needs more than one value: pass {flag('data.batch_size')} 2 "
-            f"({flag('run.accumulate')} splits a step into smaller batches, but not this one), "
-            f"more ranks, or {flag('model.head')} linear"
+            f"pooled to 1x1 needs more than one value: pass {flag('data.batch_size')} 2, more "
+            f"ranks, or {flag('model.head')} linear"
         )
 
 

@@ -18,7 +18,7 @@ COLOURS = np.array([(60, 60, 60), (220, 60, 40), (40, 80, 220)], np.uint8)
 IGNORED = 9
 
 
-def write_boxes(images, masks, count, seed):
+def _write_boxes(images, masks, count, seed):
     """Noise on a grey ground with a red and a blue box; the masks' ids are 0, 1, 2, and IGNORED
     on the border."""
     images.mkdir(parents=True)
@@ -36,12 +36,17 @@ def write_boxes(images, masks, count, seed):
         Image.fromarray(ids).save(masks / f"{number}.png")
 
 
+@pytest.fixture
+def write_boxes():
+    return _write_boxes
+
+
 @pytest.fixture(scope="session")
 def boxes(tmp_path_factory):
     """Seven images to train on, three to test on."""
     folder = tmp_path_factory.mktemp("boxes")
-    write_boxes(folder / "train", folder / "train_masks", 7, seed=0)
-    write_boxes(folder / "test", folder / "test_masks", 3, seed=1)
+    _write_boxes(folder / "train", folder / "train_masks", 7, seed=0)
+    _write_boxes(folder / "test", folder / "test_masks", 3, seed=1)
     return folder
 
 

@@ -111,7 +111,8 @@ def test_names_and_colours_of_a_file(predict, boxes, tmp_path, capsys):
     image = boxes / "test" / "0.png"
     flags = ["--classes_file", names, "--overwrite"]
     assert predict(image, *flags, checkpoint=tmp_path / "w.pth") == 0
-    assert any(f"%  {name}\n" in capsys.readouterr().out for name in "xyz")
+    said = capsys.readouterr().out
+    assert any(f"%  {name}\n" in said for name in "xyz")
     assert predict(image, "--overwrite", checkpoint=tmp_path / "w.pth") == 0
     assert "%  class " in capsys.readouterr().out
     names.write_text(json.dumps(["a", "b"]))

@@ -145,7 +145,9 @@ def test_a_compiled_step_is_one_graph_and_learns_as_the_plain_one(
     def train(**run):
         run |= {"steps": 3, "log_every": 1, "evaluate_every": None}
         data = {"batch_size": 5, "test": "", "test_masks": ""}
-        run_segmentation(segment_config(model=WITHOUT_CHANCE, data=data, run=run))
+        # UPerNet is compiled in tests/model; here it takes long and shows no more.
+        model = WITHOUT_CHANCE | {"head": "linear", "head_channels": None}
+        run_segmentation(segment_config(model=model, data=data, run=run))
 
     assert_compiles_to_one_graph(train, tmp_path, monkeypatch)
 
@@ -177,11 +179,23 @@ def test_a_run_of_ade20ks_layout_finds_its_validation_part(boxes, tmp_path):
     assert source.classes == test.classes == ade20k.CLASSES
     kept, held_out = open_masked(SegmentationDataConfig(path=str(tmp_path), held_out=0.3))
     assert (len(kept), len(held_out)) == (5, 2)
+    of_another = SegmentationDataConfig(path=str(tmp_path), test=str(tmp_path))
+    assert open_masked(of_another)[1].classes == ade20k.CLASSES
+    plain = {"test": str(boxes / "test"), "test_masks": str(boxes / "test_masks")}
+    with pytest.raises(ValueError, match=r"or under other names: .* --data\.classes_file"):
+        open_masked(SegmentationDataConfig(path=str(tmp_path), **plain))
+    (tmp_path / "names.txt").write_text("".join(f"{i}\n" for i in range(10)))
+    named = {"classes_file": str(tmp_path / "names.txt")}
+    source, test = open_masked(SegmentationDataConfig(path=str(tmp_path), **plain, **named))
+    assert source.classes == test.classes
+    assert len(source.classes) == 10
     shutil.rmtree(tmp_path / "images" / "validation")
     assert open_masked(SegmentationDataConfig(path=str(tmp_path)))[1] is None
 
 
-def test_held_out_images_are_never_trained_on_whatever_the_seed(segment_config):
+def test_held_out_images_are_never_trained_on_whatever_the_seed(
+    segment_config, write_boxes, tmp_path
+):
     data = {"test": "", "test_masks": "", "held_out": 0.4}
     task, other = (
         SegmentTask(segment_config(data=data, run={"seed": seed}), ALONE) for seed in (0, 1)
@@ -191,6 +205,11 @@ def test_held_out_images_are_never_trained_on_whatever_the_seed(segment_config):
     assert not named[0] & named[1]
     assert other.test.digest() == task.test.digest()
     assert 0 <= task.evaluate(task.model)["miou"] <= 1
+    alone = tmp_path / "alone"
+    write_boxes(alone / "images", alone / "masks", 1, seed=0)
+    one = {"path": str(alone / "images"), "masks": str(alone / "masks")}
+    with pytest.raises(ValueError, match=r"--data\.held_out is 0\.4 and there is one image"):
+        SegmentTask(segment_config(data=data | one), ALONE)
 
 
 def test_other_weights_or_ids_are_another_run_and_the_window_is_not(segment_config, tmp_path):
