@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from beit_fast.kernels.attention.rel_pos_bias import rel_pos_bias
 from beit_fast.labels import IGNORE
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import SegmenterConfig
@@ -188,6 +189,25 @@ def test_any_patch_and_any_crop_learns(config, gradients, fields, scores):
     unread = {n for n, _ in model.named_parameters()} - found.keys()
     assert all(name.startswith("blocks.") and int(name.split(".")[1]) >= read for name in unread)
     assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+@pytest.mark.parametrize("side", [512, 640])
+def test_attention_of_the_published_crops_is_that_of_a_dense_bias(config, side):
+    fields = {"img_size": side, "embed_dim": 16, "num_heads": 1, "head": "linear", "depth": 1}
+    attention = BeitForSemanticSegmentation(config(**fields)).blocks[0].attn
+    table, grid = attention.relative_position_bias_table, attention.grid
+    assert "relative_position_bias_table" in attention.state_dict()
+    assert all(tensor.numel() < 2 * len(table) for tensor in attention.state_dict().values())
+    with torch.no_grad():
+        table.normal_()
+    x = torch.randn(1, 1 + grid[0] * grid[1], 16)
+    weights = torch.randn_like(x)
+    (attention.mix(x) * weights).sum().backward()
+    found, table.grad = table.grad, None
+    q, k, v = attention._project(x).unflatten(2, (3, -1)).unbind(2)
+    scores = q @ k.transpose(1, 2) / 4 + rel_pos_bias(table, grid)
+    (scores.softmax(dim=2) @ v * weights).sum().backward()
+    assert (found - table.grad).norm() < 1e-4 * table.grad.norm()
 
 
 def test_dropout_takes_whole_channels_in_training_alone(config):

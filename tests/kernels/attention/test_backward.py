@@ -334,7 +334,7 @@ def test_the_tiles_of_tf32_are_exact_where_products_are(K):
 
 
 def test_wide_tiles_fit_the_padding_of_the_bias():
-    for N in (*range(1, 300), 577, 1025):
+    for N in (*range(1, 300), 577, 1025, 1601):
         for gpu in (A100, H100, B200):
             for K, dropout in ((32, False), (64, True), (80, False), (128, True)):
                 config = general_config(gpu, torch.bfloat16, 197, N, K, dropout)
