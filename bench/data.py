@@ -2,12 +2,13 @@
 
     python bench/data.py [--data FOLDER] [--rounds 5] [--threads 0 1 2 4] [--only masks jitter]
 
-Prints masks per second, images per second of both transforms, what the fast one leaves to the
-device, their distance in pixels, and the loader's throughput, and writes each of these to
-bench/results/data.csv as it is measured (records.py has the rule). Masks and jitter decode nothing;
-the rest needs torchcodec, and the loader Grain. Rates are per second of CPU time of one thread, so
-other work on the machine matters less; candidates take turns every few images, and the median over
-rounds is printed with its range. Without --data it takes the photographs of the package.
+Prints masks per second, images per second of both transforms and of crops with labels of pixels,
+what the fast one leaves to the device, their distance in pixels, and the loader's throughput, and
+writes each of these to bench/results/data.csv as it is measured (records.py has the rule). Masks
+and jitter decode nothing; the rest needs torchcodec, and the loader Grain. Rates are per second of
+CPU time of one thread, so other work on the machine matters less; candidates take turns every few
+images, and the median over rounds is printed with its range. Without --data it takes the
+photographs of the package.
 
 The rate of `fast` is that of a loader thread: its jitter happens later, on the device that trains.
 Where that is a CPU too, its milliseconds, printed apart, come on top.
@@ -36,12 +37,15 @@ from beit_fast.data.samples import PretrainSample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import decode_fast, decode_pillow
 from beit_fast.data.sources.folder import ImageFolder
+from beit_fast.data.sources.masks import Translation, decode_pair
+from beit_fast.data.sources.segmentation import MaskedImage
 from beit_fast.data.views.color_jitter import apply_jitter, jitter_views
-from beit_fast.data.views.config import ViewConfig
+from beit_fast.data.views.config import SegmentationViewConfig, ViewConfig
+from beit_fast.data.views.segmentation import SegmentationSample
 from beit_fast.data.views.two_views import make_views, normalize, two_views
 
 GRID = (14, 14)
-PARTS = ("masks", "jitter", "transforms", "distance", "loader")
+PARTS = ("masks", "jitter", "transforms", "segmentation", "distance", "loader")
 MAX_FILES = 256  # of a folder: enough to be even, few enough to sit in memory
 
 
@@ -71,6 +75,10 @@ def main() -> None:
         "transforms": (
             "images to two views, per core second",
             lambda: bench_transforms(source, args.rounds),
+        ),
+        "segmentation": (
+            "images of 512 pixels and their masks to crops of 512, per core second",
+            lambda: bench_segmentation(source, args.rounds),
         ),
         "jitter": (
             "jitter of fast on the device, here a CPU, batches of 64",
@@ -137,6 +145,39 @@ def bench_transforms(source: "InMemory", rounds: int) -> list[dict]:
     }
     rows = rates(candidates, max(64, len(source)), rounds, turn=4)
     return [{**row, "x reference": row["median"] / rows[0]["median"]} for row in rows]
+
+
+def bench_segmentation(source: "InMemory", rounds: int) -> list[dict]:
+    """Of JPEGs as large as ADE20K's, with masks of a dozen classes in blobs."""
+    labels = Translation(range(1, 151), [0], "repair it").labels
+    pairs = [_masked(source.read(i), i) for i in range(min(16, len(source)))]
+
+    def crops(view: SegmentationViewConfig) -> Callable[[int], object]:
+        sample = SegmentationSample((512, 512), view, labels)
+        return lambda i: sample(pairs[i % len(pairs)], SampleSeed(0, 0, i))
+
+    view = SegmentationViewConfig()
+    candidates = {
+        "crops": crops(view),
+        "crops, not distorted": crops(replace(view, distort=False)),
+        "decode both": lambda i: decode_pair(*pairs[i % len(pairs)], labels),
+        "decode the image": lambda i: decode_fast(pairs[i % len(pairs)].image),
+    }
+    return rates(candidates, 128, rounds, turn=4)
+
+
+def _masked(data: bytes, number: int) -> MaskedImage:
+    """An image of 683x512 pixels or 512x683, and a mask with twelve of 150 classes."""
+    image = decode_pillow(data)
+    size = (683, 512) if image.width >= image.height else (512, 683)
+    rng = np.random.default_rng(number)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16), np.uint8))
+    blobs = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.int32)
+    mask = Image.fromarray((blobs * 12 // 256 * 13).astype(np.uint8))
+    files = io.BytesIO(), io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(files[0], "JPEG", quality=90)
+    mask.save(files[1], "PNG")
+    return MaskedImage(*(file.getvalue() for file in files))
 
 
 def bench_jitter(rounds: int, batch_size: int = 64) -> list[dict]:

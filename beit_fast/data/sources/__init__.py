@@ -1,1 +1,1 @@
-"""Where images come from: folders, class folders, digits, parts of these; and their decoding."""
+"""Where images come from: folders, class folders, folders with masks, digits; their decoding."""

@@ -1,4 +1,4 @@
-"""What is made of an image: to pre-train on, for the tokenizer, to fine-tune on, to evaluate on."""
+"""What is made of an image: to pre-train on, for the tokenizer, to fine-tune on, to segment."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

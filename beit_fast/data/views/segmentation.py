@@ -10,8 +10,9 @@ never by more than one level.
 
 torchvision's `tv_tensors` go through operations that are not these but for that kernel, which its
 `resize` of an image with antialias=False calls. Its `resize` of a mask finds the nearest pixel by
-fp32, which misses OpenCV's by one where a position is nearly whole, and resizes all of it where the
-crop is enough; crop and flip are slices of both. So tensors of their classes would carry nothing.
+fp32, which misses OpenCV's by one where a position is nearly whole (a few pixels of 7 % of sizes),
+and resizes all of it where the crop is enough; crop and flip are slices of both. So tensors of
+their classes would carry nothing.
 
 Source: mmsegmentation `Resize`, `RandomCrop`, `RandomFlip`, `PhotoMetricDistortion`, `Pad` in the
 order of its `configs/_base_/datasets/ade20k.py`; mmcv `rescale_size`

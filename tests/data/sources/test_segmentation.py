@@ -63,7 +63,7 @@ def test_ade20k_has_150_classes_and_label_0_is_ignored(ade):
         source.labels(encoded(IDS + 146))
 
 
-def test_ade20ks_classes_are_distinct_but_for_two_bars_of_grey(ade):
+def test_ade20ks_classes_are_distinct_but_for_two_that_share_a_grey(ade):
     source = open_segmentation(ade)
     assert len(set(source.classes)) == 150
     assert len(set(source.palette)) == 149  # road and skyscraper
