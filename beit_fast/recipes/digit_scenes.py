@@ -47,7 +47,7 @@ def digit_scenes() -> PretrainConfig:
         ),
         optim=OptimConfig(lr=4e-3, min_lr=1e-5, warmup_steps=50, clip_grad=3.0),
         run=RunConfig(
-            output="runs/digit_scenes", steps=1600, precision="fp32", cpu_threads=1, log_every=100
+            output="runs/digit_scenes", steps=1200, precision="fp32", cpu_threads=1, log_every=100
         ),
         tokenizer_training=tokenizer_digit_scenes(),
     )
@@ -82,7 +82,7 @@ def segment_digits() -> SegmentConfig:
         data=SegmentationDataConfig(
             path="digit-scenes:train:100", test="digit-scenes:test", batch_size=10, num_threads=1
         ),
-        optim=OptimConfig(lr=3e-3, min_lr=1e-6, warmup_steps=40, clip_grad=3.0),
+        optim=OptimConfig(lr=1e-2, min_lr=1e-6, warmup_steps=40, clip_grad=3.0),
         run=RunConfig(
             output="runs/digit_scenes_segmented",
             steps=800,
