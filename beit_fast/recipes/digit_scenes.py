@@ -47,7 +47,7 @@ def digit_scenes() -> PretrainConfig:
         ),
         optim=OptimConfig(lr=4e-3, min_lr=1e-5, warmup_steps=50, clip_grad=3.0),
         run=RunConfig(
-            output="runs/digit_scenes", steps=1200, precision="fp32", cpu_threads=1, log_every=100
+            output="runs/digit_scenes", steps=2000, precision="fp32", cpu_threads=1, log_every=100
         ),
         tokenizer_training=tokenizer_digit_scenes(),
     )
