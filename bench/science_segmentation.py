@@ -144,7 +144,8 @@ def draw(arms: list[Arm], chosen: dict[str, tuple[float, float]], path: Path) ->
     source, colours = labelled_scenes(SHOWN), np.array(PALETTE, np.uint8)
     pairs = [read_pair(source, index) for index in range(len(source))]
     images, labels = zip(*pairs, strict=True)
-    rows = {"scene": images, "truth": [colour(ids.numpy(), colours) for ids in labels]}
+    rows = {"scene": [image.numpy() for image in images]}
+    rows["truth"] = [colour(ids.numpy(), colours) for ids in labels]
     for arm in (arm for arm in arms if arm.seed == 0):
         run = segmenting_of(arm, *chosen[arm.name], "test").run.output
         found = open_segmenter(SegmenterSourceConfig(checkpoint=run))

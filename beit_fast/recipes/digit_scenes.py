@@ -71,7 +71,7 @@ def tokenizer_digit_scenes() -> DvaeTrainingConfig:
 
 
 def segment_digits() -> SegmentConfig:
-    """A linear head on 100 labelled scenes, from `beit-fast pretrain digit_scenes`: about a minute.
+    """A linear head on 100 labelled scenes, from `beit-fast pretrain digit_scenes`: a minute.
 
     beit-fast segment digits
 
