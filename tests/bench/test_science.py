@@ -151,3 +151,24 @@ def test_the_table_of_segmentation_has_means_errors_and_paired_differences(bench
     assert tables.science_segmentation_table({}) == (
         "not measured: `python bench/science.py segmentation`"
     )
+
+
+def test_the_picture_has_a_row_for_each_side_and_is_small(
+    science, segmentation, tmp_path, monkeypatch
+):
+    opened = []
+    found = SimpleNamespace(model=None, slide=None, statistics=None)
+    monkeypatch.setattr(
+        segmentation, "open_segmenter", lambda config: opened.append(config.checkpoint) or found
+    )
+    monkeypatch.setattr(
+        segmentation, "segment_image", lambda _, image, *settings: image[..., 0].long() // 25
+    )
+    names = (science.BEIT, science.SCRATCH)
+    arms = [arm(science, name, seed) for seed in (1, 0) for name in names]
+    chosen = {science.BEIT: (1e-2, 0.75), science.SCRATCH: (2e-2, 1.0)}
+    path = segmentation.draw(arms, chosen, tmp_path / "images" / "picture.png")
+    assert opened == [
+        "runs/seed0/BEiT/segmenting_0.01_0.75", "runs/seed0/from_scratch/segmenting_0.02_1",
+    ]  # fmt: skip
+    assert 10_000 < path.stat().st_size < 60_000

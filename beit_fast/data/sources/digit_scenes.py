@@ -51,14 +51,14 @@ _SCRAPS = (1, 2)  # of photographs on a canvas, fewest and most
 _SCRAP_SIDES = (8, 24)  # pixels
 _CLUTTER = (0.15, 0.3)  # share of their contrast that photographs keep
 _GREY = 0.6  # share of their colour that they lose
-_BRIGHTNESS = (98, 158)  # mean grey level of the background
+_BRIGHTNESS = (70, 110)  # mean grey level of the background
 _DIGITS = (4, 6)  # on a canvas, fewest and most; those that find no place are left out
 _DIGIT_SIDES = (24, 32, 32)  # pixels, drawn from
 _STEP = 8  # pixels between places of digits: anywhere, they take a CPU longer than it should
 _TRIES = 20  # places for a digit
-_CONTRAST = (90, 130)  # grey levels above what is behind a digit
-_TINT = 10  # grey levels by which its channels differ from that
-_INK = 0.4  # coverage from which on a pixel is the digit's
+_INK = (215, 245)  # grey level of a digit
+_TINT = 6  # grey levels by which its channels differ from that
+_COVERED = 0.4  # coverage from which on a pixel is the digit's
 _SEED = 0
 
 
@@ -150,9 +150,9 @@ def scene(part: str, number: int) -> tuple[np.ndarray, np.ndarray]:
         taken[place] = True
         grey = Image.open(io.BytesIO(digits.read(index)))
         cover = np.asarray(grey.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
-        colour = pixels[place].mean() + rng.uniform(*_CONTRAST) + rng.uniform(-_TINT, _TINT, 3)
+        colour = rng.uniform(*_INK) + rng.uniform(-_TINT, _TINT, 3)
         pixels[place] += cover[..., None] * (colour - pixels[place])
-        ids[place][cover >= _INK] = digits.labels[index] + 1
+        ids[place][cover >= _COVERED] = digits.labels[index] + 1
     return pixels.round().clip(0, 255).astype(np.uint8), ids
 
 
