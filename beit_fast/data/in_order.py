@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,16 +24,18 @@ def unusable_images(
     num_threads: int,
     look: Callable[[Files], object] = decode_fast,
     between: Callable[[], None] = lambda: None,
+    seen: Callable[[int, Any], None] = lambda index, looked: None,
 ) -> dict[str, str]:
     """Name -> reason of the images of `source` (of those with `indices`) that cannot be read and
     decoded; `look` does that, and raises BadImageError. `between` is called between portions: it
-    may raise to leave."""
+    may raise to leave. `seen` gets the index of each other image, and what `look` gave."""
 
     def reason(index: int) -> str | None:
         try:
-            look(source.read(index))
+            looked = look(source.read(index))
         except (BadImageError, OSError) as error:
             return " ".join(str(error).split())
+        seen(index, looked)
         return None
 
     found = {}

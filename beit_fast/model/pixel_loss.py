@@ -28,6 +28,8 @@ def pixel_cross_entropy(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 
     scores (B, C, h, w) are enlarged bilinearly to the labels, integer (B, height, width), IGNORE
     where a pixel does not count. A pixel whose label ties with another class counts as right.
+    Raises ValueError for labels that are no class; on a GPU, which is not waited for, torch's own
+    assertion fails.
     """
     wants = torch.is_grad_enabled() and scores.requires_grad
     loss, share, _ = torch.ops.beit_fast.pixel_cross_entropy(scores, labels, wants)
@@ -43,7 +45,8 @@ def _of_chunk(scores: Tensor, labels: Tensor, wants: bool) -> tuple[Tensor, Tens
     # A pixel's scores lie together: half the time of a softmax that steps over an image a class.
     log_QC = large.permute(0, 2, 3, 1).flatten(0, 2).log_softmax(dim=1)
     label_Q1 = labels.flatten()[:, None].long()
-    counted_Q1, label_Q1 = label_Q1 != IGNORE, label_Q1.clamp(min=0)
+    counted_Q1 = label_Q1 != IGNORE
+    label_Q1 = label_Q1.masked_fill(~counted_Q1, 0)
     chosen_Q1 = log_QC.gather(1, label_Q1)
     right = ((chosen_Q1 >= log_QC.amax(dim=1, keepdim=True)) & counted_Q1).sum()
     loss = -torch.where(counted_Q1, chosen_Q1, 0).sum()
@@ -65,6 +68,8 @@ torch.library.define(
 def _pixel_cross_entropy(
     scores: Tensor, labels: Tensor, wants: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if labels.device.type == "cpu":
+        _check_values(labels, scores.shape[1])
     at_once = max(1, CHUNK // (scores.shape[1] * labels[0].numel()))
     chunks = zip(scores.split(at_once), labels.split(at_once), strict=True)
     losses, rights, gradients = zip(*(_of_chunk(*c, wants) for c in chunks), strict=True)
@@ -72,6 +77,17 @@ def _pixel_cross_entropy(
     loss = torch.stack(losses).sum() / labels.numel()
     gradient = torch.cat(gradients) / labels.numel() if wants else loss.new_empty(0)
     return loss, share, gradient.contiguous()
+
+
+def _check_values(labels: Tensor, num_classes: int) -> None:
+    low, high = (int(end) for end in labels.aminmax())
+    if low < IGNORE or high >= num_classes:
+        wrong = low if low < IGNORE else high
+        raise ValueError(
+            f"labels have the value {wrong} and the classes are 0 to {num_classes - 1}: write "
+            f"{IGNORE} where a pixel does not count, as labels.long().masked_fill(labels == "
+            f"{wrong}, {IGNORE}) does"
+        )
 
 
 torch.library.impl("beit_fast::pixel_cross_entropy", ("CPU", "CUDA"), _pixel_cross_entropy)

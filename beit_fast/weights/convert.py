@@ -4,6 +4,7 @@ report = convert("runs/small", "small.pth", to="unilm")
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from beit_fast.model.config import BeitConfig
-from beit_fast.weights.description import Statistics, step_of
+from beit_fast.weights.description import MANIFEST, Statistics, read_json, step_of
 from beit_fast.weights.hf_config import transformers_differs
-from beit_fast.weights.layouts import SEGMENTATION
+from beit_fast.weights.layouts import SEGMENTATION, by_part
 from beit_fast.weights.read import Source, Task, read_checkpoint
 from beit_fast.weights.save import HF_FILES, write_hf, write_house
 
@@ -43,7 +44,7 @@ class ConvertReport:
         if self.dropped:
             lines.append(f"dropped: {len(self.dropped)} relative_position_index")
         if self.left_out:
-            lines.append(f"left out: {', '.join(self.left_out)}")
+            lines.append(f"left out: {by_part(self.left_out)}")
         return "\n".join([*lines, *self.notes])
 
 
@@ -77,7 +78,7 @@ def convert(
         _check_given(name, value, weights.config)
     if statistics is not None:
         weights = dataclasses.replace(weights, statistics=statistics)
-    state, left_out, notes = weights.state, (), weights.guesses
+    state, left_out, notes = weights.state, (), weights.guesses + _stays(source)
     if to == "hf":
         left_out = tuple(sorted(name for name in state if name.startswith("cls_pt_layers.")))
         kept = {name: tensor for name, tensor in state.items() if name not in left_out}
@@ -107,6 +108,22 @@ def convert(
         left_out=left_out,
         notes=notes,
     )
+
+
+def _stays(source: Source) -> tuple[str, ...]:
+    """What a run says of how its segmenter is run, for which no layout has a place."""
+    step = None if isinstance(source, Mapping) else step_of(Path(source))
+    settings = {} if step is None else read_json(step / MANIFEST).get("settings")
+    said = settings.get("evaluation") if isinstance(settings, dict) else None
+    said = said if isinstance(said, dict) else {}
+    flags = [
+        f"--{name} {json.dumps(said[name], separators=(',', ':'))}"
+        for name in ("stride", "scale")
+        if said.get(name) is not None
+    ]
+    if not flags:
+        return ()
+    return (f"how windows slide stays with the run: evaluate and predict with {' '.join(flags)}",)
 
 
 def _check_target(target: Path, to: str, overwrite: bool) -> None:

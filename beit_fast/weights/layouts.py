@@ -180,6 +180,22 @@ def shorten(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
+def by_part(names: Iterable[str], most: int = 4) -> str:
+    """All names, sorted; of a part that has more than `most` how many there are.
+
+    >>> by_part(["norm.bias", *(f"fpn1.{layer}.bias" for layer in range(5))])
+    'fpn1.* (5 tensors), norm.bias'
+    """
+    parts: dict[str, list[str]] = {}
+    for name in sorted(names):
+        parts.setdefault(name.partition(".")[0], []).append(name)
+    told = (
+        ", ".join(inside) if len(inside) <= most else f"{part}.* ({len(inside)} tensors)"
+        for part, inside in parts.items()
+    )
+    return ", ".join(told)
+
+
 def _starts(names: Iterable[str], prefix: str) -> bool:
     return any(name.startswith(prefix) for name in names)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig, SegmenterConfig
 from beit_fast.model.resize import resize_pos_embed, resize_rel_pos_table
-from beit_fast.weights.layouts import SEGMENTATION, shorten
+from beit_fast.weights.layouts import SEGMENTATION, by_part, shorten
 from beit_fast.weights.read import (
     MODEL_CLASSES,
     OWN_TABLE,
@@ -59,7 +59,7 @@ class LoadReport:
                 lines.append(f"{field_name}: {shorten(sorted(names), 2)}")
         for field_name in ("fresh", "left_out"):
             if names := getattr(self, field_name):
-                lines.append(f"{field_name.replace('_', ' ')}: {', '.join(sorted(names))}")
+                lines.append(f"{field_name.replace('_', ' ')}: {by_part(names)}")
         return "\n".join([*lines, *self.notes])
 
 

@@ -1,6 +1,6 @@
 """What only segmenters have: the heads that shapes and transformers' config.json state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,12 @@ _HEADS = {
 
 
 def fields_of_heads(state: Mapping[str, Tensor], embed_dim: int) -> dict[str, Any]:
-    """What the shapes of a segmenter's heads say."""
+    """What the shapes of a segmenter's heads say. Raises ValueError where they score no classes."""
+    if "decode_head.conv_seg.weight" not in state:
+        raise ValueError(
+            "decode_head.conv_seg.weight, which scores the classes, is missing: pass the whole "
+            "file, or take what begins with decode_head. out of it to read the encoder alone"
+        )
     if "decode_head.bn.weight" in state:
         return {"head": "linear"}
     mixed = state.get("decode_head.fpn_bottleneck.conv.weight")
@@ -51,12 +56,13 @@ def segmenter_fields_of_hf_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
     # Early files have the second name.
     taps = hf.get("out_indices", hf.get("segmentation_indices"))
-    if isinstance(taps, Sequence) and len(taps) == 4:
+    if taps is not None:
         depth = hf.get("num_hidden_layers", 12)
-        if max(taps) >= depth or min(taps) < 0:
+        is_four = isinstance(taps, list | tuple) and len(taps) == 4
+        if not is_four or not all(type(tap) is int and 0 <= tap < depth for tap in taps):
             raise ValueError(
-                f"config.json has out_indices {list(taps)}, and blocks are 0 to {depth - 1}: write "
-                "there the blocks, from 0, that the heads were trained on"
+                f"config.json has out_indices {taps!r:.80}, and blocks are 0 to {depth - 1}: write "
+                "there the four blocks, from 0, that the heads were trained on"
             )
         fields["taps"] = tuple(taps)
     return fields

@@ -85,8 +85,15 @@ def test_no_more_than_a_chunk_is_ever_of_full_size(monkeypatch):
     assert seen.found == 2 * 7 * 64 * 64
 
 
-def test_labels_of_no_class_are_no_class():
+@pytest.mark.parametrize("kind", [torch.int64, torch.int16, torch.uint8])
+@pytest.mark.parametrize("wrong", [-100, -2, 7, 255])  # torch's and mmsegmentation's own, too
+def test_values_that_are_no_class_are_refused_and_the_remedy_works(wrong, kind):
     scores, labels = inputs()
-    labels[0, 0, 0] = 7
-    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+    labels = labels.clamp(min=0)
+    labels[0, 1, 2] = wrong
+    labels = labels.to(kind)
+    stored = int(labels[0, 1, 2])  # of 8 bits without a sign: another
+    with pytest.raises(ValueError, match=f"the value {stored} and the classes are 0 to 6: .*long"):
         pixel_cross_entropy(scores, labels)
+    mended = labels.long().masked_fill(labels == stored, IGNORE)
+    torch.testing.assert_close(pixel_cross_entropy(scores, mended)[0], reference(scores, mended)[0])

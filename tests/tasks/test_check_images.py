@@ -4,12 +4,14 @@ import os
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from beit_fast.data.sources.segmentation import open_segmentation
 from beit_fast.tasks import check_images
-from beit_fast.tasks.check_images import check_segmentation, remembered_in
+from beit_fast.tasks.check_images import check_segmentation, remembered_in, warn_of_turned
 from beit_fast.tasks.sources import describe_source
 from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted, stop_signals
@@ -115,6 +117,39 @@ def test_one_reason_of_many_images_is_said_once(check, source):
     assert "00.bmp" in str(error.value)
     assert "04.bmp (the mask is coded" in str(error.value)
     assert "and 15 more" in str(error.value)
+
+
+def turned(image, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image, "JPEG", exif=exif)
+
+
+def test_images_that_exif_turns_are_named_once_and_the_remedy_works(check, source, caplog):
+    for index in (3, 11):  # 3: upside down, which no size shows
+        image = np.array(Image.open(source.name(index)))
+        with open(source.name(index), "wb") as file:
+            file.write(turned(image, 3))
+    check(kind="test")
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "2 of 20 test images have an EXIF orientation, which is not applied "
+        f"({source.name(3)}, {source.name(11)}): "
+    )
+    check(kind="test")  # remembered
+    assert len(caplog.records) == 1
+    caplog.clear()
+    for index in (3, 11):
+        upright = ImageOps.exif_transpose(Image.open(source.name(index)))
+        upright.save(source.name(index), "JPEG")
+    check(kind="test")
+    assert not caplog.records
+
+
+def test_of_many_that_exif_turns_the_first_are_named_and_the_rest_counted(caplog):
+    warn_of_turned([f"{n}.jpg" for n in range(8)], 9, "images")
+    assert "8 of 9 images have" in caplog.text
+    assert "(0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg and 3 more)" in caplog.text
 
 
 def run_ranks(check) -> list[Exception | None]:

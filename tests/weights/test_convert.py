@@ -10,6 +10,7 @@ from beit_fast.weights.convert import convert
 from beit_fast.weights.load import from_pretrained, load_pretrained
 from beit_fast.weights.read import read_checkpoint
 from tiny_models import PER_BLOCK, VANILLA, assert_identical
+from tiny_segmenter import save_run, tiny_segmenter
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -113,8 +114,11 @@ def test_a_segmentation_file_gives_its_encoder_and_converts_whole(
     )
     weights = read_checkpoint(tmp_path / "m.pth")
     model = Beit(weights.config)
-    left_out = load_pretrained(model, weights).left_out
-    assert "decode_head.fpn_bottleneck.bn.running_mean" in left_out
+    loaded = load_pretrained(model, weights)
+    assert "decode_head.fpn_bottleneck.bn.running_mean" in loaded.left_out
+    told = "left out: auxiliary_head.* (8 tensors), decode_head.* (74 tensors), fpn1.* (9 tensors)"
+    assert told in str(loaded)
+    assert told in str(convert(tmp_path / "m.pth", tmp_path / "timm.pth", to="timm"))
     assert torch.equal(model.cls_token, theirs.beit.embeddings.cls_token)
     convert(tmp_path / "hf", tmp_path / "again", to="hf")
     again, info = type(theirs).from_pretrained(tmp_path / "again", output_loading_info=True)
@@ -124,6 +128,16 @@ def test_a_segmentation_file_gives_its_encoder_and_converts_whole(
     del stored["decode_head.lateral_convs.2.bn.running_var"]
     with pytest.raises(ValueError, match=r"lateral_convs\.2\.bn\.running_var is missing"):
         read_checkpoint(stored)
+
+
+def test_how_a_runs_windows_slide_is_said_to_stay_with_it(tmp_path):
+    said = {"stride": [16, 8], "scale": [96, 48]}
+    run = save_run(tmp_path / "run", tiny_segmenter(), evaluation=said)
+    report = convert(run, tmp_path / "m.pth", to="unilm")
+    assert "evaluate and predict with --stride [16,8] --scale [96,48]" in str(report)
+    usual = {"stride": None, "scale": None}
+    run = save_run(tmp_path / "usual", tiny_segmenter(), evaluation=usual)
+    assert convert(run, tmp_path / "u.pth", to="unilm").notes == ()
 
 
 def test_the_command_converts_and_says_what_it_did(mim, tmp_path, capsys):

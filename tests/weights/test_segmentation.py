@@ -168,6 +168,9 @@ def test_heads_trained_in_transformers_read_its_blocks_with_other_taps(
     ("change", "message"),
     [
         ({"out_indices": [3, 4, 5, 6]}, r"out_indices \[3, 4, 5, 6\], and blocks are 0 to 5"),
+        ({"out_indices": [0, 1, 2]}, r"out_indices \[0, 1, 2\], .*the four blocks"),
+        ({"out_indices": ["0", "1", "2", "3"]}, r"out_indices \['0', .*the four blocks"),
+        ({"out_indices": 3}, r"out_indices 3, .*the four blocks"),
         ({"pool_scales": [1, 2]}, r"pool_scales \[1, 2\]: the heads here have \[1, 2, 3, 6\]"),
         ({"auxiliary_num_convs": 2}, "auxiliary_num_convs 2"),
         ({"auxiliary_concat_input": True}, "auxiliary_concat_input True"),
@@ -208,6 +211,17 @@ def test_what_transformers_cannot_hold_is_refused_and_unilms_layout_holds_it(
     Theirs(theirs).save_pretrained(tmp_path / "eight")
     with pytest.raises(ValueError, match="a pyramid of transformers for patches of 8 pixels"):
         read_checkpoint(tmp_path / "eight")
+
+
+def test_a_head_that_scores_no_classes_is_refused_and_the_remedy_works(segmenter):
+    state = {n: t for n, t in segmenter.state_dict().items() if "decode_head.conv_seg" not in n}
+    with pytest.raises(
+        ValueError, match=r"conv_seg\.weight, .*is missing: .*begins with decode_head"
+    ):
+        read_checkpoint(state)
+    encoder = {n: t for n, t in state.items() if not n.startswith("decode_head.")}
+    model = from_pretrained(encoder, Beit)
+    assert torch.equal(model.cls_token, segmenter.cls_token)
 
 
 def test_a_run_and_a_moved_file_of_ours_say_their_config(config, randomize, tmp_path):

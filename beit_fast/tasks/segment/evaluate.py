@@ -11,6 +11,7 @@ from rich.table import Table
 from beit_fast.data.sources import ade20k
 from beit_fast.data.sources.segmentation import SegmentationSource, open_segmentation
 from beit_fast.files import naming
+from beit_fast.tasks.check_images import warn_of_turned
 from beit_fast.tasks.segment.checkpoints import open_segmenter
 from beit_fast.tasks.segment.config_evaluation import EvaluateSegmentationConfig
 from beit_fast.tasks.segment.evaluation import Segmentation, evaluate_segmenter
@@ -47,6 +48,8 @@ def run_segmentation_evaluation(config: EvaluateSegmentationConfig) -> dict[str,
             num_threads=config.num_threads,
             world=world,
         )
+        if world.is_main:
+            warn_of_turned(found.turned, found.num_images, "images")
         result = _result_of(found, names) | {
             "checkpoint": segmenter.path,
             "weights": config.weights,

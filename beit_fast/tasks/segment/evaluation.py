@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from beit_fast.data.sources.decode import BadImageError
+from beit_fast.data.sources.decode import BadImageError, exif_orientation
 from beit_fast.data.sources.masks import decode_pair
 from beit_fast.data.sources.segmentation import SegmentationSource
 from beit_fast.labels import IGNORE
@@ -39,6 +39,7 @@ class Segmentation:
     confusion: Tensor  # (C, C) int64, on the CPU: pixels of class [row] that are called [column]
     num_images: int
     images_per_second: float  # of all ranks together, reading included
+    turned: tuple[str, ...] = ()  # images that EXIF turns, and viewers, but not this code
 
     @cached_property
     def iou(self) -> Tensor:
@@ -99,12 +100,15 @@ def evaluate_segmenter(
     if not len(source):
         raise ValueError("there are no images to evaluate on: give some")
     first, last = (len(source) * rank // world.size for rank in (world.rank, world.rank + 1))
+    turned: list[int] = []
     began = time.perf_counter()
     failed = None
     try:
         counted = _rank_images(
             model,
-            read_ahead(lambda index: read_pair(source, index), range(first, last), num_threads),
+            read_ahead(
+                lambda index: read_pair(source, index, turned), range(first, last), num_threads
+            ),
             lambda image: segment_image(model, image, slide, statistics, precision),
             num_classes,
             world.device,
@@ -113,17 +117,18 @@ def evaluate_segmenter(
         counted = stop.signum
     except Exception as error:
         counted, failed = str(error), error
-    parts = world.gather((counted, time.perf_counter() - began))
-    if signum := max((c for c, _ in parts if isinstance(c, int)), default=0):
+    parts = world.gather((counted, time.perf_counter() - began, sorted(turned)))
+    if signum := max((c for c, *_ in parts if isinstance(c, int)), default=0):
         raise Interrupted(signum, PLACE)
     if failed is not None:
         raise failed
-    if errors := [counted for counted, _ in parts if isinstance(counted, str)]:
+    if errors := [counted for counted, *_ in parts if isinstance(counted, str)]:
         raise ValueError(errors[0])
     return Segmentation(
-        confusion=torch.stack([counted for counted, _ in parts]).sum(dim=0),
+        confusion=torch.stack([counted for counted, *_ in parts]).sum(dim=0),
         num_images=len(source),
-        images_per_second=len(source) / max(seconds for _, seconds in parts),
+        images_per_second=len(source) / max(seconds for _, seconds, _ in parts),
+        turned=tuple(source.name(index) for *_, part in parts for index in part),
     )
 
 
@@ -138,8 +143,13 @@ def confusion_of(labels: Tensor, called: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def read_pair(source: SegmentationSource, index: int) -> tuple[Tensor, Tensor]:
-    """Image uint8 (height, width, 3), labels (height, width). Raises ValueError that names it."""
+def read_pair(
+    source: SegmentationSource, index: int, turned: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Image uint8 (height, width, 3), labels (height, width). Raises ValueError that names it.
+
+    The index of an image that EXIF turns is added to `turned`.
+    """
     try:
         pair = source.read(index)
         image, labels = decode_pair(pair.image, pair.mask, source.labels)
@@ -148,6 +158,8 @@ def read_pair(source: SegmentationSource, index: int) -> tuple[Tensor, Tensor]:
             f"cannot use {source.name(index)} ({error}): repair or remove it; every image counts, "
             "so none is left out"
         ) from error
+    if turned is not None and exif_orientation(pair.image) > 1:
+        turned.append(index)
     return torch.from_numpy(image), torch.from_numpy(labels)
 
 

@@ -59,17 +59,20 @@ def run_segmentation_prediction(config: PredictSegmentationConfig) -> None:
 def output_names(files: list[str]) -> list[str]:
     """The file name of each image's results: its own, as PNG; of equal ones the later numbered.
 
+    Names that differ in case alone are equal, as some file systems have them.
+
     >>> output_names(["a/1.jpg", "b/1.png", "b/2.jpg"])
     ['1.png', '1_2.png', '2.png']
     """
     stems = [Path(file).stem for file in files]
+    folded = [stem.casefold() for stem in stems]
     taken, names = set(), []
     for place, stem in enumerate(stems):
         name, number = stem, 1
-        while name in taken or (number > 1 and name in stems[place:]):
+        while name.casefold() in taken or (number > 1 and name.casefold() in folded[place:]):
             number += 1
             name = f"{stem}_{number}"
-        taken.add(name)
+        taken.add(name.casefold())
         names.append(f"{name}.png")
     return names
 

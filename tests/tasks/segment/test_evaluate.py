@@ -81,6 +81,18 @@ def test_the_file_and_the_table_have_what_is_counted(evaluate, boxes, tmp_path, 
         assert line in said
 
 
+def test_images_that_exif_turns_are_named(evaluate, boxes, tmp_path, caplog):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for number in range(3):
+        image = Image.open(boxes / "test" / f"{number}.png")
+        image.save(tmp_path / f"{number}.jpg", exif=exif if number == 1 else Image.Exif())
+    code, _ = evaluate(folder=tmp_path)
+    assert code == 0
+    said = f"1 of 3 images have an EXIF orientation, which is not applied ({tmp_path / '1.jpg'}): "
+    assert [r.getMessage().startswith(said) for r in caplog.records] == [True]
+
+
 def test_flags_choose_window_scales_mirrors_and_order(evaluate, capsys):
     _, single = evaluate("--order", "id")
     said = capsys.readouterr().out

@@ -90,6 +90,7 @@ def test_images_of_one_name_have_files_of_their_own(predict, boxes, tmp_path):
 def test_names_of_results_differ():
     names = output_names(["a/x.jpg", "b/x.png", "x_2.gif", "c/x.webp", "y", "z.tar.png"])
     assert names == ["x.png", "x_3.png", "x_2.png", "x_4.png", "y.png", "z.tar.png"]
+    assert output_names(["A.jpg", "a.jpg", "a_2.jpg"]) == ["A.png", "a_3.png", "a_2.png"]
     assert output_names(["x_2.jpg", "x.jpg", "d/x.jpg"]) == ["x_2.png", "x.png", "x_3.png"]
 
 
