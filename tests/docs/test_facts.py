@@ -48,6 +48,20 @@ def test_the_table_of_recipes_is_that_of_the_recipes(verb):
         assert float(cells[-1]) == config.optim.lr, recipe
 
 
+def test_the_table_of_ade20k_is_that_of_the_recipes():
+    """Crop, rate and decay; what is expected stands in the first line of a recipe's help."""
+    rows = {row[0].strip("`"): row[1:] for row in rows_of("segment.md")}
+    for recipe, config in RECIPES["segment"].items():
+        if "ade20k" not in recipe:
+            continue
+        _, crop, rate, decay, expected = rows.pop(recipe)
+        assert (int(crop),) * 2 == config.model.image_pixels
+        assert (float(rate), float(decay)) == (config.optim.lr, config.layer_decay)
+        first = VERBS["segment"][0][recipe].__doc__.splitlines()[0]
+        assert re.findall(r": ([\d.]+) mIoU", first) == ([] if "not" in expected else [expected])
+    assert not [name for name in rows if "ade20k" in name]
+
+
 def test_the_rates_of_the_transforms_are_the_measured_ones():
     with (RESULTS / "data.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
