@@ -45,6 +45,7 @@ TINY = {
     "pretrain": ["demo", "--run.steps", "1", "--optim.warmup_steps", "0"],
     "tokenizer": ["demo", "--run.steps", "1", "--optim.warmup_steps", "0"],
     "finetune": ["digits", "--run.epochs", "1", "--optim.warmup_epochs", "0"],
+    "segment": ["digits", "--run.steps", "1", "--optim.warmup_steps", "0"],
     "probe": ["digits"],
     "pretokenize": ["demo"],
 }
@@ -309,7 +310,7 @@ def test_wrong_configuration_files(verb, tmp_path, refuse):
     # One parser reads them for all verbs: the largest ones, which take longest, see some.
     some = ("html", "number section", "word", "range", "key")
     for kind, content in CONFIGS.items():
-        if verb in ("pretrain", "pretokenize", "finetune") and kind not in some:
+        if verb in ("pretrain", "pretokenize", "finetune", "segment") and kind not in some:
             continue
         path = tmp_path / f"{kind}.yaml"
         path.write_bytes(content)
@@ -329,6 +330,7 @@ def test_wrong_words(verb, tmp_path, refuse):
         "pretokenize": ["run.device", "tokenizer_training.optim.lr", "num_views"],
         "tokenizer": ["optim.betas", "codebook_init", "beta.start", "view.scale"],
         "finetune": ["augment.scale", "data.held_out", "layer_decay", "grad_checkpointing"],
+        "segment": ["augment.ratio", "evaluation.stride", "model.taps", "data.ignore"],
         "probe": ["knn", "rates", "statistics", "weights"],
     }
     words = ("", "word", "-3", ".nan", "[1,2,3]", "{a: 1}", "1e999", "[")

@@ -31,7 +31,7 @@ NET = {
 
 
 def digit_scenes() -> PretrainConfig:
-    """A small BEiT on 2000 scenes of digits, in about 6 minutes on one CPU core.
+    """A small BEiT on 2000 scenes of digits, in 6 to 7 minutes on a core of an AMD EPYC.
 
     beit-fast pretrain digit_scenes
 
@@ -54,7 +54,7 @@ def digit_scenes() -> PretrainConfig:
 
 
 def tokenizer_digit_scenes() -> DvaeTrainingConfig:
-    """The dVAE of the scenes: 128 codes for 8 x 8 pixels, in about 20 seconds on one CPU core.
+    """The dVAE of the scenes: 128 codes for 8 x 8 pixels, in about a minute on one CPU core.
 
     beit-fast tokenizer digit_scenes
 
@@ -75,7 +75,8 @@ def segment_digits() -> SegmentConfig:
 
     beit-fast segment digits
 
-    `--init null` is the same net from scratch.
+    35.5 % mIoU on the test scenes, over 3 seeds with a standard error of 0.6. `--init null` is the
+    same net from scratch: 26.5 (2.6), with `--layer_decay 0.75`, which was its best.
     """
     return SegmentConfig(
         model=SegmenterConfig(**NET, num_classes=0, head="linear"),
