@@ -13,24 +13,42 @@ Source    mmsegmentation `models/losses/cross_entropy_loss.py`; the gradient wit
           Liger-Kernel `fused_linear_cross_entropy.py`
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit_fast.kernels.first_order import first_order
 from beit_fast.labels import IGNORE
-from beit_fast.model.bilinear import resize_backward
+from beit_fast.model.bilinear import resize, resize_backward
 
 CHUNK = 2**25  # scores at full size, 134 MB
 
 
-def pixel_cross_entropy(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def pixel_cross_entropy_reference(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`pixel_cross_entropy` by torch's operators, with every derivative and all in memory."""
+    large = resize(scores.to(torch.promote_types(scores.dtype, torch.float32)), labels.shape[1:])
+    labels = labels.long()
+    loss = F.cross_entropy(large, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
+    counted = labels != IGNORE
+    chosen = large.gather(1, labels.masked_fill(~counted, 0)[:, None])[:, 0]
+    right = (chosen >= large.amax(dim=1)) & counted
+    return loss, (right.sum() / counted.sum().clamp(min=1)).detach()
+
+
+def pixel_cross_entropy(
+    scores: Tensor, labels: Tensor, *, backend: Literal["reference"] | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean loss over all pixels, and the share of labelled pixels that are right (scalars).
 
     scores (B, C, h, w) are enlarged bilinearly to the labels, integer (B, height, width), IGNORE
     where a pixel does not count. A pixel whose label ties with another class counts as right.
     Raises ValueError for labels that are no class; on a GPU, which is not waited for, torch's own
-    assertion fails.
+    assertion fails. There are first derivatives alone, but with backend "reference".
     """
+    if backend == "reference":
+        return pixel_cross_entropy_reference(scores, labels)
     wants = torch.is_grad_enabled() and scores.requires_grad
     loss, share, _ = torch.ops.beit_fast.pixel_cross_entropy(scores, labels, wants)
     return loss, share.detach()
@@ -102,13 +120,13 @@ def _(scores: Tensor, labels: Tensor, wants: bool) -> tuple[Tensor, Tensor, Tens
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(output[2])
-    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[2], inputs[0])  # the scores: what the gradient depends on
 
 
+@first_order("pixel_cross_entropy", 'pass backend="reference"')
 def _differentiate(ctx, dloss: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
-    (gradient,) = ctx.saved_tensors
-    return (gradient * dloss).to(ctx.dtype), None, None
+    gradient, scores = ctx.saved_tensors
+    return (gradient * dloss).to(scores.dtype), None, None
 
 
 torch.library.register_autograd(

@@ -82,10 +82,26 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _gathered(gradient)[:, dist.get_rank()].sum(dim=0)
+        return _ShareOfRank.apply(gradient)
+
+
+class _ShareOfRank(torch.autograd.Function):
+    """What all ranks' (ranks, ...) have for this one, added up: the adjoint of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return _gathered(value)[:, rank].sum(dim=0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Gather.apply(gradient)
 
 
 def _gathered(value: Tensor) -> Tensor:
+    """Of all ranks; a process without a group is the only one."""
+    if not dist.is_initialized():
+        return value[None].clone()
     values = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(values, value.contiguous())
     return torch.stack(values)

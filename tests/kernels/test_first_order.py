@@ -29,7 +29,9 @@ from beit_fast.kernels.head.linear_cross_entropy import (
 from beit_fast.kernels.input.mask_embed import mask_embed, mask_embed_reference
 from beit_fast.kernels.linear import linear, linear_reference
 from beit_fast.kernels.residual import layer_norm, scale_residual, scale_residual_norm
+from beit_fast.model.pixel_loss import pixel_cross_entropy
 from beit_fast.model.resize import resize_rel_pos_table
+from beit_fast.train.batch_norm import _Gather, _ShareOfRank
 
 ROOT = Path(__file__).resolve().parents[2]
 # What gives integers, takes pixels, or detaches what it is given, as its docstring says.
@@ -58,6 +60,10 @@ MASK = [[True, False, False, True], [False, False, True, False]]
 
 def index() -> Tensor:
     return torch.tensor(INDEX)
+
+
+def pixel_labels() -> Tensor:
+    return torch.tensor([[[0, 1, -1], [2, 2, 1]], [[1, -1, 0], [0, 1, 2]]])
 
 
 def loss_of(*leaves, backend, **options):
@@ -146,6 +152,27 @@ CASES = {
             for j in range(H)
             for unit in [_unit(i, j)]
         ),
+    ),
+    "pixels": Case(
+        "pixel_cross_entropy",
+        lambda scores, *, backend: pixel_cross_entropy(scores, pixel_labels(), backend=backend)[0],
+        ((2, 3, 2, 2),),
+        (None,),
+        way_out="reference",
+    ),
+    "batch-norm-gather": Case(
+        "_Gather",
+        lambda x, *, backend: _Gather.apply(x),
+        ((3, 4),),
+        (None,),
+        reference=lambda x: x[None],
+    ),
+    "batch-norm-share": Case(
+        "_ShareOfRank",
+        lambda x, *, backend: _ShareOfRank.apply(x),
+        ((1, 3, 4),),
+        (None,),
+        reference=lambda x: x.sum(0),
     ),
     "linear": Case(
         "_LinearOneDnn",

@@ -97,3 +97,13 @@ def test_values_that_are_no_class_are_refused_and_the_remedy_works(wrong, kind):
         pixel_cross_entropy(scores, labels)
     mended = labels.long().masked_fill(labels == stored, IGNORE)
     torch.testing.assert_close(pixel_cross_entropy(scores, mended)[0], reference(scores, mended)[0])
+
+
+def test_the_reference_is_the_same():
+    scores, labels = inputs()
+    for one, other in zip(
+        pixel_cross_entropy(scores, labels),
+        pixel_cross_entropy(scores, labels, backend="reference"),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)

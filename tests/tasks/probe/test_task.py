@@ -192,7 +192,7 @@ def test_test_images_that_cannot_be_used_are_all_named_before_anything_is_comput
     for number in (1, 3):
         (folder / "red" / f"{number}.png").write_bytes(b"no image")
     monkeypatch.setattr(features_module, "block_features", None)
-    with pytest.raises(ValueError, match=r"2 of 12 .*red/1.png \(.*red/3.png \(.*Repair or remove"):
+    with pytest.raises(ValueError, match=r"2 of 12 .*red/1.png, .*red/3.png \(.*Repair or remove"):
         run_probe(replace(config, test=str(folder)))
 
 
