@@ -7,7 +7,7 @@ ignored adds 0 to the sum and 1 to the count.
 
 Memory    scores at full size are 157 MB an image of 512 px and 150 classes; autograd keeps these of
           all images and as much for their gradient. Here the gradient is made with the loss, from
-          CHUNK scores at once, and kept at the coarse size, a sixteenth
+          CHUNK scores at once, and kept with the scores at the coarse size, a sixteenth
 Types     arithmetic in fp32, of fp64 scores in fp64; the gradient has the scores' dtype
 Source    mmsegmentation `models/losses/cross_entropy_loss.py`; the gradient with the loss as in
           Liger-Kernel `fused_linear_cross_entropy.py`
