@@ -27,8 +27,8 @@ from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import TaskLoss
 from beit_fast.train.optim import Schedule, build_optimizer
-from beit_fast.train.parallel import World
 from beit_fast.train.step import Sentinel, TrainStep
+from beit_fast.train.world import World
 from beit_fast.weights.layouts import from_house
 
 Batch = dict[str, Tensor]

@@ -26,9 +26,9 @@ from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import TaskLoss, compile_mode, graphed, preparation
 from beit_fast.train.optim import Schedule, build_optimizer
-from beit_fast.train.parallel import World
 from beit_fast.train.prefetch import device_batches
 from beit_fast.train.step import Sentinel, TrainStep
+from beit_fast.train.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

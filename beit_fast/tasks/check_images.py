@@ -14,8 +14,8 @@ from beit_fast.data.sources.masks import decode_pair
 from beit_fast.data.sources.segmentation import MaskedImage, SegmentationSource
 from beit_fast.files import naming
 from beit_fast.flags import flag
-from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted, heed_stop
+from beit_fast.train.world import World
 
 Kind = Literal["training", "test"]  # of images
 Files = TypeVar("Files")

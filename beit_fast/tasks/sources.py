@@ -20,7 +20,7 @@ from beit_fast.data.sources.folder import ImageFolder, ImageSource, Source
 from beit_fast.data.sources.scan import Found
 from beit_fast.data.sources.segmentation import MaskedFolder
 from beit_fast.data.sources.subset import Subset
-from beit_fast.train.parallel import World
+from beit_fast.train.world import World
 
 UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never gets there
 

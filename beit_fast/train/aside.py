@@ -8,8 +8,8 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted
+from beit_fast.train.world import World
 
 logger = logging.getLogger("beit_fast.train")
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from beit_fast.train.parallel import World
+from beit_fast.train.world import World
 
 
 def synchronize_batch_norm(model: nn.Module, world: World) -> nn.Module:

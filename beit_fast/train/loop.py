@@ -28,21 +28,20 @@ from beit_fast.train.log import METRICS, Log, Meter, read_metrics
 from beit_fast.train.optim import (
     Schedule,
     build_optimizer,
-    load_optimizer_tensors,
     lr_at,
-    optimizer_tensors,
 )
-from beit_fast.train.parallel import World, data_parallel
+from beit_fast.train.parallel import data_parallel
 from beit_fast.train.prefetch import Batch, InFlight, device_batches
 from beit_fast.train.resume import Resume, find_resume, without_habits
+from beit_fast.train.run_state import RunState
 from beit_fast.train.state import (
-    CheckpointError,
     checkpoint_paths,
     metadata_of,
     save_checkpoint,
 )
 from beit_fast.train.step import Sentinel, TrainStep, autocast
 from beit_fast.train.stop import Interrupted, sole_user, stop_signals
+from beit_fast.train.world import World
 
 SAVED = "the checkpoint is saved"
 logger = logging.getLogger("beit_fast.train")
@@ -148,22 +147,17 @@ def train(
         num_steps = length.num_steps
         task.to(device)
         start = resume.checkpoint.step if resume else 0
+        meter = Meter(device)
+        ema = ModelEmaV3(task.model, decay=run.ema_decay) if run.ema_decay is not None else None
+        state = RunState(task, meter, ema)
         if resume:
-            _load_model(task.model, resume)
+            state.load_weights(resume)
         if (mode := compile_mode(run, device)) != "off":
             task.compile(mode)
         module = data_parallel(TaskLoss(task), world)
-        ema = ModelEmaV3(task.model, decay=run.ema_decay) if run.ema_decay is not None else None
         optimizer = build_optimizer(task.param_groups(optim.weight_decay), optim, device)
-        meter = Meter(device)
         if resume:
-            tensors = resume.checkpoint.tensors
-            load_optimizer_tensors(optimizer, task.model, tensors["optimizer"])
-            meter.load_state(tensors["run"])
-            for name, counter in task.counters.items():
-                counter.copy_(tensors["run"][f"counter/{name}"])
-            if ema and "ema" in tensors:  # without, it starts at the weights of now
-                ema.module.load_state_dict(tensors["ema"])
+            state.load_rest(optimizer, resume.checkpoint.tensors)
         schedule = Schedule(
             optimizer, optim, num_steps=num_steps, warmup=length.warmup_steps, start=start
         )
@@ -176,18 +170,11 @@ def train(
 
         def save(step: int) -> None:
             if world.is_main:
-                tensors = {
-                    "model": task.model.state_dict(),
-                    "optimizer": optimizer_tensors(optimizer, task.model),
-                    "run": meter.state() | {f"counter/{k}": v for k, v in task.counters.items()},
-                }
-                if ema:
-                    tensors["ema"] = ema.module.state_dict()
                 more = {"schedule": asdict(length), "history": resume.history if resume else []}
                 save_checkpoint(
                     output,
                     step,
-                    tensors,
+                    state.tensors(optimizer),
                     settings,
                     keep=run.keep,
                     metadata=metadata_of(settings),
@@ -288,17 +275,6 @@ def complete_settings(
     }
     whole = without_habits({**settings, "optim": asdict(optim), "run": of_run})
     return json.loads(json.dumps(whole))
-
-
-def _load_model(model: nn.Module, resume: Resume) -> None:
-    try:
-        model.load_state_dict(resume.checkpoint.tensors["model"])
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"the weights of {resume.checkpoint.path} are not of the model that the settings "
-            f"describe ({why}): give the settings of that run, or another {flag('run.output')}"
-        ) from error
 
 
 def _say_resume(task: Task, resume: Resume, length: Length, log: Log) -> None:

@@ -16,10 +16,10 @@ from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import check_graphs
 from beit_fast.train.length import run_length
 from beit_fast.train.loop import Task, complete_settings
-from beit_fast.train.parallel import World
 from beit_fast.train.resume import check_resume
 from beit_fast.train.state import checkpoint_paths
 from beit_fast.train.step import autocast
+from beit_fast.train.world import World
 
 BYTES_PER_VALUE = 4  # weights, moments and averages are fp32
 

@@ -19,7 +19,6 @@ from typing import Any
 from beit_fast.flags import flag
 from beit_fast.train.config import RunConfig
 from beit_fast.train.log import METRICS
-from beit_fast.train.parallel import World
 from beit_fast.train.state import (
     Checkpoint,
     CheckpointError,
@@ -27,6 +26,7 @@ from beit_fast.train.state import (
     load_newest,
     read_manifest,
 )
+from beit_fast.train.world import World
 
 logger = logging.getLogger("beit_fast.train")
 

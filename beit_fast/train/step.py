@@ -15,8 +15,9 @@ from beit_fast.errors import RunError
 from beit_fast.flags import flag
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import clip_gradients
-from beit_fast.train.parallel import World, gradient_sync
+from beit_fast.train.parallel import gradient_sync
 from beit_fast.train.state import checkpoint_paths
+from beit_fast.train.world import World
 
 NEVER = 2**62  # a step number that no run reaches
 

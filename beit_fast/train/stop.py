@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from beit_fast.flags import flag
 
 if TYPE_CHECKING:
-    from beit_fast.train.parallel import World
+    from beit_fast.train.world import World
 
 GOES_ON = "the same command goes on"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from beit_fast.train.batch_norm import synchronize_batch_norm
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import train
-from beit_fast.train.parallel import World, open_world
+from beit_fast.train.world import World, open_world
 
 
 class NormedTask:

@@ -14,9 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit_fast.train.log import read_metrics
-from beit_fast.train.parallel import World
 from beit_fast.train.state import checkpoint_paths, load_checkpoint
 from beit_fast.train.stop import Interrupted
+from beit_fast.train.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -13,8 +13,8 @@ from beit_fast.data.sources.segmentation import open_segmentation
 from beit_fast.tasks import check_images
 from beit_fast.tasks.check_images import check_segmentation, remembered_in, warn_of_turned
 from beit_fast.tasks.sources import describe_source
-from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted, stop_signals
+from beit_fast.train.world import World
 from masked_images import encoded, picture, write_pairs
 from task_runs import ALONE
 

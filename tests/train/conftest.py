@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import train
-from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted
+from beit_fast.train.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from conftest import ToyTask, train_toy  # this file's folder leads sys.path
 
-from beit_fast.train.parallel import World
+from beit_fast.train.world import World
 
 
 def main(output: Path, fault: str) -> None:

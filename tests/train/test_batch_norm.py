@@ -9,8 +9,8 @@ from torch import nn
 
 import normed_ranks
 from beit_fast.train.batch_norm import GatheredBatchNorm, _merged, synchronize_batch_norm
-from beit_fast.train.parallel import World
 from beit_fast.train.state import checkpoint_paths, load_checkpoint
+from beit_fast.train.world import World
 from normed_ranks import train_normed
 from task_runs import ALONE, TWO_RANKS, records_of
 

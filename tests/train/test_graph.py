@@ -13,8 +13,8 @@ from beit_fast.train import loop
 from beit_fast.train.config import RunConfig
 from beit_fast.train.graph import EAGER_STEPS, CaptureError, Graphed
 from beit_fast.train.loop import graphed
-from beit_fast.train.parallel import World
 from beit_fast.train.state import checkpoint_paths, load_checkpoint
+from beit_fast.train.world import World
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 GPU = World(0, 1, torch.device("cuda", 0))

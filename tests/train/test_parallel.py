@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit_fast.train.parallel import open_world
 from beit_fast.train.state import checkpoint_paths, load_checkpoint, read_manifest
+from beit_fast.train.world import open_world
 from task_runs import TWO_RANKS
 
 

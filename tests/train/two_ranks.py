@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from conftest import ToyTask, train_toy  # this file's folder leads sys.path
 
-from beit_fast.train.parallel import open_world
 from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
+from beit_fast.train.world import open_world
 
 
 def main(output: Path, fault: str) -> int:

@@ -18,9 +18,9 @@ from beit_fast.data.views.centre_view import centre_view
 from beit_fast.data.views.config import CropMode, Interpolation
 from beit_fast.kernels.input.patches import normalized_patches
 from beit_fast.model.heads import BeitForImageClassification
-from beit_fast.train.parallel import World
 from beit_fast.train.prefetch import Batch, device_batches
 from beit_fast.train.stop import Interrupted, heed_stop
+from beit_fast.train.world import World
 
 
 @dataclass(frozen=True)

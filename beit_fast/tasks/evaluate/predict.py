@@ -22,7 +22,7 @@ from beit_fast.tasks.evaluate.checkpoints import Classifier, open_classifier
 from beit_fast.tasks.evaluate.classes import describe_class
 from beit_fast.tasks.evaluate.config import PredictConfig
 from beit_fast.tasks.sources import describe_source
-from beit_fast.train.parallel import open_world
+from beit_fast.train.world import open_world
 
 
 def run_prediction(config: PredictConfig) -> None:

@@ -18,10 +18,10 @@ from beit_fast.tasks.evaluate.config import EvaluateConfig
 from beit_fast.tasks.evaluate.evaluation import Classification, evaluate_classifier
 from beit_fast.tasks.sources import describe_source
 from beit_fast.train.log import plain_console
-from beit_fast.train.parallel import open_world
 from beit_fast.train.preflight import check_output_file
 from beit_fast.train.state import environment
 from beit_fast.train.stop import stop_signals
+from beit_fast.train.world import open_world
 
 NUM_WORST = 10  # classes in the table
 

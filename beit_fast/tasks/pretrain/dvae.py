@@ -34,11 +34,11 @@ from beit_fast.tokenizer.metrics import (
 from beit_fast.train.aside import Aside
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import train
-from beit_fast.train.parallel import World, open_world
 from beit_fast.train.preflight import check_run
 from beit_fast.train.resume import changes
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
 from beit_fast.train.stop import heed_stop, stop_signals
+from beit_fast.train.world import World, open_world
 from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.reconstruction import draw_columns
 

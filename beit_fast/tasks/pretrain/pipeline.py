@@ -15,10 +15,10 @@ from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.aside import Aside
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
-from beit_fast.train.parallel import World, open_world
 from beit_fast.train.preflight import check_run
 from beit_fast.train.state import CheckpointError, newest_manifest
 from beit_fast.train.stop import stop_signals
+from beit_fast.train.world import World, open_world
 from beit_fast.viz.curves import draw_curves
 
 # Settings of the tokenizer's training that are the run's own, wherever it trains one first.

@@ -34,8 +34,8 @@ from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.tokenizer.frozen import FrozenTokenizer
 from beit_fast.tokenizer.metrics import code_entropy, count_codes
 from beit_fast.tokenizer.protocol import Tokenizer
-from beit_fast.train.parallel import World
 from beit_fast.train.stop import heed_stop
+from beit_fast.train.world import World
 from beit_fast.viz.reconstruction import draw_columns, hide_patches
 
 NUM_PICTURES = 8

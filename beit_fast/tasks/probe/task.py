@@ -41,10 +41,10 @@ from beit_fast.tasks.probe.features import Features, cached_features
 from beit_fast.tasks.probe.probes import knn_accuracy, linear_probes
 from beit_fast.tasks.sources import describe_source, say
 from beit_fast.train.log import plain_console
-from beit_fast.train.parallel import World, open_world
 from beit_fast.train.preflight import check_writable
 from beit_fast.train.state import environment
 from beit_fast.train.stop import stop_signals
+from beit_fast.train.world import World, open_world
 from beit_fast.viz.layers import draw_layers
 from beit_fast.weights.load import load_pretrained
 from beit_fast.weights.read import Weights

@@ -17,10 +17,10 @@ from beit_fast.tasks.segment.config_evaluation import EvaluateSegmentationConfig
 from beit_fast.tasks.segment.evaluation import Segmentation, evaluate_segmenter
 from beit_fast.tasks.sources import describe_source
 from beit_fast.train.log import plain_console
-from beit_fast.train.parallel import open_world
 from beit_fast.train.preflight import check_output_file
 from beit_fast.train.state import environment
 from beit_fast.train.stop import stop_signals
+from beit_fast.train.world import open_world
 
 
 def run_segmentation_evaluation(config: EvaluateSegmentationConfig) -> dict[str, Any]:

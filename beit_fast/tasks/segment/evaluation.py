@@ -22,8 +22,8 @@ from beit_fast.data.sources.segmentation import SegmentationSource
 from beit_fast.labels import IGNORE
 from beit_fast.tasks.segment.config_evaluation import SlideConfig
 from beit_fast.tasks.segment.sliding import Statistics, segment_image
-from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted, heed_stop
+from beit_fast.train.world import World
 
 PLACE = "while evaluating"
 

@@ -17,8 +17,8 @@ from beit_fast.tasks.segment.checkpoints import Segmenter, open_segmenter
 from beit_fast.tasks.segment.config_evaluation import PredictSegmentationConfig
 from beit_fast.tasks.segment.evaluation import read_ahead
 from beit_fast.tasks.segment.sliding import segment_image
-from beit_fast.train.parallel import open_world
 from beit_fast.train.preflight import check_writable
+from beit_fast.train.world import open_world
 from beit_fast.viz.segmentation import draw_overlay, palette
 
 IDS, OVERLAYS = "ids", "overlays"  # folders below the output

@@ -17,9 +17,9 @@ from beit_fast.tasks.sources import say
 from beit_fast.train.aside import Aside
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
-from beit_fast.train.parallel import open_world
 from beit_fast.train.preflight import check_run
 from beit_fast.train.stop import stop_signals
+from beit_fast.train.world import open_world
 from beit_fast.viz.curves import draw_curves
 
 RESULT = "result.json"

@@ -32,7 +32,7 @@ from beit_fast.tasks.segment.init import starting_point
 from beit_fast.tasks.segment.sliding import segment_image
 from beit_fast.tasks.sources import describe_source, task_settings
 from beit_fast.train.batch_norm import synchronize_batch_norm
-from beit_fast.train.parallel import World
+from beit_fast.train.world import World
 from beit_fast.viz.segmentation import draw_comparison, palette
 
 NUM_PICTURES = 4

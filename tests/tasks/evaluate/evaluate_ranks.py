@@ -9,7 +9,7 @@ import torch
 from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.tasks.evaluate.evaluation import evaluate_classifier
-from beit_fast.train.parallel import open_world
+from beit_fast.train.world import open_world
 from tiny_classifier import tiny_classifier  # PYTHONPATH has tests/support
 
 

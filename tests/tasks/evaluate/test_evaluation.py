@@ -18,7 +18,7 @@ from beit_fast.tasks.evaluate.evaluation import (
     evaluate_classifier,
     ranks_of_labels,
 )
-from beit_fast.train.parallel import World
+from beit_fast.train.world import World
 from labelled_images import write_class_folders
 from task_runs import ALONE, TWO_RANKS
 from tiny_classifier import TINY_CLASSIFIER, tiny_classifier

@@ -19,7 +19,8 @@ from beit_fast.tasks.pretrain.config import PretrainConfig
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer
 from beit_fast.train.loop import TaskLoss
-from beit_fast.train.parallel import World, data_parallel, open_world
+from beit_fast.train.parallel import data_parallel
+from beit_fast.train.world import World, open_world
 
 NAMES = {"CompiledFunctionBackward": "backward", "bucket": "bucket"}
 

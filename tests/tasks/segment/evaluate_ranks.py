@@ -7,7 +7,7 @@ import torch
 
 from beit_fast.tasks.segment.config_evaluation import SlideConfig
 from beit_fast.tasks.segment.evaluation import evaluate_segmenter
-from beit_fast.train.parallel import open_world
+from beit_fast.train.world import open_world
 from labelled_pixels import Pairs, PatchModel  # PYTHONPATH has tests/support
 
 HALF = ((0.5,) * 3, (0.5,) * 3)

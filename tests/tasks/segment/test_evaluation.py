@@ -23,8 +23,8 @@ from beit_fast.tasks.segment.evaluation import (
     read_pair,
 )
 from beit_fast.tasks.segment.sliding import segment_image
-from beit_fast.train.parallel import World
 from beit_fast.train.stop import Interrupted, stop_signals
+from beit_fast.train.world import World
 from labelled_pixels import Pairs, PatchModel, encoded
 from task_runs import ALONE, TWO_RANKS
 

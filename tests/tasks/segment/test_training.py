@@ -14,7 +14,7 @@ from beit_fast.model.config import SegmenterConfig
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.segment.training import SegmentTask, settings_of
 from beit_fast.train.loop import train
-from beit_fast.train.parallel import World
+from beit_fast.train.world import World
 from task_runs import ALONE, RefuseSyncs, first_batch, records_of, take_batches
 
 STEPS = 14

@@ -1,0 +1,67 @@
+"""What a checkpoint holds of a run, besides its settings: weights, averages, optimiser, counts."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from beit_fast.flags import flag
+from beit_fast.train.log import Meter
+from beit_fast.train.optim import load_optimizer_tensors, optimizer_tensors
+from beit_fast.train.resume import Resume
+from beit_fast.train.state import CheckpointError
+
+if TYPE_CHECKING:
+    from beit_fast.train.loop import Task
+
+Tensors = dict[str, dict[str, Tensor]]  # of a checkpoint: file stem, name
+
+
+class RunState:
+    """The parts of a run that change, and how a checkpoint's tensors become them.
+
+    Weights are loaded first, for what is made of them (averages, wrappers for several ranks, the
+    optimiser); the rest once there is an optimiser.
+    """
+
+    def __init__(self, task: "Task", meter: Meter, ema: ModelEmaV3 | None) -> None:
+        self._task, self._meter, self._ema = task, meter, ema
+
+    def tensors(self, optimizer: torch.optim.Optimizer) -> Tensors:
+        """Those of a checkpoint, on whatever device they are."""
+        task = self._task
+        counters = {f"counter/{name}": value for name, value in task.counters.items()}
+        tensors = {
+            "model": task.model.state_dict(),
+            "optimizer": optimizer_tensors(optimizer, task.model),
+            "run": self._meter.state() | counters,
+        }
+        if self._ema is not None:
+            tensors["ema"] = self._ema.module.state_dict()
+        return tensors
+
+    def load_weights(self, resume: Resume) -> None:
+        """Raises CheckpointError for weights of another model."""
+        tensors = resume.checkpoint.tensors
+        _load_weights(self._task.model, resume, tensors["model"])
+        if self._ema is not None:  # without averages, they start at the weights of now
+            _load_weights(self._ema.module, resume, tensors.get("ema", tensors["model"]))
+
+    def load_rest(self, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+        """Optimiser and counts. Raises ValueError as `load_optimizer_tensors` does."""
+        load_optimizer_tensors(optimizer, self._task.model, tensors["optimizer"])
+        self._meter.load_state(tensors["run"])
+        for name, counter in self._task.counters.items():
+            counter.copy_(tensors["run"][f"counter/{name}"])
+
+
+def _load_weights(model: nn.Module, resume: Resume, tensors: dict[str, Tensor]) -> None:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the weights of {resume.checkpoint.path} are not of the model that the settings "
+            f"describe ({why}): give the settings of that run, or another {flag('run.output')}"
+        ) from error
