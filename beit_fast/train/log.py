@@ -59,13 +59,11 @@ class Meter:
     def state(self, world: World) -> dict[str, Tensor]:
         """The window of all ranks: sums fp64 (R,), counts (). Called on every rank; syncs."""
         of_ranks = world.gather({name: float(value) for name, value in self._sums.items()})
-        sums_R = {
-            f"meter_sum/{name}": torch.tensor(
-                [sums[name] for sums in of_ranks], dtype=torch.float64
-            )
-            for name in self._sums
-        }
-        return sums_R | {f"meter_count/{k}": torch.tensor(v) for k, v in self._counts.items()}
+        sums = {}
+        for name in self._sums:
+            of_each = [window[name] for window in of_ranks]
+            sums[f"meter_sum/{name}"] = torch.tensor(of_each, dtype=torch.float64)
+        return sums | {f"meter_count/{k}": torch.tensor(v) for k, v in self._counts.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor], world: World) -> None:
         """This rank's part of what `state` gave; on another number of ranks each has the mean.

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from beit_fast.flags import flag
 from beit_fast.train.log import Meter
 from beit_fast.train.optim import load_optimizer_tensors, optimizer_tensors
+from beit_fast.train.parallel import whole
 from beit_fast.train.resume import Resume
 from beit_fast.train.state import CheckpointError
 from beit_fast.train.world import World
@@ -31,15 +33,14 @@ class RunState:
         self._task, self._meter, self._ema, self._world = task, meter, ema, world
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> Tensors:
-        """Those of a checkpoint, on whatever device they are; {} but on the main rank.
+        """Those of a checkpoint on the main rank, whole; called on every rank, none elsewhere.
 
-        Called on every rank, for what they have is summed and gathered.
+        What is kept in parts is on the CPU, put together one tensor after the other; the rest is on
+        whatever device it is. Counters are summed and unread metrics gathered.
         """
         task, world = self._task, self._world
         counters = {f"counter/{name}": world.sum(v) for name, v in task.counters.items()}
         meter = self._meter.state(world)
-        if not world.is_main:
-            return {}
         tensors = {
             "model": task.model.state_dict(),
             "optimizer": optimizer_tensors(optimizer, task.model),
@@ -47,7 +48,13 @@ class RunState:
         }
         if self._ema is not None:
             tensors["ema"] = self._ema.module.state_dict()
-        return tensors
+        collected: Tensors = {}
+        for stem, values in tensors.items():
+            for name, value in values.items():
+                value = _collected(value)
+                if self._world.is_main:
+                    collected.setdefault(stem, {})[name] = value
+        return collected
 
     def load_weights(self, resume: Resume) -> None:
         """Raises CheckpointError for weights of another model."""
@@ -64,6 +71,10 @@ class RunState:
             counter.zero_()
             if self._world.is_main:  # once: what is read is the sum of all ranks'
                 counter.copy_(tensors["run"][f"counter/{name}"])
+
+
+def _collected(value: Tensor) -> Tensor:
+    return whole(value).cpu() if isinstance(value, DTensor) else value
 
 
 def _load_weights(model: nn.Module, resume: Resume, tensors: dict[str, Tensor]) -> None:

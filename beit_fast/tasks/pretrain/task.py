@@ -35,6 +35,7 @@ from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.tokenizer.frozen import FrozenTokenizer
 from beit_fast.tokenizer.metrics import code_entropy, count_codes
 from beit_fast.tokenizer.protocol import Tokenizer
+from beit_fast.train.parallel import compile_blocks
 from beit_fast.train.stop import heed_stop
 from beit_fast.train.world import World
 from beit_fast.viz.reconstruction import draw_columns, hide_patches
@@ -98,6 +99,7 @@ class PretrainTask:
         torch.manual_seed(config.run.seed)
         self.model = BeitForMaskedImageModeling(model)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
+        self.blocks = tuple(self.model.blocks)
         self._loss = self.model.loss if self.predicts_tokens else self.model.pixel_loss
         self.counters = {}
         if self.predicts_tokens:
@@ -134,7 +136,10 @@ class PretrainTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self._drop_path.added_to(self.loader.batches(start), start)
 
-    def compile(self, mode: str) -> None:
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
+        if by_block:
+            compile_blocks(self.blocks, mode)
+            return
         self._loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=mode)
 
     def begin_step(self, step: int) -> None:
