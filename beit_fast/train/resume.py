@@ -142,9 +142,13 @@ def check_settings(
     ]
     if refused:
         names = ",".join(change.name for change in refused)
+        how = ""
+        if any(change.name == IMAGES_PER_STEP for change in refused):
+            split = f"{flag('data.batch_size')} x {flag('run.accumulate')}"
+            how = f" (the images of a step are ranks x {split})"
         raise CheckpointError(
             f"{path} belongs to a run with other settings ({'; '.join(map(str, refused))}): "
-            f"restore them, give another {flag('run.output')}, or accept that they hold from here "
+            f"restore them{how}, give another {flag('run.output')}, or accept that they hold from here "
             f"on: {flag('run.resume_with')} '[{names}]'"
         )
     return found
