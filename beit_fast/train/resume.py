@@ -148,8 +148,8 @@ def check_settings(
             how = f" (the images of a step are ranks x {split})"
         raise CheckpointError(
             f"{path} belongs to a run with other settings ({'; '.join(map(str, refused))}): "
-            f"restore them{how}, give another {flag('run.output')}, or accept that they hold from here "
-            f"on: {flag('run.resume_with')} '[{names}]'"
+            f"restore them{how}, give another {flag('run.output')}, or accept that they hold from "
+            f"here on: {flag('run.resume_with')} '[{names}]'"
         )
     return found
 
