@@ -36,8 +36,8 @@ HABITS = frozenset(
         *("run.output", "data.path", "data.test", "data.follow_links", "init_key"),
         *("data.masks", "data.test_masks", "data.classes_file"),
         # pace and reports
-        *("run.log_every", "run.save_every", "run.keep", "run.picture_every"),
-        *("run.evaluate_every", "run.strict", "data.num_threads"),
+        *("run.log_every", "run.save_every", "run.keep", "run.save_async"),
+        *("run.picture_every", "run.evaluate_every", "run.strict", "data.num_threads"),
         # how a resume is made
         *("run.resume", "run.resume_from", "run.resume_with", "run.fallback"),
         # other rounding, and on another device or compiled other random numbers
