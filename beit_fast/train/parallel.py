@@ -137,7 +137,15 @@ def parallel(run: RunConfig, world: World, model: nn.Module) -> Replicas | Shard
 
 
 def compile_blocks(blocks: Iterable[nn.Module], mode: str) -> None:
-    """Have torch.compile make each block's forward, in place: hooks and names stay as they are."""
+    """Have torch.compile make each block's forward, in place: hooks and names stay as they are.
+
+    Blocks that are the same but for their weights share a graph.
+    """
+    blocks = list(blocks)
+    # Blocks that draw drop path themselves have a graph each, for the rate is a number in it, the
+    # last one may have another; torch stops at eight graphs of one function.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 2 * len(blocks))
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, mode=mode)
 
