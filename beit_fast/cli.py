@@ -10,15 +10,17 @@ import contextlib
 import inspect
 import io
 import logging
+import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from beit_fast import recipes
 from beit_fast.checks import Count, Filled, Side, check_fields
-from beit_fast.errors import RunError
+from beit_fast.errors import RunError, ToldElsewhere
 from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
 from beit_fast.parsing import add_removed, make, new_parser, read
@@ -27,7 +29,7 @@ from beit_fast.tasks.segment.config_evaluation import (
     EvaluateSegmentationConfig,
     PredictSegmentationConfig,
 )
-from beit_fast.train.stop import Interrupted
+from beit_fast.train.stop import WRITER, Interrupted
 
 Run = Callable[[Any], Any]  # of a configuration
 NAMES = "beit_fast.names"
@@ -98,9 +100,14 @@ def main(
         return stop.exit_code
     except KeyboardInterrupt:
         print("beit-fast: interrupted; the last checkpoint is whole", file=sys.stderr)
+        if any(thread.name == WRITER for thread in threading.enumerate()):
+            sys.stderr.flush()
+            os._exit(130)  # an orderly end would wait until it has written
         return 130
     except BrokenPipeError:  # whoever read the output has gone: see beit_fast_main.py
         raise
+    except ToldElsewhere:
+        return 1
     except (ValueError, OSError, RunError) as error:
         print(f"beit-fast: {describe(error)}", file=sys.stderr)
         return 1

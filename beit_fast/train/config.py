@@ -91,6 +91,8 @@ class RunConfig:
     log_every: Count = 50  # steps between lines of metrics; the only host syncs
     save_every: Count = 1000  # steps between checkpoints; one more at the end
     keep: Count = 2  # newest checkpoints that stay
+    # Training goes on while one is written, from a copy in host memory. False: it waits.
+    save_async: bool = True
     picture_every: Count | None = None  # steps between pictures; one more at the end
     evaluate_every: Positive | None = None  # epochs between evaluations, the end not counted
     strict: bool = False  # an evaluation, picture or log that fails ends the run

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from timm.utils import ModelEmaV3
@@ -35,12 +35,8 @@ from beit_fast.train.parallel import begin_alike, check_parallel, parallel
 from beit_fast.train.prefetch import Batch, InFlight, device_batches
 from beit_fast.train.resume import Resume, find_resume, without_habits
 from beit_fast.train.run_state import RunState
+from beit_fast.train.saving import Saver
 from beit_fast.train.shares import shares_of
-from beit_fast.train.state import (
-    checkpoint_paths,
-    metadata_of,
-    save_checkpoint,
-)
 from beit_fast.train.step import Sentinel, TrainStep, autocast
 from beit_fast.train.stop import Interrupted, sole_user, stop_signals
 from beit_fast.train.world import World
@@ -153,7 +149,7 @@ def train(
     check_parallel(run, optim, world)
     aside = Aside(world, strict=run.strict)
 
-    with _claim(output, world), stop_signals() as stop:
+    with _claim(output, world) as lock, stop_signals() as stop, contextlib.ExitStack() as stack:
         resume = find_resume(output, run, settings, world)
         length = run_length(task, optim, run, settings, resume and resume.manifest)
         num_steps = length.num_steps
@@ -191,20 +187,18 @@ def train(
             """Trained and, where there is one, averaged, whole; called on every rank."""
             return [ranks.plain(m) for m in (task.model, *([ema.module] if ema else []))]
 
-        def save(step: int) -> None:
-            tensors = state.tensors(optimizer)
-            if world.is_main:
-                more = {"schedule": asdict(length), "history": resume.history if resume else []}
-                save_checkpoint(
-                    output,
-                    step,
-                    tensors,
-                    settings,
-                    keep=run.keep,
-                    metadata=metadata_of(settings),
-                    **more,
-                )
-            world.barrier()
+        saver = stack.enter_context(
+            Saver(
+                output,
+                settings,
+                keep=run.keep,
+                world=world,
+                beside=run.save_async,
+                lock=lock,
+                schedule=asdict(length),
+                history=resume.history if resume else [],
+            )
+        )
 
         def draw(name: str) -> Path:
             path = output / name
@@ -215,11 +209,12 @@ def train(
             return path
 
         def evaluate(step: int) -> None:
-            """Once what was trained is saved."""
+            """Beside the writing of what was trained, which is on the disk when this ends."""
             with log.aside(), aside.work(f"evaluation after step {step}", everywhere=True):
                 values = _evaluate(task, models())
                 with aside.work("the log"):
                     log.evaluation(step, values)
+            saver.wait()
             stop.leave(world, f"evaluating after step {step}", SAVED)
 
         def falls_due(step: int) -> bool:
@@ -247,12 +242,13 @@ def train(
                 done = step + 1
                 log.tick(images_per_step)
 
-                signum = world.any_of(stop.received)
+                signum = world.any_of(max(stop.received, saver.failed))
+                saver.check(signum)
                 evaluates = falls_due(done)
                 prints = done % run.log_every == 0 or done == num_steps or evaluates
                 saves = done % run.save_every == 0 or done == num_steps or evaluates or signum
                 if prints or saves:
-                    sentinel.check(world, output, checked, done)
+                    sentinel.check(world, saver, checked, done)
                     checked = done
                 if prints:
                     means = meter.means()
@@ -266,14 +262,16 @@ def train(
                         log.line(done, line)
                 if saves:
                     with log.aside():
-                        save(done)
+                        saver.save(done, state.tensors(optimizer))
                 if signum:
+                    saver.wait()
                     raise Interrupted(signum, f"after step {done}", SAVED)
                 if evaluates:
                     evaluate(done)
                 if run.picture_every and done % run.picture_every == 0:
                     draw(f"picture_{done:08d}.png")
             picture = draw("picture.png")
+            kept = saver.wait()
             stop.leave(world, f"after step {num_steps}", SAVED)
         finally:
             batches.close()
@@ -283,7 +281,7 @@ def train(
         return Outcome(
             model=finished[-1],
             trained=finished[0],
-            checkpoint=checkpoint_paths(output)[-1],
+            checkpoint=kept[-1],
             picture=picture,
             num_steps=max(start, num_steps),  # a run may have been asked for fewer than it has
             failed=tuple(aside.failed),
@@ -374,5 +372,5 @@ def graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | Graphe
     return Graphed(step, world.device, "the step")
 
 
-def _claim(output: Path, world: World) -> contextlib.AbstractContextManager:
+def _claim(output: Path, world: World) -> contextlib.AbstractContextManager[TextIO | None]:
     return sole_user(output) if world.is_main else contextlib.nullcontext()

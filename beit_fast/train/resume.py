@@ -36,8 +36,8 @@ HABITS = frozenset(
         *("run.output", "data.path", "data.test", "data.follow_links", "init_key"),
         *("data.masks", "data.test_masks", "data.classes_file"),
         # pace and reports
-        *("run.log_every", "run.save_every", "run.keep", "run.picture_every"),
-        *("run.evaluate_every", "run.strict", "data.num_threads"),
+        *("run.log_every", "run.save_every", "run.keep", "run.save_async"),
+        *("run.picture_every", "run.evaluate_every", "run.strict", "data.num_threads"),
         # how a resume is made
         *("run.resume", "run.resume_from", "run.resume_with", "run.fallback"),
         # other rounding, and on another device or compiled other random numbers
@@ -142,10 +142,14 @@ def check_settings(
     ]
     if refused:
         names = ",".join(change.name for change in refused)
+        how = ""
+        if any(change.name == IMAGES_PER_STEP for change in refused):
+            split = f"{flag('data.batch_size')} x {flag('run.accumulate')}"
+            how = f" (the images of a step are ranks x {split})"
         raise CheckpointError(
             f"{path} belongs to a run with other settings ({'; '.join(map(str, refused))}): "
-            f"restore them, give another {flag('run.output')}, or accept that they hold from here "
-            f"on: {flag('run.resume_with')} '[{names}]'"
+            f"restore them{how}, give another {flag('run.output')}, or accept that they hold from "
+            f"here on: {flag('run.resume_with')} '[{names}]'"
         )
     return found
 

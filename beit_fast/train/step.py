@@ -16,8 +16,8 @@ from beit_fast.flags import flag
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import clip_gradients
 from beit_fast.train.parallel import gradient_sync
+from beit_fast.train.saving import Saver
 from beit_fast.train.shares import Shares
-from beit_fast.train.state import checkpoint_paths
 from beit_fast.train.world import World
 
 NEVER = 2**62  # a step number that no run reaches
@@ -43,12 +43,15 @@ class Sentinel:
         self._flag.clamp_(min=bad.float())  # stays set: nothing is learnt after a bad step
         self._step += 1
 
-    def check(self, world: World, output: Path, since: int, done: int) -> None:
-        """Raise NonFiniteLoss on every rank if any met a non-finite value. Syncs."""
+    def check(self, world: World, saver: Saver, since: int, done: int) -> None:
+        """Raise NonFiniteLoss on every rank if any met a non-finite value. Syncs.
+
+        The checkpoints that it names are on the disk: raises as `Saver.wait` does.
+        """
         first = -world.any_of(-int(min(float(self._first_bad), NEVER)))
         if first == NEVER:
             return
-        kept = checkpoint_paths(output)
+        kept = saver.wait()
         back = f"go back with {flag('run.resume_from')} ({_steps(kept)}), or "
         back = back if len(kept) > 1 else ""
         raise NonFiniteLoss(

@@ -34,7 +34,10 @@ class World:
         return self.rank == 0
 
     def any_of(self, flag: int) -> int:
-        """The largest `flag` of all ranks: how they agree to stop after the same step."""
+        """The largest `flag` of all ranks: how they agree to stop after the same step.
+
+        After each step it is a signal's number, or FAILED of saving.py, which is larger than any.
+        """
         if self.size == 1:
             return flag
         value = torch.tensor(flag)
