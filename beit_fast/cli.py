@@ -12,6 +12,7 @@ import io
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from beit_fast.tasks.segment.config_evaluation import (
     EvaluateSegmentationConfig,
     PredictSegmentationConfig,
 )
+from beit_fast.train.launch import launched_rank
+from beit_fast.train.once import say_once
 from beit_fast.train.stop import Interrupted
 
 Run = Callable[[Any], Any]  # of a configuration
@@ -94,20 +97,25 @@ def main(
         with naming("standard output"):
             sys.stdout.flush()  # at exit it would be too late to say so
     except Interrupted as stop:
-        print(f"beit-fast: {stop}", file=sys.stderr)
+        say_once(f"beit-fast: {stop}", stop)
         return stop.exit_code
-    except KeyboardInterrupt:
-        print("beit-fast: interrupted; the last checkpoint is whole", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        say_once("beit-fast: interrupted; the last checkpoint is whole", stop)
         return 130
     except BrokenPipeError:  # whoever read the output has gone: see beit_fast_main.py
         raise
     except (ValueError, OSError, RunError) as error:
-        print(f"beit-fast: {describe(error)}", file=sys.stderr)
+        say_once(f"beit-fast: {describe(error)}", error)
         return 1
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
+    except Exception as error:
+        if isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))
+        ):
+            say_once(f"beit-fast: {_out_of_memory(error)}", error)
+            return 1
+        if launched_rank().size == 1:
             raise  # a fault of ours
-        print(f"beit-fast: {_out_of_memory(error)}", file=sys.stderr)
+        say_once(traceback.format_exc(), error)
         return 1
     return 0
 
