@@ -23,6 +23,8 @@ from beit_fast.train.launch import error_file, has_agent_store, launched_rank
 if TYPE_CHECKING:
     from beit_fast.train.board import Board
 
+ELSEWHERE = "ended because the run could not go on: another rank says why"
+SPEAKING = 0.3  # seconds that saying it takes
 ALIKE = 1.0  # seconds in which ranks that fail alike have failed
 # Of torch's errors where a peer is gone, the ones that have no type of their own.
 BROKEN = re.compile(
@@ -84,13 +86,16 @@ def leave_to_us() -> None:
 def end_with(message: str) -> NoReturn:
     """From a thread: one rank says `message`, and this process ends without its main thread."""
     message = f"beit-fast: {message}"
-    _record(message)
     speaks = True
     if _board is not None:
         with contextlib.suppress(RuntimeError):  # the store is gone: nobody can be asked
             speaks = _board.claim("still")
     if speaks:
+        _record(message)
         _print(message)
+    else:
+        _record(ELSEWHERE, late=True)
+        time.sleep(SPEAKING)  # the launcher ends the others as soon as one has ended
     sys.stdout.flush()
     os._exit(1)
 
@@ -103,7 +108,7 @@ def say_once(message: str, error: BaseException) -> None:
         return
     with deaf():
         if isinstance(error, Consequence):
-            _record("ended because another rank failed, see there", late=True)
+            _record(ELSEWHERE, late=True)
             return
         _record(message)
         try:

@@ -22,6 +22,7 @@ from beit_fast.train.progress import Note, note
 BEAT = 0.5  # seconds between what a rank tells
 SILENT = 1.7  # a rank that tells nothing for so long has no thread that runs
 LONGEST_BEAT = 2 * BEAT  # more is not time that this process had: it was stopped, or had no core
+LEAVING = 15.0  # seconds between an error and the end of its process
 AFTER = 3 * BEAT  # what faulthandler's timer waits on top of the time-out
 
 logger = logging.getLogger("beit_fast.train")
@@ -179,6 +180,7 @@ class Watch:
         self._threads: list[threading.Thread] = []
         self._mine = Seen("starting", None, 0, False, startup_timeout)
         self._looking = self._asked = False
+        self._leaving: tuple[str, float] | None = None
 
     def start(self) -> None:
         works = [self._watch] if self._others is None else [self._watch, self._exchange]
@@ -197,6 +199,10 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 self._others.tell(Seen("leaving", note.step, note.order, False, 0.0, gone=True))
 
+    def leave(self, message: str) -> None:
+        """The main thread is about to end with this message, and has LEAVING seconds for it."""
+        self._leaving = message, time.monotonic() + LEAVING
+
     def lost(self) -> dict[int, Seen]:
         """Ranks that are gone or give no sign, as far as is known by now; ask again. For a
         collective that broke."""
@@ -209,6 +215,13 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._stop.wait(BEAT / 2):
+            if self._leaving is not None:
+                message, until = self._leaving
+                if self._others is not None:
+                    faulthandler.dump_traceback_later(LEAVING + AFTER, exit=True)
+                if time.monotonic() > until:
+                    self._end(message)
+                continue
             still, limit = self._clock.read(), self._clock.limit
             left = limit - still
             self._mine = Seen(note.place, note.step, note.order, note.waits, left)

@@ -28,7 +28,7 @@ TIMEOUT, STARTUP_TIMEOUT = 300.0, 1800.0  # seconds; of a run they are settings
 # Collectives end by themselves only where the watch has not ended the process before.
 BACKSTOP = 60.0
 LOOKS = 6.0  # seconds in which the reason of a broken collective is looked for
-PARTS = 2.0  # seconds that ranks wait for each other at the end
+PARTS, ERROR_PARTS = 5.0, 0.5  # seconds that ranks wait for each other at the end
 
 
 @dataclass(frozen=True)
@@ -181,13 +181,16 @@ def _ranks(
         yield World(launch.rank, launch.size, device, control, watch)
     except Exception as error:
         once.leave_to_us()
+        watch.leave(once.text_of(error))
         if once.broke(error):
             _explain(error, board, watch)
         with contextlib.suppress(RuntimeError):
             board.write("failure", {"text": once.text_of(error), "broken": False})
+        _part(board, ERROR_PARTS)
         raise
+    else:
+        _part(board, PARTS)
     finally:
-        _part(board)
         if dist.is_initialized():
             dist.destroy_process_group()
         watch.close()
@@ -231,11 +234,11 @@ def _explain(error: Exception, board: Board, watch: Watch) -> NoReturn:
 AGAIN = "the same command goes on from the last checkpoint"
 
 
-def _part(board: Board) -> None:
+def _part(board: Board, within: float) -> None:
     """Wait until the other ranks have come here too, but not for long: one that closes its
     connections first may break the last collective of the others."""
     with contextlib.suppress(RuntimeError):
         board.write("parts", True)
-        until = time.monotonic() + PARTS
+        until = time.monotonic() + within
         while not all(board.read("parts")) and time.monotonic() < until:
             time.sleep(0.01)

@@ -95,9 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
         task = FaultyTask(world=world, dropout=0.0)
         task.plant(arguments.output, arguments.rank, arguments.step, arguments.fault)
         tick()
-        train_toy(
-            arguments.output, task, world, accumulate=1, steps=arguments.steps, save_every=2
-        )
+        train_toy(arguments.output, task, world, accumulate=1, steps=arguments.steps, save_every=2)
         print(f"rank {world.rank} is done", flush=True)
 
 
