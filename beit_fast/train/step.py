@@ -16,6 +16,7 @@ from beit_fast.flags import flag
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import clip_gradients
 from beit_fast.train.parallel import gradient_sync
+from beit_fast.train.progress import progress
 from beit_fast.train.saving import Saver
 from beit_fast.train.shares import Shares
 from beit_fast.train.world import World
@@ -106,11 +107,14 @@ class TrainStep:
         for i, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
             with gradient_sync(self._module, last=i == len(micro_batches) - 1):
                 with autocast(self._run, self._device):
+                    progress("in the forward pass")
                     loss, metrics = self._module(batch)
                 loss = loss * share
+                progress("in the backward pass, which exchanges gradients", waits=True)
                 loss.backward()
             scalars = {"loss": loss.detach()} | {k: v.detach() * share for k, v in metrics.items()}
             sums = {name: sums[name] + v if sums else v for name, v in scalars.items()}
+        progress("updating the weights")
         norm = clip_gradients(self._parameters, self._clip_grad)
         self._sentinel.watch(sums["loss"], norm)
         self._optimizer.step()
