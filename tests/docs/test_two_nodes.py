@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 
 import pytest
 
@@ -20,7 +21,7 @@ from task_runs import assert_the_same_run
 
 ADDRESSES = ("10.77.41.1", "10.77.41.2")  # of the two namespaces
 PAGE = ROOT / "docs" / "distributed.md"
-STEPS = 60
+STEPS = 30
 TINY = shlex.split(
     "pretrain demo --model.predict pixels --tokenizer_training null --model.embed_dim 32 "
     "--model.depth 1 --model.num_heads 2 --model.img_size 32 --views.size 32 --views.token_size 32 "
@@ -134,7 +135,7 @@ def test_a_job_of_slurm_that_is_stopped_and_started_again_ends_with_the_same_bit
         process = slurm.start(ROOT / "docs/slurm/train.sbatch", *arguments, cwd=tmp_path)
         try:
             if stops:
-                wait_for(lambda: lines_of_metrics(tmp_path / "run") >= 10, process)
+                wait_for(lambda: lines_of_metrics(tmp_path / "run") >= 8, process)
                 process.send_signal(signal.SIGTERM)  # the time is nearly up
             codes.append(process.wait(120))
         finally:
@@ -142,7 +143,7 @@ def test_a_job_of_slurm_that_is_stopped_and_started_again_ends_with_the_same_bit
         steps.append(int(checkpoint_paths(tmp_path / "run")[-1].name.removeprefix("step_")))
     assert codes == [143, 0], slurm.output
     assert slurm.job["requeued"] == 1
-    assert 10 <= steps[0] < steps[1] == STEPS
+    assert 8 <= steps[0] < steps[1] == STEPS
     assert "stopped by SIGTERM after step" in slurm.output
     assert_the_same_run(tmp_path / "run", undisturbed)
 
