@@ -73,6 +73,10 @@ class RunConfig:
     compile: Literal["auto", "off", "default", "reduce-overhead"] = "auto"
     # The whole step as one graph, in one process; the tokenizer as another. Not measured yet.
     cuda_graph: bool = False
+    # How several processes share one model; one alone shares with nobody. ddp: each keeps all of
+    # it. fsdp: each keeps a part of weights and moments, blocks are gathered as they are computed.
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which processes exchange gradients
     prepare_ahead: bool = False  # the tokenizer works on the next batch while a step runs
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # torch's threads on a CPU; None: its own choice. Where images are decoded on the same few

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ from beit_fast.train.optim import (
     build_optimizer,
     lr_at,
 )
-from beit_fast.train.parallel import data_parallel
+from beit_fast.train.parallel import begin_alike, check_parallel, parallel
 from beit_fast.train.prefetch import Batch, InFlight, device_batches
 from beit_fast.train.resume import Resume, find_resume, without_habits
 from beit_fast.train.run_state import RunState
@@ -57,6 +57,7 @@ class Task(Protocol):
     name: str
     model: nn.Module
     counters: dict[str, Tensor]
+    blocks: Sequence[nn.Module]  # parts of the model that FSDP gathers one by one; (): all at once
     num_images: int  # in the data set
     batches_per_epoch: int  # micro-batches of one rank in one pass, rounded down
     images_per_batch: int
@@ -67,8 +68,9 @@ class Task(Protocol):
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches of this rank from number `start` on, endless, on the CPU."""
 
-    def compile(self, mode: str) -> None:
-        """Have torch.compile make the large part of `loss`; `mode` is torch's."""
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
+        """Have torch.compile make the large part of `loss`; `mode` is torch's. `by_block`: the
+        forward of each of `blocks` on its own, where there are some."""
 
     def begin_step(self, step: int) -> None:
         """Fill the device tensors that change over the run, before each step."""
@@ -98,9 +100,11 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a finished run left things. `model` has the averaged weights if there are any."""
+    """Where a finished run left things. `model` has the averaged weights if there are any,
+    `trained` those of the last step; both are whole and plain, however many ranks there were."""
 
     model: nn.Module
+    trained: nn.Module
     checkpoint: Path
     picture: Path
     num_steps: int
@@ -139,6 +143,7 @@ def train(
     images_per_step = task.images_per_batch * run.accumulate * world.size
     settings = complete_settings(task, optim, run, settings, world)
     world.same(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
+    check_parallel(run, optim, world)
     aside = Aside(world, strict=run.strict)
 
     with _claim(output, world), stop_signals() as stop:
@@ -146,15 +151,19 @@ def train(
         length = run_length(task, optim, run, settings, resume and resume.manifest)
         num_steps = length.num_steps
         task.to(device)
+        begin_alike(task.model, world)
         start = resume.checkpoint.step if resume else 0
         meter = Meter(device)
         ema = ModelEmaV3(task.model, decay=run.ema_decay) if run.ema_decay is not None else None
-        state = RunState(task, meter, ema)
+        state = RunState(task, meter, ema, world)
         if resume:
             state.load_weights(resume)
+        ranks = parallel(run, world, task.model)
         if (mode := compile_mode(run, device)) != "off":
-            task.compile(mode)
-        module = data_parallel(TaskLoss(task), world)
+            task.compile(mode, by_block=ranks.by_block)
+        module = ranks.wrap(TaskLoss(task), task.blocks)
+        if ema:
+            ranks.share(ema.module)
         optimizer = build_optimizer(task.param_groups(optim.weight_decay), optim, device)
         if resume:
             state.load_rest(optimizer, resume.checkpoint.tensors)
@@ -168,13 +177,18 @@ def train(
         if resume:
             _say_resume(task, resume, length, log)
 
+        def models() -> list[nn.Module]:
+            """Trained and, where there is one, averaged, whole; called on every rank."""
+            return [ranks.plain(m) for m in (task.model, *([ema.module] if ema else []))]
+
         def save(step: int) -> None:
+            tensors = state.tensors(optimizer)
             if world.is_main:
                 more = {"schedule": asdict(length), "history": resume.history if resume else []}
                 save_checkpoint(
                     output,
                     step,
-                    state.tensors(optimizer),
+                    tensors,
                     settings,
                     keep=run.keep,
                     metadata=metadata_of(settings),
@@ -184,15 +198,16 @@ def train(
 
         def draw(name: str) -> Path:
             path = output / name
+            model = ranks.plain(ema.module if ema else task.model)
             if world.is_main:
                 with aside.work(f"drawing {path}"):
-                    task.picture(ema.module if ema else task.model, path)
+                    task.picture(model, path)
             return path
 
         def evaluate(step: int) -> None:
             """Once what was trained is saved."""
             with log.aside(), aside.work(f"evaluation after step {step}", everywhere=True):
-                values = _evaluate(task, ema)
+                values = _evaluate(task, models())
                 with aside.work("the log"):
                     log.evaluation(step, values)
             stop.leave(world, f"evaluating after step {step}", SAVED)
@@ -252,8 +267,10 @@ def train(
             batches.close()
             with aside.work("closing the log"):
                 log.close()
+        finished = models()
         return Outcome(
-            model=ema.module if ema else task.model,
+            model=finished[-1],
+            trained=finished[0],
             checkpoint=checkpoint_paths(output)[-1],
             picture=picture,
             num_steps=max(start, num_steps),  # a run may have been asked for fewer than it has
@@ -306,11 +323,10 @@ def _falls_due(every: float | None, done: int, images_per_step: int, num_images:
     return now > before
 
 
-def _evaluate(task: Task, ema: ModelEmaV3 | None) -> dict[str, float]:
-    values = {f"test_{name}": value for name, value in task.evaluate(task.model).items()}
-    if ema:
-        averaged = task.evaluate(ema.module)
-        values |= {f"test_ema_{name}": value for name, value in averaged.items()}
+def _evaluate(task: Task, models: list[nn.Module]) -> dict[str, float]:
+    values = {}
+    for prefix, model in zip(("test", "test_ema"), models, strict=False):
+        values |= {f"{prefix}_{name}": value for name, value in task.evaluate(model).items()}
     return values
 
 

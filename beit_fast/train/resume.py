@@ -42,6 +42,7 @@ HABITS = frozenset(
         *("run.resume", "run.resume_from", "run.resume_with", "run.fallback"),
         # other rounding, and on another device or compiled other random numbers
         *("run.device", "run.compile", "run.cuda_graph", "run.prepare_ahead", "run.cpu_threads"),
+        "run.parallel",
         *("optim.backend", "grad_checkpointing", "evaluation.windows_at_once"),
     }
 )
@@ -55,7 +56,7 @@ ADVISED = frozenset(
         *("encoder_lr_scale", "run.steps", "run.epochs", "run.precision", "data.max_bad_share"),
         # of test images alone, and kept for those who evaluate the run
         *("crop_pct", "evaluation.stride", "evaluation.scale", "evaluation.multi_scale"),
-        "evaluation.flip",
+        *("evaluation.flip", "run.gradient_dtype"),
         *SPLIT,
     }
 )
@@ -68,6 +69,7 @@ BEFORE = {
     "model.qkv_bias": True,
     "optim.schedule": "cosine",
     "optim.poly_power": 1.0,
+    "run.gradient_dtype": "fp32",
 }
 ABANDONED = "abandoned"
 

@@ -5,12 +5,15 @@ from typing import TYPE_CHECKING
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from beit_fast.flags import flag
 from beit_fast.train.log import Meter
 from beit_fast.train.optim import load_optimizer_tensors, optimizer_tensors
+from beit_fast.train.parallel import whole
 from beit_fast.train.resume import Resume
 from beit_fast.train.state import CheckpointError
+from beit_fast.train.world import World
 
 if TYPE_CHECKING:
     from beit_fast.train.loop import Task
@@ -25,11 +28,15 @@ class RunState:
     optimiser); the rest once there is an optimiser.
     """
 
-    def __init__(self, task: "Task", meter: Meter, ema: ModelEmaV3 | None) -> None:
-        self._task, self._meter, self._ema = task, meter, ema
+    def __init__(self, task: "Task", meter: Meter, ema: ModelEmaV3 | None, world: World) -> None:
+        self._task, self._meter, self._ema, self._world = task, meter, ema, world
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> Tensors:
-        """Those of a checkpoint, on whatever device they are."""
+        """Those of a checkpoint on the main rank, whole; called on every rank, none elsewhere.
+
+        What is kept in parts is on the CPU, put together one tensor after the other; the rest is on
+        whatever device it is.
+        """
         task = self._task
         counters = {f"counter/{name}": value for name, value in task.counters.items()}
         tensors = {
@@ -39,7 +46,13 @@ class RunState:
         }
         if self._ema is not None:
             tensors["ema"] = self._ema.module.state_dict()
-        return tensors
+        collected: Tensors = {}
+        for stem, values in tensors.items():
+            for name, value in values.items():
+                value = _collected(value)
+                if self._world.is_main:
+                    collected.setdefault(stem, {})[name] = value
+        return collected
 
     def load_weights(self, resume: Resume) -> None:
         """Raises CheckpointError for weights of another model."""
@@ -54,6 +67,10 @@ class RunState:
         self._meter.load_state(tensors["run"])
         for name, counter in self._task.counters.items():
             counter.copy_(tensors["run"][f"counter/{name}"])
+
+
+def _collected(value: Tensor) -> Tensor:
+    return whole(value).cpu() if isinstance(value, DTensor) else value
 
 
 def _load_weights(model: nn.Module, resume: Resume, tensors: dict[str, Tensor]) -> None:

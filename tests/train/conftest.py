@@ -34,6 +34,7 @@ class ToyTask:
         self.batches_per_epoch = self.num_images // images_per_batch
         torch.manual_seed(7)
         self.model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(dropout), nn.Linear(16, 1))
+        self.blocks = (self.model[0],)
         self.counters = {"seen": torch.zeros((), dtype=torch.float64)}
         self.bad_step, self.world = bad_step, world
         self.fetched: list[int] = []
@@ -53,7 +54,7 @@ class ToyTask:
             yield {"x": torch.randn(self.images_per_batch, 8, generator=generator)}
             number += 1
 
-    def compile(self, mode: str) -> None:
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
         self.compiled = mode
 
     def begin_step(self, step: int) -> None:

@@ -39,6 +39,7 @@ from beit_fast.tasks.sources import describe_source, say, task_settings, unseen_
 from beit_fast.train.aside import Aside
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
+from beit_fast.train.parallel import compile_blocks
 from beit_fast.train.preflight import check_run
 from beit_fast.train.stop import stop_signals
 from beit_fast.train.world import World, open_world
@@ -90,6 +91,7 @@ class FinetuneTask:
         self.model = self.start.model
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         self.config = replace(config, model=self.model.config)
+        self.blocks = tuple(self.model.blocks)
         self.world, self.counters = world, {}
         self._statistics = STATISTICS[config.statistics]
         self._loss = self._loss_of
@@ -116,7 +118,10 @@ class FinetuneTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self.loader.batches(start)
 
-    def compile(self, mode: str) -> None:
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
+        if by_block:
+            compile_blocks(self.blocks, mode)
+            return
         self._loss = torch.compile(self._loss_of, fullgraph=True, dynamic=False, mode=mode)
 
     def begin_step(self, step: int) -> None:
@@ -249,7 +254,7 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
         outcome = train(*run, settings=settings_of(task), world=world)
         raw = ema = None
         if task.has_test:
-            raw = _classified(task, task.model, outcome)
+            raw = _classified(task, outcome.trained, outcome)
             if config.run.ema_decay is not None:
                 ema = _classified(task, outcome.model, outcome)
         result = FinetuneOutcome(train=outcome, classes=task.classes, raw=raw, ema=ema)

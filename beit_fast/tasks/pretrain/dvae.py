@@ -57,6 +57,7 @@ class DvaeTask:
         torch.manual_seed(config.run.seed)
         # Channels-last convolutions are twice as fast on the CPU and use tensor cores on the GPU.
         self.model = Dvae(config.dvae).to(memory_format=torch.channels_last)
+        self.blocks = ()
         self._forward = self.model.forward
         self._temperature, self._beta = torch.ones(()), torch.zeros(())
         self.counters: dict[str, Tensor] = {}
@@ -87,7 +88,8 @@ class DvaeTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self.loader.batches(start)
 
-    def compile(self, mode: str) -> None:
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
+        """All of the model: there are no blocks to make one by one."""
         self._forward = torch.compile(self.model.forward, fullgraph=True, dynamic=False, mode=mode)
 
     def begin_step(self, step: int) -> None:

@@ -34,6 +34,7 @@ from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.tokenizer.frozen import FrozenTokenizer
 from beit_fast.tokenizer.metrics import code_entropy, count_codes
 from beit_fast.tokenizer.protocol import Tokenizer
+from beit_fast.train.parallel import compile_blocks
 from beit_fast.train.stop import heed_stop
 from beit_fast.train.world import World
 from beit_fast.viz.reconstruction import draw_columns, hide_patches
@@ -97,6 +98,7 @@ class PretrainTask:
         torch.manual_seed(config.run.seed)
         self.model = BeitForMaskedImageModeling(model)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
+        self.blocks = tuple(self.model.blocks)
         self._loss = self.model.loss if self.predicts_tokens else self.model.pixel_loss
         self.counters = {}
         if self.predicts_tokens:
@@ -132,7 +134,10 @@ class PretrainTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self.loader.batches(start)
 
-    def compile(self, mode: str) -> None:
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
+        if by_block:
+            compile_blocks(self.blocks, mode)
+            return
         self._loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=mode)
 
     def begin_step(self, step: int) -> None:

@@ -32,6 +32,7 @@ from beit_fast.tasks.segment.init import starting_point
 from beit_fast.tasks.segment.sliding import segment_image
 from beit_fast.tasks.sources import describe_source, task_settings
 from beit_fast.train.batch_norm import synchronize_batch_norm
+from beit_fast.train.parallel import compile_blocks
 from beit_fast.train.world import World
 from beit_fast.viz.segmentation import draw_comparison, palette
 
@@ -70,7 +71,7 @@ class SegmentTask:
         )
         model = synchronize_batch_norm(self.start.model, world)
         assert isinstance(model, BeitForSemanticSegmentation)
-        self.model = model
+        self.model, self.blocks = model, tuple(model.blocks)
         model.set_grad_checkpointing(config.grad_checkpointing)
         self._frozen = freeze(model, encoder=config.freeze_encoder)
         self.config = replace(config, model=model.config)
@@ -100,9 +101,12 @@ class SegmentTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self.loader.batches(start)
 
-    def compile(self, mode: str) -> None:
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
         """All of it; under several ranks the encoder, for their batch norms wait for one another
         in every convolution of the pyramid and the heads."""
+        if by_block:
+            compile_blocks(self.blocks, mode)
+            return
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
         if self.world.size == 1:
             self._loss = compiled(self._loss_of)
