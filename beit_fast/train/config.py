@@ -65,6 +65,10 @@ class RunConfig:
     epochs: Positive | None = None
     seed: Seed = 0
     accumulate: Count = 1  # micro-batches per optimiser step
+    # What a loss of listed patches is a mean over. global: all of the step, on all ranks, however
+    # they are split. rank: those of each micro-batch, and then the mean of the means, as in the
+    # authors' code, where a patch weighs more beside fewer others.
+    loss_mean: Literal["global", "rank"] = "global"
     # bf16 autocasts; fp8 too, with the blocks' large products in fp8 but for the weights' gradients
     # (on a CPU emulated, in fp32, to see what it does to the loss). Weights stay fp32.
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"

@@ -2,7 +2,8 @@
 
 A task says what is trained; the loop knows nothing of it but the methods of `Task`. Randomness is a
 function of (seed, step, rank), data of the micro-batch's number, so a resumed run is the same run:
-on a CPU, to the last bit.
+on a CPU, to the last bit. What belongs to a sample (crop, mask, drop path) comes with its batch,
+the same on whatever rank.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from beit_fast.train.parallel import begin_alike, check_parallel, parallel
 from beit_fast.train.prefetch import Batch, InFlight, device_batches
 from beit_fast.train.resume import Resume, find_resume, without_habits
 from beit_fast.train.run_state import RunState
+from beit_fast.train.shares import shares_of
 from beit_fast.train.state import (
     checkpoint_paths,
     metadata_of,
@@ -79,6 +81,10 @@ class Task(Protocol):
         """What `loss` takes, from a batch on the device: all that needs neither gradients nor
         random numbers, in the run's precision. No host sync."""
 
+    def count(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """How many things the loss of a prepared batch is a mean over, fp32 () on its device; None:
+        as many in every batch."""
+
     def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with whatever `prepare` cannot make yet, for a look at shapes alone."""
 
@@ -88,8 +94,9 @@ class Task(Protocol):
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups for AdamW."""
 
-    def report(self) -> dict[str, Tensor]:
-        """Scalars read at each log line besides the means of the metrics."""
+    def report(self, counters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars read at each log line besides the means of the metrics; `counters` are those of
+        all ranks, summed."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """What `model` comes to on data that it is not trained on; called on every rank."""
@@ -171,7 +178,10 @@ def train(
             optimizer, optim, num_steps=num_steps, warmup=length.warmup_steps, start=start
         )
         sentinel = Sentinel(optimizer, device, start)
-        take = TrainStep(module, optimizer, sentinel, optim=optim, run=run, device=device)
+        shares = shares_of(task.count, run, world)
+        take = TrainStep(
+            module, optimizer, sentinel, shares=shares, optim=optim, run=run, device=device
+        )
         take = graphed(take, run, world)
         log = Log(output, title=task.name, start=start, num_steps=num_steps, enabled=world.is_main)
         if resume:
@@ -245,9 +255,11 @@ def train(
                     sentinel.check(world, output, checked, done)
                     checked = done
                 if prints:
-                    scalars = {**meter.means(), **task.report()}
-                    values = world.mean(torch.stack([v.double() for v in scalars.values()]))
-                    line = dict(zip(scalars, values.tolist(), strict=True))
+                    means = meter.means()
+                    of_all = task.report({k: world.sum(v) for k, v in task.counters.items()})
+                    values = [*world.mean(torch.stack([*means.values()])), *of_all.values()]
+                    values = torch.stack([value.double() for value in values]).tolist()
+                    line = dict(zip([*means, *of_all], values, strict=True))
                     line["lr"] = lr_at(step, optim, num_steps, length.warmup_steps)
                     line["epoch"] = done * images_per_step / task.num_images
                     with aside.work("the log"):

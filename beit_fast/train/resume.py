@@ -54,6 +54,7 @@ ADVISED = frozenset(
         *("optim.decay_steps", "optim.weight_decay", "optim.weight_decay_end", "optim.betas"),
         *("optim.eps", "optim.clip_grad", "weight_decay_on_rel_pos_bias", "layer_decay"),
         *("encoder_lr_scale", "run.steps", "run.epochs", "run.precision", "data.max_bad_share"),
+        "run.loss_mean",
         # of test images alone, and kept for those who evaluate the run
         *("crop_pct", "evaluation.stride", "evaluation.scale", "evaluation.multi_scale"),
         *("evaluation.flip", "run.gradient_dtype"),
@@ -69,6 +70,7 @@ BEFORE = {
     "model.qkv_bias": True,
     "optim.schedule": "cosine",
     "optim.poly_power": 1.0,
+    "run.loss_mean": "rank",
     "run.gradient_dtype": "fp32",
 }
 ABANDONED = "abandoned"

@@ -16,6 +16,7 @@ from beit_fast.flags import flag
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import clip_gradients
 from beit_fast.train.parallel import gradient_sync
+from beit_fast.train.shares import Shares
 from beit_fast.train.state import checkpoint_paths
 from beit_fast.train.world import World
 
@@ -75,8 +76,9 @@ def autocast(run: RunConfig, device: torch.device) -> torch.autocast:
 class TrainStep:
     """Called with the micro-batches of a step, it takes the step and returns its scalars.
 
-    `module` maps a micro-batch to (loss, metrics). The scalars are `loss`, `grad_norm` and the
-    means of the metrics, on the device, detached.
+    `module` maps a micro-batch to (loss, metrics), and `shares` says what each counts for. The
+    scalars are `loss`, `grad_norm` and the metrics, weighted as the loss is; on the device,
+    detached.
     """
 
     def __init__(
@@ -85,18 +87,20 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         sentinel: Sentinel,
         *,
+        shares: Shares,
         optim: OptimConfig,
         run: RunConfig,
         device: torch.device,
     ) -> None:
         self._module, self._optimizer, self._sentinel = module, optimizer, sentinel
+        self._shares = shares
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._clip_grad, self._run, self._device = optim.clip_grad, run, device
 
     def __call__(self, micro_batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        share = 1 / len(micro_batches)
+        shares = self._shares(micro_batches)
         sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(micro_batches):
+        for i, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
             with gradient_sync(self._module, last=i == len(micro_batches) - 1):
                 with autocast(self._run, self._device):
                     loss, metrics = self._module(batch)

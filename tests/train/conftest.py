@@ -64,6 +64,9 @@ class ToyTask:
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch | {"target": batch["x"].sum(1)}
 
+    def count(self, batch: dict[str, Tensor]) -> None:
+        """As many in every batch."""
+
     def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
 
@@ -76,8 +79,8 @@ class ToyTask:
     def param_groups(self, weight_decay: float) -> list[dict]:
         return [{"params": list(self.model.parameters()), "weight_decay": weight_decay}]
 
-    def report(self) -> dict[str, Tensor]:
-        return {"seen": self.counters["seen"]}
+    def report(self, counters: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"seen": counters["seen"]}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return {"weight": float(model[0].weight.detach().sum())}

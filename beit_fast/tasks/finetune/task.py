@@ -5,7 +5,7 @@ rates fall from the head down to the embeddings.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from beit_fast.files import naming
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.tasks.check_images import check_test_images
+from beit_fast.tasks.drop_path import DropPathDraws
 from beit_fast.tasks.evaluate.checkpoints import statistics_of
 from beit_fast.tasks.evaluate.evaluation import (
     Classification,
@@ -108,6 +109,7 @@ class FinetuneTask:
         self.batches_per_epoch = self.loader.batches_per_epoch
         self.num_images = len(source)
         self.images_per_batch = data.batch_size
+        self._drop_path = DropPathDraws(self.model, config.run, data.batch_size, world)
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
@@ -116,7 +118,7 @@ class FinetuneTask:
         self._labels = self._labels.to(device)
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
-        return self.loader.batches(start)
+        return self._drop_path.added_to(self.loader.batches(start), start)
 
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         if by_block:
@@ -133,6 +135,9 @@ class FinetuneTask:
         prepared["pixels"] = normalize(batch["images"], *self._statistics)
         return prepared | {"labels": self._labels[batch["sample_index"]]}
 
+    def count(self, batch: dict[str, Tensor]) -> None:
+        """As many images in every batch."""
+
     def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
 
@@ -143,10 +148,15 @@ class FinetuneTask:
         return loss, {"accuracy": num_correct / len(batch["labels"])}
 
     def _loss_of(
-        self, pixels: Tensor, labels: Tensor, mix_weights: Tensor | None = None, **drawn: Tensor
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        keep: Tensor | None = None,
+        mix_weights: Tensor | None = None,
+        **drawn: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Loss, and how many images are predicted right."""
-        logits = self.model(erase_and_mix(pixels, mix_weights=mix_weights, **drawn))
+        logits = self.model(erase_and_mix(pixels, mix_weights=mix_weights, **drawn), keep=keep)
         loss = mixed_loss(logits, labels, self.config.augment.label_smoothing, mix_weights)
         return loss, (logits.argmax(dim=1) == labels).sum()
 
@@ -158,7 +168,7 @@ class FinetuneTask:
             spare_tables=not self.config.weight_decay_on_rel_pos_bias,
         )
 
-    def report(self) -> dict[str, Tensor]:
+    def report(self, counters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
 
     def describe_images(self) -> list[str]:

@@ -8,7 +8,7 @@ features move faster than codes can follow, and a few codes end up with everythi
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,9 @@ class DvaeTask:
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
 
+    def count(self, batch: dict[str, Tensor]) -> None:
+        """As many pixels in every batch."""
+
     def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
 
@@ -128,7 +131,7 @@ class DvaeTask:
             {"params": list(self.model.decoder.parameters()), "weight_decay": weight_decay},
         ]
 
-    def report(self) -> dict[str, Tensor]:
+    def report(self, counters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
 
     @torch.no_grad()

@@ -171,7 +171,7 @@ def test_a_training_step_never_waits_for_the_device(pretrain_config, objective):
     with RefuseSyncs():
         loss, _ = task.loss(task.prepare(batch))
         loss.backward()
-        task.report()
+        task.report(task.counters)
 
 
 @pytest.mark.parametrize("statistics", ["half", "imagenet"])
