@@ -4,22 +4,23 @@
 
 Bytes      An all-reduce of S bytes among N ranks has each send 2 (N-1)/N S, a gather or a
            reduce-scatter half of it (a ring's count, no algorithm needs less). DDP all-reduces the
-           gradients once a step. FSDP gathers the weights before the forward and again before the
-           backward of every micro-batch, and reduce-scatters the gradients.
+           gradients once a step. FSDP gathers all weights for the forward of every micro-batch,
+           those of the blocks again for its backward, and reduce-scatters gradients once a step.
            tests/bench/test_many_gpus.py holds the counts against what two ranks send.
 Exchange   Inside a node over NVLink, then between nodes, each of a node's links with its share of
            the bytes: one after the other. A bucket or block waits for a tree of hops besides.
 Overlap    Buckets of gradients become ready evenly over the backward, blocks of weights are fetched
            one ahead. What of the exchange does not fit beside is added to the step.
 Computing  The floors of roofline.py by REACHES, and no kernel below LAUNCH.
-Efficiency Images a second, by N times those of one GPU that takes micro-batches of 256.
+Efficiency Images a second, by N times those of one GPU that takes the same step in micro-batches
+           of 256.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import roofline
 import torch
 from roofline import MACHINES, Machine, Step, Work, works
 
@@ -34,7 +35,7 @@ LINK_REACHES = 0.8  # of NVLink's and the links' stated rates
 HOP = 10e-6  # seconds from node to node
 IMAGE_BYTES = 110e3  # a JPEG of ImageNet
 CORES = 12  # for each GPU
-IMAGES_PER_CORE = 733  # a second: measured, bench/results/data.csv, "fast, no jitter" is faster
+IMAGES_PER_CORE = 733  # a second: measured on an AMD EPYC, bench/results/data.csv
 # Stated: bytes a second in one direction, of a GPU to the others of its node, and of 400 Gb/s.
 NVLINK = {"A100": 300e9, "H100": 450e9, "H200": 450e9}
 LINK = 50e9
@@ -44,6 +45,12 @@ IMAGENET_1K, IMAGENET_22K = 1_281_167, 14_197_122
 STEP_IMAGES = 2048  # of the recipes
 GPU_IMAGES = 256  # of a micro-batch, where there are enough
 NUM_BYTES = {"fp32": 4, "bf16": 2}
+
+
+SAID = (
+    f"computed, not measured: {REACHES:g} of the floor's rate and {LINK_REACHES:g} of the links' "
+    "assumed; bf16, the tokenizer in the step"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +78,11 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """What ranks send of `num_parameters`; FSDP in `num_blocks` pieces. Weights are fp32."""
+    """What ranks send. Weights are fp32; `block_parameters` are those of all blocks together."""
 
     parallel: str  # ddp, fsdp
     num_parameters: int
+    block_parameters: int
     num_blocks: int
     gradient_bytes: int = 4
     micro_batches: int = 1
@@ -84,8 +92,8 @@ class Exchange:
         gradients = self.gradient_bytes * self.num_parameters
         if self.parallel == "ddp":
             return 2 * share_sent(ranks) * gradients
-        weights = 4 * self.num_parameters
-        return share_sent(ranks) * (2 * weights * self.micro_batches + gradients)
+        weights = 4 * (self.num_parameters + self.block_parameters)
+        return share_sent(ranks) * (weights * self.micro_batches + gradients)
 
     def seconds(self, cluster: Cluster, forward: float, backward: float) -> tuple[float, float]:
         """All of a step's exchange, and what of it no computing hides.
@@ -98,13 +106,13 @@ class Exchange:
             piece = 2 * cluster.gather_seconds(gradients / pieces)
             return pieces * piece, hidden_but(backward, pieces, piece)
         pieces = self.num_blocks
-        gather = cluster.gather_seconds(4 * self.num_parameters / pieces)
+        once = cluster.gather_seconds(4 * self.num_parameters / pieces)
+        again = cluster.gather_seconds(4 * self.block_parameters / pieces)
         scatter = cluster.gather_seconds(gradients / pieces)
-        # The first gather of a forward waits alone; in the last backward there is the scatter too.
-        shown = self.micro_batches * hidden_but(forward, pieces, gather)
-        shown += (self.micro_batches - 1) * hidden_but(backward, pieces, gather)
-        shown += hidden_but(backward, pieces, gather + scatter)
-        return pieces * (2 * gather * self.micro_batches + scatter), shown
+        shown = self.micro_batches * hidden_but(forward, pieces, once)
+        shown += (self.micro_batches - 1) * hidden_but(backward, pieces, again)
+        shown += hidden_but(backward, pieces, again + scatter)
+        return pieces * ((once + again) * self.micro_batches + scatter), shown
 
 
 def share_sent(ranks: int) -> float:
@@ -133,15 +141,22 @@ def computing_seconds(step: Step, machine: Machine, ranks: int = 1) -> dict[str,
     return found
 
 
+def in_step(stages: dict[str, float], micro_batches: int) -> float:
+    """Seconds of a step: the optimiser is at work once."""
+    return micro_batches * sum(stages.values()) - (micro_batches - 1) * stages["optimiser"]
+
+
 def split(gpus: int, step_images: int) -> tuple[int, int]:
-    """Images of a micro-batch on one GPU, and micro-batches. Raises ValueError for no whole number."""
+    """Images of a micro-batch on one GPU, and micro-batches. Raises ValueError for broken ones."""
     per_gpu, rest = divmod(step_images, gpus)
     micro_batches = -(-per_gpu // GPU_IMAGES) if per_gpu else 0
     if rest or not per_gpu or per_gpu % micro_batches:
         raise ValueError(
             f"{step_images} images a step cannot be split evenly over {gpus} GPUs in micro-batches "
-            f"of at most {GPU_IMAGES}"
+            f"of at most {GPU_IMAGES}: give numbers of GPUs that divide it"
         )
+    if gpus > GPUS_PER_NODE and gpus % GPUS_PER_NODE:
+        raise ValueError(f"{gpus} GPUs are no whole nodes of {GPUS_PER_NODE}: give a multiple")
     return per_gpu // micro_batches, micro_batches
 
 
@@ -164,26 +179,24 @@ def row(
     exchange = Exchange(
         parallel=parallel,
         num_parameters=num_parameters(size),
+        block_parameters=num_parameters(size, blocks=True),
         num_blocks=config.depth,
         gradient_bytes=NUM_BYTES[gradients],
         micro_batches=micro_batches,
     )
     stages = computing_seconds(step, at, gpus if parallel == "fsdp" else 1)
-    optimiser = stages.pop("optimiser")
-    computing = micro_batches * sum(stages.values()) + optimiser
-    exchanged, shown = (
-        exchange.seconds(cluster, stages["encoder forward"], stages["backward"])
-        if gpus > 1
-        else (0.0, 0.0)
-    )
-    images_ready = images * micro_batches / (CORES * IMAGES_PER_CORE)
-    seconds = max(computing + shown, images_ready)
+    computing = in_step(stages, micro_batches)
+    exchanged = shown = 0.0
+    if gpus > 1:
+        exchanged, shown = exchange.seconds(cluster, stages["encoder forward"], stages["backward"])
+    reading = images * micro_batches / (CORES * IMAGES_PER_CORE)
+    seconds = max(computing + shown, reading)
     rate = step_images / seconds
-    alone = computing_seconds(replace(step, batch=GPU_IMAGES), at)
-    of_images = images * micro_batches / GPU_IMAGES * sum(alone.values())  # on a GPU that is full
+    full, times = split(1, step_images)
+    alone = in_step(computing_seconds(replace(step, batch=full), at), times) / gpus
     losses = {
         "computing": 0.03 * seconds,  # below this nothing else counts
-        "small batches": computing - of_images,
+        "small batches": computing - alone,
         "exchange": shown,
         "images": seconds - computing - shown,
     }
@@ -196,7 +209,7 @@ def row(
         "of it shown, ms": 1e3 * shown,
         "step, ms": 1e3 * seconds,
         "images/s": rate,
-        "efficiency": of_images / seconds,
+        "efficiency": alone / seconds,
         "lost to": max(losses, key=losses.get),
         "sent a GPU, MB": exchange.bytes_sent(gpus) / 1e6,
         "JPEG, MB/s a node": rate / cluster.nodes * IMAGE_BYTES / 1e6,
@@ -207,10 +220,13 @@ def row(
     }
 
 
-def num_parameters(size: str) -> int:
+@functools.cache
+def num_parameters(size: str, blocks: bool = False) -> int:
+    """Of a model with its head, or of its blocks alone."""
     with torch.device("meta"):
         model = BeitForMaskedImageModeling(beit_config(f"beit_{size}_patch16_224_8k_vocab"))
-    return sum(parameter.numel() for parameter in model.parameters())
+    module = model.blocks if blocks else model
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def rows(
@@ -220,8 +236,76 @@ def rows(
     return [row(size, number, **options) for size in sizes for number in gpus]
 
 
-def memory(size: str, ranks: int, parallel: str) -> dict[str, float]:
-    """Bytes on each rank that the batch does not change: fp32 weights, gradients, two moments."""
-    share = 1 / ranks if parallel == "fsdp" else 1
-    each = 4 * num_parameters(size) * share
-    return {"weights": each, "gradients": each, "moments": 2 * each}
+def memory(size: str, ranks: int, parallel: str, micro_batches: int = 1) -> dict[str, float]:
+    """Bytes on each rank that the batch does not change: fp32 weights, gradients, two moments.
+
+    FSDP keeps whole gradients between micro-batches.
+    """
+    whole = 4 * num_parameters(size)
+    part = whole / ranks if parallel == "fsdp" else whole
+    return {
+        "weights": part,
+        "gradients": part if micro_batches == 1 else whole,
+        "moments": 2 * part,
+    }
+
+
+# --- the table of docs/distributed.md ------------------------------------------------------------
+
+VARIANTS = {
+    "DDP": {},
+    "DDP, gradients in bf16": {"gradients": "bf16"},
+    "FSDP": {"parallel": "fsdp"},
+    "DDP, one link a node": {"links": 1},
+    "DDP, one link a node, gradients in bf16": {"links": 1, "gradients": "bf16"},
+    "FSDP, one link a node": {"links": 1, "parallel": "fsdp"},
+}
+PAGE_SIZES, PAGE_GPUS = {"base": "B", "large": "L"}, (8, 64, 512)
+
+
+def many_gpus_table(_: object = None) -> str:
+    """Markdown. Of no results: all of it is computed."""
+    lines = [
+        f"Computed, not measured: H100, {STEP_IMAGES} images a step, DDP, eight links a node.",
+        "",
+        "| model, GPUs | images a GPU | step, ms | images/s | efficiency | lost to | 300, 800 "
+        "epochs of 1K, h | 150 of 22K, h | JPEG, GB/s a node | cores a GPU |",
+        "| --- " * 10 + "|",
+    ]
+    for size, letter in PAGE_SIZES.items():
+        for gpus in PAGE_GPUS:
+            r = row(size, gpus)
+            lost = "" if r["lost to"] == "computing" else r["lost to"]
+            hours = [r[f"{e} epochs {n}, h"] for e, n in ((300, "1K"), (800, "1K"), (150, "22K"))]
+            cells = [
+                f"{letter}, {gpus}",
+                r["images a GPU"],
+                f"{r['step, ms']:.1f}",
+                f"{r['images/s']:,.0f}",
+                f"{r['efficiency']:.0%}",
+                lost,
+                f"{hours[0]:.1f}, {hours[1]:.1f}",
+                f"{hours[2]:.1f}",
+                f"{r['JPEG, MB/s a node'] / 1e3:.2f}",
+                f"{r['cores a GPU']:.1f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    heads = [f"{letter}, {gpus}" for letter in PAGE_SIZES.values() for gpus in PAGE_GPUS]
+    lines += [
+        "",
+        "Efficiency, computed:",
+        "",
+        f"| images a step | exchange | {' | '.join(heads)} |",
+        "| --- " * (len(heads) + 2) + "|",
+    ]
+    for weak in (False, True):
+        for name, options in VARIANTS.items():
+            cells = []
+            for size in PAGE_SIZES:
+                for gpus in PAGE_GPUS:
+                    images = GPU_IMAGES * gpus if weak else STEP_IMAGES
+                    efficiency = row(size, gpus, step_images=images, **options)["efficiency"]
+                    cells.append(f"{efficiency:.0%}")
+            images = f"{GPU_IMAGES} a GPU" if weak else str(STEP_IMAGES)
+            lines.append(f"| {images} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -72,10 +72,11 @@ def running(commands, **options):
         for process in processes:
             if process.poll() is None:
                 process.terminate()  # torchrun ends its ranks
-                try:
-                    process.wait(40)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(40)
+            process.kill()
+            process.stdout.close()
 
 
 def nodes_command():
@@ -149,46 +150,58 @@ def test_a_job_of_slurm_that_is_stopped_and_started_again_ends_with_the_same_bit
 
 
 @pytest.fixture
-def namespaces():
-    """Two network namespaces that see each other and nothing else, or a skip that says why not."""
-    names = [f"beit-{uuid.uuid4().hex[:6]}" for _ in ADDRESSES]
-    ends = [f"v{name[-6:]}" for name in names]
-    set_up = [f"ip netns add {name}" for name in names]
-    set_up.append(
-        f"ip -n {names[0]} link add {ends[0]} type veth peer name {ends[1]} netns {names[1]}"
+def machines(tmp_path):
+    """What starts a command on each of two: a network namespace and a host name of its own.
+
+    They see each other and nothing else. Skipped, with the reason, where that cannot be made.
+    """
+    names = [f"beit-{uuid.uuid4().hex[:8]}" for _ in ADDRESSES]
+    hosts = tmp_path / "hosts"
+    pairs = list(zip(ADDRESSES, names, strict=True))
+    hosts.write_text(
+        "".join(f"{line[0]} {line[1]}\n" for line in [("127.0.0.1", "localhost"), *pairs])
     )
-    for name, end, address in zip(names, ends, ADDRESSES, strict=True):
+    first, second = names
+    set_up = [f"ip netns add {name}" for name in names]
+    set_up.append(f"ip -n {first} link add eth0 type veth peer name eth0 netns {second}")
+    for address, name in pairs:
         set_up += [
-            f"ip -n {name} address add {address}/24 dev {end}",
-            f"ip -n {name} link set {end} up",
+            f"ip -n {name} address add {address}/24 dev eth0",
+            f"ip -n {name} link set eth0 up",
             f"ip -n {name} link set lo up",
         ]
+    # Names are looked up in that file, and asked of nobody.
+    inside = f"mount --bind {hosts} /etc/hosts && mount --bind /dev/null /etc/resolv.conf"
+    starts = [
+        [
+            *shlex.split(f"ip netns exec {name} unshare --mount --uts bash -c"),
+            f'{inside} && hostname {name} && exec "$@"',
+            name,
+        ]
+        for name in names
+    ]
     try:
-        for command in set_up:
+        for command in [*map(shlex.split, set_up), *([*start, "true"] for start in starts)]:
             try:
-                done = subprocess.run(shlex.split(command), capture_output=True, text=True)
+                done = subprocess.run(command, capture_output=True, text=True)
             except FileNotFoundError:
                 pytest.skip("there is no `ip`")
             if done.returncode:
-                pytest.skip(f"{command}: {done.stderr.strip()}")
-        yield list(zip(names, ends, ADDRESSES, strict=True))
+                pytest.skip(f"{shlex.join(command)}: {done.stderr.strip()}")
+        yield dict(zip(names, starts, strict=True))
     finally:
-        for name in names:  # the pair of interfaces goes with them
+        for name in names:  # the interfaces go with them
             with contextlib.suppress(FileNotFoundError):
                 subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
 def test_two_machines_that_share_a_network_alone_end_with_the_same_bits(
-    undisturbed, namespaces, tmp_path
+    undisturbed, machines, tmp_path
 ):
-    """The page's words for hosts whose names nobody resolves: address and interface are given."""
     output = tmp_path / "run"
     environment = ENVIRONMENT | {"PATH": programs(tmp_path / "bin")}
-    commands = []
-    for name, end, address in namespaces:
-        launch, *rest = on_two_nodes(f"{ADDRESSES[0]}:29500", output)
-        within = ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={end}"]
-        commands.append([*within, launch, f"--local_addr={address}", *rest])
+    command = on_two_nodes(f"{next(iter(machines))}:29500", output)
+    commands = [[*start, *command] for start in machines.values()]
     with running(commands, cwd=tmp_path, env=environment) as nodes:
         texts = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], texts
