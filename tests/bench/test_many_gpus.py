@@ -1,4 +1,4 @@
-"""The computed tables of many GPUs: bytes as two ranks send them, times that add up, assumptions."""
+"""The computed tables of many GPUs: bytes as two ranks send them, times that add up."""
 
 import csv
 import json
