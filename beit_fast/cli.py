@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -29,6 +30,8 @@ from beit_fast.tasks.segment.config_evaluation import (
     EvaluateSegmentationConfig,
     PredictSegmentationConfig,
 )
+from beit_fast.train.launch import launched_rank
+from beit_fast.train.once import say_once
 from beit_fast.train.stop import WRITER, Interrupted
 
 Run = Callable[[Any], Any]  # of a configuration
@@ -96,10 +99,10 @@ def main(
         with naming("standard output"):
             sys.stdout.flush()  # at exit it would be too late to say so
     except Interrupted as stop:
-        print(f"beit-fast: {stop}", file=sys.stderr)
+        say_once(f"beit-fast: {stop}", stop)
         return stop.exit_code
-    except KeyboardInterrupt:
-        print("beit-fast: interrupted; the last checkpoint is whole", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        say_once("beit-fast: interrupted; the last checkpoint is whole", stop)
         if any(thread.name == WRITER for thread in threading.enumerate()):
             sys.stderr.flush()
             os._exit(130)  # an orderly end would wait until it has written
@@ -109,12 +112,17 @@ def main(
     except ToldElsewhere:
         return 1
     except (ValueError, OSError, RunError) as error:
-        print(f"beit-fast: {describe(error)}", file=sys.stderr)
+        say_once(f"beit-fast: {describe(error)}", error)
         return 1
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
+    except Exception as error:
+        if isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))
+        ):
+            say_once(f"beit-fast: {_out_of_memory(error)}", error)
+            return 1
+        if launched_rank().size == 1:
             raise  # a fault of ours
-        print(f"beit-fast: {_out_of_memory(error)}", file=sys.stderr)
+        say_once(traceback.format_exc(), error)
         return 1
     return 0
 

@@ -164,10 +164,23 @@ def select_rows(x: Tensor, rows: Tensor) -> Tensor:
 def rowwise_after_attention(block: nn.Module) -> bool:
     """Whether what follows attention sees one token at a time, and no one watches it."""
     return (
-        is_plain(block, FusedBlock)
+        (is_plain(block, FusedBlock) or _is_sharded(block))
         and is_plain(block.attn, Attention)
         and is_plain(block.mlp, Mlp)
-        and all(is_plain(module, type(module)) for module in block.modules())
+        and all(is_plain(m, type(m)) for m in block.modules() if m is not block)
+    )
+
+
+def _is_sharded(block: nn.Module) -> bool:
+    """Whether it is a block whose weights torch's FSDP puts together, hooked by nobody else: FSDP
+    makes a class of its own of it, and looks at nothing that goes in or out."""
+    if type(block) is FusedBlock or not isinstance(block, FusedBlock):
+        return False
+    hooks = (block._forward_pre_hooks, block._forward_hooks)
+    return type(block).forward is FusedBlock.forward and all(
+        hook.__module__.startswith("torch.distributed.fsdp.")
+        for hooked in hooks
+        for hook in hooked.values()
     )
 
 

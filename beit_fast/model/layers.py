@@ -52,9 +52,13 @@ class Block(nn.Module):
         return branch if keep_B is None else keep_B.to(branch.dtype)[:, None, None] * branch
 
     def given_or_drawn(self, keep: Tensor | None, x: Tensor) -> Tensor | None:
-        """keep (B,), if it came and this block drops at all, else what `draw_keep` gives."""
-        drops = self.training and self.drop_path_rate != 0
-        return keep if drops and keep is not None else self.draw_keep(x)
+        """keep (B,) if it came, in training, else what `draw_keep` gives.
+
+        Without a look at the rate, so that blocks compiled one by one share a graph.
+        """
+        if keep is None:
+            return self.draw_keep(x)
+        return keep if self.training else None
 
     def draw_keep(self, x: Tensor) -> Tensor | None:
         """Per sample 0 or 1 / (1 - p), from torch's default generator as timm draws: (B,), fp32.

@@ -83,6 +83,10 @@ class RunConfig:
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which processes exchange gradients
     prepare_ahead: bool = False  # the tokenizer works on the next batch while a step runs
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Seconds without progress, until the first step is done (connecting, compiling) and later, that
+    # end the run with who and where.
+    startup_timeout: Positive = 1800.0
+    timeout: Positive = 300.0
     # torch's threads on a CPU; None: its own choice. Where images are decoded on the same few
     # cores, fewer are faster: threads that wait for each other spin. A dVAE on 32 px crops, on two
     # busy cores: 290 images/s with one thread, 20 to 35 with two.

@@ -21,7 +21,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from beit_fast.flags import flag
+from beit_fast.train.agreement import flat
 from beit_fast.train.aside import Aside
+from beit_fast.train.board import digest_of
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import Graphed
 from beit_fast.train.length import Length, run_length
@@ -33,6 +35,7 @@ from beit_fast.train.optim import (
 )
 from beit_fast.train.parallel import begin_alike, check_parallel, parallel
 from beit_fast.train.prefetch import Batch, InFlight, device_batches
+from beit_fast.train.progress import begin_stage, unhurried
 from beit_fast.train.resume import Resume, find_resume, without_habits
 from beit_fast.train.run_state import RunState
 from beit_fast.train.saving import Saver
@@ -145,12 +148,14 @@ def train(
     output, device = Path(run.output), world.device
     images_per_step = task.images_per_batch * run.accumulate * world.size
     settings = complete_settings(task, optim, run, settings, world)
-    world.same(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
     check_parallel(run, optim, world)
+    begin_stage(f"preparing the training of {task.name}")
+    world.agree(flat(settings))
     aside = Aside(world, strict=run.strict)
 
     with _claim(output, world) as lock, stop_signals() as stop, contextlib.ExitStack() as stack:
         resume = find_resume(output, run, settings, world)
+        world.agree(start_of(resume, task))
         length = run_length(task, optim, run, settings, resume and resume.manifest)
         num_steps = length.num_steps
         task.to(device)
@@ -204,12 +209,13 @@ def train(
             path = output / name
             model = ranks.plain(ema.module if ema else task.model)
             if world.is_main:
-                with aside.work(f"drawing {path}"):
+                with aside.work(f"drawing {path}"), unhurried("drawing a picture"):
                     task.picture(model, path)
             return path
 
         def evaluate(step: int) -> None:
             """Beside the writing of what was trained, which is on the disk when this ends."""
+            world.progress("evaluating")
             with log.aside(), aside.work(f"evaluation after step {step}", everywhere=True):
                 values = _evaluate(task, models())
                 with aside.work("the log"):
@@ -231,13 +237,16 @@ def train(
             if start and falls_due(start) and _lacks_evaluation(output, start, world):
                 evaluate(start)  # it was left at a stop signal, or failed
             for step in range(start, num_steps):
+                world.progress("waiting for a batch", step + 1)
                 task.begin_step(step)
                 step_batches = [next(batches) for _ in range(run.accumulate)]
+                world.progress("taking the step")
                 torch.manual_seed(step_seed(run.seed, step, world.rank))
                 meter.add(**take(step_batches))
                 schedule.step()
                 if ema:
                     ema.update(task.model)
+                world.progress("waiting for the device")
                 in_flight.add()
                 done = step + 1
                 log.tick(images_per_step)
@@ -261,7 +270,7 @@ def train(
                     with aside.work("the log"):
                         log.line(done, line)
                 if saves:
-                    with log.aside():
+                    with log.aside(), unhurried("saving a checkpoint"):
                         saver.save(done, state.tensors(optimizer))
                 if signum:
                     saver.wait()
@@ -302,6 +311,18 @@ def complete_settings(
     }
     whole = without_habits({**settings, "optim": asdict(optim), "run": of_run})
     return json.loads(json.dumps(whole))
+
+
+def start_of(resume: Resume | None, task: Task) -> dict[str, Any]:
+    """What ranks must have alike besides settings, with the checkpoint that each would go on from:
+    every one reads it by itself."""
+    manifest = None if resume is None else digest_of(resume.manifest)
+    step = None if resume is None else resume.checkpoint.step
+    return {
+        "number of images": task.num_images,
+        "step of the checkpoint": step,
+        "manifest of the checkpoint": manifest,
+    }
 
 
 def _say_resume(task: Task, resume: Resume, length: Length, log: Log) -> None:

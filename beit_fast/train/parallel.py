@@ -26,7 +26,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from beit_fast.flags import flag
+from beit_fast.train.batch_norm import GatheredBatchNorm
 from beit_fast.train.config import OptimConfig, RunConfig
+from beit_fast.train.progress import waiting_for_ranks
 from beit_fast.train.world import World
 
 
@@ -53,7 +55,7 @@ def begin_alike(model: nn.Module, world: World) -> None:
     codes that start as clusters, differs from rank to rank."""
     if world.size == 1:
         return
-    with torch.no_grad():
+    with torch.no_grad(), waiting_for_ranks():
         for tensor in model.state_dict().values():
             value = tensor.contiguous()
             dist.broadcast(value, src=0)
@@ -123,7 +125,10 @@ class Shards:
     def plain(self, model: nn.Module) -> nn.Module:
         """A whole one with the weights of now. On every rank: each gives its parts."""
         state = model.state_dict()
-        values = {n: whole(v) if isinstance(v, DTensor) else v.clone() for n, v in state.items()}
+        with waiting_for_ranks():
+            values = {
+                n: whole(v) if isinstance(v, DTensor) else v.clone() for n, v in state.items()
+            }
         made = copy.deepcopy(self._without_values)
         made.load_state_dict(values, assign=True)
         return made.train(model.training)
@@ -137,7 +142,15 @@ def parallel(run: RunConfig, world: World, model: nn.Module) -> Replicas | Shard
 
 
 def compile_blocks(blocks: Iterable[nn.Module], mode: str) -> None:
-    """Have torch.compile make each block's forward, in place: hooks and names stay as they are."""
+    """Have torch.compile make each block's forward, in place: hooks and names stay as they are.
+
+    Blocks that are the same but for their weights share a graph.
+    """
+    blocks = list(blocks)
+    # Blocks that draw drop path themselves have a graph each, for the rate is a number in it, the
+    # last one may have another; torch stops at eight graphs of one function.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 2 * len(blocks))
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, mode=mode)
 
@@ -149,6 +162,13 @@ def gradient_sync(module: nn.Module, *, last: bool) -> contextlib.AbstractContex
     elif isinstance(module, nn.parallel.DistributedDataParallel) and not last:
         return module.no_sync()
     return contextlib.nullcontext()
+
+
+def forward_exchanges(module: nn.Module) -> bool:
+    """Whether ranks wait for each other in the forward pass already: for the weights of a block,
+    or the statistics of a batch."""
+    normed = (nn.SyncBatchNorm, GatheredBatchNorm)
+    return isinstance(module, FSDPModule) or any(isinstance(m, normed) for m in module.modules())
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ HABITS = frozenset(
         *("run.resume", "run.resume_from", "run.resume_with", "run.fallback"),
         # other rounding, and on another device or compiled other random numbers
         *("run.device", "run.compile", "run.cuda_graph", "run.prepare_ahead", "run.cpu_threads"),
-        "run.parallel",
+        *("run.parallel", "run.timeout", "run.startup_timeout"),
         *("optim.backend", "grad_checkpointing", "evaluation.windows_at_once"),
     }
 )

@@ -15,7 +15,8 @@ from beit_fast.errors import RunError
 from beit_fast.flags import flag
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import clip_gradients
-from beit_fast.train.parallel import gradient_sync
+from beit_fast.train.parallel import forward_exchanges, gradient_sync
+from beit_fast.train.progress import progress
 from beit_fast.train.saving import Saver
 from beit_fast.train.shares import Shares
 from beit_fast.train.world import World
@@ -99,6 +100,7 @@ class TrainStep:
         self._shares = shares
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._clip_grad, self._run, self._device = optim.clip_grad, run, device
+        self._waits = forward_exchanges(module)
 
     def __call__(self, micro_batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         shares = self._shares(micro_batches)
@@ -106,11 +108,14 @@ class TrainStep:
         for i, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
             with gradient_sync(self._module, last=i == len(micro_batches) - 1):
                 with autocast(self._run, self._device):
+                    progress("in the forward pass", waits=self._waits)
                     loss, metrics = self._module(batch)
                 loss = loss * share
+                progress("in the backward pass, which exchanges gradients", waits=True)
                 loss.backward()
             scalars = {"loss": loss.detach()} | {k: v.detach() * share for k, v in metrics.items()}
             sums = {name: sums[name] + v if sums else v for name, v in scalars.items()}
+        progress("updating the weights")
         norm = clip_gradients(self._parameters, self._clip_grad)
         self._sentinel.watch(sums["loss"], norm)
         self._optimizer.step()

@@ -42,8 +42,9 @@ from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
 from beit_fast.train.parallel import compile_blocks
 from beit_fast.train.preflight import check_run
+from beit_fast.train.start import open_run
 from beit_fast.train.stop import stop_signals
-from beit_fast.train.world import World, open_world
+from beit_fast.train.world import World
 from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.reconstruction import draw_columns
 
@@ -252,7 +253,7 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
     seen them. Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, CaptureError,
     Interrupted.
     """
-    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
+    with open_run(config, config.run.output) as world, stop_signals() as stop:
         task = FinetuneTask(config, world)
         for line in task.describe_images():
             say(line, world)

@@ -36,9 +36,10 @@ from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import train
 from beit_fast.train.preflight import check_run
 from beit_fast.train.resume import changes
+from beit_fast.train.start import open_run
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
 from beit_fast.train.stop import heed_stop, stop_signals
-from beit_fast.train.world import World, open_world
+from beit_fast.train.world import World
 from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.reconstruction import draw_columns
 
@@ -169,7 +170,7 @@ class DvaeTask:
 
 def run_dvae(config: DvaeTrainingConfig) -> Path:
     """`train_tokenizer` on the ranks that torchrun started, or on this process alone."""
-    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals():
+    with open_run(config, config.run.output) as world, stop_signals():
         return train_tokenizer(config, world)
 
 

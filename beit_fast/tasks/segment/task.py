@@ -18,8 +18,8 @@ from beit_fast.train.aside import Aside
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
 from beit_fast.train.preflight import check_run
+from beit_fast.train.start import open_run
 from beit_fast.train.stop import stop_signals
-from beit_fast.train.world import open_world
 from beit_fast.viz.curves import draw_curves
 
 RESULT = "result.json"
@@ -42,7 +42,7 @@ def run_segmentation(config: SegmentConfig) -> SegmentOutcome:
     seen them. Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, CaptureError,
     Interrupted.
     """
-    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
+    with open_run(config, config.run.output) as world, stop_signals() as stop:
         task = SegmentTask(config, world)
         for line in (*task.describe_images(), statistics_note(config)):
             say(line, world)
