@@ -112,8 +112,9 @@ def test_a_finished_tokenizer_is_taken_as_it_is(two_stages, tmp_path, monkeypatc
     written = file.stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(dvae, "train", lambda *_, **__: pytest.fail("it is finished"))
-        habits = {"run": {"cpu_threads": 2, "save_every": 7, "log_every": 9}}
-        run_pretraining(two_stages(habits, run={"steps": 4}))
+        habits = {"cpu_threads": 2, "save_every": 7, "log_every": 9}
+        without_effect = {"loss_mean": "rank"}  # of pixels, as many in every batch
+        run_pretraining(two_stages({"run": habits | without_effect}, run={"steps": 4}))
     assert "its training is finished" in capsys.readouterr().out
     assert file.stat().st_mtime_ns == written
     # More steps are trained, another rate has no effect any more, and another dVAE is refused.
