@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit_fast.train.state import checkpoint_paths, load_checkpoint, read_manifest
+from beit_fast.train.state import checkpoint_paths, load_checkpoint, load_newest, read_manifest
 from beit_fast.train.world import open_world
 from task_runs import TWO_RANKS
 
@@ -78,6 +78,15 @@ def test_a_bad_loss_on_one_rank_stops_both_and_names_the_step(tmp_path):
     *_, errors = two_ranks(tmp_path / "two", "nan")
     assert len(errors) == 2
     assert all("first at step 7" in error for error in errors)
+
+
+def test_one_rank_saves_the_other_goes_on_and_a_save_that_fails_ends_both(tmp_path):
+    first, second, errors = two_ranks(tmp_path / "two", "disk")
+    assert (tmp_path / "two" / "rank_1_goes_on").exists()  # before the first was on the disk
+    assert "No space left" in errors[0]
+    assert errors[1] == "a checkpoint could not be written; the main rank says why"
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert load_newest(tmp_path / "two").step == 6
 
 
 def test_ranks_with_different_settings_do_not_start(tmp_path):
