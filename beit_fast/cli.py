@@ -10,8 +10,10 @@ import contextlib
 import inspect
 import io
 import logging
+import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +21,7 @@ from typing import Any, Literal
 
 from beit_fast import recipes
 from beit_fast.checks import Count, Filled, Side, check_fields
-from beit_fast.errors import RunError
+from beit_fast.errors import RunError, ToldElsewhere
 from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
 from beit_fast.parsing import add_removed, make, new_parser, read
@@ -30,7 +32,7 @@ from beit_fast.tasks.segment.config_evaluation import (
 )
 from beit_fast.train.launch import launched_rank
 from beit_fast.train.once import say_once
-from beit_fast.train.stop import Interrupted
+from beit_fast.train.stop import WRITER, Interrupted
 
 Run = Callable[[Any], Any]  # of a configuration
 NAMES = "beit_fast.names"
@@ -101,9 +103,14 @@ def main(
         return stop.exit_code
     except KeyboardInterrupt as stop:
         say_once("beit-fast: interrupted; the last checkpoint is whole", stop)
+        if any(thread.name == WRITER for thread in threading.enumerate()):
+            sys.stderr.flush()
+            os._exit(130)  # an orderly end would wait until it has written
         return 130
     except BrokenPipeError:  # whoever read the output has gone: see beit_fast_main.py
         raise
+    except ToldElsewhere:
+        return 1
     except (ValueError, OSError, RunError) as error:
         say_once(f"beit-fast: {describe(error)}", error)
         return 1

@@ -65,6 +65,10 @@ class RunConfig:
     epochs: Positive | None = None
     seed: Seed = 0
     accumulate: Count = 1  # micro-batches per optimiser step
+    # What a loss of listed patches is a mean over. global: all of the step, on all ranks, however
+    # they are split. rank: those of each micro-batch, and then the mean of the means, as in the
+    # authors' code, where a patch weighs more beside fewer others.
+    loss_mean: Literal["global", "rank"] = "global"
     # bf16 autocasts; fp8 too, with the blocks' large products in fp8 but for the weights' gradients
     # (on a CPU emulated, in fp32, to see what it does to the loss). Weights stay fp32.
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
@@ -73,6 +77,10 @@ class RunConfig:
     compile: Literal["auto", "off", "default", "reduce-overhead"] = "auto"
     # The whole step as one graph, in one process; the tokenizer as another. Not measured yet.
     cuda_graph: bool = False
+    # How several processes share one model; one alone shares with nobody. ddp: each keeps all of
+    # it. fsdp: each keeps a part of weights and moments, blocks are gathered as they are computed.
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which processes exchange gradients
     prepare_ahead: bool = False  # the tokenizer works on the next batch while a step runs
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Seconds without progress, until the first step is done (connecting, compiling) and later, that
@@ -87,6 +95,8 @@ class RunConfig:
     log_every: Count = 50  # steps between lines of metrics; the only host syncs
     save_every: Count = 1000  # steps between checkpoints; one more at the end
     keep: Count = 2  # newest checkpoints that stay
+    # Training goes on while one is written, from a copy in host memory. False: it waits.
+    save_async: bool = True
     picture_every: Count | None = None  # steps between pictures; one more at the end
     evaluate_every: Positive | None = None  # epochs between evaluations, the end not counted
     strict: bool = False  # an evaluation, picture or log that fails ends the run

@@ -2,7 +2,8 @@
 
 A task says what is trained; the loop knows nothing of it but the methods of `Task`. Randomness is a
 function of (seed, step, rank), data of the micro-batch's number, so a resumed run is the same run:
-on a CPU, to the last bit.
+on a CPU, to the last bit. What belongs to a sample (crop, mask, drop path) comes with its batch,
+the same on whatever rank.
 """
 
 import contextlib
@@ -10,10 +11,10 @@ import hashlib
 import json
 import logging
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from timm.utils import ModelEmaV3
@@ -32,16 +33,13 @@ from beit_fast.train.optim import (
     build_optimizer,
     lr_at,
 )
-from beit_fast.train.parallel import data_parallel
+from beit_fast.train.parallel import begin_alike, check_parallel, parallel
 from beit_fast.train.prefetch import Batch, InFlight, device_batches
 from beit_fast.train.progress import begin_stage, unhurried
 from beit_fast.train.resume import Resume, find_resume, without_habits
 from beit_fast.train.run_state import RunState
-from beit_fast.train.state import (
-    checkpoint_paths,
-    metadata_of,
-    save_checkpoint,
-)
+from beit_fast.train.saving import Saver
+from beit_fast.train.shares import shares_of
 from beit_fast.train.step import Sentinel, TrainStep, autocast
 from beit_fast.train.stop import Interrupted, sole_user, stop_signals
 from beit_fast.train.world import World
@@ -60,6 +58,7 @@ class Task(Protocol):
     name: str
     model: nn.Module
     counters: dict[str, Tensor]
+    blocks: Sequence[nn.Module]  # parts of the model that FSDP gathers one by one; (): all at once
     num_images: int  # in the data set
     batches_per_epoch: int  # micro-batches of one rank in one pass, rounded down
     images_per_batch: int
@@ -70,8 +69,9 @@ class Task(Protocol):
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches of this rank from number `start` on, endless, on the CPU."""
 
-    def compile(self, mode: str) -> None:
-        """Have torch.compile make the large part of `loss`; `mode` is torch's."""
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
+        """Have torch.compile make the large part of `loss`; `mode` is torch's. `by_block`: the
+        forward of each of `blocks` on its own, where there are some."""
 
     def begin_step(self, step: int) -> None:
         """Fill the device tensors that change over the run, before each step."""
@@ -79,6 +79,10 @@ class Task(Protocol):
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What `loss` takes, from a batch on the device: all that needs neither gradients nor
         random numbers, in the run's precision. No host sync."""
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """How many things the loss of a prepared batch is a mean over, fp32 () on its device; None:
+        as many in every batch."""
 
     def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with whatever `prepare` cannot make yet, for a look at shapes alone."""
@@ -89,8 +93,9 @@ class Task(Protocol):
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups for AdamW."""
 
-    def report(self) -> dict[str, Tensor]:
-        """Scalars read at each log line besides the means of the metrics."""
+    def report(self, counters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars read at each log line besides the means of the metrics; `counters` are those of
+        all ranks, summed."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """What `model` comes to on data that it is not trained on; called on every rank."""
@@ -101,9 +106,11 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a finished run left things. `model` has the averaged weights if there are any."""
+    """Where a finished run left things. `model` has the averaged weights if there are any,
+    `trained` those of the last step; both are whole and plain, however many ranks there were."""
 
     model: nn.Module
+    trained: nn.Module
     checkpoint: Path
     picture: Path
     num_steps: int
@@ -141,25 +148,30 @@ def train(
     output, device = Path(run.output), world.device
     images_per_step = task.images_per_batch * run.accumulate * world.size
     settings = complete_settings(task, optim, run, settings, world)
+    check_parallel(run, optim, world)
     begin_stage(f"preparing the training of {task.name}")
     world.agree(flat(settings))
     aside = Aside(world, strict=run.strict)
 
-    with _claim(output, world), stop_signals() as stop:
+    with _claim(output, world) as lock, stop_signals() as stop, contextlib.ExitStack() as stack:
         resume = find_resume(output, run, settings, world)
         world.agree(start_of(resume, task))
         length = run_length(task, optim, run, settings, resume and resume.manifest)
         num_steps = length.num_steps
         task.to(device)
+        begin_alike(task.model, world)
         start = resume.checkpoint.step if resume else 0
         meter = Meter(device)
         ema = ModelEmaV3(task.model, decay=run.ema_decay) if run.ema_decay is not None else None
-        state = RunState(task, meter, ema)
+        state = RunState(task, meter, ema, world)
         if resume:
             state.load_weights(resume)
+        ranks = parallel(run, world, task.model)
         if (mode := compile_mode(run, device)) != "off":
-            task.compile(mode)
-        module = data_parallel(TaskLoss(task), world)
+            task.compile(mode, by_block=ranks.by_block)
+        module = ranks.wrap(TaskLoss(task), task.blocks)
+        if ema:
+            ranks.share(ema.module)
         optimizer = build_optimizer(task.param_groups(optim.weight_decay), optim, device)
         if resume:
             state.load_rest(optimizer, resume.checkpoint.tensors)
@@ -167,40 +179,48 @@ def train(
             optimizer, optim, num_steps=num_steps, warmup=length.warmup_steps, start=start
         )
         sentinel = Sentinel(optimizer, device, start)
-        take = TrainStep(module, optimizer, sentinel, optim=optim, run=run, device=device)
+        shares = shares_of(task.count, run, world)
+        take = TrainStep(
+            module, optimizer, sentinel, shares=shares, optim=optim, run=run, device=device
+        )
         take = graphed(take, run, world)
         log = Log(output, title=task.name, start=start, num_steps=num_steps, enabled=world.is_main)
         if resume:
             _say_resume(task, resume, length, log)
 
-        def save(step: int) -> None:
-            if world.is_main:
-                more = {"schedule": asdict(length), "history": resume.history if resume else []}
-                save_checkpoint(
-                    output,
-                    step,
-                    state.tensors(optimizer),
-                    settings,
-                    keep=run.keep,
-                    metadata=metadata_of(settings),
-                    **more,
-                )
-            world.barrier()
+        def models() -> list[nn.Module]:
+            """Trained and, where there is one, averaged, whole; called on every rank."""
+            return [ranks.plain(m) for m in (task.model, *([ema.module] if ema else []))]
+
+        saver = stack.enter_context(
+            Saver(
+                output,
+                settings,
+                keep=run.keep,
+                world=world,
+                beside=run.save_async,
+                lock=lock,
+                schedule=asdict(length),
+                history=resume.history if resume else [],
+            )
+        )
 
         def draw(name: str) -> Path:
             path = output / name
+            model = ranks.plain(ema.module if ema else task.model)
             if world.is_main:
                 with aside.work(f"drawing {path}"), unhurried("drawing a picture"):
-                    task.picture(ema.module if ema else task.model, path)
+                    task.picture(model, path)
             return path
 
         def evaluate(step: int) -> None:
-            """Once what was trained is saved."""
+            """Beside the writing of what was trained, which is on the disk when this ends."""
             world.progress("evaluating")
             with log.aside(), aside.work(f"evaluation after step {step}", everywhere=True):
-                values = _evaluate(task, ema)
+                values = _evaluate(task, models())
                 with aside.work("the log"):
                     log.evaluation(step, values)
+            saver.wait()
             stop.leave(world, f"evaluating after step {step}", SAVED)
 
         def falls_due(step: int) -> bool:
@@ -231,39 +251,46 @@ def train(
                 done = step + 1
                 log.tick(images_per_step)
 
-                signum = world.any_of(stop.received)
+                signum = world.any_of(max(stop.received, saver.failed))
+                saver.check(signum)
                 evaluates = falls_due(done)
                 prints = done % run.log_every == 0 or done == num_steps or evaluates
                 saves = done % run.save_every == 0 or done == num_steps or evaluates or signum
                 if prints or saves:
-                    sentinel.check(world, output, checked, done)
+                    sentinel.check(world, saver, checked, done)
                     checked = done
                 if prints:
-                    scalars = {**meter.means(), **task.report()}
-                    values = world.mean(torch.stack([v.double() for v in scalars.values()]))
-                    line = dict(zip(scalars, values.tolist(), strict=True))
+                    means = meter.means()
+                    of_all = task.report({k: world.sum(v) for k, v in task.counters.items()})
+                    values = [*world.mean(torch.stack([*means.values()])), *of_all.values()]
+                    values = torch.stack([value.double() for value in values]).tolist()
+                    line = dict(zip([*means, *of_all], values, strict=True))
                     line["lr"] = lr_at(step, optim, num_steps, length.warmup_steps)
                     line["epoch"] = done * images_per_step / task.num_images
                     with aside.work("the log"):
                         log.line(done, line)
                 if saves:
                     with log.aside(), unhurried("saving a checkpoint"):
-                        save(done)
+                        saver.save(done, state.tensors(optimizer))
                 if signum:
+                    saver.wait()
                     raise Interrupted(signum, f"after step {done}", SAVED)
                 if evaluates:
                     evaluate(done)
                 if run.picture_every and done % run.picture_every == 0:
                     draw(f"picture_{done:08d}.png")
             picture = draw("picture.png")
+            kept = saver.wait()
             stop.leave(world, f"after step {num_steps}", SAVED)
         finally:
             batches.close()
             with aside.work("closing the log"):
                 log.close()
+        finished = models()
         return Outcome(
-            model=ema.module if ema else task.model,
-            checkpoint=checkpoint_paths(output)[-1],
+            model=finished[-1],
+            trained=finished[0],
+            checkpoint=kept[-1],
             picture=picture,
             num_steps=max(start, num_steps),  # a run may have been asked for fewer than it has
             failed=tuple(aside.failed),
@@ -327,11 +354,10 @@ def _falls_due(every: float | None, done: int, images_per_step: int, num_images:
     return now > before
 
 
-def _evaluate(task: Task, ema: ModelEmaV3 | None) -> dict[str, float]:
-    values = {f"test_{name}": value for name, value in task.evaluate(task.model).items()}
-    if ema:
-        averaged = task.evaluate(ema.module)
-        values |= {f"test_ema_{name}": value for name, value in averaged.items()}
+def _evaluate(task: Task, models: list[nn.Module]) -> dict[str, float]:
+    values = {}
+    for prefix, model in zip(("test", "test_ema"), models, strict=False):
+        values |= {f"{prefix}_{name}": value for name, value in task.evaluate(model).items()}
     return values
 
 
@@ -367,5 +393,5 @@ def graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | Graphe
     return Graphed(step, world.device, "the step")
 
 
-def _claim(output: Path, world: World) -> contextlib.AbstractContextManager:
+def _claim(output: Path, world: World) -> contextlib.AbstractContextManager[TextIO | None]:
     return sole_user(output) if world.is_main else contextlib.nullcontext()

@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from beit_fast.flags import flag
 from beit_fast.train.apex import apex_adamw
 from beit_fast.train.config import OptimConfig
+from beit_fast.train.parallel import part_like, whole
 
 POLY_WARMUP_RATIO = 1e-6  # of the rate at the first step
 
@@ -146,7 +147,7 @@ class Schedule:
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale the gradients to a global L2 norm of at most `max_norm`; the norm before, a scalar."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm
@@ -192,7 +193,9 @@ def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
     """`value` on the parameter's device; with its strides too where the shapes agree.
 
     The fused optimiser walks through memory, so a channels-last weight needs channels-last moments.
+    Of a weight that ranks keep in parts, this rank's part.
     """
     if value.shape != parameter.shape:
         return value.to(parameter.device)
+    value = part_like(parameter, value)
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -100,7 +100,9 @@ def save_checkpoint(
             save_file(content, path, metadata={"format": "pt", **metadata})
             with path.open("rb+") as file:
                 order_metadata(file)
-            path.chmod(0o666 & ~_umask())  # safetensors makes files only their owner can read
+            # safetensors makes files only their owner can read. Asking for the umask would set it,
+            # under the feet of other threads.
+            path.chmod(temporary.stat().st_mode & 0o666)
             digests[path.name] = _flush(path)
         manifest = {
             "format": FORMAT,
@@ -114,7 +116,7 @@ def save_checkpoint(
         path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _flush(path)
         if final.exists():
-            shutil.rmtree(final)
+            _discard(final)
         temporary.rename(final)
         flush_folder(folder)
     except (OSError, SafetensorError) as error:
@@ -125,10 +127,17 @@ def save_checkpoint(
         ) from error
     for old in checkpoint_paths(output)[:-keep]:
         try:
-            shutil.rmtree(old)
+            _discard(old)
         except OSError as error:
             logger.warning("old checkpoint %s was not deleted: %s", old, error)
     return final
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint, under a name that does not count: half of one is none."""
+    hidden = path.with_name(f".{path.name}.old")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def metadata_of(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -255,9 +264,3 @@ def _flush(path: Path) -> str:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

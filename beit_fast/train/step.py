@@ -15,9 +15,10 @@ from beit_fast.errors import RunError
 from beit_fast.flags import flag
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import clip_gradients
-from beit_fast.train.parallel import gradient_sync
+from beit_fast.train.parallel import forward_exchanges, gradient_sync
 from beit_fast.train.progress import progress
-from beit_fast.train.state import checkpoint_paths
+from beit_fast.train.saving import Saver
+from beit_fast.train.shares import Shares
 from beit_fast.train.world import World
 
 NEVER = 2**62  # a step number that no run reaches
@@ -43,12 +44,15 @@ class Sentinel:
         self._flag.clamp_(min=bad.float())  # stays set: nothing is learnt after a bad step
         self._step += 1
 
-    def check(self, world: World, output: Path, since: int, done: int) -> None:
-        """Raise NonFiniteLoss on every rank if any met a non-finite value. Syncs."""
+    def check(self, world: World, saver: Saver, since: int, done: int) -> None:
+        """Raise NonFiniteLoss on every rank if any met a non-finite value. Syncs.
+
+        The checkpoints that it names are on the disk: raises as `Saver.wait` does.
+        """
         first = -world.any_of(-int(min(float(self._first_bad), NEVER)))
         if first == NEVER:
             return
-        kept = checkpoint_paths(output)
+        kept = saver.wait()
         back = f"go back with {flag('run.resume_from')} ({_steps(kept)}), or "
         back = back if len(kept) > 1 else ""
         raise NonFiniteLoss(
@@ -76,8 +80,9 @@ def autocast(run: RunConfig, device: torch.device) -> torch.autocast:
 class TrainStep:
     """Called with the micro-batches of a step, it takes the step and returns its scalars.
 
-    `module` maps a micro-batch to (loss, metrics). The scalars are `loss`, `grad_norm` and the
-    means of the metrics, on the device, detached.
+    `module` maps a micro-batch to (loss, metrics), and `shares` says what each counts for. The
+    scalars are `loss`, `grad_norm` and the metrics, weighted as the loss is; on the device,
+    detached.
     """
 
     def __init__(
@@ -86,21 +91,24 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         sentinel: Sentinel,
         *,
+        shares: Shares,
         optim: OptimConfig,
         run: RunConfig,
         device: torch.device,
     ) -> None:
         self._module, self._optimizer, self._sentinel = module, optimizer, sentinel
+        self._shares = shares
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._clip_grad, self._run, self._device = optim.clip_grad, run, device
+        self._waits = forward_exchanges(module)
 
     def __call__(self, micro_batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        share = 1 / len(micro_batches)
+        shares = self._shares(micro_batches)
         sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(micro_batches):
+        for i, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
             with gradient_sync(self._module, last=i == len(micro_batches) - 1):
                 with autocast(self._run, self._device):
-                    progress("in the forward pass")
+                    progress("in the forward pass", waits=self._waits)
                     loss, metrics = self._module(batch)
                 loss = loss * share
                 progress("in the backward pass, which exchanges gradients", waits=True)

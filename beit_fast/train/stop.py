@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from beit_fast.flags import flag
 from beit_fast.train.progress import tick
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from beit_fast.train.world import World
 
 GOES_ON = "the same command goes on"
+WRITER = "checkpoint"  # name of the thread that writes one
 
 
 class Interrupted(Exception):
@@ -85,8 +86,9 @@ def heed_stop(place: str) -> None:
 
 
 @contextlib.contextmanager
-def sole_user(folder: Path, named: str = "run.output") -> Iterator[None]:
-    """Hold the lock of an output folder. Raises ValueError, with the pid, if another run does.
+def sole_user(folder: Path, named: str = "run.output") -> Iterator[TextIO]:
+    """Hold the lock of an output folder, the open file that it gives: whoever has a duplicate of
+    its handle holds it too. Raises ValueError, with the pid, if another run does.
 
     named: the setting that names the folder.
     """
@@ -103,4 +105,4 @@ def sole_user(folder: Path, named: str = "run.output") -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield  # the lock goes with the file handle, also when the process is killed
+        yield file  # the lock goes with its handle, also when the process is killed

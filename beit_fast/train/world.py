@@ -46,7 +46,10 @@ class World:
         return self.rank == 0
 
     def any_of(self, flag: int) -> int:
-        """The largest `flag` of all ranks: how they agree to stop after the same step."""
+        """The largest `flag` of all ranks: how they agree to stop after the same step.
+
+        After each step it is a signal's number, or FAILED of saving.py, which is larger than any.
+        """
         if self.size == 1:
             return flag
         value = torch.tensor(flag)
@@ -61,6 +64,14 @@ class World:
                 dist.all_reduce(values)
             values = values / self.size
         return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over ranks, a new one. Whole numbers in fp64 are summed exactly."""
+        total = values.clone()
+        if self.size > 1:
+            with waiting_for_ranks():
+                dist.all_reduce(total)
+        return total
 
     def agree(self, fields: Mapping[str, Any]) -> None:
         """Raise ValueError, on every rank, unless all pass the same `fields`: plain data, whose

@@ -34,6 +34,7 @@ class ToyTask:
         self.batches_per_epoch = self.num_images // images_per_batch
         torch.manual_seed(7)
         self.model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(dropout), nn.Linear(16, 1))
+        self.blocks = (self.model[0],)
         self.counters = {"seen": torch.zeros((), dtype=torch.float64)}
         self.bad_step, self.world = bad_step, world
         self.fetched: list[int] = []
@@ -53,7 +54,7 @@ class ToyTask:
             yield {"x": torch.randn(self.images_per_batch, 8, generator=generator)}
             number += 1
 
-    def compile(self, mode: str) -> None:
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
         self.compiled = mode
 
     def begin_step(self, step: int) -> None:
@@ -62,6 +63,9 @@ class ToyTask:
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch | {"target": batch["x"].sum(1)}
+
+    def count(self, batch: dict[str, Tensor]) -> None:
+        """As many in every batch."""
 
     def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
@@ -75,8 +79,8 @@ class ToyTask:
     def param_groups(self, weight_decay: float) -> list[dict]:
         return [{"params": list(self.model.parameters()), "weight_decay": weight_decay}]
 
-    def report(self) -> dict[str, Tensor]:
-        return {"seen": self.counters["seen"]}
+    def report(self, counters: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"seen": counters["seen"]}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return {"weight": float(model[0].weight.detach().sum())}

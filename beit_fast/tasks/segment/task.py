@@ -54,7 +54,7 @@ def run_segmentation(config: SegmentConfig) -> SegmentOutcome:
         outcome = train(*run, settings=settings_of(task), world=world)
         raw = ema = None
         if task.test is not None:
-            raw = _segmented(task, task.model, outcome)
+            raw = _segmented(task, outcome.trained, outcome)
             if config.run.ema_decay is not None:
                 ema = _segmented(task, outcome.model, outcome)
         result = SegmentOutcome(train=outcome, classes=task.classes, raw=raw, ema=ema)
