@@ -35,7 +35,7 @@ from beit_fast.train.optim import (
 )
 from beit_fast.train.parallel import begin_alike, check_parallel, parallel
 from beit_fast.train.prefetch import Batch, InFlight, device_batches
-from beit_fast.train.progress import begin_stage, unhurried
+from beit_fast.train.progress import unhurried
 from beit_fast.train.resume import Resume, find_resume, without_habits
 from beit_fast.train.run_state import RunState
 from beit_fast.train.saving import Saver
@@ -149,11 +149,11 @@ def train(
     images_per_step = task.images_per_batch * run.accumulate * world.size
     settings = complete_settings(task, optim, run, settings, world)
     check_parallel(run, optim, world)
-    begin_stage(f"preparing the training of {task.name}")
     world.agree(flat(settings))
     aside = Aside(world, strict=run.strict)
 
     with _claim(output, world) as lock, stop_signals() as stop, contextlib.ExitStack() as stack:
+        stack.enter_context(world.watching(f"preparing the training of {task.name}", output))
         resume = find_resume(output, run, settings, world)
         world.agree(start_of(resume, task))
         length = run_length(task, optim, run, settings, resume and resume.manifest)
