@@ -48,12 +48,12 @@ class RunState:
         }
         if self._ema is not None:
             tensors["ema"] = self._ema.module.state_dict()
-        collected: Tensors = {}
+        collected: Tensors = {stem: {} for stem in tensors} if world.is_main else {}
         for stem, values in tensors.items():
             for name, value in values.items():
                 value = _collected(value)
-                if self._world.is_main:
-                    collected.setdefault(stem, {})[name] = value
+                if world.is_main:
+                    collected[stem][name] = value
         return collected
 
     def load_weights(self, resume: Resume) -> None:
