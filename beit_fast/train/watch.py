@@ -40,8 +40,9 @@ class Seen:
     alive: bool = True
     gone: bool = False
 
-    def words(self) -> str:
-        where = self.place if self.step is None else f"{self.place} (step {self.step})"
+    def words(self, step: int | None = None) -> str:
+        """Where it is, with its step where that is not `step`."""
+        where = self.place if self.step in (None, step) else f"{self.place} of step {self.step}"
         if self.gone:
             return "has ended"
         if not self.alive:
@@ -52,14 +53,12 @@ class Seen:
 def standing_still(ranks: Mapping[int, Seen], timeout: float) -> tuple[str, list[int]]:
     """One line that says who keeps whom waiting for `timeout` seconds, and the ranks to blame."""
     blamed = _behind(ranks)
-    steps = [seen.step for seen in ranks.values() if seen.step is not None]
-    where = f" at step {min(steps)}" if steps else ""
+    step = min((seen.step for seen in ranks.values() if seen.step is not None), default=None)
+    where = f" at step {step}" if step is not None else ""
     words: dict[str, list[int]] = {}
     for rank in blamed:
-        words.setdefault(ranks[rank].words(), []).append(rank)
+        words.setdefault(ranks[rank].words(step), []).append(rank)
     who = ", ".join(f"{names(them)} {said}" for said, them in words.items())
-    if len(ranks) == 1:
-        who = ranks[0].words().replace("is ", "it is ", 1)
     rest = [rank for rank in ranks if rank not in blamed]
     wait = f", and {names(rest)} {'waits' if len(rest) == 1 else 'wait'} for it" if rest else ""
     return f"no progress for {timeout:g} s{where}: {who}{wait}", blamed
@@ -255,6 +254,8 @@ class Watch:
     def _fire(self, ranks: Mapping[int, Seen], limit: float) -> None:
         faulthandler.dump_traceback_later(AFTER, exit=True)  # if a file or pipe hangs, too
         said, blamed = standing_still(ranks, limit)
+        if self._board is None:
+            said = said.replace("rank 0", "this process")
         stacks = self.folder / f"stacks_rank{self._rank}.txt"
         self._dump(stacks)
         if self._board is not None and len(ranks) < self._board.size:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from beit_fast.errors import ToldElsewhere
 from beit_fast.flags import flag
 from beit_fast.train import once
 from beit_fast.train.agreement import compare
@@ -115,7 +116,7 @@ def open_world(
 
     Raises ValueError where cuda is asked for and there is none, for more threads than the machine
     has cores, and for variables that are missing or contradict; StartError where ranks do not come.
-    Out of the block come, where a collective broke, `Consequence` and `RankLost`.
+    Out of the block come, where a collective broke, `ToldElsewhere` and `RankLost`.
     """
     launch = read_launch()
     chosen = _device(device, named, launch)
@@ -196,7 +197,8 @@ def _ranks(
         if once.broke(error):
             _explain(error, board, watch)
         with contextlib.suppress(RuntimeError):
-            board.write("failure", {"text": once.text_of(error), "broken": False})
+            told = isinstance(error, ToldElsewhere)
+            board.write("failure", {"text": once.text_of(error), "broken": told})
         _part(board, ERROR_PARTS)
         raise
     else:
@@ -208,7 +210,7 @@ def _ranks(
 
 
 def _explain(error: Exception, board: Board, watch: Watch) -> NoReturn:
-    """Raise what a broken collective comes from: Consequence where another rank has failed and
+    """Raise what a broken collective comes from: ToldElsewhere where another rank has failed and
     says why, RankLost where some are gone; else the error itself."""
     where = "before the first step" if note.step is None else f"at step {note.step}"
     said = next(iter(str(error).splitlines()), "")[:200]
@@ -219,14 +221,14 @@ def _explain(error: Exception, board: Board, watch: Watch) -> NoReturn:
         while time.monotonic() < until:
             failures = board.read("failure")
             if any(failure and not failure["broken"] for failure in failures):
-                raise once.Consequence(f"another rank failed: {said}") from error
+                raise ToldElsewhere(f"another rank failed: {said}") from error
             lost = watch.lost()
             lost = {rank: seen for rank, seen in lost.items() if not failures[rank]}
             if lost:
                 break
             time.sleep(0.1)
     except RuntimeError as problem:
-        if isinstance(problem, once.Consequence):
+        if isinstance(problem, ToldElsewhere):
             raise
         who = f"the store at {board.address} does not answer any more, nor do other ranks"
         raise once.RankLost(f"{who} ({where}): {AGAIN}") from error

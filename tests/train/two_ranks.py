@@ -11,6 +11,7 @@ from conftest import ToyTask, train_toy  # this file's folder leads sys.path
 from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
 from beit_fast.train.world import open_world
+from beit_fast_main import _end_rank
 
 
 def main(output: Path, fault: str) -> int:
@@ -35,4 +36,4 @@ def main(output: Path, fault: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    _end_rank(main(Path(sys.argv[1]), sys.argv[2]))
