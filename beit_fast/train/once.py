@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
-from beit_fast.errors import RunError
+from beit_fast.errors import RunError, ToldElsewhere
 from beit_fast.train.launch import error_file, has_agent_store, launched_rank
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ BROKEN = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|[Bb]roken pipe|Timed out waiting|Application time"
     r"out caused pair closure|Read error|Socket|socket|Rank \d+ is not ready"
 )
-
-
-class Consequence(RunError):
-    """This rank could not go on because another one failed, which says why."""
 
 
 class RankLost(RunError):
@@ -60,7 +56,7 @@ def broke(error: BaseException) -> bool:
 
 def text_of(error: BaseException) -> str:
     """What ranks compare to know whether they failed alike."""
-    return f"{type(error).__name__}: {error}"
+    return str(error) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -100,19 +96,22 @@ def end_with(message: str) -> NoReturn:
     os._exit(1)
 
 
-def say_once(message: str, error: BaseException) -> None:
-    """Print `message`, the last of this process, on stderr of one of the ranks that have it."""
+def say_once(message: str, error: BaseException | None = None) -> None:
+    """Print `message`, the last of this process, on stderr of one of the ranks that have it.
+
+    error: what it says, None for wrong arguments. Of ToldElsewhere nothing is printed.
+    """
     launch = launched_rank()
     if launch.size == 1:
         _print(message)
         return
     with deaf():
-        if isinstance(error, Consequence):
+        if isinstance(error, ToldElsewhere):
             _record(ELSEWHERE, late=True)
             return
         _record(message)
         try:
-            speaks, alone = _turn(error)
+            speaks, alone = _turn(message if error is None else text_of(error), error)
         except RuntimeError:  # the store is gone: nobody can be asked
             speaks, alone = True, True
         if speaks:
@@ -127,11 +126,10 @@ def with_rank(message: str, who: str) -> str:
     return f"{name}{who}a fault of the program\n{message}"
 
 
-def _turn(error: BaseException) -> tuple[bool, bool]:
+def _turn(text: str, error: BaseException | None) -> tuple[bool, bool]:
     """Whether this rank speaks, and whether it alone has this error."""
     launch = launched_rank()
-    key = "lost" if isinstance(error, RankLost) else hashlib.sha256(text_of(error).encode())
-    key = key if isinstance(key, str) else key.hexdigest()
+    key = "lost" if isinstance(error, RankLost) else hashlib.sha256(text.encode()).hexdigest()
     if _board is None:  # before there was a world
         from beit_fast.train.board import agent_store, claim
 
@@ -141,7 +139,7 @@ def _turn(error: BaseException) -> tuple[bool, bool]:
         return claim(store, key, launch.rank), False
     if not _board.claim(key):
         return False, False
-    return True, not isinstance(error, RankLost) and not _alike(_board, text_of(error))
+    return True, not isinstance(error, RankLost) and not _alike(_board, text)
 
 
 def _alike(board: "Board", text: str) -> bool:

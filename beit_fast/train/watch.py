@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from beit_fast.train.board import Board
-from beit_fast.train.progress import Note, note
+from beit_fast.train.progress import Note, note, tick
 
 BEAT = 0.5  # seconds between what a rank tells
 SILENT = 1.7  # a rank that tells nothing for so long has no thread that runs
@@ -40,8 +40,9 @@ class Seen:
     alive: bool = True
     gone: bool = False
 
-    def words(self) -> str:
-        where = self.place if self.step is None else f"{self.place} (step {self.step})"
+    def words(self, step: int | None = None) -> str:
+        """Where it is, with its step where that is not `step`."""
+        where = self.place if self.step in (None, step) else f"{self.place} of step {self.step}"
         if self.gone:
             return "has ended"
         if not self.alive:
@@ -52,14 +53,12 @@ class Seen:
 def standing_still(ranks: Mapping[int, Seen], timeout: float) -> tuple[str, list[int]]:
     """One line that says who keeps whom waiting for `timeout` seconds, and the ranks to blame."""
     blamed = _behind(ranks)
-    steps = [seen.step for seen in ranks.values() if seen.step is not None]
-    where = f" at step {min(steps)}" if steps else ""
+    step = min((seen.step for seen in ranks.values() if seen.step is not None), default=None)
+    where = f" at step {step}" if step is not None else ""
     words: dict[str, list[int]] = {}
     for rank in blamed:
-        words.setdefault(ranks[rank].words(), []).append(rank)
+        words.setdefault(ranks[rank].words(step), []).append(rank)
     who = ", ".join(f"{names(them)} {said}" for said, them in words.items())
-    if len(ranks) == 1:
-        who = ranks[0].words().replace("is ", "it is ", 1)
     rest = [rank for rank in ranks if rank not in blamed]
     wait = f", and {names(rest)} {'waits' if len(rest) == 1 else 'wait'} for it" if rest else ""
     return f"no progress for {timeout:g} s{where}: {who}{wait}", blamed
@@ -173,6 +172,8 @@ class Watch:
         end: Callable[[str], None],
     ) -> None:
         self.folder = Path(tempfile.gettempdir())
+        # Other ranks wait for this one all the time. Alone, only training is known to make steps.
+        self.armed = board is not None
         self._board, self._rank, self._advice, self._end = board, rank, advice, end
         self._clock = Clock(note, timeout, startup_timeout)
         self._others = Ranks(board.clone()) if board is not None else None
@@ -222,6 +223,8 @@ class Watch:
                 if time.monotonic() > until:
                     self._end(message)
                 continue
+            if not self.armed:
+                tick()
             still, limit = self._clock.read(), self._clock.limit
             left = limit - still
             self._mine = Seen(note.place, note.step, note.order, note.waits, left)
@@ -255,6 +258,8 @@ class Watch:
     def _fire(self, ranks: Mapping[int, Seen], limit: float) -> None:
         faulthandler.dump_traceback_later(AFTER, exit=True)  # if a file or pipe hangs, too
         said, blamed = standing_still(ranks, limit)
+        if self._board is None:
+            said = said.replace("rank 0", "this process")
         stacks = self.folder / f"stacks_rank{self._rank}.txt"
         self._dump(stacks)
         if self._board is not None and len(ranks) < self._board.size:

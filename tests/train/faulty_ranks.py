@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from conftest import ToyTask, train_toy  # this file's folder leads sys.path
 
+import beit_fast_main
 from beit_fast import cli
 from beit_fast.train.progress import tick
 from beit_fast.train.stop import heed_stop
@@ -91,7 +92,6 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     limits = {"timeout": arguments.timeout, "startup_timeout": arguments.startup_timeout}
     with open_world("cpu", **limits) as world:
-        world.watch.folder = arguments.output
         task = FaultyTask(world=world, dropout=0.0)
         task.plant(arguments.output, arguments.rank, arguments.step, arguments.fault)
         tick()
@@ -103,4 +103,4 @@ if __name__ == "__main__":
     cli.WITHOUT_RECIPE["toy"] = (ARGUMENTS.parse_args, lambda: run)
     code = cli.main(["toy", *sys.argv[1:]])
     (ARGUMENTS.parse_args().output / f"left_{os.environ['RANK']}").write_text(str(time.time()))
-    sys.exit(code)
+    beit_fast_main._end_rank(code)
