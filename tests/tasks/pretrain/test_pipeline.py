@@ -77,9 +77,8 @@ def test_the_shapes_of_a_step_and_a_batch_are_looked_at(two_stages, monkeypatch)
     monkeypatch.setattr(PretrainTask, "loss", wrong)
     with pytest.raises((ValueError, RuntimeError), match=r"192|191"):
         run_pretraining(two_stages())
-    assert seen == [
-        {"patches": (4, 24, 192), "mask": (4, 24), "masked_index": (36,), "tokens": (36,)}
-    ]
+    shapes = {"patches": (4, 24, 192), "mask": (4, 24), "masked_index": (36,), "tokens": (36,)}
+    assert seen == [shapes | {"keep": (2 * 2, 4)}]
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_said(two_stages, tmp_path, monkeypatch):
