@@ -13,7 +13,9 @@ import time
 import uuid
 
 import pytest
+from safetensors.torch import load_file
 
+from beit_fast.cli import main
 from beit_fast.train.state import checkpoint_paths
 from pages import ROOT, commands_of, text_of
 from slurm import Slurm
@@ -106,9 +108,13 @@ def undisturbed(tmp_path_factory):
     return folder / "run"
 
 
-def test_the_pages_command_makes_one_run_of_two_nodes(undisturbed):
+def test_the_pages_command_makes_one_run_of_two_nodes(undisturbed, tmp_path):
+    """And `convert` takes it as any other."""
     (*_, last) = checkpoint_paths(undisturbed)
     assert last.name == f"step_{STEPS:08d}"
+    converted = tmp_path / "weights.safetensors"
+    assert main(["convert", str(undisturbed), str(converted), "--to", "timm"]) == 0
+    assert len(load_file(converted)) == 21
 
 
 def wait_for(done, process, seconds=120.0):
