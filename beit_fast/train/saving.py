@@ -54,6 +54,7 @@ class Saver:
         self._world, self._beside, self._lock = world, beside, lock
         self._copy = HostCopy(world.device)
         self._thread: threading.Thread | None = None
+        self._written = threading.Event()
         self._error: Exception | None = None
 
     @property
@@ -73,10 +74,12 @@ class Saver:
                 # code, which would abort the process.
                 held = os.dup(self._lock.fileno()) if self._lock is not None else None
                 copied, event = self._copy.take(tensors)
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._write, args=(step, copied, event, held), name=WRITER
                 )
-                self._thread.start()
+                self._written.clear()
+                thread.start()
+                self._thread = thread
             elif self._error is None:
                 self._write(step, tensors)
         if not self._beside:
@@ -117,6 +120,9 @@ class Saver:
 
     def _join(self) -> None:
         if self._thread is not None:
+            # Not by `join` alone: one that Ctrl-C interrupts takes the thread for ended (until
+            # Python 3.13, bpo-45274), and nobody would wait for it at the interpreter's end.
+            self._written.wait()
             self._thread.join()
             self._thread = None
 
@@ -144,6 +150,7 @@ class Saver:
         finally:
             if held is not None:
                 os.close(held)
+            self._written.set()
 
 
 class HostCopy:

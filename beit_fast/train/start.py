@@ -35,7 +35,7 @@ def open_run(config: Any, output: str, *, named: str = "run.output") -> Iterator
         if world.size > 1:
             check_alike(config, world)
             check_shared(Path(output), world, named)
-            world.watch.folder = Path(output)
+            world.watch.folder = Path(output)  # of the whole run
         yield world
 
 

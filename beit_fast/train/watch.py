@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from beit_fast.train.board import Board
-from beit_fast.train.progress import Note, note
+from beit_fast.train.progress import Note, note, tick
 
 BEAT = 0.5  # seconds between what a rank tells
 SILENT = 1.7  # a rank that tells nothing for so long has no thread that runs
@@ -172,6 +172,8 @@ class Watch:
         end: Callable[[str], None],
     ) -> None:
         self.folder = Path(tempfile.gettempdir())
+        # Other ranks wait for this one all the time. Alone, only training is known to make steps.
+        self.armed = board is not None
         self._board, self._rank, self._advice, self._end = board, rank, advice, end
         self._clock = Clock(note, timeout, startup_timeout)
         self._others = Ranks(board.clone()) if board is not None else None
@@ -221,6 +223,8 @@ class Watch:
                 if time.monotonic() > until:
                     self._end(message)
                 continue
+            if not self.armed:
+                tick()
             still, limit = self._clock.read(), self._clock.limit
             left = limit - still
             self._mine = Seen(note.place, note.step, note.order, note.waits, left)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +23,7 @@ from beit_fast.train import once
 from beit_fast.train.agreement import compare
 from beit_fast.train.board import Board, digest_of, meet
 from beit_fast.train.launch import Launch, read_launch
-from beit_fast.train.progress import note, progress, waiting_for_ranks
+from beit_fast.train.progress import begin_stage, note, progress, waiting_for_ranks
 from beit_fast.train.watch import Watch, names
 
 TIMEOUT, STARTUP_TIMEOUT = 300.0, 1800.0  # seconds; of a run they are settings
@@ -30,6 +31,8 @@ TIMEOUT, STARTUP_TIMEOUT = 300.0, 1800.0  # seconds; of a run they are settings
 BACKSTOP = 60.0
 LOOKS = 6.0  # seconds in which the reason of a broken collective is looked for
 PARTS, ERROR_PARTS = 5.0, 0.5  # seconds that ranks wait for each other at the end
+
+AGAIN = "the same command goes on from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,21 @@ class World:
         """Tell the watch where this process is, "waiting for a batch", and in which step from 1."""
         progress(place, step)
 
+    @contextlib.contextmanager
+    def watching(self, place: str, folder: Path) -> Iterator[None]:
+        """Inside, training makes steps, the first of which compiles: one process alone is watched
+        here, ranks always. folder: where the stacks of one that stands still go."""
+        begin_stage(place)
+        if self.watch is None:
+            yield
+            return
+        before, self.watch.armed, self.watch.folder = self.watch.armed, True, folder
+        try:
+            yield
+        finally:
+            self.watch.armed = before
+            begin_stage("finishing the run")
+
     def gather(self, value: Any) -> list[Any]:
         """What every rank passes, in their order, on every rank."""
         if self.size == 1:
@@ -130,12 +148,10 @@ def open_world(
                 f"pass {cores} or less, or null"
             )
         torch.set_num_threads(cpu_threads)
+    ranks = _alone if launch.size == 1 else _ranks
     try:
-        if launch.size == 1:
-            yield World(0, 1, chosen)
-        else:
-            with _ranks(launch, chosen, timeout, startup_timeout) as world:
-                yield world
+        with ranks(launch, chosen, timeout, startup_timeout) as world:
+            yield world
     finally:
         torch.set_num_threads(threads_before)
 
@@ -156,6 +172,31 @@ def _device(device: str, named: str, launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank)
 
 
+def _watch(board: Board | None, launch: Launch, timeout: float, startup_timeout: float) -> Watch:
+    """Started. Its advice is made here, for threads do not know of `flags_of`."""
+    once.speaks_through(board)
+    advice = (
+        f"{AGAIN[0].upper()}{AGAIN[1:]}; how long a run may stand still is "
+        f"{flag('run.timeout')}, and {flag('run.startup_timeout')} until its first step is done"
+    )
+    limits = {"timeout": timeout, "startup_timeout": startup_timeout}
+    watch = Watch(board, launch.rank, **limits, advice=advice, end=once.end_with)
+    watch.start()
+    return watch
+
+
+@contextlib.contextmanager
+def _alone(
+    launch: Launch, device: torch.device, timeout: float, startup_timeout: float
+) -> Iterator[World]:
+    """This process, with a watch that `World.watching` arms."""
+    watch = _watch(None, launch, timeout, startup_timeout)
+    try:
+        yield World(0, 1, device, watch=watch)
+    finally:
+        watch.close()
+
+
 @contextlib.contextmanager
 def _ranks(
     launch: Launch, device: torch.device, timeout: float, startup_timeout: float
@@ -163,21 +204,7 @@ def _ranks(
     """The process group of all ranks, with its watch; what breaks it is explained."""
     store = meet(launch, startup_timeout)
     board = Board(store, launch)
-    once.speaks_through(board)
-    advice = (
-        "The same command goes on from the last checkpoint; "
-        f"{flag('run.timeout')} and {flag('run.startup_timeout')} say how long a run may stand "
-        "still"
-    )
-    watch = Watch(
-        board,
-        launch.rank,
-        timeout=timeout,
-        startup_timeout=startup_timeout,
-        advice=advice,
-        end=once.end_with,
-    )
-    watch.start()
+    watch = _watch(board, launch, timeout, startup_timeout)
     limit = timedelta(seconds=timeout + startup_timeout + BACKSTOP)
     try:
         progress("opening the process group", waits=True)
@@ -242,9 +269,6 @@ def _explain(error: Exception, board: Board, watch: Watch) -> NoReturn:
     how = "has ended" if ended else "is gone without a word (killed, or cut off)"
     how = how if len(lost) == 1 else how.replace("has", "have").replace("is gone", "are gone")
     raise once.RankLost(f"{who} {how} {where}: {AGAIN}") from error
-
-
-AGAIN = "the same command goes on from the last checkpoint"
 
 
 def _part(board: Board, within: float) -> None:

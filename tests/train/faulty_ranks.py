@@ -92,7 +92,6 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     limits = {"timeout": arguments.timeout, "startup_timeout": arguments.startup_timeout}
     with open_world("cpu", **limits) as world:
-        world.watch.folder = arguments.output
         task = FaultyTask(world=world, dropout=0.0)
         task.plant(arguments.output, arguments.rank, arguments.step, arguments.fault)
         tick()
