@@ -19,10 +19,13 @@ def main() -> int:
         with _ended_by_ctrl_c():
             from beit_fast import cli
         try:
-            return cli.main(preparing=_ended_by_ctrl_c)
+            code = cli.main(preparing=_ended_by_ctrl_c)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            _end_rank(code)
+        return code
     except BrokenPipeError:
         # What Python would flush at the end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,6 +49,15 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end_rank(code: int) -> None:
+    """Without taking the interpreter down. That takes torch seconds, in which the other ranks and
+    the launcher wait; and a thread of its process group that still lets go of a tensor then aborts
+    the process ("terminate called without an active exception"), after all is done and said."""
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _end_at_once(signum: int, _frame: object) -> None:

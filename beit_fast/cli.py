@@ -14,13 +14,14 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from beit_fast import recipes
 from beit_fast.checks import Count, Filled, Side, check_fields
-from beit_fast.errors import RunError, ToldElsewhere
+from beit_fast.errors import RunError
 from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
 from beit_fast.parsing import add_removed, make, new_parser, read
@@ -29,6 +30,8 @@ from beit_fast.tasks.segment.config_evaluation import (
     EvaluateSegmentationConfig,
     PredictSegmentationConfig,
 )
+from beit_fast.train.launch import launched_rank
+from beit_fast.train.once import say_once
 from beit_fast.train.stop import WRITER, Interrupted
 
 Run = Callable[[Any], Any]  # of a configuration
@@ -78,45 +81,64 @@ def main(
     if verb in ("-h", "--help"):
         print(USAGE)
         return 0
-    if verb not in WITHOUT_RECIPE and verb not in VERBS:
-        print(f"{USAGE}\n\nbeit-fast: there is no verb {verb!r}", file=sys.stderr)
-        return 2
     try:
         with preparing():
-            if verb in WITHOUT_RECIPE:
-                parse_verb, load = WITHOUT_RECIPE[verb]
-                config = parse_verb(rest)
-            else:
-                known, load = VERBS[verb]
-                if not rest or rest[0] not in known:
-                    return _list_recipes(verb, known, rest)
-                config = parse(verb, rest[0], known[rest[0]], rest[1:])
+            with _usage_once():
+                if verb not in WITHOUT_RECIPE and verb not in VERBS:
+                    print(f"{USAGE}\n\nbeit-fast: there is no verb {verb!r}", file=sys.stderr)
+                    return 2
+                if verb in WITHOUT_RECIPE:
+                    parse_verb, load = WITHOUT_RECIPE[verb]
+                    config = parse_verb(rest)
+                else:
+                    known, load = VERBS[verb]
+                    if not rest or rest[0] not in known:
+                        return _list_recipes(verb, known, rest)
+                    config = parse(verb, rest[0], known[rest[0]], rest[1:])
             run = load()
         run(config)
         with naming("standard output"):
             sys.stdout.flush()  # at exit it would be too late to say so
     except Interrupted as stop:
-        print(f"beit-fast: {stop}", file=sys.stderr)
+        say_once(f"beit-fast: {stop}", stop)
         return stop.exit_code
-    except KeyboardInterrupt:
-        print("beit-fast: interrupted; the last checkpoint is whole", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        say_once("beit-fast: interrupted; the last checkpoint is whole", stop)
         if any(thread.name == WRITER for thread in threading.enumerate()):
             sys.stderr.flush()
             os._exit(130)  # an orderly end would wait until it has written
         return 130
     except BrokenPipeError:  # whoever read the output has gone: see beit_fast_main.py
         raise
-    except ToldElsewhere:
-        return 1
     except (ValueError, OSError, RunError) as error:
-        print(f"beit-fast: {describe(error)}", file=sys.stderr)
+        say_once(f"beit-fast: {describe(error)}", error)
         return 1
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
+    except Exception as error:
+        if isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))
+        ):
+            say_once(f"beit-fast: {_out_of_memory(error)}", error)
+            return 1
+        if launched_rank().size == 1:
             raise  # a fault of ours
-        print(f"beit-fast: {_out_of_memory(error)}", file=sys.stderr)
+        say_once(traceback.format_exc(), error)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _usage_once() -> Iterator[None]:
+    """What stderr gets inside, of wrong arguments, is said by one of the ranks that have them."""
+    if launched_rank().size == 1:
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    finally:
+        if said.getvalue():
+            say_once(said.getvalue().rstrip("\n"))
 
 
 def _out_of_memory(error: Exception) -> str:

@@ -27,6 +27,7 @@ from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import TaskLoss
 from beit_fast.train.optim import Schedule, build_optimizer
+from beit_fast.train.shares import shares_of
 from beit_fast.train.step import Sentinel, TrainStep
 from beit_fast.train.world import World
 from beit_fast.weights.layouts import from_house
@@ -67,7 +68,8 @@ class _Logits(nn.Module):
         super().__init__()
         self.model, self._logits = peer.model, peer.logits
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, keep: Tensor | None = None) -> Tensor:
+        del keep  # the library draws its own
         return self._logits(self.model, images)
 
 
@@ -101,9 +103,14 @@ class FinetuneStep:
         optim, run = config.optim, config.run
         optimizer = build_optimizer(self.task.param_groups(optim.weight_decay), optim, device)
         self._schedule = Schedule(optimizer, optim, num_steps=2**31, warmup=0, start=0)
-        sentinel = Sentinel(optimizer, device, 0)
+        sentinel = Sentinel(optimizer, world, 0)
+        shares = shares_of(self.task.count, run, world)
         self._take = TrainStep(
-            TaskLoss(self.task), optimizer, sentinel, optim=optim, run=run, device=device
+            *(TaskLoss(self.task), optimizer, sentinel),
+            shares=shares,
+            optim=optim,
+            run=run,
+            device=device,
         )
         batches = self.task.batches(0)
         batch = next(batches)

@@ -27,6 +27,7 @@ from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import TaskLoss, compile_mode, graphed, preparation
 from beit_fast.train.optim import Schedule, build_optimizer
 from beit_fast.train.prefetch import device_batches
+from beit_fast.train.shares import shares_of
 from beit_fast.train.step import Sentinel, TrainStep
 from beit_fast.train.world import World
 
@@ -102,9 +103,13 @@ class Ours:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.schedule = Schedule(self.optimizer, optim, num_steps=2**31, warmup=0, start=0)
         module = TaskLoss(self.task)
-        sentinel = Sentinel(self.optimizer, device, 0)
-        take = TrainStep(module, self.optimizer, sentinel, optim=optim, run=run, device=device)
-        self.take = graphed(take, run, World(0, 1, device))
+        world = World(0, 1, device)
+        sentinel = Sentinel(self.optimizer, world, 0)
+        shares = shares_of(self.task.count, run, world)
+        take = TrainStep(
+            module, self.optimizer, sentinel, shares=shares, optim=optim, run=run, device=device
+        )
+        self.take = graphed(take, run, world)
         # Patches and tokens, from a batch on the device.
         self.ready = preparation(self.task, run, device)
 

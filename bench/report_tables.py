@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from facts import Fact
+from many_gpus import many_gpus_table, memory_table
 from report_gpu import gpu_table
 
 # Results that have a place, and the commands that write them.
@@ -427,6 +428,8 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "tokenizer": tokenizer_table,
     "data": data_table,
     "checkpoint": checkpoint_table,
+    "many-gpus": many_gpus_table,
+    "memory-of-ranks": memory_table,
     "science": science_table,
     "science-segmentation": science_segmentation_table,
     "gpu": gpu_lines,

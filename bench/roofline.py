@@ -2,6 +2,7 @@
 
     python bench/roofline.py [--size base] [--img-size 224] [--batch 256] [--machines A100 H200]
     python bench/roofline.py --machines here --device cpu --dtype fp32 --batch 4
+    python bench/roofline.py --size base --gpus 8 64 512      # what many GPUs reach: many_gpus.py
 
 A piece of work is one kernel as this project fuses them: each operand read once, each result
 written once. Its floor is the largest of operations / matrix rate, bytes / bandwidth and
@@ -316,6 +317,22 @@ def machines_named(names: Iterable[str], device: torch.device, dtype: torch.dtyp
     }
 
 
+def print_many_gpus(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """A table a machine."""
+    import many_gpus  # which is made of the counts above
+
+    if "here" in options.machines:
+        parser.error(f"--gpus knows the links of {', '.join(MACHINES)}: give --machines of these")
+    for machine in options.machines:
+        names = ("step_images", "links", "parallel", "gradients")
+        given = {name: getattr(options, name) for name in names}
+        try:
+            rows = many_gpus.rows([options.size], options.gpus, machine=machine, **given)
+        except ValueError as error:
+            parser.error(str(error))
+        print(f"{machine}, {many_gpus.SAID}\n{format_table(rows)}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", choices=["small", "base", "large"], default="base")
@@ -334,12 +351,23 @@ def main() -> None:
         help="the stream between blocks; default fp32, which it is under autocast",
     )
     parser.add_argument("--savings", action="store_true", help="leave out what need not be done")
+    many = parser.add_argument_group("many GPUs, in nodes of eight (many_gpus.py)")
+    many.add_argument(
+        "--gpus", type=int, nargs="+", help="numbers of them; with --size, --machines"
+    )
+    many.add_argument("--step-images", type=int, default=2048, help="of all GPUs; default 2048")
+    many.add_argument("--links", type=int, default=8, help="of 400 Gb/s, a node; default 8")
+    many.add_argument("--parallel", choices=["ddp", "fsdp"], default="ddp")
+    many.add_argument("--gradients", choices=["fp32", "bf16"], default="fp32", help="as exchanged")
     parser.add_argument("--csv", type=Path, help="write the table here")
     parser.add_argument("--json", type=Path, help="write the table here")
     options = parser.parse_args()
 
     if options.dtype != "bf16" and options.machines != ["here"]:
         parser.error("A100, H100 and H200 are known in bf16 alone: pass --machines here for fp32")
+    if options.gpus:
+        print_many_gpus(options, parser)
+        return
     num_bytes = {"fp32": 4, "bf16": 2}
     step = Step(
         config=beit_config(f"beit_{options.size}_patch16_{options.img_size}_8k_vocab"),

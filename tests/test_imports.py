@@ -35,7 +35,7 @@ ALLOWED = {
     "data": DATA | BASE,
     "train": BASE,
     "viz": BASE,
-    "tasks": {"data", "data.sources", "train", "model", "weights"} | BASE,
+    "tasks": {"data", "data.seeds", "data.sources", "train", "model", "weights"} | BASE,
     "tasks.pretrain": BELOW_TASKS | BASE,
     "tasks.evaluate": BELOW_TASKS | BASE,
     "tasks.finetune": BELOW_TASKS | {"tasks.evaluate"} | BASE,

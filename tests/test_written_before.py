@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from beit_fast import BeitForImageClassification, BeitForMaskedImageModeling, from_pretrained
 from beit_fast.cli import main
+from beit_fast.tasks.drop_path import DropPathDraws
 
 WRITTEN = Path(__file__).parent / "written_before"
 EXPECTED = json.loads((WRITTEN / "expected.json").read_text())
@@ -21,6 +22,13 @@ def written(tmp_path, monkeypatch):
     shutil.copytree(WRITTEN, tmp_path / "written")
     monkeypatch.chdir(tmp_path / "written")
     return tmp_path / "written"
+
+
+@pytest.fixture
+def drawn_as_then(monkeypatch):
+    """Drop path as the blocks draw it, from the generator of step and rank: since it is drawn by
+    sample the numbers are others, and all else is compared."""
+    monkeypatch.setattr(DropPathDraws, "added_to", lambda self, batches, start: batches)
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
@@ -36,9 +44,17 @@ def assert_steps(run: Path, expected: list[dict[str, float]]) -> None:
             assert got[name] == pytest.approx(wanted[name], rel=1e-4), (wanted["step"], name)
 
 
-def test_a_pretraining_goes_on_as_it_did(written):
+def test_a_pretraining_goes_on_as_it_did(written, drawn_as_then):
     assert main(["pretrain", "digits", "--config", "pretrain.yaml", "--run.steps", "6"]) == 0
     assert_steps(written / "pretrained", EXPECTED["pretrain"])
+
+
+def test_a_pretraining_goes_on_with_what_is_drawn_by_sample(written, capsys):
+    assert main(["pretrain", "digits", "--config", "pretrain.yaml", "--run.steps", "5"]) == 0
+    assert "run.loss_mean was 'rank', is 'global'" in capsys.readouterr().out
+    before, now = EXPECTED["pretrain"][0], metrics_of(written / "pretrained")[-1]
+    assert now["loss"] == pytest.approx(before["loss"], rel=0.05)
+    assert now["loss"] != before["loss"]
 
 
 def test_a_finetuning_goes_on_as_it_did(written):
@@ -46,7 +62,7 @@ def test_a_finetuning_goes_on_as_it_did(written):
     assert_steps(written / "finetuned", EXPECTED["finetune"])
 
 
-def test_a_token_cache_is_read_as_it_was(written):
+def test_a_token_cache_is_read_as_it_was(written, drawn_as_then):
     command = ["pretrain", "digits", "--config", "pretrain.yaml", "--run.steps", "3"]
     command += ["--run.output", "fresh", "--token_cache", "tokens", "--tokenizer_training", "null"]
     assert main(command) == 0

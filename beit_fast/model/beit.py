@@ -88,18 +88,25 @@ class Beit(nn.Module):
         """For torch.jit.script: raises ValueError that names the exporters of today."""
         raise ValueError(NOT_TRACED)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.forward_features(images, mask)
+    def forward(
+        self, images: Tensor, mask: Tensor | None = None, *, keep: Tensor | None = None
+    ) -> Tensor:
+        return self.forward_features(images, mask, keep=keep)
 
-    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward_features(
+        self, images: Tensor, mask: Tensor | None = None, *, keep: Tensor | None = None
+    ) -> Tensor:
         """Tokens (B, N, D) after the last block, before any norm; N = L + 1, [CLS] first.
 
         images (B, C, height, width), normalised, or patches (B, L, P) of them; mask bool (B, L),
-        True where the patch is hidden.
+        True where the patch is hidden. keep fp32 (2 depth, B): for drop path in training, 0 where a
+        sample skips a branch and 1 / (1 - p) where not, attention's before the MLP's in each block;
+        None: the blocks draw from torch's generator.
         Raises ValueError for images of another size or dtype, and for a mask that does not fit or
-        that this model has no mask token for.
+        that this model has no mask token for, and for keep of another shape or where
+        `config.drop_path_compact` draws otherwise.
         """
-        return self._encode(images, mask)
+        return self._encode(images, mask, keep=keep)
 
     def forward_intermediates(
         self,
@@ -224,11 +231,18 @@ class Beit(nn.Module):
         """What `forward_features` ends with: the encoder alone has no norm after its blocks."""
         return x
 
-    def _encode(self, images: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    def _encode(
+        self,
+        images: Tensor,
+        mask: Tensor | None,
+        rows: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
+    ) -> Tensor:
         """`forward_features`, or of listed rows alone, (I, 1, D) as `select_rows` gives them."""
         skips = rows is not None and rowwise_after_attention(self.blocks[-1])
         listed = rows if skips else None
-        x = self._run(self.blocks, images, mask, listed)
+        x = self._run(self.blocks, images, mask, listed, keep=keep)
         if rows is None or skips:
             return x
         warn_once(
@@ -243,9 +257,11 @@ class Beit(nn.Module):
         images: Tensor,
         mask: Tensor | None = None,
         rows: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
         tap: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """The sequence through these blocks; `rows` and `tap` as for `run_blocks`."""
+        """The sequence through these blocks; `rows`, `keep` and `tap` as for `run_blocks`."""
         if not isinstance(images, Tensor):
             raise TypeError(
                 f"the images are a {type(images).__name__}: pass a tensor (B, C, height, width) of "
@@ -253,6 +269,8 @@ class Beit(nn.Module):
             )
         grid = self.patch_embed.grid_of(images)
         x_BND = self._embed(images, mask)
+        if keep is not None:
+            self._check_keep(keep, len(x_BND))
         shared_bias_HNN = None
         if self.rel_pos_bias is not None:
             shared_bias_HNN = self.rel_pos_bias(grid)
@@ -260,7 +278,7 @@ class Beit(nn.Module):
             blocks = [functools.partial(self._recompute, block) for block in blocks]
         is_compiled = torch.compiler.is_compiling()
         with contextlib.nullcontext() if is_compiled else padding_once():
-            return run_blocks(blocks, x_BND, shared_bias_HNN, grid, rows, tap=tap)
+            return run_blocks(blocks, x_BND, shared_bias_HNN, grid, rows, keep=keep, tap=tap)
 
     def _recompute(self, block: nn.Module, *arguments: Any, **options: Any) -> Tensor:
         if self.grad_checkpointing == "selective":
@@ -316,6 +334,18 @@ class Beit(nn.Module):
             pos = pos if grid is None else resize_pos_embed(pos, self.config.grid, grid)
             pos = pos.flatten(0, 1)
         return mask_embed(x_BLD, self.cls_token.flatten(), mask_token, mask, pos)
+
+    def _check_keep(self, keep: Tensor, num_images: int) -> None:
+        wanted = (2 * len(self.blocks), num_images)
+        if self.config.drop_path_compact:
+            raise ValueError(
+                "keep came, and with drop_path_compact the blocks draw which of a fixed number of "
+                "samples they keep: pass no keep, or build the model without drop_path_compact"
+            )
+        if keep.shape != wanted or keep.dtype != torch.float32:
+            raise ValueError(
+                f"keep is {keep.dtype} {tuple(keep.shape)}: pass float32 {wanted}, two rows a block"
+            )
 
     def _check_mask(self, mask: Tensor, x: Tensor) -> None:
         if self.mask_token is None:

@@ -17,6 +17,8 @@ from beit_fast.kernels.residual.drop_path import KeptSamples, draw_kept_samples,
 from beit_fast.model.config import BeitConfig
 from beit_fast.model.layers import Attention, Block, Mlp, is_plain
 
+ATTENTION, MLP = 0, 1  # rows of a block's keep
+
 
 class DropPath(NamedTuple):
     """Which samples skip a branch: neither field set, none does."""
@@ -61,16 +63,17 @@ class FusedBlock(Block):
         shared_bias: Tensor | None = None,
         grid: tuple[int, int] | None = None,
         rows: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """`Block.forward`; with rows (I,) those alone, (I, 1, D) as `select_rows` gives them.
 
         For rows the block must be `rowwise_after_attention`; what stands for -1 means nothing.
         """
-        return self.step(x, self.enter(x), shared_bias, grid, rows)[0]
+        return self.step(x, self.enter(x, keep), shared_bias, grid, rows, keep)[0]
 
-    def enter(self, x: Tensor) -> tuple[Tensor, DropPath]:
+    def enter(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, DropPath]:
         """What attention sees of x, and which samples skip it."""
-        path = self._draw_path(x)
+        path = self._path(x, keep, ATTENTION)
         return _norm(x, self.norm1, path), path
 
     def step(
@@ -80,7 +83,9 @@ class FusedBlock(Block):
         shared_bias: Tensor | None = None,
         grid: tuple[int, int] | None = None,
         rows: Tensor | None = None,
+        keep: Tensor | None = None,
         following: "FusedBlock | None" = None,
+        following_keep: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, DropPath] | None]:
         """`forward`, with what `enter` gave; also what enters the block that follows."""
         ln, path = entered
@@ -89,7 +94,7 @@ class FusedBlock(Block):
         else:
             mixed = self.attn.mix(ln, shared_bias, grid)
             branch = self.attn.proj(select_rows(mixed, path.rows_of_branch(rows, x)))
-        mlp_path = self._draw_path(x)
+        mlp_path = self._path(x, keep, MLP)
         if rows is not None:
             path, mlp_path = path.of_rows(rows, x), mlp_path.of_rows(rows, x)
             x = select_rows(x, rows)
@@ -97,13 +102,14 @@ class FusedBlock(Block):
         branch = self.mlp(ln)
         if following is None:
             return _add(x, branch, self.gamma_2, mlp_path), None
-        path = following._draw_path(x)
+        path = following._path(x, following_keep, ATTENTION)
         x, ln = _add_and_norm(x, branch, self.gamma_2, mlp_path, following.norm1, path)
         return x, (ln, path)
 
-    def _draw_path(self, x: Tensor) -> DropPath:
+    def _path(self, x: Tensor, keep: Tensor | None, branch: int) -> DropPath:
+        """Which samples skip a branch: as keep (2, B) says, or drawn now."""
         if not self.drop_path_compact:
-            return DropPath(keep=self.draw_keep(x))
+            return DropPath(self.given_or_drawn(None if keep is None else keep[branch], x))
         rate = self.drop_path_rate
         if not self.training or num_kept(len(x), rate) == len(x):
             return DropPath()
@@ -117,25 +123,31 @@ def run_blocks(
     grid: tuple[int, int] | None = None,
     rows: Tensor | None = None,
     *,
+    keep: Tensor | None = None,
     tap: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Blocks one after another, each one's last residual in one pass with the next one's norm.
 
     The last one computes `rows` alone, see `select_rows`; it must be `rowwise_after_attention`.
-    grid (Gh, Gw) of the patches in x; None: the model's own. `tap` is called with what each block
-    gives. A block that is hooked, compiled or replaced is called as the module it is.
+    grid (Gh, Gw) of the patches in x; None: the model's own. keep (2 blocks or more, B): of each
+    branch what a block would draw for drop path, attention's before the MLP's; None: they draw.
+    `tap` is called with what each block gives. A block that is hooked, compiled or replaced is
+    called as the module it is.
     """
     blocks = list(blocks)
     entered = None
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+    keeps = [None if keep is None else keep[2 * i : 2 * i + 2] for i in range(len(blocks))]
+    rest = zip([*blocks[1:], None], [*keeps[1:], None], strict=True)
+    for block, own, (following, next_keep) in zip(blocks, keeps, rest, strict=True):
         listed = rows if following is None else None
         if is_plain(block, FusedBlock):
             if following is not None and not is_plain(following, FusedBlock):
                 following = None
-            entered = block.enter(x) if entered is None else entered
-            x, entered = block.step(x, entered, shared_bias, grid, listed, following)
+            entered = block.enter(x, own) if entered is None else entered
+            more = own, following, next_keep
+            x, entered = block.step(x, entered, shared_bias, grid, listed, *more)
         else:
-            x = block(x, shared_bias, **_known(grid=grid, rows=listed))
+            x = block(x, shared_bias, **_known(grid=grid, rows=listed, keep=own))
         if tap is not None:
             tap(x)
     return x
@@ -152,10 +164,23 @@ def select_rows(x: Tensor, rows: Tensor) -> Tensor:
 def rowwise_after_attention(block: nn.Module) -> bool:
     """Whether what follows attention sees one token at a time, and no one watches it."""
     return (
-        is_plain(block, FusedBlock)
+        (is_plain(block, FusedBlock) or _is_sharded(block))
         and is_plain(block.attn, Attention)
         and is_plain(block.mlp, Mlp)
-        and all(is_plain(module, type(module)) for module in block.modules())
+        and all(is_plain(m, type(m)) for m in block.modules() if m is not block)
+    )
+
+
+def _is_sharded(block: nn.Module) -> bool:
+    """Whether it is a block whose weights torch's FSDP puts together, hooked by nobody else: FSDP
+    makes a class of its own of it, and looks at nothing that goes in or out."""
+    if type(block) is FusedBlock or not isinstance(block, FusedBlock):
+        return False
+    hooks = (block._forward_pre_hooks, block._forward_hooks)
+    return type(block).forward is FusedBlock.forward and all(
+        hook.__module__.startswith("torch.distributed.fsdp.")
+        for hooked in hooks
+        for hook in hooked.values()
     )
 
 

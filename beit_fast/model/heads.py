@@ -36,7 +36,13 @@ class BeitForMaskedImageModeling(Beit):
         return self.lm_head(self.norm(x_BND[:, 1:]))
 
     def loss(
-        self, images: Tensor, mask: Tensor, masked_index: Tensor, visual_tokens: Tensor
+        self,
+        images: Tensor,
+        mask: Tensor,
+        masked_index: Tensor,
+        visual_tokens: Tensor,
+        *,
+        keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy at the listed patches, and how many are predicted right (scalars).
 
@@ -44,7 +50,8 @@ class BeitForMaskedImageModeling(Beit):
         int32 (I,), patches to predict as b L + l, -1 for padding, of any fixed length;
         visual_tokens int64 (B, L), or (I,) for the listed patches alone. Only listed patches reach
         the norm and the head. The index usually lists what the mask hides, but need not: all
-        patches make the "all tokens" ablation.
+        patches make the "all tokens" ablation. keep as of `Beit.forward_features`. Where nothing is
+        listed the loss is 0.
         Raises ValueError where shapes do not fit or this model predicts pixels.
         """
         self._check_predicts("tokens")
@@ -54,7 +61,7 @@ class BeitForMaskedImageModeling(Beit):
             self._check_tokens(visual_tokens, mask)
             target_I = visual_tokens.flatten().index_select(0, masked_index.clamp(min=0))
         return masked_linear_cross_entropy(
-            *self._listed_tokens(images, mask, masked_index),
+            *self._listed_tokens(images, mask, masked_index, keep),
             target_I,
             self.lm_head.weight,
             self.lm_head.bias,
@@ -63,14 +70,21 @@ class BeitForMaskedImageModeling(Beit):
             norm_eps=self.config.norm_eps,
         )
 
-    def pixel_loss(self, images: Tensor, mask: Tensor, masked_index: Tensor) -> Tensor:
+    def pixel_loss(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        masked_index: Tensor,
+        *,
+        keep: Tensor | None = None,
+    ) -> Tensor:
         """Mean squared error of the listed patches' normalised pixels: the ablation of Table 4.
 
         Arguments as of `loss`. Raises ValueError where shapes do not fit or this model predicts
         tokens.
         """
         self._check_predicts("pixels")
-        rows_ID = gather_rows(*self._listed_tokens(images, mask, masked_index))
+        rows_ID = gather_rows(*self._listed_tokens(images, mask, masked_index, keep))
         patches_BLP = self.patch_embed.patches(images)
         target_IP = patches_BLP.flatten(0, 1).index_select(0, masked_index.clamp(min=0))
         real = masked_index >= 0
@@ -89,7 +103,7 @@ class BeitForMaskedImageModeling(Beit):
         return linear_argmax(x_BLD, self.lm_head.weight, self.lm_head.bias, precision="tf32x3")
 
     def _listed_tokens(
-        self, images: Tensor, mask: Tensor, masked_index: Tensor
+        self, images: Tensor, mask: Tensor, masked_index: Tensor, keep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Tokens before the norm, and which of their rows the listed patches are; -1: padding.
 
@@ -104,9 +118,9 @@ class BeitForMaskedImageModeling(Beit):
         # Patch b L + l is row b N + 1 + l of the sequence, N = L + 1; floor: -1 // L is -1.
         rows = masked_index + masked_index // mask.shape[1] + 1
         if not self.config.skip_unread_rows or len(rows) >= mask.numel():
-            return self.forward_features(images, mask), rows
+            return self.forward_features(images, mask, keep=keep), rows
         places = torch.arange(len(rows), dtype=rows.dtype, device=rows.device)
-        return self._encode(images, mask, rows), torch.where(rows == -1, -1, places)
+        return self._encode(images, mask, rows, keep=keep), torch.where(rows == -1, -1, places)
 
     def _check_predicts(self, wanted: str) -> None:
         if self.config.predict != wanted:
@@ -145,13 +159,15 @@ class BeitForImageClassification(Beit):
         """Start anew, as fine-tuning does where the checkpoint has nothing."""
         init_finetuning(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes); without classes, features (B, D)."""
-        return self.forward_head(self.forward_features(images))
+    def forward(self, images: Tensor, *, keep: Tensor | None = None) -> Tensor:
+        """Logits (B, num_classes); without classes, features (B, D). keep as of `Beit`."""
+        return self.forward_head(self.forward_features(images, keep=keep))
 
-    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward_features(
+        self, images: Tensor, mask: Tensor | None = None, *, keep: Tensor | None = None
+    ) -> Tensor:
         """Tokens (B, N, D) as timm gives them: through `norm` where the [CLS] token is pooled."""
-        return self.norm(super().forward_features(images, mask))
+        return self.norm(super().forward_features(images, mask, keep=keep))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, N, D) to logits (B, num_classes), or with `pre_logits` to features (B, D).

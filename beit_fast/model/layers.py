@@ -33,16 +33,32 @@ class Block(nn.Module):
             self.gamma_2 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
 
     def forward(
-        self, x: Tensor, shared_bias: Tensor | None = None, grid: tuple[int, int] | None = None
+        self,
+        x: Tensor,
+        shared_bias: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        """x (B, N, D) -> (B, N, D); other arguments as of `Attention`."""
-        x = x + self.drop_path(scaled(self.gamma_1, self.attn(self.norm1(x), shared_bias, grid)))
-        return x + self.drop_path(scaled(self.gamma_2, self.mlp(self.norm2(x))))
+        """x (B, N, D) -> (B, N, D); keep (2, B), of each branch what `draw_keep` would draw; other
+        arguments as of `Attention`."""
+        for_attn, for_mlp = (None, None) if keep is None else keep.unbind()
+        branch = scaled(self.gamma_1, self.attn(self.norm1(x), shared_bias, grid))
+        x = x + self.drop_path(branch, for_attn)
+        return x + self.drop_path(scaled(self.gamma_2, self.mlp(self.norm2(x))), for_mlp)
 
-    def drop_path(self, branch: Tensor) -> Tensor:
+    def drop_path(self, branch: Tensor, keep: Tensor | None = None) -> Tensor:
         """Stochastic depth: in training some samples skip the branch (B, N, D)."""
-        keep_B = self.draw_keep(branch)
+        keep_B = self.given_or_drawn(keep, branch)
         return branch if keep_B is None else keep_B.to(branch.dtype)[:, None, None] * branch
+
+    def given_or_drawn(self, keep: Tensor | None, x: Tensor) -> Tensor | None:
+        """keep (B,) if it came, in training, else what `draw_keep` gives.
+
+        Without a look at the rate, so that blocks compiled one by one share a graph.
+        """
+        if keep is None:
+            return self.draw_keep(x)
+        return keep if self.training else None
 
     def draw_keep(self, x: Tensor) -> Tensor | None:
         """Per sample 0 or 1 / (1 - p), from torch's default generator as timm draws: (B,), fp32.

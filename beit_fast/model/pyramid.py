@@ -129,10 +129,13 @@ def pyramid_of(model: Beit, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(model.get_submodule(n)(m) for n, m in zip(LEVELS, maps, strict=True))
 
 
-def tapped_maps(model: Beit, images: Tensor, taps: Sequence[int]) -> list[Tensor]:
-    """Patch tokens of listed blocks as maps (B, D, Gh, Gw), views in channels-last layout."""
+def tapped_maps(
+    model: Beit, images: Tensor, taps: Sequence[int], *, keep: Tensor | None = None
+) -> list[Tensor]:
+    """Patch tokens of listed blocks as maps (B, D, Gh, Gw), views in channels-last layout; keep as
+    of `Beit.forward_features`."""
     outputs: list[Tensor] = []
-    model._run(model.blocks[: max(taps) + 1], images, tap=outputs.append)
+    model._run(model.blocks[: max(taps) + 1], images, keep=keep, tap=outputs.append)
     grid = model.patch_embed.grid_of(images) or model.config.grid
     return [outputs[tap][:, 1:].transpose(1, 2).unflatten(2, grid) for tap in taps]
 

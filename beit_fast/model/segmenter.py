@@ -65,21 +65,27 @@ class BeitForSemanticSegmentation(Beit):
         return self.decode_head(self._maps(self.encode(images)))
 
     def loss(
-        self, images: Tensor, labels: Tensor, *, auxiliary_weight: float = 0.4
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        auxiliary_weight: float = 0.4,
+        keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the pixels, and the share of labelled pixels that are right (scalars).
 
         images as for `forward`; labels integer (B, height, width), IGNORE (-1) where a pixel does
         not count. Scores are brought to the labels' size; the auxiliary head's loss is added with
         its weight. The mean is mmsegmentation's: over all pixels, also those that do not count,
-        whose loss is 0. Raises ValueError as `forward` does, and for labels of another shape or
-        kind.
+        whose loss is 0. keep as of `Beit.forward_features`. Raises ValueError as `forward` does,
+        and for labels of another shape or kind.
         """
-        return self.loss_of(self.encode(images), labels, auxiliary_weight=auxiliary_weight)
+        encoded = self.encode(images, keep=keep)
+        return self.loss_of(encoded, labels, auxiliary_weight=auxiliary_weight)
 
-    def encode(self, images: Tensor) -> list[Tensor]:
+    def encode(self, images: Tensor, *, keep: Tensor | None = None) -> list[Tensor]:
         """What pyramid and head are given: maps (B, D, Gh, Gw) of the tapped blocks."""
-        return tapped_maps(self, images, self.config.tapped)
+        return tapped_maps(self, images, self.config.tapped, keep=keep)
 
     def loss_of(
         self, encoded: list[Tensor], labels: Tensor, *, auxiliary_weight: float = 0.4

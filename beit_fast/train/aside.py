@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+from beit_fast.errors import ToldElsewhere
 from beit_fast.train.stop import Interrupted
 from beit_fast.train.world import World
 
@@ -41,7 +42,7 @@ class Aside:
         if not failed:
             return
         if self._strict:
-            raise error or RuntimeError(f"{name} failed on another rank, and run.strict is true")
+            raise error or ToldElsewhere(f"{name} failed on another rank, and run.strict is true")
         why = f"{type(error).__name__}: {error}" if error is not None else "on another rank"
         self.failed.append(f"{name} ({why})")
         if error is not None:

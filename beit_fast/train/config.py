@@ -65,6 +65,10 @@ class RunConfig:
     epochs: Positive | None = None
     seed: Seed = 0
     accumulate: Count = 1  # micro-batches per optimiser step
+    # What a loss of listed patches is a mean over. global: all of the step, on all ranks, however
+    # they are split. rank: those of each micro-batch, and then the mean of the means, as in the
+    # authors' code, where a patch weighs more beside fewer others.
+    loss_mean: Literal["global", "rank"] = "global"
     # bf16 autocasts; fp8 too, with the blocks' large products in fp8 but for the weights' gradients
     # (on a CPU emulated, in fp32, to see what it does to the loss). Weights stay fp32.
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
@@ -73,8 +77,16 @@ class RunConfig:
     compile: Literal["auto", "off", "default", "reduce-overhead"] = "auto"
     # The whole step as one graph, in one process; the tokenizer as another. Not measured yet.
     cuda_graph: bool = False
+    # How several processes share one model; one alone shares with nobody. ddp: each keeps all of
+    # it. fsdp: each keeps a part of weights and moments, blocks are gathered as they are computed.
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which processes exchange gradients
     prepare_ahead: bool = False  # the tokenizer works on the next batch while a step runs
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Seconds without progress, until the first step is done (connecting, compiling) and later, that
+    # end the run with who and where.
+    startup_timeout: Positive = 1800.0
+    timeout: Positive = 300.0
     # torch's threads on a CPU; None: its own choice. Where images are decoded on the same few
     # cores, fewer are faster: threads that wait for each other spin. A dVAE on 32 px crops, on two
     # busy cores: 290 images/s with one thread, 20 to 35 with two.

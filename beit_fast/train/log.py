@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from beit_fast.files import naming, replace_file
+from beit_fast.train.world import World
 
 METRICS = "metrics.jsonl"
 
@@ -55,14 +56,25 @@ class Meter:
         self._sums, self._counts = {}, {}
         return means
 
-    def state(self) -> dict[str, Tensor]:
-        sums = {f"meter_sum/{name}": value for name, value in self._sums.items()}
+    def state(self, world: World) -> dict[str, Tensor]:
+        """The window of all ranks: sums fp64 (R,), counts (). Called on every rank; syncs."""
+        of_ranks = world.gather({name: float(value) for name, value in self._sums.items()})
+        sums = {}
+        for name in self._sums:
+            of_each = [window[name] for window in of_ranks]
+            sums[f"meter_sum/{name}"] = torch.tensor(of_each, dtype=torch.float64)
         return sums | {f"meter_count/{k}": torch.tensor(v) for k, v in self._counts.items()}
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], world: World) -> None:
+        """This rank's part of what `state` gave; on another number of ranks each has the mean.
+
+        A single number, of a version that kept the main rank's alone, is taken by all.
+        """
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "meter_sum":
+                same = value.numel() == world.size
+                value = value.flatten()[world.rank] if same else value.mean()
                 self._sums[name] = value.to(self._device)
             elif kind == "meter_count":
                 self._counts[name] = int(value)

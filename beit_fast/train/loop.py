@@ -2,7 +2,8 @@
 
 A task says what is trained; the loop knows nothing of it but the methods of `Task`. Randomness is a
 function of (seed, step, rank), data of the micro-batch's number, so a resumed run is the same run:
-on a CPU, to the last bit.
+on a CPU, to the last bit. What belongs to a sample (crop, mask, drop path) comes with its batch,
+the same on whatever rank.
 """
 
 import contextlib
@@ -10,17 +11,19 @@ import hashlib
 import json
 import logging
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from beit_fast.flags import flag
+from beit_fast.train.agreement import flat
 from beit_fast.train.aside import Aside
+from beit_fast.train.average import Average
+from beit_fast.train.board import digest_of
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import Graphed
 from beit_fast.train.length import Length, run_length
@@ -30,11 +33,13 @@ from beit_fast.train.optim import (
     build_optimizer,
     lr_at,
 )
-from beit_fast.train.parallel import data_parallel
+from beit_fast.train.parallel import begin_alike, check_parallel, parallel
 from beit_fast.train.prefetch import Batch, InFlight, device_batches
+from beit_fast.train.progress import unhurried
 from beit_fast.train.resume import Resume, find_resume, without_habits
 from beit_fast.train.run_state import RunState
 from beit_fast.train.saving import Saver
+from beit_fast.train.shares import shares_of
 from beit_fast.train.step import Sentinel, TrainStep, autocast
 from beit_fast.train.stop import Interrupted, sole_user, stop_signals
 from beit_fast.train.world import World
@@ -53,6 +58,7 @@ class Task(Protocol):
     name: str
     model: nn.Module
     counters: dict[str, Tensor]
+    blocks: Sequence[nn.Module]  # parts of the model that FSDP gathers one by one; (): all at once
     num_images: int  # in the data set
     batches_per_epoch: int  # micro-batches of one rank in one pass, rounded down
     images_per_batch: int
@@ -63,8 +69,9 @@ class Task(Protocol):
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches of this rank from number `start` on, endless, on the CPU."""
 
-    def compile(self, mode: str) -> None:
-        """Have torch.compile make the large part of `loss`; `mode` is torch's."""
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
+        """Have torch.compile make the large part of `loss`; `mode` is torch's. `by_block`: the
+        forward of each of `blocks` on its own, where there are some."""
 
     def begin_step(self, step: int) -> None:
         """Fill the device tensors that change over the run, before each step."""
@@ -72,6 +79,10 @@ class Task(Protocol):
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What `loss` takes, from a batch on the device: all that needs neither gradients nor
         random numbers, in the run's precision. No host sync."""
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """How many things the loss of a prepared batch is a mean over, fp32 () on its device; None:
+        as many in every batch."""
 
     def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with whatever `prepare` cannot make yet, for a look at shapes alone."""
@@ -82,8 +93,9 @@ class Task(Protocol):
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups for AdamW."""
 
-    def report(self) -> dict[str, Tensor]:
-        """Scalars read at each log line besides the means of the metrics."""
+    def report(self, counters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars read at each log line besides the means of the metrics; `counters` are those of
+        all ranks, summed."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """What `model` comes to on data that it is not trained on; called on every rank."""
@@ -94,9 +106,11 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a finished run left things. `model` has the averaged weights if there are any."""
+    """Where a finished run left things. `model` has the averaged weights if there are any,
+    `trained` those of the last step; both are whole and plain, however many ranks there were."""
 
     model: nn.Module
+    trained: nn.Module
     checkpoint: Path
     picture: Path
     num_steps: int
@@ -134,35 +148,49 @@ def train(
     output, device = Path(run.output), world.device
     images_per_step = task.images_per_batch * run.accumulate * world.size
     settings = complete_settings(task, optim, run, settings, world)
-    world.same(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
+    check_parallel(run, optim, world)
+    world.agree(flat(settings))
     aside = Aside(world, strict=run.strict)
 
     with _claim(output, world) as lock, stop_signals() as stop, contextlib.ExitStack() as stack:
+        stack.enter_context(world.watching(f"preparing the training of {task.name}", output))
         resume = find_resume(output, run, settings, world)
+        world.agree(start_of(resume, task))
         length = run_length(task, optim, run, settings, resume and resume.manifest)
         num_steps = length.num_steps
         task.to(device)
+        begin_alike(task.model, world)
         start = resume.checkpoint.step if resume else 0
         meter = Meter(device)
-        ema = ModelEmaV3(task.model, decay=run.ema_decay) if run.ema_decay is not None else None
-        state = RunState(task, meter, ema)
+        ema = Average(task.model, run.ema_decay) if run.ema_decay is not None else None
+        state = RunState(task, meter, ema, world)
         if resume:
             state.load_weights(resume)
+        ranks = parallel(run, world, task.model)
         if (mode := compile_mode(run, device)) != "off":
-            task.compile(mode)
-        module = data_parallel(TaskLoss(task), world)
+            task.compile(mode, by_block=ranks.by_block)
+        module = ranks.wrap(TaskLoss(task), task.blocks)
+        if ema:
+            ranks.share(ema.module)
         optimizer = build_optimizer(task.param_groups(optim.weight_decay), optim, device)
         if resume:
             state.load_rest(optimizer, resume.checkpoint.tensors)
         schedule = Schedule(
             optimizer, optim, num_steps=num_steps, warmup=length.warmup_steps, start=start
         )
-        sentinel = Sentinel(optimizer, device, start)
-        take = TrainStep(module, optimizer, sentinel, optim=optim, run=run, device=device)
+        sentinel = Sentinel(optimizer, world, start)
+        shares = shares_of(task.count, run, world)
+        take = TrainStep(
+            module, optimizer, sentinel, shares=shares, optim=optim, run=run, device=device
+        )
         take = graphed(take, run, world)
         log = Log(output, title=task.name, start=start, num_steps=num_steps, enabled=world.is_main)
         if resume:
             _say_resume(task, resume, length, log)
+
+        def models() -> list[nn.Module]:
+            """Trained and, where there is one, averaged, whole; called on every rank."""
+            return [ranks.plain(m) for m in (task.model, *([ema.module] if ema else []))]
 
         saver = stack.enter_context(
             Saver(
@@ -179,15 +207,17 @@ def train(
 
         def draw(name: str) -> Path:
             path = output / name
+            model = ranks.plain(ema.module if ema else task.model)
             if world.is_main:
-                with aside.work(f"drawing {path}"):
-                    task.picture(ema.module if ema else task.model, path)
+                with aside.work(f"drawing {path}"), unhurried("drawing a picture"):
+                    task.picture(model, path)
             return path
 
         def evaluate(step: int) -> None:
             """Beside the writing of what was trained, which is on the disk when this ends."""
+            world.progress("evaluating")
             with log.aside(), aside.work(f"evaluation after step {step}", everywhere=True):
-                values = _evaluate(task, ema)
+                values = _evaluate(task, models())
                 with aside.work("the log"):
                     log.evaluation(step, values)
             saver.wait()
@@ -207,13 +237,16 @@ def train(
             if start and falls_due(start) and _lacks_evaluation(output, start, world):
                 evaluate(start)  # it was left at a stop signal, or failed
             for step in range(start, num_steps):
+                world.progress("waiting for a batch", step + 1)
                 task.begin_step(step)
                 step_batches = [next(batches) for _ in range(run.accumulate)]
+                world.progress("taking the step")
                 torch.manual_seed(step_seed(run.seed, step, world.rank))
                 meter.add(**take(step_batches))
                 schedule.step()
                 if ema:
                     ema.update(task.model)
+                world.progress("waiting for the device")
                 in_flight.add()
                 done = step + 1
                 log.tick(images_per_step)
@@ -224,18 +257,20 @@ def train(
                 prints = done % run.log_every == 0 or done == num_steps or evaluates
                 saves = done % run.save_every == 0 or done == num_steps or evaluates or signum
                 if prints or saves:
-                    sentinel.check(world, saver, checked, done)
+                    sentinel.check(saver, checked, done)
                     checked = done
                 if prints:
-                    scalars = {**meter.means(), **task.report()}
-                    values = world.mean(torch.stack([v.double() for v in scalars.values()]))
-                    line = dict(zip(scalars, values.tolist(), strict=True))
+                    means = meter.means()
+                    of_all = task.report({k: world.sum(v) for k, v in task.counters.items()})
+                    values = [*world.mean(torch.stack([*means.values()])), *of_all.values()]
+                    values = torch.stack([value.double() for value in values]).tolist()
+                    line = dict(zip([*means, *of_all], values, strict=True))
                     line["lr"] = lr_at(step, optim, num_steps, length.warmup_steps)
                     line["epoch"] = done * images_per_step / task.num_images
                     with aside.work("the log"):
                         log.line(done, line)
                 if saves:
-                    with log.aside():
+                    with log.aside(), unhurried("saving a checkpoint"):
                         saver.save(done, state.tensors(optimizer))
                 if signum:
                     saver.wait()
@@ -251,8 +286,10 @@ def train(
             batches.close()
             with aside.work("closing the log"):
                 log.close()
+        finished = models()
         return Outcome(
-            model=ema.module if ema else task.model,
+            model=finished[-1],
+            trained=finished[0],
             checkpoint=kept[-1],
             picture=picture,
             num_steps=max(start, num_steps),  # a run may have been asked for fewer than it has
@@ -274,6 +311,18 @@ def complete_settings(
     }
     whole = without_habits({**settings, "optim": asdict(optim), "run": of_run})
     return json.loads(json.dumps(whole))
+
+
+def start_of(resume: Resume | None, task: Task) -> dict[str, Any]:
+    """What ranks must have alike besides settings, with the checkpoint that each would go on from:
+    every one reads it by itself."""
+    manifest = None if resume is None else digest_of(resume.manifest)
+    step = None if resume is None else resume.checkpoint.step
+    return {
+        "number of images": task.num_images,
+        "step of the checkpoint": step,
+        "manifest of the checkpoint": manifest,
+    }
 
 
 def _say_resume(task: Task, resume: Resume, length: Length, log: Log) -> None:
@@ -305,11 +354,10 @@ def _falls_due(every: float | None, done: int, images_per_step: int, num_images:
     return now > before
 
 
-def _evaluate(task: Task, ema: ModelEmaV3 | None) -> dict[str, float]:
-    values = {f"test_{name}": value for name, value in task.evaluate(task.model).items()}
-    if ema:
-        averaged = task.evaluate(ema.module)
-        values |= {f"test_ema_{name}": value for name, value in averaged.items()}
+def _evaluate(task: Task, models: list[nn.Module]) -> dict[str, float]:
+    values = {}
+    for prefix, model in zip(("test", "test_ema"), models, strict=False):
+        values |= {f"{prefix}_{name}": value for name, value in task.evaluate(model).items()}
     return values
 
 
@@ -336,8 +384,9 @@ def graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | Graphe
         return step
     if world.size > 1:
         logger.warning(
-            "%s: gradients are exchanged between %d processes, which is not captured; "
-            "the steps run without a graph",
+            "%s: the steps run without a graph, for gradients are exchanged between %d processes. "
+            "To capture that, PyTorch wants NCCL's error handling off, and then a process that "
+            "dies leaves the others waiting for ever",
             flag("run.cuda_graph"),
             world.size,
         )

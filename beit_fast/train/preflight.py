@@ -16,6 +16,7 @@ from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import check_graphs
 from beit_fast.train.length import run_length
 from beit_fast.train.loop import Task, complete_settings
+from beit_fast.train.parallel import check_parallel
 from beit_fast.train.resume import check_resume
 from beit_fast.train.state import checkpoint_paths
 from beit_fast.train.step import autocast
@@ -46,6 +47,7 @@ def check_run(
     check_writable(output)
     manifest = check_resume(output, run, settings, unknown)
     length = run_length(task, optim, run, settings, manifest)
+    check_parallel(run, optim, world)
     if run.cuda_graph:
         check_graphs(world.device)
     if optim.backend == "apex":

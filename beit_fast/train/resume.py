@@ -42,6 +42,7 @@ HABITS = frozenset(
         *("run.resume", "run.resume_from", "run.resume_with", "run.fallback"),
         # other rounding, and on another device or compiled other random numbers
         *("run.device", "run.compile", "run.cuda_graph", "run.prepare_ahead", "run.cpu_threads"),
+        *("run.parallel", "run.timeout", "run.startup_timeout"),
         *("optim.backend", "grad_checkpointing", "evaluation.windows_at_once"),
     }
 )
@@ -53,9 +54,10 @@ ADVISED = frozenset(
         *("optim.decay_steps", "optim.weight_decay", "optim.weight_decay_end", "optim.betas"),
         *("optim.eps", "optim.clip_grad", "weight_decay_on_rel_pos_bias", "layer_decay"),
         *("encoder_lr_scale", "run.steps", "run.epochs", "run.precision", "data.max_bad_share"),
+        "run.loss_mean",
         # of test images alone, and kept for those who evaluate the run
         *("crop_pct", "evaluation.stride", "evaluation.scale", "evaluation.multi_scale"),
-        "evaluation.flip",
+        *("evaluation.flip", "run.gradient_dtype"),
         *SPLIT,
     }
 )
@@ -68,6 +70,8 @@ BEFORE = {
     "model.qkv_bias": True,
     "optim.schedule": "cosine",
     "optim.poly_power": 1.0,
+    "run.loss_mean": "rank",
+    "run.gradient_dtype": "fp32",
 }
 ABANDONED = "abandoned"
 
@@ -138,10 +142,14 @@ def check_settings(
     ]
     if refused:
         names = ",".join(change.name for change in refused)
+        how = ""
+        if any(change.name == IMAGES_PER_STEP for change in refused):
+            split = f"{flag('data.batch_size')} x {flag('run.accumulate')}"
+            how = f" (the images of a step are ranks x {split})"
         raise CheckpointError(
             f"{path} belongs to a run with other settings ({'; '.join(map(str, refused))}): "
-            f"restore them, give another {flag('run.output')}, or accept that they hold from here "
-            f"on: {flag('run.resume_with')} '[{names}]'"
+            f"restore them{how}, give another {flag('run.output')}, or accept that they hold from "
+            f"here on: {flag('run.resume_with')} '[{names}]'"
         )
     return found
 

@@ -3,14 +3,17 @@
 from typing import TYPE_CHECKING
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from beit_fast.flags import flag
+from beit_fast.train.average import Average
 from beit_fast.train.log import Meter
 from beit_fast.train.optim import load_optimizer_tensors, optimizer_tensors
+from beit_fast.train.parallel import whole
 from beit_fast.train.resume import Resume
 from beit_fast.train.state import CheckpointError
+from beit_fast.train.world import World
 
 if TYPE_CHECKING:
     from beit_fast.train.loop import Task
@@ -22,24 +25,36 @@ class RunState:
     """The parts of a run that change, and how a checkpoint's tensors become them.
 
     Weights are loaded first, for what is made of them (averages, wrappers for several ranks, the
-    optimiser); the rest once there is an optimiser.
+    optimiser); the rest once there is an optimiser. Counters are saved as the sum of all ranks',
+    and each rank's unread metrics beside one another: both mean the same on any number of ranks.
     """
 
-    def __init__(self, task: "Task", meter: Meter, ema: ModelEmaV3 | None) -> None:
-        self._task, self._meter, self._ema = task, meter, ema
+    def __init__(self, task: "Task", meter: Meter, ema: Average | None, world: World) -> None:
+        self._task, self._meter, self._ema, self._world = task, meter, ema, world
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> Tensors:
-        """Those of a checkpoint, on whatever device they are."""
-        task = self._task
-        counters = {f"counter/{name}": value for name, value in task.counters.items()}
+        """Those of a checkpoint on the main rank, whole; called on every rank, none elsewhere.
+
+        What is kept in parts is on the CPU, put together one tensor after the other; the rest is on
+        whatever device it is. Counters are summed and unread metrics gathered.
+        """
+        task, world = self._task, self._world
+        counters = {f"counter/{name}": world.sum(v) for name, v in task.counters.items()}
+        meter = self._meter.state(world)
         tensors = {
             "model": task.model.state_dict(),
             "optimizer": optimizer_tensors(optimizer, task.model),
-            "run": self._meter.state() | counters,
+            "run": meter | counters,
         }
         if self._ema is not None:
             tensors["ema"] = self._ema.module.state_dict()
-        return tensors
+        collected: Tensors = {stem: {} for stem in tensors} if world.is_main else {}
+        for stem, values in tensors.items():
+            for name, value in values.items():
+                value = _collected(value)
+                if world.is_main:
+                    collected[stem][name] = value
+        return collected
 
     def load_weights(self, resume: Resume) -> None:
         """Raises CheckpointError for weights of another model."""
@@ -51,9 +66,15 @@ class RunState:
     def load_rest(self, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
         """Optimiser and counts. Raises ValueError as `load_optimizer_tensors` does."""
         load_optimizer_tensors(optimizer, self._task.model, tensors["optimizer"])
-        self._meter.load_state(tensors["run"])
+        self._meter.load_state(tensors["run"], self._world)
         for name, counter in self._task.counters.items():
-            counter.copy_(tensors["run"][f"counter/{name}"])
+            counter.zero_()
+            if self._world.is_main:  # once: what is read is the sum of all ranks'
+                counter.copy_(tensors["run"][f"counter/{name}"])
+
+
+def _collected(value: Tensor) -> Tensor:
+    return whole(value).cpu() if isinstance(value, DTensor) else value
 
 
 def _load_weights(model: nn.Module, resume: Resume, tensors: dict[str, Tensor]) -> None:

@@ -219,17 +219,27 @@ def newest_manifest(output: Path) -> dict[str, Any] | None:
         return None
 
 
-def environment() -> dict[str, str | None]:
-    """Versions, commit (None outside a checkout) and machine that a result depends on."""
+def versions() -> dict[str, str | None]:
+    """Of the packages that a result depends on; None for one that is not installed."""
     packages = ("beit-fast", "torch", "torchvision", "triton", "numpy", "timm", "grain")
-    versions = {}
+    found: dict[str, str | None] = {}
     for name in packages:
         try:
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = None
+            found[name] = None
+    return found
+
+
+def environment() -> dict[str, str | None]:
+    """Versions, commit (None outside a checkout) and machine that a result depends on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {**versions, "python": platform.python_version(), "device": device, "commit": _commit()}
+    return {
+        **versions(),
+        "python": platform.python_version(),
+        "device": device,
+        "commit": _commit(),
+    }
 
 
 def _commit() -> str | None:

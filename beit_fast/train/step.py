@@ -15,8 +15,10 @@ from beit_fast.errors import RunError
 from beit_fast.flags import flag
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import clip_gradients
-from beit_fast.train.parallel import gradient_sync
+from beit_fast.train.parallel import forward_exchanges, gradient_sync
+from beit_fast.train.progress import progress
 from beit_fast.train.saving import Saver
+from beit_fast.train.shares import Shares
 from beit_fast.train.world import World
 
 NEVER = 2**62  # a step number that no run reaches
@@ -29,25 +31,30 @@ class NonFiniteLoss(RunError):
 class Sentinel:
     """Notes the first non-finite step on the device, and keeps the optimiser from taking it."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, start: int) -> None:
-        self._step = torch.tensor(float(start), dtype=torch.float64, device=device)
+    def __init__(self, optimizer: torch.optim.Optimizer, world: World, start: int) -> None:
+        self._world = world
+        self._step = torch.tensor(float(start), dtype=torch.float64, device=world.device)
         self._never = torch.full_like(self._step, NEVER)
         self._first_bad = self._never.clone()
-        optimizer.found_inf = self._flag = torch.zeros((), device=device)
+        optimizer.found_inf = self._flag = torch.zeros((), device=world.device)
 
     def watch(self, loss: Tensor, norm: Tensor) -> None:
-        """Look at a step's loss and gradient norm, before the optimiser uses the gradients."""
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        """Look at a step's loss and gradient norm, before the optimiser uses the gradients.
+
+        A loss may be bad on one rank alone; none takes the step then. Of any number of ranks one
+        number is exchanged, and the host waits for nothing.
+        """
+        bad = self._world.sum((~(torch.isfinite(loss) & torch.isfinite(norm))).float()) > 0
         self._first_bad.clamp_(max=torch.where(bad, self._step, self._never))
         self._flag.clamp_(min=bad.float())  # stays set: nothing is learnt after a bad step
         self._step += 1
 
-    def check(self, world: World, saver: Saver, since: int, done: int) -> None:
-        """Raise NonFiniteLoss on every rank if any met a non-finite value. Syncs.
+    def check(self, saver: Saver, since: int, done: int) -> None:
+        """Raise NonFiniteLoss, on every rank, if there was a non-finite value. Syncs.
 
         The checkpoints that it names are on the disk: raises as `Saver.wait` does.
         """
-        first = -world.any_of(-int(min(float(self._first_bad), NEVER)))
+        first = int(min(float(self._first_bad), NEVER))
         if first == NEVER:
             return
         kept = saver.wait()
@@ -78,8 +85,9 @@ def autocast(run: RunConfig, device: torch.device) -> torch.autocast:
 class TrainStep:
     """Called with the micro-batches of a step, it takes the step and returns its scalars.
 
-    `module` maps a micro-batch to (loss, metrics). The scalars are `loss`, `grad_norm` and the
-    means of the metrics, on the device, detached.
+    `module` maps a micro-batch to (loss, metrics), and `shares` says what each counts for. The
+    scalars are `loss`, `grad_norm` and the metrics, weighted as the loss is; on the device,
+    detached.
     """
 
     def __init__(
@@ -88,25 +96,31 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         sentinel: Sentinel,
         *,
+        shares: Shares,
         optim: OptimConfig,
         run: RunConfig,
         device: torch.device,
     ) -> None:
         self._module, self._optimizer, self._sentinel = module, optimizer, sentinel
+        self._shares = shares
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._clip_grad, self._run, self._device = optim.clip_grad, run, device
+        self._waits = forward_exchanges(module)
 
     def __call__(self, micro_batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        share = 1 / len(micro_batches)
+        shares = self._shares(micro_batches)
         sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(micro_batches):
+        for i, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
             with gradient_sync(self._module, last=i == len(micro_batches) - 1):
                 with autocast(self._run, self._device):
+                    progress("in the forward pass", waits=self._waits)
                     loss, metrics = self._module(batch)
                 loss = loss * share
+                progress("in the backward pass, which exchanges gradients", waits=True)
                 loss.backward()
             scalars = {"loss": loss.detach()} | {k: v.detach() * share for k, v in metrics.items()}
             sums = {name: sums[name] + v if sums else v for name, v in scalars.items()}
+        progress("updating the weights")
         norm = clip_gradients(self._parameters, self._clip_grad)
         self._sentinel.watch(sums["loss"], norm)
         self._optimizer.step()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from beit_fast.flags import flag
+from beit_fast.train.progress import tick
 
 if TYPE_CHECKING:
     from beit_fast.train.world import World
@@ -79,6 +80,7 @@ def heed_stop(place: str) -> None:
     `place` is where, as a message has it: "while evaluating". On this rank alone: whoever calls it
     among several sees to it that the others leave too.
     """
+    tick()
     if _current and _current[0].received:
         raise Interrupted(_current[0].received, place)
 

@@ -81,9 +81,9 @@ def test_output_and_gradients_are_the_specifications(
     def listed(out):
         return out if rows is None else out[rows >= 0]  # nobody reads what stands for -1
 
-    drawn, draw = [], FusedBlock._draw_path
+    drawn, draw = [], FusedBlock._path
     with monkeypatch.context() as patch:
-        patch.setattr(FusedBlock, "_draw_path", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+        patch.setattr(FusedBlock, "_path", lambda *a: drawn.append(draw(*a)) or drawn[-1])
         torch.manual_seed(1)
         ours = results_of(lambda *a: listed(run_blocks(*a, grid, rows)), model.blocks, x, bias)
     assert len(drawn) == 2 * 3

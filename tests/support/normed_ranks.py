@@ -31,6 +31,7 @@ class NormedTask:
             model[1].weight.uniform_(0.5, 1.5)
         self.model = synchronize_batch_norm(model, world)
         self.counters: dict[str, Tensor] = {}
+        self.blocks = ()
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)

@@ -34,11 +34,13 @@ class ToyTask:
         self.batches_per_epoch = self.num_images // images_per_batch
         torch.manual_seed(7)
         self.model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(dropout), nn.Linear(16, 1))
+        self.blocks = (self.model[0],)
         self.counters = {"seen": torch.zeros((), dtype=torch.float64)}
         self.bad_step, self.world = bad_step, world
         self.fetched: list[int] = []
         self.on_step = lambda step: None
         self.compiled: str | None = None
+        self.bad_gradients = True  # in the bad step
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
@@ -53,7 +55,7 @@ class ToyTask:
             yield {"x": torch.randn(self.images_per_batch, 8, generator=generator)}
             number += 1
 
-    def compile(self, mode: str) -> None:
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
         self.compiled = mode
 
     def begin_step(self, step: int) -> None:
@@ -63,6 +65,9 @@ class ToyTask:
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch | {"target": batch["x"].sum(1)}
 
+    def count(self, batch: dict[str, Tensor]) -> None:
+        """As many in every batch."""
+
     def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
 
@@ -70,13 +75,14 @@ class ToyTask:
         self.on_step(self.step)
         self.counters["seen"] += len(batch["x"])
         loss = (self.model(batch["x"]).squeeze(1) - batch["target"]).square().mean()
-        return loss * self.bad, {"error": loss.detach().sqrt()}
+        shown = loss * self.bad if self.bad_gradients else loss + (self.bad - 1)
+        return shown, {"error": loss.detach().sqrt()}
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         return [{"params": list(self.model.parameters()), "weight_decay": weight_decay}]
 
-    def report(self) -> dict[str, Tensor]:
-        return {"seen": self.counters["seen"]}
+    def report(self, counters: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"seen": counters["seen"]}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return {"weight": float(model[0].weight.detach().sum())}

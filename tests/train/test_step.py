@@ -6,7 +6,9 @@ from torch import nn
 
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import build_optimizer
+from beit_fast.train.shares import shares_of
 from beit_fast.train.step import Sentinel, TrainStep
+from task_runs import ALONE
 
 CPU = torch.device("cpu")
 
@@ -25,9 +27,10 @@ class Squares(nn.Module):
 def step_of(module, **optim):
     optim = OptimConfig(lr=0.1, min_lr=0.1, warmup_steps=0, weight_decay=0.0, **optim)
     optimizer = build_optimizer([{"params": module.parameters()}], optim, CPU)
-    sentinel = Sentinel(optimizer, CPU, 0)
+    sentinel = Sentinel(optimizer, ALONE, 0)
     run = RunConfig(output="x", steps=1, precision="fp32")
-    return TrainStep(module, optimizer, sentinel, optim=optim, run=run, device=CPU)
+    shares = shares_of(lambda batch: None, run, ALONE)
+    return TrainStep(module, optimizer, sentinel, shares=shares, optim=optim, run=run, device=CPU)
 
 
 def test_micro_batches_average_to_the_step_of_the_whole_batch():

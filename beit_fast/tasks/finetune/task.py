@@ -5,7 +5,7 @@ rates fall from the head down to the embeddings.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from beit_fast.files import naming
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.tasks.check_images import check_test_images
+from beit_fast.tasks.drop_path import DropPathDraws
 from beit_fast.tasks.evaluate.checkpoints import statistics_of
 from beit_fast.tasks.evaluate.evaluation import (
     Classification,
@@ -39,9 +40,11 @@ from beit_fast.tasks.sources import describe_source, say, task_settings, unseen_
 from beit_fast.train.aside import Aside
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
+from beit_fast.train.parallel import compile_blocks
 from beit_fast.train.preflight import check_run
+from beit_fast.train.start import open_run
 from beit_fast.train.stop import stop_signals
-from beit_fast.train.world import World, open_world
+from beit_fast.train.world import World
 from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.reconstruction import draw_columns
 
@@ -90,6 +93,7 @@ class FinetuneTask:
         self.model = self.start.model
         self.model.set_grad_checkpointing(config.grad_checkpointing)
         self.config = replace(config, model=self.model.config)
+        self.blocks = tuple(self.model.blocks)
         self.world, self.counters = world, {}
         self._statistics = STATISTICS[config.statistics]
         self._loss = self._loss_of
@@ -106,6 +110,7 @@ class FinetuneTask:
         self.batches_per_epoch = self.loader.batches_per_epoch
         self.num_images = len(source)
         self.images_per_batch = data.batch_size
+        self._drop_path = DropPathDraws(self.model, config.run, data.batch_size, world)
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
@@ -114,9 +119,12 @@ class FinetuneTask:
         self._labels = self._labels.to(device)
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
-        return self.loader.batches(start)
+        return self._drop_path.added_to(self.loader.batches(start), start)
 
-    def compile(self, mode: str) -> None:
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
+        if by_block:
+            compile_blocks(self.blocks, mode)
+            return
         self._loss = torch.compile(self._loss_of, fullgraph=True, dynamic=False, mode=mode)
 
     def begin_step(self, step: int) -> None:
@@ -128,6 +136,9 @@ class FinetuneTask:
         prepared["pixels"] = normalize(batch["images"], *self._statistics)
         return prepared | {"labels": self._labels[batch["sample_index"]]}
 
+    def count(self, batch: dict[str, Tensor]) -> None:
+        """As many images in every batch."""
+
     def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
 
@@ -138,10 +149,15 @@ class FinetuneTask:
         return loss, {"accuracy": num_correct / len(batch["labels"])}
 
     def _loss_of(
-        self, pixels: Tensor, labels: Tensor, mix_weights: Tensor | None = None, **drawn: Tensor
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        keep: Tensor | None = None,
+        mix_weights: Tensor | None = None,
+        **drawn: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Loss, and how many images are predicted right."""
-        logits = self.model(erase_and_mix(pixels, mix_weights=mix_weights, **drawn))
+        logits = self.model(erase_and_mix(pixels, mix_weights=mix_weights, **drawn), keep=keep)
         loss = mixed_loss(logits, labels, self.config.augment.label_smoothing, mix_weights)
         return loss, (logits.argmax(dim=1) == labels).sum()
 
@@ -153,7 +169,7 @@ class FinetuneTask:
             spare_tables=not self.config.weight_decay_on_rel_pos_bias,
         )
 
-    def report(self) -> dict[str, Tensor]:
+    def report(self, counters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
 
     def describe_images(self) -> list[str]:
@@ -237,7 +253,7 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
     seen them. Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, CaptureError,
     Interrupted.
     """
-    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
+    with open_run(config, config.run.output) as world, stop_signals() as stop:
         task = FinetuneTask(config, world)
         for line in task.describe_images():
             say(line, world)
@@ -249,7 +265,7 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
         outcome = train(*run, settings=settings_of(task), world=world)
         raw = ema = None
         if task.has_test:
-            raw = _classified(task, task.model, outcome)
+            raw = _classified(task, outcome.trained, outcome)
             if config.run.ema_decay is not None:
                 ema = _classified(task, outcome.model, outcome)
         result = FinetuneOutcome(train=outcome, classes=task.classes, raw=raw, ema=ema)

@@ -8,7 +8,7 @@ features move faster than codes can follow, and a few codes end up with everythi
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import train
 from beit_fast.train.preflight import check_run
 from beit_fast.train.resume import changes
+from beit_fast.train.start import open_run
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
 from beit_fast.train.stop import heed_stop, stop_signals
-from beit_fast.train.world import World, open_world
+from beit_fast.train.world import World
 from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.reconstruction import draw_columns
 
@@ -57,6 +58,7 @@ class DvaeTask:
         torch.manual_seed(config.run.seed)
         # Channels-last convolutions are twice as fast on the CPU and use tensor cores on the GPU.
         self.model = Dvae(config.dvae).to(memory_format=torch.channels_last)
+        self.blocks = ()
         self._forward = self.model.forward
         self._temperature, self._beta = torch.ones(()), torch.zeros(())
         self.counters: dict[str, Tensor] = {}
@@ -87,7 +89,8 @@ class DvaeTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self.loader.batches(start)
 
-    def compile(self, mode: str) -> None:
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
+        """All of the model: there are no blocks to make one by one."""
         self._forward = torch.compile(self.model.forward, fullgraph=True, dynamic=False, mode=mode)
 
     def begin_step(self, step: int) -> None:
@@ -96,6 +99,9 @@ class DvaeTask:
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
+
+    def count(self, batch: dict[str, Tensor]) -> None:
+        """As many pixels in every batch."""
 
     def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
@@ -126,7 +132,7 @@ class DvaeTask:
             {"params": list(self.model.decoder.parameters()), "weight_decay": weight_decay},
         ]
 
-    def report(self) -> dict[str, Tensor]:
+    def report(self, counters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
 
     @torch.no_grad()
@@ -164,7 +170,7 @@ class DvaeTask:
 
 def run_dvae(config: DvaeTrainingConfig) -> Path:
     """`train_tokenizer` on the ranks that torchrun started, or on this process alone."""
-    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals():
+    with open_run(config, config.run.output) as world, stop_signals():
         return train_tokenizer(config, world)
 
 

@@ -16,13 +16,17 @@ from beit_fast.train.aside import Aside
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
 from beit_fast.train.preflight import check_run
+from beit_fast.train.start import open_run
 from beit_fast.train.state import CheckpointError, newest_manifest
 from beit_fast.train.stop import stop_signals
-from beit_fast.train.world import World, open_world
+from beit_fast.train.world import World
 from beit_fast.viz.curves import draw_curves
 
 # Settings of the tokenizer's training that are the run's own, wherever it trains one first.
-OUTER_FLAGS = ("run.output", "run.device", "run.cpu_threads", "data.path")
+OUTER_FLAGS = (
+    *("run.output", "run.device", "run.cpu_threads", "data.path"),
+    *("run.timeout", "run.startup_timeout"),
+)
 CLEAR_GAIN = 0.05  # share of the marginals' entropy; less could be positions, not content
 
 
@@ -33,7 +37,7 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
     ValueError (also CheckpointError), OSError, BadDataError, NonFiniteLoss, CaptureError,
     Interrupted.
     """
-    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
+    with open_run(config, config.run.output) as world, stop_signals() as stop:
         stage = tokenizer_stage(config)
         file = finished_tokenizer(stage) if stage is not None else None
         to_train = stage is not None and file is None

@@ -15,8 +15,6 @@ Each of the ranks makes every so many files. Killed, it goes on where it was: fi
 checked and kept.
 """
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -57,11 +55,13 @@ from beit_fast.tasks.pretrain.task import (
 from beit_fast.tasks.sources import describe_source, open_loader, say
 from beit_fast.tokenizer.checkpoint import tokenizer_digest
 from beit_fast.tokenizer.protocol import Tokenizer
+from beit_fast.train.agreement import flat
 from beit_fast.train.log import plain_console
 from beit_fast.train.preflight import check_writable
+from beit_fast.train.start import open_run
 from beit_fast.train.state import environment
 from beit_fast.train.stop import Interrupted, StopFlag, sole_user, stop_signals
-from beit_fast.train.world import World, open_world
+from beit_fast.train.world import World
 
 logger = logging.getLogger("beit_fast.data")
 
@@ -72,7 +72,7 @@ def run_pretokenize(config: PretokenizeConfig) -> Path:
     Raises TokenCacheError for a folder with other tokens, ValueError, OSError, Interrupted.
     """
     folder = Path(config.output)
-    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
+    with open_run(config, config.output, named="output") as world, stop_signals() as stop:
         check_writable(folder, "output")
         loader = open_loader(
             config.data, TokenViewSample(config.views), seed=config.run.seed, world=world
@@ -87,7 +87,7 @@ def run_pretokenize(config: PretokenizeConfig) -> Path:
         tokenizer = open_tokenizer(config, world)
         check_tokenizer(tokenizer, config)
         made_from = token_source(config, loader.source, tokenizer_digest(tokenizer))
-        world.same(hashlib.sha256(json.dumps(made_from).encode()).hexdigest())
+        world.agree(flat(made_from))
         lock = sole_user(folder, "output") if world.is_main else nullcontext()
         with lock:
             world.barrier()  # nobody reads or writes before the lock is held

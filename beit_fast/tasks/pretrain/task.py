@@ -5,7 +5,7 @@ loss   = mean over hidden patches of -log p(tokens | first view with hidden patc
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from beit_fast.data.views.statistics import (
 from beit_fast.kernels.input.patches import normalized_patches
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForMaskedImageModeling
+from beit_fast.tasks.drop_path import DropPathDraws
 from beit_fast.tasks.layer_decay import spared_from_decay
 from beit_fast.tasks.pretrain.config import PretrainConfig, as_flag, as_text
 from beit_fast.tasks.sources import open_loader, unseen_batches
@@ -34,6 +35,7 @@ from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.tokenizer.frozen import FrozenTokenizer
 from beit_fast.tokenizer.metrics import code_entropy, count_codes
 from beit_fast.tokenizer.protocol import Tokenizer
+from beit_fast.train.parallel import compile_blocks
 from beit_fast.train.stop import heed_stop
 from beit_fast.train.world import World
 from beit_fast.viz.reconstruction import draw_columns, hide_patches
@@ -97,6 +99,7 @@ class PretrainTask:
         torch.manual_seed(config.run.seed)
         self.model = BeitForMaskedImageModeling(model)
         self.model.set_grad_checkpointing(config.grad_checkpointing)
+        self.blocks = tuple(self.model.blocks)
         self._loss = self.model.loss if self.predicts_tokens else self.model.pixel_loss
         self.counters = {}
         if self.predicts_tokens:
@@ -114,6 +117,7 @@ class PretrainTask:
         self.batches_per_epoch = self.loader.batches_per_epoch
         self.num_images = len(self.loader.source)
         self.images_per_batch = config.data.batch_size
+        self._drop_path = DropPathDraws(self.model, config.run, self.images_per_batch, world)
 
     def use(self, tokenizer: Tokenizer | TokensToCome) -> None:
         """Take this tokenizer. Raises ValueError as `check_tokenizer` does."""
@@ -130,9 +134,12 @@ class PretrainTask:
         self.counters = {name: counter.to(device) for name, counter in self.counters.items()}
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
-        return self.loader.batches(start)
+        return self._drop_path.added_to(self.loader.batches(start), start)
 
-    def compile(self, mode: str) -> None:
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
+        if by_block:
+            compile_blocks(self.blocks, mode)
+            return
         self._loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=mode)
 
     def begin_step(self, step: int) -> None:
@@ -145,7 +152,13 @@ class PretrainTask:
         prepared = {"patches": patches, "mask": mask, "masked_index": index}
         if self.predicts_tokens:
             prepared["tokens"] = self._tokens(batch, index)
+        if "keep" in batch:
+            prepared["keep"] = batch["keep"]
         return prepared
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        """The patches to predict."""
+        return (batch["masked_index"] >= 0).sum().float()
 
     def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """With a token of each patch, for there may be no tokenizer yet."""
@@ -153,10 +166,11 @@ class PretrainTask:
         return {"tokens": torch.zeros(grid, dtype=torch.int64)} | batch
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        index, keep = batch["masked_index"], batch.get("keep")
         if not self.predicts_tokens:
-            return self._loss(batch["patches"], batch["mask"], batch["masked_index"]), {}
-        index, tokens = batch["masked_index"], batch["tokens"]
-        loss, num_correct = self._loss(batch["patches"], batch["mask"], index, tokens)
+            return self._loss(batch["patches"], batch["mask"], index, keep=keep), {}
+        tokens = batch["tokens"]
+        loss, num_correct = self._loss(batch["patches"], batch["mask"], index, tokens, keep=keep)
         predicted = index >= 0
         # Counts are whole numbers in fp64: exact, so their order of summation does not matter.
         self.counters["token_counts"].index_add_(0, tokens.clamp(min=0), predicted.double())
@@ -171,10 +185,10 @@ class PretrainTask:
             self.model, weight_decay=weight_decay, no_weight_decay_list=spared
         )
 
-    def report(self) -> dict[str, Tensor]:
+    def report(self, counters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.predicts_tokens:
             return {}
-        return {"marginal_entropy": code_entropy(self.counters["token_counts"])}
+        return {"marginal_entropy": code_entropy(counters["token_counts"])}
 
     def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """First view in patches, mask and the flat indices of those to predict, on the device."""

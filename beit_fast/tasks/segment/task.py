@@ -18,8 +18,8 @@ from beit_fast.train.aside import Aside
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
 from beit_fast.train.preflight import check_run
+from beit_fast.train.start import open_run
 from beit_fast.train.stop import stop_signals
-from beit_fast.train.world import open_world
 from beit_fast.viz.curves import draw_curves
 
 RESULT = "result.json"
@@ -42,7 +42,7 @@ def run_segmentation(config: SegmentConfig) -> SegmentOutcome:
     seen them. Raises ValueError (also CheckpointError), OSError, NonFiniteLoss, CaptureError,
     Interrupted.
     """
-    with open_world(config.run.device, config.run.cpu_threads) as world, stop_signals() as stop:
+    with open_run(config, config.run.output) as world, stop_signals() as stop:
         task = SegmentTask(config, world)
         for line in (*task.describe_images(), statistics_note(config)):
             say(line, world)
@@ -54,7 +54,7 @@ def run_segmentation(config: SegmentConfig) -> SegmentOutcome:
         outcome = train(*run, settings=settings_of(task), world=world)
         raw = ema = None
         if task.test is not None:
-            raw = _segmented(task, task.model, outcome)
+            raw = _segmented(task, outcome.trained, outcome)
             if config.run.ema_decay is not None:
                 ema = _segmented(task, outcome.model, outcome)
         result = SegmentOutcome(train=outcome, classes=task.classes, raw=raw, ema=ema)

@@ -6,7 +6,7 @@ the heads and the pyramid down to the embeddings. Source: unilm beit `semantic_s
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from beit_fast.flags import flag
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.segmenter import BeitForSemanticSegmentation
 from beit_fast.tasks.check_images import check_segmentation
+from beit_fast.tasks.drop_path import DropPathDraws
 from beit_fast.tasks.evaluate.checkpoints import statistics_of
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.segment.config import SegmentConfig
@@ -32,6 +33,7 @@ from beit_fast.tasks.segment.init import starting_point
 from beit_fast.tasks.segment.sliding import segment_image
 from beit_fast.tasks.sources import describe_source, task_settings
 from beit_fast.train.batch_norm import synchronize_batch_norm
+from beit_fast.train.parallel import compile_blocks
 from beit_fast.train.world import World
 from beit_fast.viz.segmentation import draw_comparison, palette
 
@@ -70,7 +72,7 @@ class SegmentTask:
         )
         model = synchronize_batch_norm(self.start.model, world)
         assert isinstance(model, BeitForSemanticSegmentation)
-        self.model = model
+        self.model, self.blocks = model, tuple(model.blocks)
         model.set_grad_checkpointing(config.grad_checkpointing)
         self._frozen = freeze(model, encoder=config.freeze_encoder)
         self.config = replace(config, model=model.config)
@@ -91,6 +93,7 @@ class SegmentTask:
         self.batches_per_epoch = self.loader.batches_per_epoch
         self.num_images = len(self.source)
         self.images_per_batch = data.batch_size
+        self._drop_path = DropPathDraws(model, config.run, data.batch_size, world)
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
@@ -98,11 +101,14 @@ class SegmentTask:
             use_fp8(self.model, device)
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
-        return self.loader.batches(start)
+        return self._drop_path.added_to(self.loader.batches(start), start)
 
-    def compile(self, mode: str) -> None:
+    def compile(self, mode: str, *, by_block: bool = False) -> None:
         """All of it; under several ranks the encoder, for their batch norms wait for one another
         in every convolution of the pyramid and the heads."""
+        if by_block:
+            compile_blocks(self.blocks, mode)
+            return
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
         if self.world.size == 1:
             self._loss = compiled(self._loss_of)
@@ -116,7 +122,11 @@ class SegmentTask:
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         pixels = normalize_padded(batch["images"], batch["extent"], *self._statistics)
-        return {"pixels": pixels, "labels": batch["labels"]}
+        prepared = {"pixels": pixels, "labels": batch["labels"]}
+        return prepared | {name: batch[name] for name in ("keep",) if name in batch}
+
+    def count(self, batch: dict[str, Tensor]) -> None:
+        """As many pixels, those without a class among them in every batch."""
 
     def stand_in(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
@@ -125,15 +135,18 @@ class SegmentTask:
         loss, accuracy = self._loss(**batch)
         return loss, {"accuracy": accuracy}
 
-    def _loss_of(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss_of(
+        self, pixels: Tensor, labels: Tensor, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Loss, and the share of the labelled pixels that are right."""
         weight = self.config.auxiliary_weight
-        return self.model.loss_of(self._encode(pixels), labels, auxiliary_weight=weight)
+        encoded = self._encode(pixels, keep=keep)
+        return self.model.loss_of(encoded, labels, auxiliary_weight=weight)
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return layer_decay_groups(self.model, weight_decay, self.config.layer_decay)
 
-    def report(self) -> dict[str, Tensor]:
+    def report(self, counters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
 
     def describe_images(self) -> list[str]:

@@ -106,9 +106,7 @@ def test_two_micro_batches_learn_what_one_of_twice_the_size_does(finetune_config
     weights, plain = [], AugmentConfig(erase=0.0, mixup=0.0, cutmix=0.0)
     for batch_size, accumulate in ((6, 1), (3, 2)):
         run = {"accumulate": accumulate, "output": str(tmp_path / str(accumulate))}
-        config = finetune_config(
-            model={"drop_path_rate": 0.0}, data={"batch_size": batch_size}, augment=plain, run=run
-        )
+        config = finetune_config(data={"batch_size": batch_size}, augment=plain, run=run)
         weights.append(load_raw(run_finetuning(config)))
     # Not to the last bit: AdamW divides rounding differences by small second moments.
     for name, value in weights[0].items():
@@ -120,14 +118,13 @@ def test_two_ranks_learn_and_count_what_one_does_with_two_micro_batches(
 ):
     """Mixed, too: a micro-batch is mixed as its first image draws, on whatever rank."""
     config = finetune_config(
-        model={"drop_path_rate": 0.0},
         data={"batch_size": 3},
         augment=AugmentConfig(erase=0.0),
         run={"accumulate": 2, "output": str(tmp_path / "one")},
     )
     one = run_finetuning(config)
     arguments = f"""
-        --model {{"img_size":[32,40],"patch_size":8,"drop_path_rate":0.0,"num_classes":0}}
+        --model {{"img_size":[32,40],"patch_size":8,"drop_path_rate":0.3,"num_classes":0}}
         --data.path {photographs / "train"} --data.test {photographs / "test"}
         --data.batch_size 3 --data.num_threads 1 --augment.erase 0 --init {pretrained}
         --optim.lr 5e-3 --optim.min_lr 1e-5 --optim.warmup_steps 2 --run.epochs 2

@@ -19,7 +19,7 @@ from beit_fast.tasks.pretrain.config import PretrainConfig
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer
 from beit_fast.train.loop import TaskLoss
-from beit_fast.train.parallel import data_parallel
+from beit_fast.train.parallel import Replicas
 from beit_fast.train.world import World, open_world
 
 NAMES = {"CompiledFunctionBackward": "backward", "bucket": "bucket"}
@@ -42,7 +42,7 @@ def trace(config: PretrainConfig, world: World) -> dict:
     task = PretrainTask(config, load_tokenizer(config.tokenizer), world)
     task.model.train()
     task.compile("default")
-    module = data_parallel(TaskLoss(task), world)
+    module = Replicas(config.run, world).wrap(TaskLoss(task))
     module.register_comm_hook(None, send)
     batches = task.batches(0)
     batch = task.prepare(next(batches))

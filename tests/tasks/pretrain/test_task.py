@@ -135,21 +135,6 @@ def test_model_tokenizer_and_pictures_get_jittered_views(pretrain_config, tmp_pa
     torch.testing.assert_close(drawn[0]["image"], expected, rtol=0, atol=0)
 
 
-def test_two_micro_batches_learn_what_one_of_twice_the_size_does(pretrain_config, tmp_path):
-    weights = []
-    for batch_size, accumulate in ((4, 1), (2, 2)):
-        config = pretrain_config(
-            model={"drop_path_rate": 0.0},
-            masking={"strategy": "block_exact"},  # each micro-batch predicts as many patches
-            data={"batch_size": batch_size},
-            run={"accumulate": accumulate, "output": str(tmp_path / str(accumulate))},
-        )
-        weights.append(run_pretraining(config).model.state_dict())
-    # Not to the last bit: AdamW divides rounding differences by small second moments.
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
-
-
 def test_bf16_and_averaged_weights_train_and_draw_on_the_way(pretrain_config, tmp_path):
     run = {"precision": "bf16", "ema_decay": 0.5, "picture_every": 3, "evaluate_every": 1}
     outcome = run_pretraining(pretrain_config(run=run))
@@ -171,7 +156,7 @@ def test_a_training_step_never_waits_for_the_device(pretrain_config, objective):
     with RefuseSyncs():
         loss, _ = task.loss(task.prepare(batch))
         loss.backward()
-        task.report()
+        task.report(task.counters)
 
 
 @pytest.mark.parametrize("statistics", ["half", "imagenet"])
@@ -268,7 +253,8 @@ def test_another_batch_size_is_compiled_for_itself(pretrain_config, compiled_sid
     batch = first_batch(task)
     listed = len(batch["masked_index"]) // len(batch["mask"])
     for size in (4, 2):
-        part = {name: value[:size] for name, value in batch.items()}
+        part = {name: value[:size] for name, value in batch.items() if name != "keep"}
+        part["keep"] = batch["keep"][:, :size]
         index = batch["masked_index"][: size * listed]
         part["masked_index"] = index.where(index < part["mask"].numel(), -1)
         task.loss(task.prepare(part))

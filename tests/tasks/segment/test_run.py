@@ -104,14 +104,14 @@ def test_two_ranks_learn_and_count_what_one_process_with_both_batches_does(
 ):
     """Also with two micro-batches. Of images enough that batch norm is no matter of rounding."""
     config = segment_config(
-        model=WITHOUT_CHANCE,
+        model={"drop_rate": 0.0},
         data={"batch_size": 6},
         run={"accumulate": 2, "output": str(tmp_path / "one"), "log_every": 1, "steps": 4},
     )
     one = run_segmentation(config)
     arguments = """
         --model {"img_size":[32,40],"patch_size":8,"num_classes":0,"head_channels":16,"""
-    arguments += f""""auxiliary_channels":8,"drop_path_rate":0.0,"drop_rate":0.0}}
+    arguments += f""""auxiliary_channels":8,"drop_path_rate":0.3,"drop_rate":0.0}}
         --data.path {boxes / "train"} --data.masks {boxes / "train_masks"}
         --data.test {boxes / "test"} --data.test_masks {boxes / "test_masks"} --data.ignore 9
         --data.batch_size 3 --data.num_threads 1 --augment.scale [128,32] --init {pretrained}
