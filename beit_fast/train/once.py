@@ -38,12 +38,13 @@ class RankLost(RunError):
 
 
 _board: "Board | None" = None
+_board_of_threads: "Board | None" = None  # the main thread may hang in the other
 
 
 def speaks_through(board: "Board | None") -> None:
-    """From now on `say_once` asks this board; it may be one whose world is closed."""
-    global _board
-    _board = board
+    """From now on this board is asked; it may be one whose world is closed."""
+    global _board, _board_of_threads
+    _board, _board_of_threads = board, board and board.clone()
 
 
 def broke(error: BaseException) -> bool:
@@ -83,9 +84,10 @@ def end_with(message: str) -> NoReturn:
     """From a thread: one rank says `message`, and this process ends without its main thread."""
     message = f"beit-fast: {message}"
     speaks = True
-    if _board is not None:
+    if (board := _board_of_threads) is not None:
         with contextlib.suppress(RuntimeError):  # the store is gone: nobody can be asked
-            speaks = _board.claim("still")
+            board.write("failure", {"text": message, "broken": False})
+            speaks = board.claim("still")
     if speaks:
         _record(message)
         _print(message)

@@ -46,14 +46,16 @@ class Seen:
         if self.gone:
             return "has ended"
         if not self.alive:
-            return f"gives no sign any more, last seen {where}: it is dead, or cut off"
+            return f"gives no sign any more, last seen {where}: it is dead, cut off, or stuck"
         return f"is {where}"
 
 
 def standing_still(ranks: Mapping[int, Seen], timeout: float) -> tuple[str, list[int]]:
     """One line that says who keeps whom waiting for `timeout` seconds, and the ranks to blame."""
     blamed = _behind(ranks)
-    step = min((seen.step for seen in ranks.values() if seen.step is not None), default=None)
+    told = [seen for seen in ranks.values() if seen.step is not None]
+    told = [seen for seen in told if seen.alive and not seen.gone] or told
+    step = min((seen.step for seen in told), default=None)
     where = f" at step {step}" if step is not None else ""
     words: dict[str, list[int]] = {}
     for rank in blamed:
@@ -230,7 +232,7 @@ class Watch:
             self._mine = Seen(note.place, note.step, note.order, note.waits, left)
             self._looking = left < 2 * SILENT and still > BEAT
             if self._others is not None:
-                faulthandler.dump_traceback_later(max(left, 0) + AFTER + SILENT, exit=True)
+                faulthandler.dump_traceback_later(max(left, 0) + AFTER, exit=True)
             if left <= 0 and (ranks := self._all_still()) is not None:
                 self._fire(ranks, limit)
 

@@ -98,9 +98,9 @@ class World:
         before, self.watch.armed, self.watch.folder = self.watch.armed, True, folder
         try:
             yield
+            begin_stage("finishing the run")  # after an error the step is still to be told
         finally:
             self.watch.armed = before
-            begin_stage("finishing the run")
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank passes, in their order, on every rank."""

@@ -38,7 +38,8 @@ def hang() -> None:
 
 
 def hang_with_lock() -> None:
-    """Inside an extension that keeps Python's lock."""
+    """Inside an extension that keeps Python's lock, and that no signal wakes."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     ctypes.PyDLL(None).sleep(600)
 
 
