@@ -82,12 +82,19 @@ def leave_to_us() -> None:
 
 def end_with(message: str) -> NoReturn:
     """From a thread: one rank says `message`, and this process ends without its main thread."""
-    message = f"beit-fast: {message}"
-    speaks = True
-    if (board := _board_of_threads) is not None:
-        with contextlib.suppress(RuntimeError):  # the store is gone: nobody can be asked
+    message, board = f"beit-fast: {message}", _board_of_threads
+    speaks = True  # where nobody can be asked
+
+    def ask() -> None:
+        nonlocal speaks
+        with contextlib.suppress(RuntimeError):
             board.write("failure", {"text": message, "broken": False})
             speaks = board.claim("still")
+
+    if board is not None:
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(SPEAKING)
     if speaks:
         _record(message)
         _print(message)

@@ -12,10 +12,11 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from beit_fast.train.agreement import names
 from beit_fast.train.board import Board
 from beit_fast.train.progress import Note, note, tick
 
@@ -64,18 +65,6 @@ def standing_still(ranks: Mapping[int, Seen], timeout: float) -> tuple[str, list
     rest = [rank for rank in ranks if rank not in blamed]
     wait = f", and {names(rest)} {'waits' if len(rest) == 1 else 'wait'} for it" if rest else ""
     return f"no progress for {timeout:g} s{where}: {who}{wait}", blamed
-
-
-def names(ranks: Sequence[int]) -> str:
-    """Ranks as a message has them: "rank 3", "ranks 0-2, 5"."""
-    parts: list[list[int]] = []
-    for rank in sorted(ranks):
-        if parts and rank == parts[-1][-1] + 1:
-            parts[-1].append(rank)
-        else:
-            parts.append([rank])
-    said = [str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts]
-    return f"rank{'s' * (len(ranks) != 1)} {', '.join(said)}"
 
 
 def _behind(ranks: Mapping[int, Seen]) -> list[int]:
