@@ -89,7 +89,7 @@ class Beit(nn.Module):
         raise ValueError(NOT_TRACED)
 
     def forward(
-        self, images: Tensor, mask: Tensor | None = None, *, keep: Tensor | None = None
+        self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None
     ) -> Tensor:
         return self.forward_features(images, mask, keep=keep)
 

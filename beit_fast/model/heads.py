@@ -159,7 +159,7 @@ class BeitForImageClassification(Beit):
         """Start anew, as fine-tuning does where the checkpoint has nothing."""
         init_finetuning(self)
 
-    def forward(self, images: Tensor, *, keep: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits (B, num_classes); without classes, features (B, D). keep as of `Beit`."""
         return self.forward_head(self.forward_features(images, keep=keep))
 
