@@ -42,6 +42,11 @@ def first_batch(batched) -> dict:
     return batch
 
 
+def first_images(batch: dict, count: int) -> dict:
+    """Of a batch; the draws of drop path have a column for each."""
+    return {k: v[:, :count] if k == "keep" else v[:count] for k, v in batch.items()}
+
+
 def records_of(output: Path) -> list[dict]:
     """A run's metrics, all but its speed."""
     lines = read_metrics(output / "metrics.jsonl")

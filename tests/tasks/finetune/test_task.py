@@ -11,7 +11,7 @@ from beit_fast.data.views.config import AugmentConfig
 from beit_fast.data.views.two_views import normalize
 from beit_fast.tasks.finetune.task import FinetuneTask
 from labelled_images import PHOTOGRAPHED
-from task_runs import ALONE, RefuseSyncs, first_batch
+from task_runs import ALONE, RefuseSyncs, first_batch, first_images
 
 PLAIN = AugmentConfig(erase=0.0, mixup=0.0, cutmix=0.0)
 
@@ -94,7 +94,7 @@ def test_another_batch_size_is_compiled_for_itself(finetune_config, compiled_sid
     batch = first_batch(task)
     for size in (5, 3):
         task.begin_step(0)
-        task.loss(task.prepare({name: value[:size] for name, value in batch.items()}))
+        task.loss(task.prepare(first_images(batch, size)))
     assert len(compiled_sides) == 2
     assert all(type(side) is int for sides in compiled_sides for side in sides)
 

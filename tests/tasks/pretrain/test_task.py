@@ -25,6 +25,7 @@ from task_runs import (
     assert_compiles_to_one_graph,
     assert_the_same_run,
     first_batch,
+    first_images,
     records_of,
     stopped_in_step,
 )
@@ -253,8 +254,7 @@ def test_another_batch_size_is_compiled_for_itself(pretrain_config, compiled_sid
     batch = first_batch(task)
     listed = len(batch["masked_index"]) // len(batch["mask"])
     for size in (4, 2):
-        part = {name: value[:size] for name, value in batch.items() if name != "keep"}
-        part["keep"] = batch["keep"][:, :size]
+        part = first_images(batch, size)
         index = batch["masked_index"][: size * listed]
         part["masked_index"] = index.where(index < part["mask"].numel(), -1)
         task.loss(task.prepare(part))

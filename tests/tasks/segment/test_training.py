@@ -15,7 +15,7 @@ from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.segment.training import SegmentTask, settings_of
 from beit_fast.train.loop import train
 from beit_fast.train.world import World
-from task_runs import ALONE, RefuseSyncs, first_batch, records_of, take_batches
+from task_runs import ALONE, RefuseSyncs, first_batch, first_images, records_of, take_batches
 
 STEPS = 14
 
@@ -213,7 +213,7 @@ def test_another_batch_size_is_compiled_for_itself(segment_config, compiled_side
     batch = first_batch(task)
     for size in (3, 2):
         task.begin_step(0)
-        task.loss(task.prepare({name: value[:size] for name, value in batch.items()}))
+        task.loss(task.prepare(first_images(batch, size)))
     assert len(compiled_sides) == 2
     assert all(type(side) is int for sides in compiled_sides for side in sides)
 
