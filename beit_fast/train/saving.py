@@ -21,6 +21,7 @@ from torch import Tensor
 
 from beit_fast.errors import RunError, ToldElsewhere
 from beit_fast.flags import flag
+from beit_fast.train.progress import unhurried
 from beit_fast.train.state import checkpoint_paths, metadata_of, save_checkpoint
 from beit_fast.train.stop import WRITER
 from beit_fast.train.world import World
@@ -122,8 +123,9 @@ class Saver:
         if self._thread is not None:
             # Not by `join` alone: one that Ctrl-C interrupts takes the thread for ended (until
             # Python 3.13, bpo-45274), and nobody would wait for it at the interpreter's end.
-            self._written.wait()
-            self._thread.join()
+            with unhurried("writing a checkpoint"):
+                self._written.wait()
+                self._thread.join()
             self._thread = None
 
     def _write(
