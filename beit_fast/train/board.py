@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from beit_fast.errors import RunError
 from beit_fast.flags import flag
+from beit_fast.train.agreement import names
 from beit_fast.train.launch import Launch
 
 START = "beit_fast/start"
@@ -122,7 +123,7 @@ def meet(launch: Launch, timeout: float) -> dist.Store:
             if joined[name] is not None and joined[name].check(["all"]):
                 return joined[name]
         if time.monotonic() > until:
-            missing = "rank 0 has" if not joined else "not all ranks have"
+            missing = "rank 0 has" if not joined else "some ranks have"
             raise StartError(f"{missing} not come within {timeout:g} s: {_see()}")
         time.sleep(0.05)
 
@@ -133,9 +134,10 @@ def _wait(
     missing = [key for key in keys if not store.check([key])]
     while missing:
         if time.monotonic() > until:
-            ranks = ", ".join(key.removeprefix("here/") for key in missing)
+            ranks = [int(key.removeprefix("here/")) for key in missing]
             raise StartError(
-                f"rank {ranks} of {launch.size} has not come within {timeout:g} s: {_see()}"
+                f"of {launch.size} ranks, {names(ranks)} {'has' if len(ranks) == 1 else 'have'} "
+                f"not come within {timeout:g} s: {_see()}"
             )
         time.sleep(0.02)
         missing = [key for key in missing if not store.check([key])]

@@ -41,14 +41,15 @@ class Seen:
     alive: bool = True
     gone: bool = False
 
-    def words(self, step: int | None = None) -> str:
-        """Where it is, with its step where that is not `step`."""
+    def words(self, step: int | None = None, *, many: bool = False) -> str:
+        """Where it is, or they are, with the step where that is not `step`."""
         where = self.place if self.step in (None, step) else f"{self.place} of step {self.step}"
         if self.gone:
-            return "has ended"
+            return "have ended" if many else "has ended"
         if not self.alive:
-            return f"gives no sign any more, last seen {where}: it is dead, cut off, or stuck"
-        return f"is {where}"
+            gives, it = ("give", "they are") if many else ("gives", "it is")
+            return f"{gives} no sign any more, last seen {where}: {it} dead, cut off, or stuck"
+        return f"{'are' if many else 'is'} {where}"
 
 
 def standing_still(ranks: Mapping[int, Seen], timeout: float) -> tuple[str, list[int]]:
@@ -58,12 +59,15 @@ def standing_still(ranks: Mapping[int, Seen], timeout: float) -> tuple[str, list
     told = [seen for seen in told if seen.alive and not seen.gone] or told
     step = min((seen.step for seen in told), default=None)
     where = f" at step {step}" if step is not None else ""
-    words: dict[str, list[int]] = {}
+    alike: dict[str, list[int]] = {}
     for rank in blamed:
-        words.setdefault(ranks[rank].words(step), []).append(rank)
-    who = ", ".join(f"{names(them)} {said}" for said, them in words.items())
+        alike.setdefault(ranks[rank].words(step), []).append(rank)
+    who = ", ".join(
+        f"{names(them)} {ranks[them[0]].words(step, many=len(them) > 1)}" for them in alike.values()
+    )
     rest = [rank for rank in ranks if rank not in blamed]
-    wait = f", and {names(rest)} {'waits' if len(rest) == 1 else 'wait'} for it" if rest else ""
+    them = "it" if len(blamed) == 1 else "them"
+    wait = f", and {names(rest)} {'waits' if len(rest) == 1 else 'wait'} for {them}" if rest else ""
     return f"no progress for {timeout:g} s{where}: {who}{wait}", blamed
 
 

@@ -159,6 +159,13 @@ def test_an_error_of_one_rank_is_said_once_with_its_rank(tmp_path):
     ]
 
 
+def test_wrong_arguments_are_said_once(tmp_path):
+    _, code, stderr = by_torchrun(tmp_path / "run", "--nonsense")
+    assert code == 1
+    assert stderr.count("error: unrecognized arguments: --nonsense") == 3  # twice in the table
+    assert stderr.count("usage:") == 3
+
+
 def test_ranks_notice_that_the_store_went_with_rank_0(tmp_path):
     with by_hand(tmp_path / "run", "0:3:kill") as (first, second):
         assert second.wait(60) == 1
