@@ -16,6 +16,10 @@ from collections.abc import Iterator
 def main() -> int:
     """Run the command line. Returns its exit code."""
     try:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            # Of a peer that is gone torch's C++ warns with its own stack; what is to be said of it
+            # is said by train/once.py.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         with _ended_by_ctrl_c():
             from beit_fast import cli
         try:

@@ -17,8 +17,7 @@ SHOWN = 5  # fields in a message
 BY_NODE = frozenset(
     {
         *("run.output", "output", "data.path", "data.test", "data.masks", "data.test_masks"),
-        *("data.classes_file", "init", "tokenizer", "token_cache", "checkpoint", "folder"),
-        *("masks", "images", "classes_file", "data.num_threads"),
+        *("data.classes_file", "init", "tokenizer", "token_cache", "data.num_threads"),
     }
 )
 STAGE = "tokenizer_training."
@@ -55,11 +54,23 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def names(ranks: Sequence[int]) -> str:
+    """Ranks as a message has them: "rank 3", "ranks 0-2, 5"."""
+    parts: list[list[int]] = []
+    for rank in sorted(ranks):
+        if parts and rank == parts[-1][-1] + 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    said = [str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts]
+    return f"rank{'s' * (len(ranks) != 1)} {', '.join(said)}"
+
+
 def compare(all_fields: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError that names each field that differs between ranks, who has what, and of long
     lists where."""
-    names = sorted(set(itertools.chain.from_iterable(all_fields)))
-    said = [words for name in names if (words := _difference(name, all_fields))]
+    fields = sorted(set(itertools.chain.from_iterable(all_fields)))
+    said = [words for name in fields if (words := _difference(name, all_fields))]
     if not said:
         return
     more = f"; and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
@@ -81,10 +92,8 @@ def _difference(name: str, all_fields: Sequence[Mapping[str, Any]]) -> str:
             groups.append((value, [rank]))
     if len(groups) == 1:
         return ""
-    from beit_fast.train.watch import names as called
-
     shown = [(_shown(value, groups[0][0]), ranks) for value, ranks in groups]
-    has = [f"{value} on {called(ranks)}" for value, ranks in shown[:4]]
+    has = [f"{value} on {names(ranks)}" for value, ranks in shown[:4]]
     return f"{name} is {', '.join(has)}"
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch.distributed as dist
 
 from beit_fast.errors import RunError
+from beit_fast.flags import flag
+from beit_fast.train.agreement import names
 from beit_fast.train.launch import Launch
 
 START = "beit_fast/start"
@@ -88,10 +90,15 @@ def meet(launch: Launch, timeout: float) -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
     except dist.DistError as error:
+        if launch.rank == 0 and isinstance(error, dist.DistStoreError):
+            raise StartError(
+                f"not all {launch.size} ranks have come to {launch.address} within {timeout:g} s: "
+                f"{_see()}"
+            ) from error
         raise StartError(
             f"no store answers at {launch.address} (MASTER_ADDR:MASTER_PORT) within {timeout:g} s "
             f"({_first_line(error)}): see that rank 0 runs there and that its port is open to all "
-            "nodes, or wait longer (run.startup_timeout)"
+            f"nodes, or wait longer ({flag('run.startup_timeout')})"
         ) from error
     if launch.rank == 0:
         name = os.urandom(8).hex()
@@ -116,11 +123,8 @@ def meet(launch: Launch, timeout: float) -> dist.Store:
             if joined[name] is not None and joined[name].check(["all"]):
                 return joined[name]
         if time.monotonic() > until:
-            missing = "rank 0 has" if not joined else "not all ranks have"
-            raise StartError(
-                f"{missing} not come within {timeout:g} s: see that every node was started with "
-                "the same number of processes, or wait longer (run.startup_timeout)"
-            )
+            missing = "rank 0 has" if not joined else "some ranks have"
+            raise StartError(f"{missing} not come within {timeout:g} s: {_see()}")
         time.sleep(0.05)
 
 
@@ -130,11 +134,10 @@ def _wait(
     missing = [key for key in keys if not store.check([key])]
     while missing:
         if time.monotonic() > until:
-            ranks = ", ".join(key.removeprefix("here/") for key in missing)
+            ranks = [int(key.removeprefix("here/")) for key in missing]
             raise StartError(
-                f"rank {ranks} of {launch.size} has not come within {timeout:g} s: see that every "
-                "node was started with the same number of processes, or wait longer "
-                "(run.startup_timeout)"
+                f"of {launch.size} ranks, {names(ranks)} {'has' if len(ranks) == 1 else 'have'} "
+                f"not come within {timeout:g} s: {_see()}"
             )
         time.sleep(0.02)
         missing = [key for key in missing if not store.check([key])]
@@ -143,6 +146,13 @@ def _wait(
 def digest_of(fields: Mapping[str, Any]) -> str:
     """Of plain data, in any order of its names."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _see() -> str:
+    return (
+        "see that every node was started with the same number of processes, or wait longer "
+        f"({flag('run.startup_timeout')})"
+    )
 
 
 def _first_line(error: Exception) -> str:

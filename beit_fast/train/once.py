@@ -38,12 +38,13 @@ class RankLost(RunError):
 
 
 _board: "Board | None" = None
+_board_of_threads: "Board | None" = None  # the main thread may hang in the other
 
 
 def speaks_through(board: "Board | None") -> None:
-    """From now on `say_once` asks this board; it may be one whose world is closed."""
-    global _board
-    _board = board
+    """From now on this board is asked; it may be one whose world is closed."""
+    global _board, _board_of_threads
+    _board, _board_of_threads = board, board and board.clone()
 
 
 def broke(error: BaseException) -> bool:
@@ -81,11 +82,19 @@ def leave_to_us() -> None:
 
 def end_with(message: str) -> NoReturn:
     """From a thread: one rank says `message`, and this process ends without its main thread."""
-    message = f"beit-fast: {message}"
-    speaks = True
-    if _board is not None:
-        with contextlib.suppress(RuntimeError):  # the store is gone: nobody can be asked
-            speaks = _board.claim("still")
+    message, board = f"beit-fast: {message}", _board_of_threads
+    speaks = True  # where nobody can be asked
+
+    def ask() -> None:
+        nonlocal speaks
+        with contextlib.suppress(RuntimeError):
+            board.write("failure", {"text": message, "broken": False})
+            speaks = board.claim("still")
+
+    if board is not None:
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(SPEAKING)
     if speaks:
         _record(message)
         _print(message)

@@ -12,10 +12,11 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from beit_fast.train.agreement import names
 from beit_fast.train.board import Board
 from beit_fast.train.progress import Note, note, tick
 
@@ -40,40 +41,34 @@ class Seen:
     alive: bool = True
     gone: bool = False
 
-    def words(self, step: int | None = None) -> str:
-        """Where it is, with its step where that is not `step`."""
+    def words(self, step: int | None = None, *, many: bool = False) -> str:
+        """Where it is, or they are, with the step where that is not `step`."""
         where = self.place if self.step in (None, step) else f"{self.place} of step {self.step}"
         if self.gone:
-            return "has ended"
+            return "have ended" if many else "has ended"
         if not self.alive:
-            return f"gives no sign any more, last seen {where}: it is dead, or cut off"
-        return f"is {where}"
+            gives, it = ("give", "they are") if many else ("gives", "it is")
+            return f"{gives} no sign any more, last seen {where}: {it} dead, cut off, or stuck"
+        return f"{'are' if many else 'is'} {where}"
 
 
 def standing_still(ranks: Mapping[int, Seen], timeout: float) -> tuple[str, list[int]]:
     """One line that says who keeps whom waiting for `timeout` seconds, and the ranks to blame."""
     blamed = _behind(ranks)
-    step = min((seen.step for seen in ranks.values() if seen.step is not None), default=None)
+    told = [seen for seen in ranks.values() if seen.step is not None]
+    told = [seen for seen in told if seen.alive and not seen.gone] or told
+    step = min((seen.step for seen in told), default=None)
     where = f" at step {step}" if step is not None else ""
-    words: dict[str, list[int]] = {}
+    alike: dict[str, list[int]] = {}
     for rank in blamed:
-        words.setdefault(ranks[rank].words(step), []).append(rank)
-    who = ", ".join(f"{names(them)} {said}" for said, them in words.items())
+        alike.setdefault(ranks[rank].words(step), []).append(rank)
+    who = ", ".join(
+        f"{names(them)} {ranks[them[0]].words(step, many=len(them) > 1)}" for them in alike.values()
+    )
     rest = [rank for rank in ranks if rank not in blamed]
-    wait = f", and {names(rest)} {'waits' if len(rest) == 1 else 'wait'} for it" if rest else ""
+    them = "it" if len(blamed) == 1 else "them"
+    wait = f", and {names(rest)} {'waits' if len(rest) == 1 else 'wait'} for {them}" if rest else ""
     return f"no progress for {timeout:g} s{where}: {who}{wait}", blamed
-
-
-def names(ranks: Sequence[int]) -> str:
-    """Ranks as a message has them: "rank 3", "ranks 0-2, 5"."""
-    parts: list[list[int]] = []
-    for rank in sorted(ranks):
-        if parts and rank == parts[-1][-1] + 1:
-            parts[-1].append(rank)
-        else:
-            parts.append([rank])
-    said = [str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts]
-    return f"rank{'s' * (len(ranks) != 1)} {', '.join(said)}"
 
 
 def _behind(ranks: Mapping[int, Seen]) -> list[int]:
@@ -230,7 +225,7 @@ class Watch:
             self._mine = Seen(note.place, note.step, note.order, note.waits, left)
             self._looking = left < 2 * SILENT and still > BEAT
             if self._others is not None:
-                faulthandler.dump_traceback_later(max(left, 0) + AFTER + SILENT, exit=True)
+                faulthandler.dump_traceback_later(max(left, 0) + AFTER, exit=True)
             if left <= 0 and (ranks := self._all_still()) is not None:
                 self._fire(ranks, limit)
 

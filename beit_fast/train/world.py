@@ -20,11 +20,11 @@ from torch import Tensor
 from beit_fast.errors import ToldElsewhere
 from beit_fast.flags import flag
 from beit_fast.train import once
-from beit_fast.train.agreement import compare
+from beit_fast.train.agreement import compare, names
 from beit_fast.train.board import Board, digest_of, meet
 from beit_fast.train.launch import Launch, read_launch
 from beit_fast.train.progress import begin_stage, note, progress, waiting_for_ranks
-from beit_fast.train.watch import Watch, names
+from beit_fast.train.watch import Watch
 
 TIMEOUT, STARTUP_TIMEOUT = 300.0, 1800.0  # seconds; of a run they are settings
 # Collectives end by themselves only where the watch has not ended the process before.
@@ -98,9 +98,9 @@ class World:
         before, self.watch.armed, self.watch.folder = self.watch.armed, True, folder
         try:
             yield
+            begin_stage("finishing the run")  # after an error the step is still to be told
         finally:
             self.watch.armed = before
-            begin_stage("finishing the run")
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank passes, in their order, on every rank."""

@@ -98,7 +98,11 @@ def test_one_rank_saves_the_other_goes_on_and_a_save_that_fails_ends_both(tmp_pa
 
 def test_ranks_with_different_settings_do_not_start(tmp_path):
     *_, errors = two_ranks(tmp_path / "two", "settings")
-    assert errors == ["ranks [1] run other settings or code than rank 0"] * 2
+    said = (
+        "the ranks of this run do not start alike: run.seed is 0 on rank 0, 1 on rank 1. Give "
+        "every node the same version, files and command"
+    )
+    assert errors == [said] * 2
 
 
 def test_cuda_is_refused_where_there_is_none():

@@ -1,0 +1,197 @@
+"""Ranks that die, hang or fail: all end in time, one says why, and torchrun's restarts go on."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from task_runs import TWO_RANKS, assert_the_same_run, steps_of
+
+SCRIPT = str(Path(__file__).with_name("faulty_ranks.py"))
+TIMEOUT = 3.0
+
+
+class Started:
+    """Processes of faulty_ranks.py; `ended` has when each was gone, by its number."""
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.ended = output, {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    @contextmanager
+    def looking(self):
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            self._thread.join()
+
+    def _look(self) -> None:
+        while not self._stop.wait(0.05):
+            pids = self.output / "pids"
+            for pid in map(int, pids.read_text().split() if pids.exists() else ()):
+                if pid not in self.ended and not _runs(pid):
+                    self.ended[pid] = time.time()
+
+    def seconds(self, fault: str) -> float:
+        """From the fault until all processes of that time were gone."""
+        fired = float((self.output / f"fired_{fault}").read_text())
+        return min(max(pair) for pair in _pairs(self.ended.values()) if max(pair) > fired) - fired
+
+
+def _pairs(times):
+    times = sorted(times)
+    return list(zip(times[::2], times[1::2], strict=True))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def by_torchrun(output: Path, *arguments: str, restarts: int = 0) -> tuple[Started, int, str]:
+    """What was started, torchrun's code, and what stderr has."""
+    started = Started(output)
+    command = [*TWO_RANKS, f"--max-restarts={restarts}", SCRIPT, str(output), *arguments]
+    with started.looking():
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+        time.sleep(0.2)
+    return started, done.returncode, done.stderr
+
+
+@contextmanager
+def by_hand(output: Path, *arguments: str, ranks=(0, 1), **variables: str):
+    """Ranks without a launcher: rank 0 has the store."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    given = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port} | variables
+    output.parent.mkdir(exist_ok=True)
+    files = [(output.parent / f"stderr_{rank}").open("w") for rank in ranks]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, str(output), *arguments],
+            env={**os.environ, **given, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=file,
+            stdout=subprocess.DEVNULL,
+        )
+        for rank, file in zip(ranks, files, strict=True)
+    ]
+    try:
+        yield processes
+    finally:
+        for file in files:
+            file.close()
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def stderr_of(output: Path, rank: int) -> str:
+    return (output.parent / f"stderr_{rank}").read_text()
+
+
+def said(stderr: str) -> list[str]:
+    """The lines of ours, those of the launcher's table not among them."""
+    return [line for line in stderr.splitlines() if line.startswith("beit-fast: ")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run that is slow for twice the time-out in one step, and lives."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    started, code, stderr = by_torchrun(output, "1:5:slow", "--timeout", str(TIMEOUT))
+    assert (code, said(stderr)) == (0, [])
+    assert started.seconds("1:5:slow") > 2 * TIMEOUT
+    return output
+
+
+def test_what_is_restarted_after_each_fault_ends_bit_equal(tmp_path, undisturbed):
+    """Killed ranks, a loader that hangs, an extension that keeps Python's lock."""
+    faults = ["1:5:kill", "0:6:kill", "0:7:lock", "1:9:loader"]
+    limits = ("--timeout", str(TIMEOUT))
+    output = tmp_path / "run"
+    started, code, stderr = by_torchrun(output, *faults, *limits, restarts=len(faults))
+    assert code == 0, stderr
+    assert all((output / f"fired_{fault}").exists() for fault in faults)
+    assert_the_same_run(output, undisturbed)
+
+    one, two, stuck, hung = said(stderr)
+    again = "the same command goes on from the last checkpoint"
+    gone = "is gone without a word (killed, or cut off) at step"
+    assert one == f"beit-fast: rank 1 {gone} 5: {again}"
+    assert two == f"beit-fast: rank 0 {gone} 6: {again}"
+    stacks = output / "stacks_rank1.txt"
+    assert hung == (
+        f"beit-fast: no progress for 3 s at step 9: rank 1 is waiting for a batch, and rank 0 "
+        f"waits for it. Stacks: {stacks}. The same command goes on from the last checkpoint; how "
+        "long a run may stand still is --run.timeout, and --run.startup_timeout until its first "
+        "step is done"
+    )
+    assert "in hang\n" in stacks.read_text()
+    assert "at step 7: rank 0 gives no sign any more" in stuck
+    for fault in faults[:2]:
+        assert started.seconds(fault) < 4
+    for fault in faults[2:]:
+        assert TIMEOUT - 0.5 < started.seconds(fault) < TIMEOUT + 2
+
+
+def test_an_error_of_one_rank_is_said_once_with_its_rank(tmp_path):
+    _, code, stderr = by_torchrun(tmp_path / "run", "1:3:error")
+    assert code == 1
+    assert said(stderr) == ["beit-fast: rank 1 of 2: a disk of this node is gone: mount it"]
+    table = re.findall(r"traceback : (.*)", stderr)
+    assert table == [  # the launcher's: the cause is the last
+        "ended because the run could not go on: another rank says why",
+        "beit-fast: a disk of this node is gone: mount it",
+    ]
+
+
+def test_ranks_notice_that_the_store_went_with_rank_0(tmp_path):
+    with by_hand(tmp_path / "run", "0:3:kill") as (first, second):
+        assert second.wait(60) == 1
+        assert first.wait() == -signal.SIGKILL
+    (line,) = said(stderr_of(tmp_path / "run", 1))
+    assert re.fullmatch(
+        r"beit-fast: rank 1 of 2: the store at localhost:\d+ does not answer any more, nor do "
+        r"other ranks \(at step 3\): the same command goes on from the last checkpoint",
+        line,
+    )
+
+
+def test_a_rank_that_hangs_with_the_store_is_left_alone(tmp_path):
+    with by_hand(tmp_path / "run", "0:3:stop", "--timeout", str(TIMEOUT)) as (first, second):
+        assert second.wait(60) == 1
+        assert first.poll() is None
+    (line,) = said(stderr_of(tmp_path / "run", 1))
+    assert "rank 1 is in the backward pass, which exchanges gradients; the store at" in line
+    assert "does not answer" in line
+
+
+def test_ranks_that_do_not_come_are_named(tmp_path):
+    address = r"localhost:\d+"
+    for rank, words in (
+        (0, rf"not all 2 ranks have come to {address} within 2 s: see that every node was"),
+        (1, rf"rank 1 of 2: no store answers at {address} \(MASTER_ADDR:MASTER_PORT\) within 2 s"),
+    ):
+        limits = ("--startup_timeout", "2")
+        with by_hand(tmp_path / "run", *limits, ranks=[rank]) as (process,):
+            assert process.wait(60) == 1
+        stderr = stderr_of(tmp_path / "run", rank)
+        (line,) = said(stderr)
+        assert re.match(f"beit-fast: {words}", line)
+        assert line.endswith("or wait longer (--run.startup_timeout)")
+        assert "Traceback" not in stderr
+    assert not steps_of(tmp_path / "run")
