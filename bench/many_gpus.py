@@ -128,6 +128,7 @@ def hidden_but(computing: float, pieces: int, piece: float) -> float:
     return piece + (pieces - 1) * max(0.0, piece - computing / pieces)
 
 
+@functools.cache
 def computing_seconds(step: Step, machine: Machine, ranks: int = 1) -> dict[str, float]:
     """By stage of a micro-batch, at the rate assumed; the optimiser has 1/ranks of the weights."""
 

@@ -103,8 +103,8 @@ class Ours:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.schedule = Schedule(self.optimizer, optim, num_steps=2**31, warmup=0, start=0)
         module = TaskLoss(self.task)
-        sentinel = Sentinel(self.optimizer, device, 0)
         world = World(0, 1, device)
+        sentinel = Sentinel(self.optimizer, world, 0)
         shares = shares_of(self.task.count, run, world)
         take = TrainStep(
             module, self.optimizer, sentinel, shares=shares, optim=optim, run=run, device=device

@@ -35,6 +35,9 @@ EXPECTED = {
     "tokenizer-agreement-trained-cpu": "python bench/tokenizer.py agreement "
     "--tokenizer FILE.safetensors",
     "data": "python bench/data.py",
+    "checkpoint-stall-cpu": "python bench/checkpoint.py stall --size base large",
+    "checkpoint-stall-cuda": "python bench/checkpoint.py stall --size base large --device cuda",
+    "checkpoint-ranks-cpu": "python bench/checkpoint.py ranks --size base large",
     "science-evidence": "python bench/science.py evidence",
     "science-table4": "python bench/science.py table4",
     "science-segmentation": "python bench/science.py segmentation",
@@ -367,6 +370,48 @@ def mean_and_error(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.1f} ± {error:.1f}"
 
 
+def checkpoint_table(results: dict[str, list[Row]]) -> str:
+    """What a save costs training, waited for and beside it; then how two ranks save."""
+    lines = []
+    for name in ("checkpoint-stall-cpu", "checkpoint-stall-cuda"):
+        if name not in results:
+            lines += [_not_measured(name), ""]
+            continue
+        shown, cells = results[name][0], []
+        loads = sorted({row["load"] for row in results[name]})
+        for size in dict.fromkeys(row["size"] for row in results[name]):
+            ways = {row["candidate"]: row for row in results[name] if row["size"] == size}
+            stalls = [_stall(ways[way]) for way in ("waits", "beside")]
+            beside = ways["beside"]
+            taken = [short(beside[figure]) for figure in ("call_ms", "write_s", "sha256_s")]
+            cells.append([f"BEiT-{SIZES[size]}, {short(beside['GB'])} GB", *stalls, *taken])
+        lines += _sentence(
+            f"A step waits so long for a save, medians of {shown['rounds']} rounds and the range; "
+            f"{_measured_by(name, shown)}, load {' and '.join(loads)}."
+        )
+        heads = ("state", "`save_async false`, ms", "`true`, ms", "the copy, ms", "writing, s")
+        lines += ["", *_table((*heads, "of it SHA-256, s"), cells), ""]
+    name = "checkpoint-ranks-cpu"
+    if name not in results:
+        return "\n".join([*lines, _not_measured(name)])
+    shown = results[name][0]
+    lines += _sentence(
+        f"Two ranks over gloo that hold a part of the model each; medians of {shown['rounds']} "
+        f"rounds and the range; {_measured_by(name, shown)}."
+    )
+    cells = [
+        [f"BEiT-{SIZES[row['size']]}, {row['candidate']}", _stall(row), short(row["ms"])]
+        for row in results[name]
+    ]
+    heads = ("how they save", "training waits, ms", "on the disk after, ms")
+    return "\n".join([*lines, "", *_table(heads, cells)])
+
+
+def _stall(row: Row) -> str:
+    low, high = short(row["stall_low_ms"]), short(row["stall_high_ms"])
+    return f"{short(row['stall_ms'])} ({low} to {high})"
+
+
 def gpu_lines(gpus: dict[str, list[Fact]]) -> str:
     """What bench/gpu.py found, beside floors, peers and predictions."""
     return "\n".join(_table(*gpu_table(gpus)))
@@ -382,6 +427,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "kernels": kernels_table,
     "tokenizer": tokenizer_table,
     "data": data_table,
+    "checkpoint": checkpoint_table,
     "many-gpus": many_gpus_table,
     "memory-of-ranks": memory_table,
     "science": science_table,

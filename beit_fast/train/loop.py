@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from beit_fast.flags import flag
 from beit_fast.train.agreement import flat
 from beit_fast.train.aside import Aside
+from beit_fast.train.average import Average
 from beit_fast.train.board import digest_of
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import Graphed
@@ -162,7 +162,7 @@ def train(
         begin_alike(task.model, world)
         start = resume.checkpoint.step if resume else 0
         meter = Meter(device)
-        ema = ModelEmaV3(task.model, decay=run.ema_decay) if run.ema_decay is not None else None
+        ema = Average(task.model, run.ema_decay) if run.ema_decay is not None else None
         state = RunState(task, meter, ema, world)
         if resume:
             state.load_weights(resume)
@@ -178,7 +178,7 @@ def train(
         schedule = Schedule(
             optimizer, optim, num_steps=num_steps, warmup=length.warmup_steps, start=start
         )
-        sentinel = Sentinel(optimizer, device, start)
+        sentinel = Sentinel(optimizer, world, start)
         shares = shares_of(task.count, run, world)
         take = TrainStep(
             module, optimizer, sentinel, shares=shares, optim=optim, run=run, device=device
@@ -257,7 +257,7 @@ def train(
                 prints = done % run.log_every == 0 or done == num_steps or evaluates
                 saves = done % run.save_every == 0 or done == num_steps or evaluates or signum
                 if prints or saves:
-                    sentinel.check(world, saver, checked, done)
+                    sentinel.check(saver, checked, done)
                     checked = done
                 if prints:
                     means = meter.means()
@@ -384,8 +384,9 @@ def graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | Graphe
         return step
     if world.size > 1:
         logger.warning(
-            "%s: gradients are exchanged between %d processes, which is not captured; "
-            "the steps run without a graph",
+            "%s: the steps run without a graph, for gradients are exchanged between %d processes. "
+            "To capture that, PyTorch wants NCCL's error handling off, and then a process that "
+            "dies leaves the others waiting for ever",
             flag("run.cuda_graph"),
             world.size,
         )

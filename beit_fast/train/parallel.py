@@ -176,6 +176,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank keeps of it, the memory itself."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def part_like(parameter: Tensor, value: Tensor) -> Tensor:
     """Of a whole value, which every rank has, what this rank keeps of such a parameter."""
     if not isinstance(parameter, DTensor):

@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from beit_fast.flags import flag
+from beit_fast.train.average import Average
 from beit_fast.train.log import Meter
 from beit_fast.train.optim import load_optimizer_tensors, optimizer_tensors
 from beit_fast.train.parallel import whole
@@ -29,7 +29,7 @@ class RunState:
     and each rank's unread metrics beside one another: both mean the same on any number of ranks.
     """
 
-    def __init__(self, task: "Task", meter: Meter, ema: ModelEmaV3 | None, world: World) -> None:
+    def __init__(self, task: "Task", meter: Meter, ema: Average | None, world: World) -> None:
         self._task, self._meter, self._ema, self._world = task, meter, ema, world
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> Tensors:

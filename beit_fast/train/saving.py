@@ -21,6 +21,7 @@ from torch import Tensor
 
 from beit_fast.errors import RunError, ToldElsewhere
 from beit_fast.flags import flag
+from beit_fast.train.progress import unhurried
 from beit_fast.train.state import checkpoint_paths, metadata_of, save_checkpoint
 from beit_fast.train.stop import WRITER
 from beit_fast.train.world import World
@@ -54,6 +55,7 @@ class Saver:
         self._world, self._beside, self._lock = world, beside, lock
         self._copy = HostCopy(world.device)
         self._thread: threading.Thread | None = None
+        self._written = threading.Event()
         self._error: Exception | None = None
 
     @property
@@ -73,10 +75,12 @@ class Saver:
                 # code, which would abort the process.
                 held = os.dup(self._lock.fileno()) if self._lock is not None else None
                 copied, event = self._copy.take(tensors)
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._write, args=(step, copied, event, held), name=WRITER
                 )
-                self._thread.start()
+                self._written.clear()
+                thread.start()
+                self._thread = thread
             elif self._error is None:
                 self._write(step, tensors)
         if not self._beside:
@@ -117,7 +121,11 @@ class Saver:
 
     def _join(self) -> None:
         if self._thread is not None:
-            self._thread.join()
+            # Not by `join` alone: one that Ctrl-C interrupts takes the thread for ended (until
+            # Python 3.13, bpo-45274), and nobody would wait for it at the interpreter's end.
+            with unhurried("writing a checkpoint"):
+                self._written.wait()
+                self._thread.join()
             self._thread = None
 
     def _write(
@@ -144,6 +152,7 @@ class Saver:
         finally:
             if held is not None:
                 os.close(held)
+            self._written.set()
 
 
 class HostCopy:

@@ -31,25 +31,30 @@ class NonFiniteLoss(RunError):
 class Sentinel:
     """Notes the first non-finite step on the device, and keeps the optimiser from taking it."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, start: int) -> None:
-        self._step = torch.tensor(float(start), dtype=torch.float64, device=device)
+    def __init__(self, optimizer: torch.optim.Optimizer, world: World, start: int) -> None:
+        self._world = world
+        self._step = torch.tensor(float(start), dtype=torch.float64, device=world.device)
         self._never = torch.full_like(self._step, NEVER)
         self._first_bad = self._never.clone()
-        optimizer.found_inf = self._flag = torch.zeros((), device=device)
+        optimizer.found_inf = self._flag = torch.zeros((), device=world.device)
 
     def watch(self, loss: Tensor, norm: Tensor) -> None:
-        """Look at a step's loss and gradient norm, before the optimiser uses the gradients."""
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        """Look at a step's loss and gradient norm, before the optimiser uses the gradients.
+
+        A loss may be bad on one rank alone; none takes the step then. Of any number of ranks one
+        number is exchanged, and the host waits for nothing.
+        """
+        bad = self._world.sum((~(torch.isfinite(loss) & torch.isfinite(norm))).float()) > 0
         self._first_bad.clamp_(max=torch.where(bad, self._step, self._never))
         self._flag.clamp_(min=bad.float())  # stays set: nothing is learnt after a bad step
         self._step += 1
 
-    def check(self, world: World, saver: Saver, since: int, done: int) -> None:
-        """Raise NonFiniteLoss on every rank if any met a non-finite value. Syncs.
+    def check(self, saver: Saver, since: int, done: int) -> None:
+        """Raise NonFiniteLoss, on every rank, if there was a non-finite value. Syncs.
 
         The checkpoints that it names are on the disk: raises as `Saver.wait` does.
         """
-        first = -world.any_of(-int(min(float(self._first_bad), NEVER)))
+        first = int(min(float(self._first_bad), NEVER))
         if first == NEVER:
             return
         kept = saver.wait()

@@ -28,7 +28,7 @@ def test_a_librarys_loss_and_gradients_are_ours(bench, name):
 def test_another_net_is_not_timed(bench, monkeypatch):
     finetune = bench("finetune")
     build = functools.partial(bench("model").build_peer, "timm")
-    monkeypatch.setattr(finetune._Logits, "forward", lambda self, x: 1.01 * self.model(x))
+    monkeypatch.setattr(finetune._Logits, "forward", lambda self, x, **_: 1.01 * self.model(x))
     with pytest.raises(SystemExit, match="nothing is timed"):
         finetune.check(build, "timm", "cpu")
 

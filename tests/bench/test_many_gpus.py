@@ -177,3 +177,30 @@ def test_the_command_prints_a_table_and_says_that_it_is_computed(bench, monkeypa
         with pytest.raises(SystemExit):
             roofline.main()
         assert said in capsys.readouterr().err
+
+
+def test_the_pages_say_what_the_tables_say(many_gpus):
+    pages = {
+        name: " ".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").split())
+        for name in ("distributed", "new-machine")
+    }
+    eight = {size: many_gpus.row(size, 8) for size in ("base", "large")}
+    assert all(r["efficiency"] == pytest.approx(0.98, abs=0.005) for r in eight.values())
+    assert "The missing 2 % is the optimiser" in pages["distributed"]
+    fsdp = many_gpus.row("base", 8, parallel="fsdp")["efficiency"]
+    assert fsdp == pytest.approx(1, abs=0.005)
+    gain = [
+        many_gpus.row(size, 64, links=1, gradients="bf16")["efficiency"]
+        / many_gpus.row(size, 64, links=1)["efficiency"]
+        for size in ("base", "large")
+    ]
+    assert all(1.45 < ratio < 1.65 for ratio in gain)
+    assert "bf16 gradients are worth half as much again" in pages["distributed"]
+    assert f"{many_gpus.REACHES:g}, which is assumed" in pages["distributed"]
+    assert f"A core gives {many_gpus.IMAGES_PER_CORE} a second" in pages["distributed"]
+    gigabytes = eight["base"]["JPEG, MB/s a node"] / 1e3
+    assert f"read {gigabytes:.1f} GB a second for B" in pages["new-machine"]
+    cores = eight["base"]["cores a GPU"]
+    assert f"B on H100 wants {cores:.1f} cores" in pages["new-machine"]
+    rate = round(eight["base"]["images/s"], -3)
+    assert f"For B on H100 {rate:,.0f} are computed" in pages["new-machine"]

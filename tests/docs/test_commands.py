@@ -42,7 +42,10 @@ WITHOUT_RECIPE_CONFIGS = (
     *(EvaluateConfig, PredictConfig, ConvertConfig),
     *(EvaluateSegmentationConfig, PredictSegmentationConfig),
 )
-FOREIGN = frozenset(("--no-python", "--max-restarts", "--nproc_per_node"))  # flags of torchrun
+# Flags of torchrun and docker.
+FOREIGN = frozenset(
+    ("--no-python", "--max-restarts", "--nproc_per_node", "--local_addr", "--user", "--ipc")
+)
 COMMANDS = [(name_of(page), c) for page in pages() for c in commands_of(text_of(page))]
 
 
@@ -60,9 +63,12 @@ def beit_fast_commands() -> list:
     """Words after `beit-fast`, whatever starts it, up to a pipe or a redirection."""
     found = []
     for page, command in COMMANDS:
-        if command.program not in (*STARTERS, "beit-fast"):
+        text = command.text
+        if command.program == "sbatch":  # whose script starts the command
+            text = re.sub(r"^sbatch docs/slurm/train\.sbatch\b", "beit-fast", text)
+        elif command.program not in (*STARTERS, "beit-fast"):
             continue
-        if match := re.search(r"(?:^|\s)beit-fast(?:\s+(.*))?$", command.text):
+        if match := re.search(r"(?:^|\s)beit-fast(?:\s+(.*))?$", text):
             words = shlex.split(re.split(r"\s[|>]", match[1] or "")[0])
             found.append(pytest.param(words, id=f"{page}: {command.text}"))
     return found

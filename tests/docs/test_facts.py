@@ -12,7 +12,7 @@ from beit_fast import PUBLISHED
 from beit_fast.cli import VERBS
 from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.token_cache import record_dtype
-from pages import ROOT, name_of, pages, text_of
+from pages import ROOT, commands_of, name_of, pages, text_of
 
 RESULTS = ROOT / "bench" / "results"
 RECIPES = {
@@ -104,6 +104,42 @@ def test_the_table_of_augmentation_has_the_defaults():
     for name in ("hflip", "rand_augment", "erase", "mixup", "cutmix", "label_smoothing"):
         assert float(rows[name].split(",")[0]) == getattr(augment, name), name
     assert rows["scale"].startswith("`[{:g},{:g}]`".format(*augment.scale))
+
+
+def test_commands_of_several_ranks_keep_the_images_of_the_recipes_step():
+    """2048, however many nodes, ranks and micro-batches they have."""
+    header = (ROOT / "docs" / "slurm" / "train.sbatch").read_text(encoding="utf-8")
+    slurm = dict(re.findall(r"^#SBATCH --(nodes|gpus-per-node)=(\d+)$", header, re.MULTILINE))
+    seen = 0
+    for command in (c.text for name in pages() for c in commands_of(text_of(name))):
+        found = re.search(r" pretrain (beit_\w+_in(?:1|22)k) ", command)
+        if found is None or not command.startswith(("torchrun", "sbatch")):
+            continue
+        config = RECIPES["pretrain"][found[1]]
+
+        def given(flag, default, command=command):
+            value = re.search(rf"--{re.escape(flag)}[= ](\d+)", command)
+            return int(value[1] if value else default)
+
+        nodes = given("nnodes", slurm["nodes"] if "sbatch" in command else 1)
+        ranks = nodes * given("nproc_per_node", slurm["gpus-per-node"])
+        batch = given("data.batch_size", config.data.batch_size)
+        assert ranks * batch * given("run.accumulate", config.run.accumulate) == 2048, command
+        seen += 1
+    assert seen >= 6
+
+
+def test_the_page_of_a_new_machine_has_the_lengths_and_versions_of_the_code():
+    text = page("new-machine.md")
+    config = RECIPES["pretrain"]["beit_plus_base_in1k"]
+    steps = 1_281_167 // 2048
+    assert f"`pretrain 50/{config.run.num_steps(steps)}`" in text
+    assert f"every {config.run.log_every} steps" in text
+    assert f"for ten epochs, {config.optim.warmup_epochs * steps:.0f} steps" in text
+    assert f"after {config.run.save_every} steps |" in text
+    pinned = re.search(r"^torch==(\S+)$", text_of(ROOT / "constraints.txt"), re.MULTILINE)[1]
+    cuda = re.search(r"^FROM nvidia/cuda:(\d+\.\d+)", text_of(ROOT / "Dockerfile"), re.MULTILINE)[1]
+    assert f"the tested torch {pinned} brings CUDA {cuda}" in text
 
 
 def test_the_ratios_of_acceleration_are_the_measured_ones():

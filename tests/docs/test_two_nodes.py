@@ -1,8 +1,10 @@
-"""Two nodes, each with a torchrun and a rank of its own: by the page's command, by SLURM's script,
-and in two network namespaces. All end with the same bits.
+"""Two nodes, each with a torchrun and a rank of its own: by the page's command, in two network
+namespaces where they can be had, and by SLURM's script on one machine, stopped and started again.
+Both end with the same bits.
 """
 
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -11,9 +13,13 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from beit_fast.cli import main
 from beit_fast.train.state import checkpoint_paths
 from pages import ROOT, commands_of, text_of
 from slurm import Slurm
@@ -94,21 +100,122 @@ def on_two_nodes(endpoint, output):
     return [*shlex.split(launch), "beit-fast", *TINY, "--run.output", str(output)]
 
 
+class NoNamespacesError(Exception):
+    """Two machines in one cannot be made here, and why."""
+
+
+@contextlib.contextmanager
+def machines(folder, addresses=ADDRESSES):
+    """What starts a command on each of two: a network namespace and a host name of its own, by
+    that name. They see each other and nothing else. Nothing of them is left.
+
+    Raises NoNamespacesError.
+    """
+    names = [f"beit-{uuid.uuid4().hex[:8]}" for _ in addresses]
+    hosts = folder / "hosts"
+    pairs = list(zip(addresses, names, strict=True))
+    lines = [("127.0.0.1", "localhost"), *pairs]
+    hosts.write_text("".join(f"{address} {name}\n" for address, name in lines))
+    first, second = names
+    set_up = [f"ip netns add {name}" for name in names]
+    set_up.append(f"ip -n {first} link add eth0 type veth peer name eth0 netns {second}")
+    for address, name in pairs:
+        set_up += [
+            f"ip -n {name} address add {address}/24 dev eth0",
+            f"ip -n {name} link set eth0 up",
+            f"ip -n {name} link set lo up",
+        ]
+    # Names are looked up in that file, and asked of nobody.
+    inside = f"mount --bind {hosts} /etc/hosts && mount --bind /dev/null /etc/resolv.conf"
+    starts = [
+        [
+            *shlex.split(f"ip netns exec {name} unshare --mount --uts bash -c"),
+            f'{inside} && hostname {name} && exec "$@"',
+            name,
+        ]
+        for name in names
+    ]
+    try:
+        for command in [*map(shlex.split, set_up), *([*start, "true"] for start in starts)]:
+            try:
+                done = subprocess.run(command, capture_output=True, text=True)
+            except FileNotFoundError as error:
+                raise NoNamespacesError("there is no `ip`") from error
+            if done.returncode:
+                raise NoNamespacesError(f"{shlex.join(command)}: {done.stderr.strip()}")
+        yield dict(zip(names, starts, strict=True))
+    finally:
+        for name in names:  # the interfaces go with them
+            with contextlib.suppress(FileNotFoundError):
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_machines_that_cannot_be_made_leave_nothing_behind(tmp_path):
+    before = set(Path("/run/netns").glob("beit-*"))
+    wrong = ("10.77.41.1", "nowhere")
+    with pytest.raises(NoNamespacesError, match="`ip`|^ip "), machines(tmp_path, wrong):
+        pass
+    assert set(Path("/run/netns").glob("beit-*")) <= before
+
+
+def bytes_sent(name):
+    """Over the wire, by one of `machines`."""
+    command = f"ip -n {name} -s -j link show eth0"
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=True)
+    (link,) = json.loads(done.stdout)
+    return link["stats64"]["tx"]["bytes"]
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run by the page's command, the same on both nodes."""
+
+    output: Path
+    sent: dict[str, int]  # bytes that each machine sent, by its name
+    no_machines: str  # why the nodes shared one
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The output of a run by the page's command, the same on both nodes."""
+    """On two machines with a network between them, where that can be had."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    command = on_two_nodes(f"127.0.0.1:{free_port()}", folder / "run")
     environment = ENVIRONMENT | {"PATH": programs(folder / "bin")}
-    with running([command] * 2, cwd=folder, env=environment) as nodes:
-        texts = [node.communicate(timeout=120)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], texts
-    return folder / "run"
+    output, why = folder / "run", ""
+
+    def run(starts, head):
+        command = on_two_nodes(head, output)
+        with running([[*s, *command] for s in starts], cwd=folder, env=environment) as nodes:
+            texts = [node.communicate(timeout=120)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], texts
+
+    sent = {}
+    try:
+        with machines(folder) as starts:
+            run(starts.values(), f"{next(iter(starts))}:29500")
+            sent = {name: bytes_sent(name) for name in starts}
+    except NoNamespacesError as error:
+        why = str(error)
+        run([[], []], f"127.0.0.1:{free_port()}")
+    return Undisturbed(output, sent, why)
 
 
-def test_the_pages_command_makes_one_run_of_two_nodes(undisturbed):
-    (*_, last) = checkpoint_paths(undisturbed)
+def test_the_pages_command_makes_one_run_of_two_nodes(undisturbed, tmp_path):
+    """And `convert` takes it as any other."""
+    (*_, last) = checkpoint_paths(undisturbed.output)
     assert last.name == f"step_{STEPS:08d}"
+    converted = tmp_path / "weights.safetensors"
+    assert main(["convert", str(undisturbed.output), str(converted), "--to", "timm"]) == 0
+    assert len(load_file(converted)) == 21
+
+
+def test_two_machines_with_a_network_between_them_send_their_gradients_over_it(undisturbed):
+    """That the run is right, the job of SLURM shows, whose nodes are on one machine."""
+    if undisturbed.no_machines:
+        pytest.skip(undisturbed.no_machines)
+    model = load_file(checkpoint_paths(undisturbed.output)[-1] / "model.safetensors")
+    gradients = STEPS * 4 * sum(weights.numel() for weights in model.values())
+    for sent in undisturbed.sent.values():
+        assert gradients < sent < 1.5 * gradients
 
 
 def wait_for(done, process, seconds=120.0):
@@ -146,63 +253,4 @@ def test_a_job_of_slurm_that_is_stopped_and_started_again_ends_with_the_same_bit
     assert slurm.job["requeued"] == 1
     assert 8 <= steps[0] < steps[1] == STEPS
     assert "stopped by SIGTERM after step" in slurm.output
-    assert_the_same_run(tmp_path / "run", undisturbed)
-
-
-@pytest.fixture
-def machines(tmp_path):
-    """What starts a command on each of two: a network namespace and a host name of its own.
-
-    They see each other and nothing else. Skipped, with the reason, where that cannot be made.
-    """
-    names = [f"beit-{uuid.uuid4().hex[:8]}" for _ in ADDRESSES]
-    hosts = tmp_path / "hosts"
-    pairs = list(zip(ADDRESSES, names, strict=True))
-    hosts.write_text(
-        "".join(f"{line[0]} {line[1]}\n" for line in [("127.0.0.1", "localhost"), *pairs])
-    )
-    first, second = names
-    set_up = [f"ip netns add {name}" for name in names]
-    set_up.append(f"ip -n {first} link add eth0 type veth peer name eth0 netns {second}")
-    for address, name in pairs:
-        set_up += [
-            f"ip -n {name} address add {address}/24 dev eth0",
-            f"ip -n {name} link set eth0 up",
-            f"ip -n {name} link set lo up",
-        ]
-    # Names are looked up in that file, and asked of nobody.
-    inside = f"mount --bind {hosts} /etc/hosts && mount --bind /dev/null /etc/resolv.conf"
-    starts = [
-        [
-            *shlex.split(f"ip netns exec {name} unshare --mount --uts bash -c"),
-            f'{inside} && hostname {name} && exec "$@"',
-            name,
-        ]
-        for name in names
-    ]
-    try:
-        for command in [*map(shlex.split, set_up), *([*start, "true"] for start in starts)]:
-            try:
-                done = subprocess.run(command, capture_output=True, text=True)
-            except FileNotFoundError:
-                pytest.skip("there is no `ip`")
-            if done.returncode:
-                pytest.skip(f"{shlex.join(command)}: {done.stderr.strip()}")
-        yield dict(zip(names, starts, strict=True))
-    finally:
-        for name in names:  # the interfaces go with them
-            with contextlib.suppress(FileNotFoundError):
-                subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-
-def test_two_machines_that_share_a_network_alone_end_with_the_same_bits(
-    undisturbed, machines, tmp_path
-):
-    output = tmp_path / "run"
-    environment = ENVIRONMENT | {"PATH": programs(tmp_path / "bin")}
-    command = on_two_nodes(f"{next(iter(machines))}:29500", output)
-    commands = [[*start, *command] for start in machines.values()]
-    with running(commands, cwd=tmp_path, env=environment) as nodes:
-        texts = [node.communicate(timeout=120)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], texts
-    assert_the_same_run(output, undisturbed)
+    assert_the_same_run(tmp_path / "run", undisturbed.output)

@@ -169,6 +169,32 @@ def test_a_hook_in_the_last_block_sees_every_row_and_is_told_of(
     assert set(seen) == {(B, L + 1)}
 
 
+def test_a_block_that_fsdp_gathers_skips_them_but_not_where_it_is_watched_too(
+    tiny, randomize, gradients, monkeypatch
+):
+    """FSDP makes a class of its own of a block, and hooks it; tests/tasks has the real one."""
+
+    def gather(block, arguments): ...
+
+    gather.__module__ = "torch.distributed.fsdp._fully_shard._fsdp_state"
+    plain, skipping = pair(tiny, randomize)
+    images, *others = inputs()
+    arguments = (images.double(), *others)
+    last = skipping.blocks[-1]
+    last.__class__ = type("FSDPFusedBlock", (fused.FusedBlock,), {})
+    last.register_forward_pre_hook(gather)
+    expected = loss_and_gradients(plain, arguments, gradients)
+    assert_same(loss_and_gradients(skipping, arguments, gradients), expected)
+    rows = rows_computed(skipping, arguments, monkeypatch)
+    assert (rows["attn.qkv.weight"], rows["mlp.fc1.weight"]) == (B * (L + 1), len(others[1]))
+
+    last.register_forward_hook(lambda block, arguments, out: None)
+    monkeypatch.setattr(_triton, "_warned", set())
+    with pytest.warns(UserWarning, match="the last block computes all rows"):
+        rows = rows_computed(skipping, arguments, monkeypatch)
+    assert rows["mlp.fc1.weight"] == B * (L + 1)
+
+
 @pytest.mark.parametrize("name", ["blocks.1", "blocks.1.attn"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_replaces_a_module_need_not_know_of_rows(

@@ -7,11 +7,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 SHELL = ("bash", "sh", "console")  # languages of blocks of commands; those without one may be
-STARTERS = ("torchrun", "timeout")  # of the command beit-fast
+STARTERS = ("torchrun", "timeout", "docker")  # of the command beit-fast
 # What a newcomer has, or has after the first command; others would be a slip of the pen.
 PROGRAMS = frozenset(
     (*STARTERS, "beit-fast", "python", "pip", "pytest", "ruff", "git", "source", ".", "cd", "tar")
-)
+) | {"nvidia-smi", "sbatch"}
 
 _FENCE = re.compile(r"^(`{3,})(\w*)[^\n`]*\n(.*?)^\1 *$", re.DOTALL | re.MULTILINE)
 

@@ -40,6 +40,7 @@ class ToyTask:
         self.fetched: list[int] = []
         self.on_step = lambda step: None
         self.compiled: str | None = None
+        self.bad_gradients = True  # in the bad step
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
@@ -74,7 +75,8 @@ class ToyTask:
         self.on_step(self.step)
         self.counters["seen"] += len(batch["x"])
         loss = (self.model(batch["x"]).squeeze(1) - batch["target"]).square().mean()
-        return loss * self.bad, {"error": loss.detach().sqrt()}
+        shown = loss * self.bad if self.bad_gradients else loss + (self.bad - 1)
+        return shown, {"error": loss.detach().sqrt()}
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         return [{"params": list(self.model.parameters()), "weight_decay": weight_decay}]

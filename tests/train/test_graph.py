@@ -34,6 +34,7 @@ def test_several_processes_are_told_that_they_run_without_a_graph(caplog):
     run = RunConfig(output="x", steps=1, cuda_graph=True)
     assert graphed(step, run, World(0, 2, torch.device("cpu"))) is step
     assert "exchanged between 2 processes" in caplog.text
+    assert "a process that dies leaves the others waiting" in caplog.text
 
 
 def test_two_kinds_of_graphs_are_not_mixed():

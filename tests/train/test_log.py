@@ -1,8 +1,12 @@
 """metrics.jsonl: what is left out, what is refused."""
 
 import pytest
+import torch
 
-from beit_fast.train.log import METRICS, Log, read_metrics
+from beit_fast.train.log import METRICS, Log, Meter, read_metrics
+from beit_fast.train.world import World
+
+CPU = torch.device("cpu")
 
 
 def test_a_last_line_cut_short_is_left_out(tmp_path):
@@ -42,3 +46,36 @@ def test_a_line_behind_one_cut_short_is_its_own(tmp_path):
     log.close()
     assert [record["step"] for record in read_metrics(tmp_path / METRICS)] == [1, 3]
     assert read_metrics(tmp_path / METRICS)[-1]["test_loss"] == 0.4
+
+
+def test_an_unread_window_goes_on_with_any_number_of_ranks(monkeypatch):
+    def meter(world, saved):
+        made = Meter(CPU)
+        made.load_state(saved, world)
+        return made
+
+    def means(made):
+        return {name: float(value) for name, value in made.means().items()}
+
+    first, second = Meter(CPU), Meter(CPU)
+    for value in (1.0, 2.0):
+        first.add(loss=torch.tensor(value))
+        second.add(loss=torch.tensor(0.1 + 10 * value))
+    two = [World(rank, 2, CPU) for rank in (0, 1)]
+    windows = [{"loss": float(made._sums["loss"])} for made in (first, second)]
+    monkeypatch.setattr(World, "gather", lambda self, value: windows)
+    saved = first.state(two[0])
+    assert saved["meter_sum/loss"].tolist() == [window["loss"] for window in windows]
+    assert [means(meter(world, saved)) for world in two] == [means(first), means(second)]
+    on_one = means(meter(World(0, 1, CPU), saved))
+    assert on_one["loss"] == pytest.approx((1.5 + 15.1) / 2, rel=1e-6)
+    on_three = [means(meter(World(rank, 3, CPU), saved)) for rank in range(3)]
+    assert on_three == [on_one] * 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_window_of_a_version_that_kept_one_ranks_is_taken_by_all(rank):
+    made = Meter(CPU)
+    saved = {"meter_sum/loss": torch.tensor(3.0).double(), "meter_count/loss": torch.tensor(2)}
+    made.load_state(saved, World(rank, 2, CPU))
+    assert float(made.means()["loss"]) == 1.5

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from beit_fast.train.state import checkpoint_paths, load_checkpoint, read_manifest
-from beit_fast.train.world import open_world
-from task_runs import TWO_RANKS
+from beit_fast.train.config import OptimConfig, RunConfig
+from beit_fast.train.parallel import check_parallel, forward_exchanges, parallel
+from beit_fast.train.state import checkpoint_paths, load_checkpoint, load_newest, read_manifest
+from beit_fast.train.world import World, open_world
+from task_runs import ALONE, TWO_RANKS
+
+TWO = World(0, 2, torch.device("cpu"))
 
 
 def two_ranks(output: Path, fault: str) -> tuple[dict, dict, list[str]]:
@@ -74,10 +79,21 @@ def test_an_evaluation_that_fails_on_one_rank_ends_neither(tmp_path):
     assert load_checkpoint(checkpoint_paths(tmp_path / "strict")[-1]).step == 5
 
 
-def test_a_bad_loss_on_one_rank_stops_both_and_names_the_step(tmp_path):
-    *_, errors = two_ranks(tmp_path / "two", "nan")
+def test_a_loss_that_is_bad_on_one_rank_alone_stops_both_and_neither_takes_the_step(tmp_path):
+    """Its gradients are finite."""
+    first, second, errors = two_ranks(tmp_path / "two", "nan")
+    assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(errors) == 2
     assert all("first at step 7" in error for error in errors)
+
+
+def test_one_rank_saves_the_other_goes_on_and_a_save_that_fails_ends_both(tmp_path):
+    first, second, errors = two_ranks(tmp_path / "two", "disk")
+    assert (tmp_path / "two" / "rank_1_goes_on").exists()  # before the first was on the disk
+    assert "No space left" in errors[0]
+    assert errors[1] == "a checkpoint could not be written; the main rank says why"
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert load_newest(tmp_path / "two").step == 6
 
 
 def test_cuda_is_refused_where_there_is_none():
@@ -103,3 +119,47 @@ def test_the_flag_of_the_device_is_named_as_the_verb_has_it():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match=r"pass --device cpu$"), open_world("cuda", named="device"):
         pass
+
+
+def check(world=TWO, backend="torch", **run):
+    check_parallel(RunConfig(output="x", steps=1, **run), OptimConfig(backend=backend), world)
+
+
+def test_graphs_of_the_compiler_are_refused_where_gradients_are_exchanged():
+    options = {"compile": "reduce-overhead"}
+    with pytest.raises(ValueError, match=r"2 processes .*: pass --run\.compile default$"):
+        check(**options)
+    check(ALONE, **options)
+    check(compile="default")
+
+
+def test_apex_is_refused_for_weights_in_parts():
+    options = {"parallel": "fsdp", "backend": "apex"}
+    with pytest.raises(ValueError, match=r"backend torch, or --run\.parallel ddp$"):
+        check(**options)
+    check(ALONE, **options)
+    check(**options | {"backend": "torch"})
+    check(**options | {"parallel": "ddp"})
+
+
+def test_what_ranks_cannot_do_together_is_refused_before_the_first_step(tmp_path, run_toy):
+    with pytest.raises(ValueError, match="apex"):
+        run_toy(tmp_path, world=TWO, parallel="fsdp", optim=OptimConfig(backend="apex"))
+
+
+def test_one_process_shares_with_nobody(tmp_path, run_toy):
+    """Whatever the settings say, it trains the plain module, to the last bit."""
+    run_toy(tmp_path / "plain")
+    task, outcome = run_toy(tmp_path / "alone", parallel="fsdp", gradient_dtype="bf16")
+    assert outcome.trained is task.model
+    plain, _ = run_toy(tmp_path / "plain")
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, task.model.state_dict()[name])
+    module = nn.Linear(2, 2)
+    ways = parallel(RunConfig(output="x", steps=1, parallel="fsdp"), ALONE, module)
+    assert ways.wrap(module) is module
+
+
+def test_ranks_wait_for_each_other_in_the_forward_pass_where_batch_norm_is_of_all():
+    assert forward_exchanges(nn.Sequential(nn.SyncBatchNorm(2)))
+    assert not forward_exchanges(nn.Sequential(nn.BatchNorm2d(2)))

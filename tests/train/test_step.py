@@ -27,7 +27,7 @@ class Squares(nn.Module):
 def step_of(module, **optim):
     optim = OptimConfig(lr=0.1, min_lr=0.1, warmup_steps=0, weight_decay=0.0, **optim)
     optimizer = build_optimizer([{"params": module.parameters()}], optim, CPU)
-    sentinel = Sentinel(optimizer, CPU, 0)
+    sentinel = Sentinel(optimizer, ALONE, 0)
     run = RunConfig(output="x", steps=1, precision="fp32")
     shares = shares_of(lambda batch: None, run, ALONE)
     return TrainStep(module, optimizer, sentinel, shares=shares, optim=optim, run=run, device=CPU)

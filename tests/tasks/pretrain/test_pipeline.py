@@ -77,9 +77,8 @@ def test_the_shapes_of_a_step_and_a_batch_are_looked_at(two_stages, monkeypatch)
     monkeypatch.setattr(PretrainTask, "loss", wrong)
     with pytest.raises((ValueError, RuntimeError), match=r"192|191"):
         run_pretraining(two_stages())
-    assert seen == [
-        {"patches": (4, 24, 192), "mask": (4, 24), "masked_index": (36,), "tokens": (36,)}
-    ]
+    shapes = {"patches": (4, 24, 192), "mask": (4, 24), "masked_index": (36,), "tokens": (36,)}
+    assert seen == [shapes | {"keep": (2 * 2, 4)}]
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_said(two_stages, tmp_path, monkeypatch):
@@ -112,8 +111,9 @@ def test_a_finished_tokenizer_is_taken_as_it_is(two_stages, tmp_path, monkeypatc
     written = file.stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(dvae, "train", lambda *_, **__: pytest.fail("it is finished"))
-        habits = {"run": {"cpu_threads": 2, "save_every": 7, "log_every": 9}}
-        run_pretraining(two_stages(habits, run={"steps": 4}))
+        habits = {"cpu_threads": 2, "save_every": 7, "log_every": 9}
+        without_effect = {"loss_mean": "rank"}  # of pixels, as many in every batch
+        run_pretraining(two_stages({"run": habits | without_effect}, run={"steps": 4}))
     assert "its training is finished" in capsys.readouterr().out
     assert file.stat().st_mtime_ns == written
     # More steps are trained, another rate has no effect any more, and another dVAE is refused.
