@@ -24,7 +24,8 @@ from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.config import STRIDE, DvaeConfig
 from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.loop import TaskLoss, compile_mode, graphed, preparation
+from beit_fast.train.graph import graphed, preparation
+from beit_fast.train.loop import TaskLoss, compile_mode
 from beit_fast.train.optim import Schedule, build_optimizer
 from beit_fast.train.prefetch import device_batches
 from beit_fast.train.shares import shares_of

@@ -12,16 +12,24 @@ Source: PyTorch's notes on CUDA graphs, "whole-network capture"
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from beit_fast.errors import RunError
 from beit_fast.flags import flag
+from beit_fast.train.config import RunConfig
+from beit_fast.train.prefetch import Batch
+from beit_fast.train.step import TrainStep, autocast
+from beit_fast.train.world import World
 
-Batch = dict[str, Tensor]
+if TYPE_CHECKING:
+    from beit_fast.train.loop import Task
+
 EAGER_STEPS = 3  # before the capture, as PyTorch's notes have it
+logger = logging.getLogger("beit_fast.train")
 
 
 class CaptureError(RunError):
@@ -53,6 +61,32 @@ def check_graphs(device: torch.device) -> None:
             f"run.cuda_graph is true and the device is {device.type}: CUDA graphs need a GPU; pass "
             f"{flag('run.cuda_graph')} false"
         )
+
+
+def preparation(task: "Task", run: RunConfig, device: torch.device) -> Callable[[Batch], Batch]:
+    """`task.prepare` in the run's precision, and as a CUDA graph where the run has them."""
+    prepare = autocast(run, device)(task.prepare)
+    if not run.cuda_graph:
+        return prepare
+    name = "the preparation of batches"
+    graph = Graphed(lambda batches: prepare(batches[0]), device, name, draws=False)
+    return lambda batch: graph([batch])
+
+
+def graphed(step: TrainStep, run: RunConfig, world: World) -> "TrainStep | Graphed":
+    """The step, as a CUDA graph where the run has them and it is this process's alone."""
+    if not run.cuda_graph:
+        return step
+    if world.size > 1:
+        logger.warning(
+            "%s: the steps run without a graph, for gradients are exchanged between %d processes. "
+            "To capture that, PyTorch wants NCCL's error handling off, and then a process that "
+            "dies leaves the others waiting for ever",
+            flag("run.cuda_graph"),
+            world.size,
+        )
+        return step
+    return Graphed(step, world.device, "the step")
 
 
 class Graphed:

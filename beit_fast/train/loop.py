@@ -8,10 +8,8 @@ the same on whatever rank.
 
 import contextlib
 import hashlib
-import json
-import logging
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -19,13 +17,11 @@ from typing import Any, Protocol, TextIO
 import torch
 from torch import Tensor, nn
 
-from beit_fast.flags import flag
 from beit_fast.train.agreement import flat
 from beit_fast.train.aside import Aside
 from beit_fast.train.average import Average
-from beit_fast.train.board import digest_of
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.graph import Graphed
+from beit_fast.train.graph import graphed, preparation
 from beit_fast.train.length import Length, run_length
 from beit_fast.train.log import METRICS, Log, Meter, read_metrics
 from beit_fast.train.optim import (
@@ -34,18 +30,18 @@ from beit_fast.train.optim import (
     lr_at,
 )
 from beit_fast.train.parallel import begin_alike, check_parallel, parallel
-from beit_fast.train.prefetch import Batch, InFlight, device_batches
+from beit_fast.train.prefetch import InFlight, device_batches
 from beit_fast.train.progress import unhurried
-from beit_fast.train.resume import Resume, find_resume, without_habits
+from beit_fast.train.resume import Resume, find_resume
 from beit_fast.train.run_state import RunState
 from beit_fast.train.saving import Saver
+from beit_fast.train.settings import complete_settings, start_of
 from beit_fast.train.shares import shares_of
-from beit_fast.train.step import Sentinel, TrainStep, autocast
+from beit_fast.train.step import Sentinel, TrainStep
 from beit_fast.train.stop import Interrupted, sole_user, stop_signals
 from beit_fast.train.world import World
 
 SAVED = "the checkpoint is saved"
-logger = logging.getLogger("beit_fast.train")
 
 
 class Task(Protocol):
@@ -297,34 +293,6 @@ def train(
         )
 
 
-def complete_settings(
-    task: Task, optim: OptimConfig, run: RunConfig, settings: Mapping[str, Any], world: World
-) -> dict[str, Any]:
-    """A task's settings with those of optimiser and run, without habits, as a manifest holds them.
-
-    Through JSON, so that what is compared at a resume is what a manifest can hold.
-    """
-    of_run = asdict(run) | {
-        "world_size": world.size,
-        "images_per_batch": task.images_per_batch,
-        "num_images": task.num_images,  # of whatever folder: data may move
-    }
-    whole = without_habits({**settings, "optim": asdict(optim), "run": of_run})
-    return json.loads(json.dumps(whole))
-
-
-def start_of(resume: Resume | None, task: Task) -> dict[str, Any]:
-    """What ranks must have alike besides settings, with the checkpoint that each would go on from:
-    every one reads it by itself."""
-    manifest = None if resume is None else digest_of(resume.manifest)
-    step = None if resume is None else resume.checkpoint.step
-    return {
-        "number of images": task.num_images,
-        "step of the checkpoint": step,
-        "manifest of the checkpoint": manifest,
-    }
-
-
 def _say_resume(task: Task, resume: Resume, length: Length, log: Log) -> None:
     path, start = resume.checkpoint.path, resume.checkpoint.step
     lines = [f"{task.name}: resumes from {path}"]
@@ -366,32 +334,6 @@ def compile_mode(run: RunConfig, device: torch.device) -> str:
     if run.compile != "auto":
         return run.compile
     return "default" if device.type == "cuda" else "off"
-
-
-def preparation(task: Task, run: RunConfig, device: torch.device) -> Callable[[Batch], Batch]:
-    """`task.prepare` in the run's precision, and as a CUDA graph where the run has them."""
-    prepare = autocast(run, device)(task.prepare)
-    if not run.cuda_graph:
-        return prepare
-    name = "the preparation of batches"
-    graph = Graphed(lambda batches: prepare(batches[0]), device, name, draws=False)
-    return lambda batch: graph([batch])
-
-
-def graphed(step: TrainStep, run: RunConfig, world: World) -> TrainStep | Graphed:
-    """The step, as a CUDA graph where the run has them and it is this process's alone."""
-    if not run.cuda_graph:
-        return step
-    if world.size > 1:
-        logger.warning(
-            "%s: the steps run without a graph, for gradients are exchanged between %d processes. "
-            "To capture that, PyTorch wants NCCL's error handling off, and then a process that "
-            "dies leaves the others waiting for ever",
-            flag("run.cuda_graph"),
-            world.size,
-        )
-        return step
-    return Graphed(step, world.device, "the step")
 
 
 def _claim(output: Path, world: World) -> contextlib.AbstractContextManager[TextIO | None]:

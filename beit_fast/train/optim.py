@@ -27,7 +27,6 @@ from beit_fast.flags import flag
 from beit_fast.train.apex import apex_adamw
 from beit_fast.train.config import OptimConfig
 from beit_fast.train.parallel import part_like, whole
-from beit_fast.train.progress import waiting_for_ranks
 
 POLY_WARMUP_RATIO = 1e-6  # of the rate at the first step
 
@@ -148,8 +147,7 @@ class Schedule:
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale the gradients to a global L2 norm of at most `max_norm`; the norm before, a scalar."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    with waiting_for_ranks():
-        norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
+    norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm

@@ -124,11 +124,10 @@ class Shards:
 
     def plain(self, model: nn.Module) -> nn.Module:
         """A whole one with the weights of now. On every rank: each gives its parts."""
-        state = model.state_dict()
-        with waiting_for_ranks():
-            values = {
-                n: whole(v) if isinstance(v, DTensor) else v.clone() for n, v in state.items()
-            }
+        values = {}
+        for name, value in model.state_dict().items():
+            of_all = whole(value)
+            values[name] = value.clone() if of_all is value else of_all
         made = copy.deepcopy(self._without_values)
         made.load_state_dict(values, assign=True)
         return made.train(model.training)
@@ -172,8 +171,12 @@ def forward_exchanges(module: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Of parts, what they are parts of; on every rank, for each gives its own."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+    """Of parts, what they are parts of: on every rank, for each gives its own, and in the same
+    order on all. Any other tensor is itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with waiting_for_ranks():
+        return tensor.detach().full_tensor()
 
 
 def own_part(tensor: Tensor) -> Tensor:

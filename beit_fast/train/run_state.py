@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from beit_fast.flags import flag
 from beit_fast.train.average import Average
@@ -51,9 +50,9 @@ class RunState:
         collected: Tensors = {stem: {} for stem in tensors} if world.is_main else {}
         for stem, values in tensors.items():
             for name, value in values.items():
-                value = _collected(value)
+                of_all = whole(value)
                 if world.is_main:
-                    collected[stem][name] = value
+                    collected[stem][name] = of_all if of_all is value else of_all.cpu()
         return collected
 
     def load_weights(self, resume: Resume) -> None:
@@ -71,10 +70,6 @@ class RunState:
             counter.zero_()
             if self._world.is_main:  # once: what is read is the sum of all ranks'
                 counter.copy_(tensors["run"][f"counter/{name}"])
-
-
-def _collected(value: Tensor) -> Tensor:
-    return whole(value).cpu() if isinstance(value, DTensor) else value
 
 
 def _load_weights(model: nn.Module, resume: Resume, tensors: dict[str, Tensor]) -> None:

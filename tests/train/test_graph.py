@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit_fast.train import loop
+from beit_fast.train import graph
 from beit_fast.train.config import RunConfig
-from beit_fast.train.graph import EAGER_STEPS, CaptureError, Graphed
-from beit_fast.train.loop import graphed
+from beit_fast.train.graph import EAGER_STEPS, CaptureError, Graphed, graphed
 from beit_fast.train.state import checkpoint_paths, load_checkpoint
 from beit_fast.train.world import World
 
@@ -162,7 +161,7 @@ class FakeCuda:
         def on_fake_cuda(function, device, name, **options):
             return Graphed(function, torch.device("cuda", 0), name, **options)
 
-        monkeypatch.setattr(loop, "Graphed", on_fake_cuda)
+        monkeypatch.setattr(graph, "Graphed", on_fake_cuda)
 
     @contextlib.contextmanager
     def graph(self, graph, *, stream, capture_error_mode):
