@@ -67,7 +67,8 @@ def standing_still(ranks: Mapping[int, Seen], timeout: float) -> tuple[str, list
     )
     rest = [rank for rank in ranks if rank not in blamed]
     them = "it" if len(blamed) == 1 else "them"
-    wait = f", and {names(rest)} {'waits' if len(rest) == 1 else 'wait'} for {them}" if rest else ""
+    wait = f" waits for {them}" if len(rest) == 1 else f" wait for {them}"
+    wait = f", and {names(rest)}{wait}" if rest else ""
     return f"no progress for {timeout:g} s{where}: {who}{wait}", blamed
 
 

@@ -176,7 +176,7 @@ def _watch(board: Board | None, launch: Launch, timeout: float, startup_timeout:
     """Started. Its advice is made here, for threads do not know of `flags_of`."""
     once.speaks_through(board)
     advice = (
-        f"{AGAIN[0].upper()}{AGAIN[1:]}; how long a run may stand still is "
+        "The same command goes on from the last checkpoint; how long a run may stand still is "
         f"{flag('run.timeout')}, and {flag('run.startup_timeout')} until its first step is done"
     )
     limits = {"timeout": timeout, "startup_timeout": startup_timeout}

@@ -118,6 +118,7 @@ def runs(configs, folder) -> Callable[[str], dict[str, Any]]:
             *((of(way), "eager", None) for way in WAYS),
             (with_fields(compiled, grad_checkpointing="selective"), "aot_eager", None),
             *((of(way, name=f"bf16_{way}", gradient_dtype="bf16"), "eager", None) for way in WAYS),
+            *((of(way, name=f"fp8_{way}", precision="fp8"), "eager", None) for way in WAYS),
             back("fsdp", "pretrain_fsdp", "fsdp_again"),
             back("ddp", "pretrain_fsdp", "fsdp_then_ddp"),
             back("fsdp", "pretrain_ddp", "ddp_then_fsdp"),
@@ -203,6 +204,17 @@ def test_gradients_exchanged_in_bf16_give_nearly_the_same(runs, folder):
         rounded = [record["loss"] for record in records_of(folder / f"bf16_{way}")]
         assert rounded[2:] != exact[2:]
         assert rounded == pytest.approx(exact, rel=1e-3)
+
+
+def test_products_in_fp8_are_the_same_in_parts(runs, folder):
+    """Emulated here. Not to the last bits, for rounding to eight bits magnifies them."""
+    runs("fp8_fsdp")
+    exact, *both = (
+        [record["loss"] for record in records_of(folder / name)]
+        for name in ("pretrain_ddp", "fp8_ddp", "fp8_fsdp")
+    )
+    assert both[1] != exact
+    assert both[1] == pytest.approx(both[0], rel=1e-4)
 
 
 def test_a_resumed_sharded_run_is_bitwise_the_undisturbed_one(runs, folder):
