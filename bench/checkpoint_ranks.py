@@ -1,8 +1,6 @@
-"""One of the ranks of `bench/checkpoint.py ranks`, which starts them by torchrun.
+"""One of the ranks of `bench/checkpoint.py ranks`, which starts them by torchrun."""
 
-checkpoint_ranks.py SIZE FOLDER ROUNDS ANSWER
-"""
-
+import argparse
 import json
 import math
 import shutil
@@ -118,7 +116,18 @@ CANDIDATES: dict[str, Callable[[State, Path], float]] = {
 }
 
 
-def main(size: str, folder: Path, rounds: int, answer: Path) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("size")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("rounds", type=int)
+    parser.add_argument("answer", type=Path, help="file to write the rows to, as JSON")
+    options = parser.parse_args()
+    measure(options.size, options.folder, options.rounds, options.answer)
+    return 0
+
+
+def measure(size: str, folder: Path, rounds: int, answer: Path) -> None:
     dist.init_process_group("gloo")
     is_main = dist.get_rank() == 0
     state = sharded_state(model_of(size))
@@ -166,8 +175,7 @@ def main(size: str, folder: Path, rounds: int, answer: Path) -> int:
             )
         answer.write_text(json.dumps(rows))
     dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])))
+    sys.exit(main())

@@ -19,7 +19,6 @@ import beit_fast.data
 from beit_fast import recipes
 from beit_fast.cli import VERBS, main, parse
 from beit_fast.data.loader import BadDataError
-from beit_fast.errors import ToldElsewhere
 from beit_fast.recipes import FINETUNE
 from beit_fast.tasks.pretrain.dvae import DvaeTask
 from beit_fast.tasks.pretrain.task import PretrainTask
@@ -138,15 +137,6 @@ def test_an_error_that_ends_a_run_is_one_line(error, capsys, monkeypatch):
     monkeypatch.setitem(VERBS, "probe", (VERBS["probe"][0], lambda: run))
     assert main(["probe", "small"]) == 1
     assert capsys.readouterr().err == "beit-fast: so many are bad: do this\n"
-
-
-def test_a_rank_that_ends_because_another_did_says_nothing(capsys, monkeypatch):
-    def run(_config):
-        raise ToldElsewhere("the main rank says why")
-
-    monkeypatch.setitem(VERBS, "probe", (VERBS["probe"][0], lambda: run))
-    assert main(["probe", "small"]) == 1
-    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_of_broken_images_gives_one_line(tmp_path, capsys):

@@ -19,7 +19,7 @@ def killed(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, str(script), str(output), "20"],
         check=True,
-        timeout=300,
+        timeout=600,
         capture_output=True,
         text=True,
     )

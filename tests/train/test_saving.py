@@ -11,11 +11,13 @@ import time
 import pytest
 import torch
 
+from beit_fast.errors import RunError
 from beit_fast.train import saving, state
 from beit_fast.train.saving import FAILED, Saver
 from beit_fast.train.state import load_checkpoint, load_newest
 from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import WRITER, Interrupted
+from beit_fast.train.world import World
 from task_runs import ALONE, assert_the_same_run, steps_of
 
 
@@ -80,6 +82,55 @@ def test_the_second_copy_takes_the_memory_of_the_first():
     first, _ = copy.take({"model": {"w": torch.ones(1000)}})
     second, _ = copy.take({"model": {"w": torch.zeros(1000)}})
     assert first["model"]["w"].data_ptr() == second["model"]["w"].data_ptr()
+
+
+class Cudart:
+    """Notes what is pinned; `answer` is CUDA's error, 0 for none."""
+
+    def __init__(self, answer=0):
+        self.answer, self.pinned = answer, {}
+
+    def cudaHostRegister(self, pointer, num_bytes, flags):
+        self.pinned[pointer] = num_bytes
+        return self.answer
+
+    def cudaHostUnregister(self, pointer):
+        del self.pinned[pointer]
+
+
+def test_the_copy_of_a_gpus_tensors_is_pinned_and_given_back(monkeypatch):
+    cudart, events = Cudart(), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: Recorded(events))
+    copy = saving.HostCopy(torch.device("cuda"))
+    for size in (100, 90, 200):  # room for the second; a larger one is pinned anew
+        copied, event = copy.take({"model": {"w": torch.full((size,), 2.0)}})
+        assert torch.equal(copied["model"]["w"], torch.full((size,), 2.0))
+        assert events[-1] is event
+        room = {100: 448, 90: 448, 200: 832}[size]  # of 64 bytes each
+        assert cudart.pinned == {copied["model"]["w"].data_ptr(): room}
+    copy.close()
+    assert not cudart.pinned
+
+
+class Recorded:
+    def __init__(self, events):
+        self._events = events
+
+    def record(self):
+        self._events.append(self)
+
+
+def test_memory_that_cannot_be_pinned_ends_the_run_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(answer=2))
+    with pytest.raises(
+        RunError, match=r"cannot be pinned \(CUDA error 2\): pass --run.save_async f"
+    ):
+        saving.HostCopy(torch.device("cuda")).take({"model": {"w": torch.ones(3)}})
+    on_gpu = World(0, 1, torch.device("cuda"))
+    with Saver(tmp_path, {}, keep=1, world=on_gpu, beside=False) as saver:
+        saver.save(1, {"model": {"w": torch.ones(3)}})
+    assert steps_of(tmp_path) == [1]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, run_toy, toy_task, write):
