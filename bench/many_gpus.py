@@ -21,11 +21,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from roofline import MACHINES, Machine, Step, Work, works
+from roofline import MACHINES, Machine, Step, Work, parameters_of, works
 
-from beit_fast.model.config import beit_config
-from beit_fast.model.heads import BeitForMaskedImageModeling
+from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.tokenizer.config import DvaeConfig
 
 # Assumed. predictions.json has 0.55 to 0.80 for steps with the tokenizer.
@@ -173,7 +171,7 @@ def row(
 ) -> dict[str, float | str]:
     """A run of so many GPUs, its tokenizer in the step, in bf16. Raises ValueError as `split`."""
     images, micro_batches = split(gpus, step_images)
-    config = beit_config(f"beit_{size}_patch16_224_8k_vocab")
+    config = config_of(size)
     step = Step(config=config, batch=images, tokenizer=DvaeConfig())
     at = MACHINES[machine]
     cluster = Cluster(gpus=gpus, nvlink=NVLINK[machine], links=links)
@@ -221,13 +219,13 @@ def row(
     }
 
 
-@functools.cache
 def num_parameters(size: str, blocks: bool = False) -> int:
     """Of a model with its head, or of its blocks alone."""
-    with torch.device("meta"):
-        model = BeitForMaskedImageModeling(beit_config(f"beit_{size}_patch16_224_8k_vocab"))
-    module = model.blocks if blocks else model
-    return sum(parameter.numel() for parameter in module.parameters())
+    return parameters_of(config_of(size), blocks)
+
+
+def config_of(size: str) -> BeitConfig:
+    return beit_config(f"beit_{size}_patch16_224_8k_vocab")
 
 
 def rows(

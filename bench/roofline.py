@@ -16,6 +16,7 @@ Letters: T = B N tokens, P values in a patch, M hidden patches in the batch, the
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -197,12 +198,19 @@ def _head(step: Step) -> Iterator[Work]:
 
 def _optimizer(step: Step) -> Iterator[Work]:
     """fp32 weights, gradients and moments: p, g, m, v in, p, m, v out, and a copy in bf16."""
-    with torch.device("meta"):
-        model = BeitForMaskedImageModeling(step.config)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = parameters_of(step.config)
     copy_bytes = 2 if step.element_bytes == 2 else 0
     yield Work("optimiser", "gradient norm", num_bytes=4 * num_parameters)
     yield Work("optimiser", "AdamW", num_bytes=(28 + copy_bytes) * num_parameters)
+
+
+@functools.cache
+def parameters_of(config: BeitConfig, blocks: bool = False) -> int:
+    """How many the model with its head has, or its blocks alone."""
+    with torch.device("meta"):
+        model = BeitForMaskedImageModeling(config)
+    module = model.blocks if blocks else model
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _tokenizer(step: Step) -> list[Work]:

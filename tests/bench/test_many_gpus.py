@@ -114,6 +114,8 @@ def test_hours_are_images_by_their_rate(many_gpus):
     assert r["300 epochs 1K, h"] == pytest.approx(300 * 1_281_167 / r["images/s"] / 3600)
     assert r["150 epochs 22K, h"] == pytest.approx(150 * 14_197_122 / r["images/s"] / 3600)
     assert r["JPEG, MB/s a node"] == pytest.approx(r["images/s"] * 0.110)
+    # Steps an epoch in the authors' logs (spec 6).
+    assert (many_gpus.IMAGENET_1K // 2048, many_gpus.IMAGENET_22K // 2048) == (625, 6932)
 
 
 def test_a_step_is_split_as_the_recipes_split_it(many_gpus):

@@ -153,7 +153,7 @@ def machines(folder, addresses=ADDRESSES):
 def test_machines_that_cannot_be_made_leave_nothing_behind(tmp_path):
     before = set(Path("/run/netns").glob("beit-*"))
     wrong = ("10.77.41.1", "nowhere")
-    with pytest.raises(NoNamespacesError, match="`ip`|^ip "), machines(tmp_path, wrong):
+    with pytest.raises(NoNamespacesError, match=r"`ip`|^ip "), machines(tmp_path, wrong):
         pass
     assert set(Path("/run/netns").glob("beit-*")) <= before
 

@@ -1,5 +1,6 @@
 """How ranks come together: threads that play them, over one store, as the launcher's is."""
 
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,22 @@ def test_ranks_that_do_not_come_are_named(launcher):
 def test_a_rank_that_comes_before_rank_0_says_so(launcher):
     with pytest.raises(StartError, match=r"rank 0 has not come within 0\.2 s: see that every"):
         meet(launcher(1), 0.2)
+
+
+def test_a_store_that_does_not_answer_is_named_with_what_to_look_at(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    where = rf"localhost:{port}"
+    for rank, said in (
+        (0, rf"not all 2 ranks have come to {where} within 1 s: see that every node"),
+        (1, rf"no store answers at {where} \(MASTER_ADDR:MASTER_PORT\) within 1 s"),
+    ):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(StartError, match=said):
+            meet(Launch(rank, 2, rank, where), 1.0)
 
 
 def test_a_digest_is_of_names_and_values_in_any_order():

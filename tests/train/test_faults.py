@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from task_runs import TWO_RANKS, assert_the_same_run, steps_of
+from task_runs import TWO_RANKS, assert_the_same_run
 
 SCRIPT = str(Path(__file__).with_name("faulty_ranks.py"))
 TIMEOUT = 3.0
@@ -112,15 +112,15 @@ def said(stderr: str) -> list[str]:
 def undisturbed(tmp_path_factory):
     """A run that is slow for twice the time-out in one step, and lives."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    started, code, stderr = by_torchrun(output, "1:5:slow", "--timeout", str(TIMEOUT))
-    assert (code, said(stderr)) == (0, [])
-    assert started.seconds("1:5:slow") > 2 * TIMEOUT
+    with by_hand(output, "1:5:slow", "--timeout", str(TIMEOUT)) as processes:
+        assert [process.wait(90) for process in processes] == [0, 0]
+    assert said(stderr_of(output, 0) + stderr_of(output, 1)) == []
+    assert (output / "fired_1:5:slow").exists()
     return output
 
 
 def test_what_is_restarted_after_each_fault_ends_bit_equal(tmp_path, undisturbed):
-    """Killed ranks, a loader that hangs, an extension that keeps Python's lock."""
-    faults = ["1:5:kill", "0:6:kill", "0:7:lock", "1:9:loader"]
+    faults = ["1:5:kill", "0:6:kill", "1:9:loader"]
     limits = ("--timeout", str(TIMEOUT))
     output = tmp_path / "run"
     started, code, stderr = by_torchrun(output, *faults, *limits, restarts=len(faults))
@@ -128,7 +128,7 @@ def test_what_is_restarted_after_each_fault_ends_bit_equal(tmp_path, undisturbed
     assert all((output / f"fired_{fault}").exists() for fault in faults)
     assert_the_same_run(output, undisturbed)
 
-    one, two, stuck, hung = said(stderr)
+    one, two, hung = said(stderr)
     again = "the same command goes on from the last checkpoint"
     gone = "is gone without a word (killed, or cut off) at step"
     assert one == f"beit-fast: rank 1 {gone} 5: {again}"
@@ -141,11 +141,8 @@ def test_what_is_restarted_after_each_fault_ends_bit_equal(tmp_path, undisturbed
         "step is done"
     )
     assert "in hang\n" in stacks.read_text()
-    assert "at step 7: rank 0 gives no sign any more" in stuck
-    for fault in faults[:2]:
-        assert started.seconds(fault) < 4
-    for fault in faults[2:]:
-        assert TIMEOUT - 0.5 < started.seconds(fault) < TIMEOUT + 2
+    assert max(map(started.seconds, faults[:2])) < 4
+    assert TIMEOUT < started.seconds(faults[2]) < TIMEOUT + 2
 
 
 def test_an_error_of_one_rank_is_said_once_with_its_rank(tmp_path):
@@ -157,6 +154,18 @@ def test_an_error_of_one_rank_is_said_once_with_its_rank(tmp_path):
         "ended because the run could not go on: another rank says why",
         "beit-fast: a disk of this node is gone: mount it",
     ]
+
+
+def test_a_rank_that_cannot_run_python_ends_itself(tmp_path):
+    """An extension keeps its lock: no signal handler and no thread of ours runs any more."""
+    output = tmp_path / "run"
+    with by_hand(output, "1:5:lock", "--timeout", str(TIMEOUT)) as (first, second):
+        assert [first.wait(90), second.wait(10)] == [1, 1]
+        ended = time.time() - float((output / "fired_1:5:lock").read_text())
+    assert TIMEOUT < ended < TIMEOUT + 2
+    (line,) = said(stderr_of(output, 0) + stderr_of(output, 1))
+    assert "at step 5: rank 1 gives no sign any more, last seen in the forward pass of" in line
+    assert "in hang_with_lock\n" in stderr_of(output, 1)  # faulthandler's timer
 
 
 def test_ranks_notice_that_the_store_went_with_rank_0(tmp_path):
@@ -178,20 +187,3 @@ def test_a_rank_that_hangs_with_the_store_is_left_alone(tmp_path):
     (line,) = said(stderr_of(tmp_path / "run", 1))
     assert "rank 1 is in the backward pass, which exchanges gradients; the store at" in line
     assert "does not answer" in line
-
-
-def test_ranks_that_do_not_come_are_named(tmp_path):
-    address = r"localhost:\d+"
-    for rank, words in (
-        (0, rf"not all 2 ranks have come to {address} within 2 s: see that every node was"),
-        (1, rf"rank 1 of 2: no store answers at {address} \(MASTER_ADDR:MASTER_PORT\) within 2 s"),
-    ):
-        limits = ("--startup_timeout", "2")
-        with by_hand(tmp_path / "run", *limits, ranks=[rank]) as (process,):
-            assert process.wait(60) == 1
-        stderr = stderr_of(tmp_path / "run", rank)
-        (line,) = said(stderr)
-        assert re.match(f"beit-fast: {words}", line)
-        assert line.endswith("or wait longer (--run.startup_timeout)")
-        assert "Traceback" not in stderr
-    assert not steps_of(tmp_path / "run")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch.distributed as dist
 
+from beit_fast.cli import main
 from beit_fast.errors import RunError, ToldElsewhere
 from beit_fast.train import once
 from beit_fast.train.board import Board
@@ -94,6 +95,33 @@ def test_without_a_store_each_says_it(boards, say, monkeypatch):
 
     monkeypatch.setattr(boards[1], "claim", gone)
     assert say(1, "beit-fast: no", ValueError("no"))[0] == "beit-fast: rank 1 of 2: no\n"
+
+
+def test_wrong_arguments_are_said_by_the_first_that_reads_them(monkeypatch, capfd):
+    """The launcher's own store is asked, for there is no world yet."""
+    store = dist.HashStore()
+    monkeypatch.setattr("beit_fast.train.board.agent_store", lambda: store)
+    monkeypatch.setattr(once, "_board", None)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    said = []
+    for rank, arguments in (("1", "--run.stepz"), ("0", "--run.stepz"), ("0", "--run.no")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            main(["pretrain", "demo", arguments, "3"])
+        said.append(capfd.readouterr().err)
+    assert said[0].startswith("beit-fast: there is no flag --run.stepz, did you mean --run.steps?")
+    assert said[0].count("\n") == 1
+    assert said[1] == ""
+    assert said[2].startswith("beit-fast: there is no flag --run.no")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")  # nobody can be asked
+    for rank, start in (("0", "beit-fast: there"), ("1", "beit-fast: rank 1 of 2: there")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            main(["pretrain", "demo", "--run.stepz", "3"])
+        assert capfd.readouterr().err.startswith(start)
 
 
 @pytest.mark.parametrize(

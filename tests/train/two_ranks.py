@@ -45,7 +45,7 @@ def main(output: Path, fault: str) -> int:
         task.bad_gradients = False
         if hit and fault == "term":
             task.on_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None
-        changes = {"seed": world.rank} if fault == "settings" else {}
+        changes = {}
         if fault in ("evaluation", "strict"):
             changes = {"evaluate_every": 2.0, "strict": fault == "strict"}
             task.evaluate = (lambda model: 1 / 0) if hit else (lambda model: {"one": 1.0})
