@@ -1,6 +1,7 @@
 """One of the ranks of `bench/checkpoint.py ranks`, which starts them by torchrun."""
 
 import argparse
+import argparse
 import json
 import math
 import shutil
