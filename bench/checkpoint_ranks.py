@@ -1,7 +1,6 @@
 """One of the ranks of `bench/checkpoint.py ranks`, which starts them by torchrun."""
 
 import argparse
-import argparse
 import json
 import math
 import shutil
