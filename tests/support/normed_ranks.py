@@ -11,6 +11,7 @@ from beit_fast.train.batch_norm import synchronize_batch_norm
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import train
 from beit_fast.train.world import World, open_world
+from beit_fast_main import _end_rank
 
 
 class NormedTask:
@@ -57,7 +58,10 @@ class NormedTask:
     def param_groups(self, weight_decay: float) -> list[dict]:
         return [{"params": list(self.model.parameters()), "weight_decay": weight_decay}]
 
-    def report(self) -> dict[str, Tensor]:
+    def count(self, batch: dict[str, Tensor]) -> None:
+        return None
+
+    def report(self, counters: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}
 
     def picture(self, model: nn.Module, path: Path) -> None:
@@ -88,4 +92,4 @@ def main(output: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    _end_rank(main(Path(sys.argv[1])))

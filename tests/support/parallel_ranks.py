@@ -28,6 +28,7 @@ from beit_fast.tasks.sources import task_settings
 from beit_fast.tokenizer.checkpoint import load_tokenizer
 from beit_fast.train import loop
 from beit_fast.train.world import World, open_world
+from beit_fast_main import _end_rank
 
 TASKS = {
     PretrainConfig: lambda c, world: PretrainTask(c, load_tokenizer(c.tokenizer), world),
@@ -87,3 +88,4 @@ def main(runs: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    _end_rank(0)

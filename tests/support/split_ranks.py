@@ -17,6 +17,7 @@ from beit_fast.tasks.sources import task_settings
 from beit_fast.tokenizer.checkpoint import load_tokenizer
 from beit_fast.train.loop import train
 from beit_fast.train.world import World, open_world
+from beit_fast_main import _end_rank
 from task_runs import stopped_in_step  # this file's folder leads sys.path
 
 Seen = dict[str, list[torch.Tensor]]
@@ -61,3 +62,4 @@ def main(runs: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    _end_rank(0)

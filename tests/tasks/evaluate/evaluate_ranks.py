@@ -10,6 +10,7 @@ from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.tasks.evaluate.evaluation import evaluate_classifier
 from beit_fast.train.world import open_world
+from beit_fast_main import _end_rank
 from tiny_classifier import tiny_classifier  # PYTHONPATH has tests/support
 
 
@@ -62,3 +63,4 @@ def main(folder: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    _end_rank(0)

@@ -21,6 +21,7 @@ from beit_fast.tokenizer.checkpoint import load_tokenizer
 from beit_fast.train.loop import TaskLoss
 from beit_fast.train.parallel import Replicas
 from beit_fast.train.world import World, open_world
+from beit_fast_main import _end_rank
 
 NAMES = {"CompiledFunctionBackward": "backward", "bucket": "bucket"}
 
@@ -73,3 +74,4 @@ def main(config: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    _end_rank(0)

@@ -8,6 +8,7 @@ import torch
 from beit_fast.tasks.segment.config_evaluation import SlideConfig
 from beit_fast.tasks.segment.evaluation import evaluate_segmenter
 from beit_fast.train.world import open_world
+from beit_fast_main import _end_rank
 from labelled_pixels import Pairs, PatchModel  # PYTHONPATH has tests/support
 
 HALF = ((0.5,) * 3, (0.5,) * 3)
@@ -39,3 +40,4 @@ def main(output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    _end_rank(0)
