@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -20,7 +21,7 @@ from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer
 from beit_fast.train.loop import TaskLoss
 from beit_fast.train.parallel import Replicas
-from beit_fast.train.world import World, open_world
+from beit_fast.train.world import World
 from beit_fast_main import _end_rank
 
 NAMES = {"CompiledFunctionBackward": "backward", "bucket": "bucket"}
@@ -65,11 +66,13 @@ def main(config: Path, output: Path) -> None:
     nn.parallel.DistributedDataParallel = SmallBuckets
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     traces = {}
-    with open_world("cpu") as world:
-        for name, splits in (("split", True), ("whole", False)):
-            with torch._dynamo.config.patch(optimize_ddp=splits):
-                traces[name] = trace(pickle.loads(config.read_bytes()), world)
-        torch.save(traces, output / f"{world.rank}.pt")
+    # Not by `open_world`: torch's profiler, which has seen its threads, may crash as it is read.
+    dist.init_process_group("gloo")
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    for name, splits in (("split", True), ("whole", False)):
+        with torch._dynamo.config.patch(optimize_ddp=splits):
+            traces[name] = trace(pickle.loads(config.read_bytes()), world)
+    torch.save(traces, output / f"{world.rank}.pt")
 
 
 if __name__ == "__main__":
