@@ -57,8 +57,8 @@ def _ended_by_ctrl_c() -> Iterator[None]:
 
 def _end_rank(code: int) -> None:
     """Without taking the interpreter down. That takes torch seconds, in which the other ranks and
-    the launcher wait; and a thread of its process group that still lets go of a tensor then aborts
-    the process ("terminate called without an active exception"), after all is done and said."""
+    the launcher wait; and ranks were seen to abort in it after all was done and said ("terminate
+    called without an active exception"). What thread caused that is not proven."""
     if sys.stderr is not None:
         sys.stderr.flush()
     os._exit(code)

@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-from beit_fast.cli import main
 from beit_fast.tasks.pretrain import pretokenize
+from beit_fast_main import main
 
 FAULTS = {"kill": (signal.SIGKILL, 0), "term": (signal.SIGTERM, 1)}  # signal, rank
 BATCHES_BEFORE = 6  # whole ones, on that rank
@@ -25,7 +25,8 @@ def run(fault: str, file: str) -> int:
         return tokens(self, batch)
 
     pretokenize._Writer._tokens = with_fault
-    return main(["pretokenize", "demo", "--config", file])
+    sys.argv[1:] = ["pretokenize", "demo", "--config", file]
+    return main()
 
 
 if __name__ == "__main__":
