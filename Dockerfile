@@ -2,7 +2,8 @@
 #
 #     docker build -t beit_fast .
 #     docker run --rm --gpus all --ipc=host -v IMAGES:/images:ro -v RUNS:/work/runs beit_fast \
-#         torchrun --nproc_per_node=8 --no-python beit-fast pretrain small --data.path /images
+#         torchrun --nproc_per_node=8 --no-python beit-fast pretrain small --data.path /images \
+#         --data.batch_size 128 --run.accumulate 1 --tokenizer_training.data.batch_size 8
 #
 # Not NVIDIA's PyTorch image: its torch is a build between releases, so that none of the versions
 # that were tested would be in it. torch's wheel brings CUDA, cuDNN and NCCL of its own; what the
