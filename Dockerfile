@@ -34,6 +34,7 @@ RUN pip install --no-cache-dir -c constraints.txt -e .
 RUN useradd --create-home --uid 2000 beit && install -d -o beit -m 1777 /work /work/runs
 USER beit
 WORKDIR /work
-# Compiled kernels, for whatever user.
-ENV TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
+# Compiled kernels, for whatever user. torch 2.11 asks for the name of its user when it compiles, and
+# a number given to --user has none: then it is this one.
+ENV TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor USER=beit
 CMD ["beit-fast", "--help"]
