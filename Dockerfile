@@ -2,7 +2,8 @@
 #
 #     docker build -t beit_fast .
 #     docker run --rm --gpus all --ipc=host -v IMAGES:/images:ro -v RUNS:/work/runs beit_fast \
-#         torchrun --nproc_per_node=8 --no-python beit-fast pretrain small --data.path /images
+#         torchrun --nproc_per_node=8 --no-python beit-fast pretrain small --data.path /images \
+#         --data.batch_size 128 --run.accumulate 1 --tokenizer_training.data.batch_size 8
 #
 # Not NVIDIA's PyTorch image: its torch is a build between releases, so that none of the versions
 # that were tested would be in it. torch's wheel brings CUDA, cuDNN and NCCL of its own; what the
@@ -33,6 +34,7 @@ RUN pip install --no-cache-dir -c constraints.txt -e .
 RUN useradd --create-home --uid 2000 beit && install -d -o beit -m 1777 /work /work/runs
 USER beit
 WORKDIR /work
-# Compiled kernels, for whatever user.
-ENV TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
+# Compiled kernels, for whatever user. torch 2.11 asks for the name of its user when it compiles, and
+# a number given to --user has none: then it is this one.
+ENV TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor USER=beit
 CMD ["beit-fast", "--help"]

@@ -20,6 +20,9 @@ from beit_fast.flags import flag
 
 MAX_STEPS = 99_999_999  # a checkpoint's folder has eight digits
 Steps = Annotated[int, Range(1, MAX_STEPS)]
+# Of a time-out. At most thirty days: timers of Python and torch overflow at centuries, and then
+# nobody watches.
+Seconds = Annotated[float, Range(0, 2_592_000, "low")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +88,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Seconds without progress, until the first step is done (connecting, compiling) and later, that
     # end the run with who and where.
-    startup_timeout: Positive = 1800.0
-    timeout: Positive = 300.0
+    startup_timeout: Seconds = 1800.0
+    timeout: Seconds = 300.0
     # torch's threads on a CPU; None: its own choice. Where images are decoded on the same few
     # cores, fewer are faster: threads that wait for each other spin. A dVAE on 32 px crops, on two
     # busy cores: 290 images/s with one thread, 20 to 35 with two.

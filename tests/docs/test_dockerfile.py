@@ -1,7 +1,9 @@
 """The Dockerfile, which is not built here: its versions, its paths, and who runs what."""
 
 import fnmatch
+import getpass
 import json
+import pwd
 import re
 import shlex
 from importlib.metadata import requires, version
@@ -88,3 +90,21 @@ def test_what_runs_is_not_root():
     assert arguments_of("USER") == ["beit"]
     assert "RUN" not in names[names.index("USER") :]
     assert any("useradd" in run and " beit " in f"{run} " for run in arguments_of("RUN"))
+
+
+def test_a_user_without_a_name_can_compile(monkeypatch):
+    """`--user` takes any number, and torch.compile calls `getpass.getuser`."""
+
+    def unknown(uid):
+        raise KeyError(f"uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises((KeyError, OSError)):
+        getpass.getuser()
+    for setting in " ".join(arguments_of("ENV")).split():
+        name, _, value = setting.partition("=")
+        if name != "PATH":
+            monkeypatch.setenv(name, value)
+    assert getpass.getuser() == "beit"

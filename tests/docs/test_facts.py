@@ -129,6 +129,19 @@ def test_commands_of_several_ranks_keep_the_images_of_the_recipes_step():
     assert seen >= 6
 
 
+@pytest.mark.parametrize("path", ["Dockerfile", "docs/new-machine.md"])
+def test_eight_ranks_in_a_container_keep_the_images_of_a_recipe_for_one(path):
+    text = text_of(ROOT / path).replace("\\\n#", " ")
+    (command,) = re.findall(r"torchrun --nproc_per_node=8 .* pretrain small .*", text)
+    given = dict(re.findall(r"--(\S+)[ =](\d+)", command))
+    small = RECIPES["pretrain"]["small"]
+    images = int(given["data.batch_size"]) * int(given["run.accumulate"])
+    assert 8 * images == small.data.batch_size * small.run.accumulate == 1024
+    first = small.tokenizer_training
+    assert first.run.accumulate == 1
+    assert 8 * int(given["tokenizer_training.data.batch_size"]) == first.data.batch_size == 64
+
+
 def test_the_page_of_a_new_machine_has_the_lengths_and_versions_of_the_code():
     text = page("new-machine.md")
     config = RECIPES["pretrain"]["beit_plus_base_in1k"]

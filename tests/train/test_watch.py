@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from beit_fast.checks import FieldError
 from beit_fast.train import progress, watch
+from beit_fast.train.config import RunConfig
 from beit_fast.train.progress import Note, begin_stage, note, tick, unhurried
 from beit_fast.train.stop import heed_stop
 from beit_fast.train.watch import Clock, Seen, Watch, standing_still
@@ -77,6 +79,16 @@ def test_the_clock_has_the_time_out_of_the_start_until_the_first_step_is_done(fr
     assert clock.limit == 1.0
     begin_stage("preparing the training of BEiT")  # after its tokenizer's
     assert clock.limit == 9.0
+
+
+@pytest.mark.parametrize("name", ["timeout", "startup_timeout"])
+def test_time_outs_are_such_as_timers_take(name):
+    longest = 2_592_000  # of the refusal's own words
+    with pytest.raises(FieldError, match=f"above 0 and at most {longest}"):
+        RunConfig(output="runs/t", steps=1, **{name: longest + 1})
+    RunConfig(output="runs/t", steps=1, **{name: longest})
+    watch.faulthandler.dump_traceback_later(longest + watch.AFTER, exit=True)
+    watch.faulthandler.cancel_dump_traceback_later()
 
 
 def test_parts_of_long_work_and_time_that_the_process_had_not_do_not_count(fresh, monkeypatch):
