@@ -17,7 +17,7 @@ from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
 from beit_fast.train.preflight import check_run
 from beit_fast.train.start import open_run
-from beit_fast.train.state import CheckpointError, newest_manifest
+from beit_fast.train.state import CheckpointError, checkpoint_paths, newest_manifest
 from beit_fast.train.stop import stop_signals
 from beit_fast.train.world import World
 from beit_fast.viz.curves import draw_curves
@@ -39,7 +39,9 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
     """
     with open_run(config, config.run.output) as world, stop_signals() as stop:
         stage = tokenizer_stage(config)
-        file = finished_tokenizer(stage) if stage is not None else None
+        finished = finished_tokenizer(stage) if stage is not None else None
+        left = sole_tokenizer(stage, config) if stage is not None and finished is None else None
+        file = finished or left
         to_train = stage is not None and file is None
         if to_train:
             tokenizer = TokensToCome(stage.dvae.vocab_size)
@@ -50,8 +52,13 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
         task = PretrainTask(config, tokenizer, world)
         say(f"images: {describe_source(task.loader.source)}", world)
         console = plain_console(quiet=not world.is_main)
-        if file is not None:
+        if finished is not None:
             console.print(f"tokenizer: its training is finished, {file} is used")
+        elif left is not None:
+            console.print(
+                f"tokenizer: {file} is used, the one that the checkpoints were trained with; of "
+                "its own training no checkpoint is left"
+            )
         if task.cache is not None:
             console.print(
                 f"tokens of {task.cache.num_views} views come from {config.token_cache}; "
@@ -116,6 +123,19 @@ def open_tokenizer(config: PretrainConfig, world: World) -> Dvae | None:
     if stage is None:
         return load_tokenizer(config.tokenizer)
     return load_tokenizer(finished_tokenizer(stage) or train_first(stage, world))
+
+
+def sole_tokenizer(stage: DvaeTrainingConfig, config: PretrainConfig) -> Path | None:
+    """The file of a tokenizer that BEiT's checkpoints were trained with, and whose own are gone:
+    trained anew it could be another, and would be written over it. None: there is no such file."""
+    output = Path(stage.run.output)
+    trained, file = newest_manifest(Path(config.run.output)), output / TOKENIZER
+    if trained is None or checkpoint_paths(output) or not file.is_file():
+        return None
+    if "tokenizer" in config.run.resume_with:
+        return None
+    same = tokenizer_digest(load_tokenizer(file)) == trained["settings"].get("tokenizer")
+    return file if same else None
 
 
 def keep_tokenizer(stage: DvaeTrainingConfig, config: PretrainConfig) -> None:

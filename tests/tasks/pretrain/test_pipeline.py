@@ -135,6 +135,20 @@ def test_a_tokenizer_that_beit_was_trained_with_is_not_written_over(two_stages, 
     assert file.read_bytes() != written
 
 
+def test_a_tokenizer_whose_checkpoints_are_gone_is_not_trained_anew(two_stages, tmp_path, capsys):
+    run_pretraining(two_stages(run={"steps": 3}))
+    folder = tmp_path / "run" / "tokenizer"
+    written = (folder / "tokenizer.safetensors").read_bytes()
+    shutil.rmtree(folder / "checkpoints")  # to save room
+    other = {"optim": {"lr": 1e-3, "min_lr": 1e-5}}
+    assert run_pretraining(two_stages(other, run={"steps": 4})).num_steps == 4
+    assert "no checkpoint is left" in capsys.readouterr().out
+    assert (folder / "tokenizer.safetensors").read_bytes() == written
+    # On request another one takes its place.
+    run_pretraining(two_stages(other, run={"steps": 5, "resume_with": ("tokenizer",)}))
+    assert (folder / "tokenizer.safetensors").read_bytes() != written
+
+
 def test_a_run_of_fewer_steps_than_it_has_says_how_many_it_has(two_stages):
     run_pretraining(two_stages(run={"steps": 4}))
     assert run_pretraining(two_stages(run={"steps": 3})).num_steps == 4
