@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from beit_fast.flags import flag
+from beit_fast.train.agreement import flat
 from beit_fast.train.config import RunConfig
 from beit_fast.train.log import METRICS
 from beit_fast.train.state import (
@@ -330,9 +331,9 @@ def _few_removed(was: Any, now: Any) -> bool:
 
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Flat, without habits, and with the images of a step, where the settings say them."""
-    flat = _flatten(without_habits(settings))
-    parts = [flat.get(name) for name in ("run.images_per_batch", *SPLIT[2:])]
-    return flat if None in parts else flat | {IMAGES_PER_STEP: parts[0] * parts[1] * parts[2]}
+    named = flat(without_habits(settings))
+    parts = [named.get(name) for name in ("run.images_per_batch", *SPLIT[2:])]
+    return named if None in parts else named | {IMAGES_PER_STEP: parts[0] * parts[1] * parts[2]}
 
 
 def _pruned(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -343,13 +344,3 @@ def _pruned(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
             continue
         kept[key] = _pruned(value, f"{name}.") if isinstance(value, Mapping) else value
     return kept
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat

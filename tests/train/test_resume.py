@@ -11,6 +11,7 @@ import torch
 from beit_fast.recipes import FINETUNE, PRETRAIN, SEGMENT, TOKENIZER
 from beit_fast.tasks.sources import task_settings
 from beit_fast.train import resume
+from beit_fast.train.agreement import flat
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import read_metrics
 from beit_fast.train.resume import check_settings
@@ -29,7 +30,7 @@ def flat_names(recipes):
         settings = task_settings(config)
         names |= {f"optim.{f.name}" for f in fields(OptimConfig)}
         names |= {f"run.{f.name}" for f in fields(RunConfig)}
-        names |= resume._flatten(settings).keys()
+        names |= flat(settings).keys()
     return names | {"run.num_images", "run.images_per_batch", "run.world_size"}
 
 
