@@ -31,7 +31,7 @@ from beit_fast.train.optim import (
 )
 from beit_fast.train.parallel import begin_alike, check_parallel, parallel
 from beit_fast.train.prefetch import InFlight, device_batches
-from beit_fast.train.progress import unhurried
+from beit_fast.train.progress import progress, unhurried
 from beit_fast.train.resume import Resume, find_resume
 from beit_fast.train.run_state import RunState
 from beit_fast.train.saving import Saver
@@ -211,7 +211,7 @@ def train(
 
         def evaluate(step: int) -> None:
             """Beside the writing of what was trained, which is on the disk when this ends."""
-            world.progress("evaluating")
+            progress("evaluating")
             with log.aside(), aside.work(f"evaluation after step {step}", everywhere=True):
                 values = _evaluate(task, models())
                 with aside.work("the log"):
@@ -233,16 +233,16 @@ def train(
             if start and falls_due(start) and _lacks_evaluation(output, start, world):
                 evaluate(start)  # it was left at a stop signal, or failed
             for step in range(start, num_steps):
-                world.progress("waiting for a batch", step + 1)
+                progress("waiting for a batch", step + 1)
                 task.begin_step(step)
                 step_batches = [next(batches) for _ in range(run.accumulate)]
-                world.progress("taking the step")
+                progress("taking the step")
                 torch.manual_seed(step_seed(run.seed, step, world.rank))
                 meter.add(**take(step_batches))
                 schedule.step()
                 if ema:
                     ema.update(task.model)
-                world.progress("waiting for the device")
+                progress("waiting for the device")
                 in_flight.add()
                 done = step + 1
                 log.tick(images_per_step)

@@ -83,10 +83,6 @@ class World:
         if len(set(self.gather(digest_of(fields)))) > 1:
             compare(self.gather(dict(fields)))
 
-    def progress(self, place: str, step: int | None = None) -> None:
-        """Tell the watch where this process is, "waiting for a batch", and in which step from 1."""
-        progress(place, step)
-
     @contextlib.contextmanager
     def watching(self, place: str, folder: Path) -> Iterator[None]:
         """Inside, training makes steps, the first of which compiles: one process alone is watched
