@@ -19,6 +19,7 @@ from beit_fast.train.stop import Interrupted
 from beit_fast.train.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
+SUPPORT = Path(__file__).parent  # of scripts that tests start
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from task_runs import TWO_RANKS, assert_the_same_run
+from faults import fired, fired_at
+from task_runs import SUPPORT, TWO_RANKS, assert_the_same_run
 
-SCRIPT = str(Path(__file__).with_name("faulty_ranks.py"))
+pytestmark = pytest.mark.promise("R18", "R19")
+SCRIPT = str(SUPPORT / "faulty_ranks.py")
 TIMEOUT = 3.0
 # Seconds from a fault to the end of a rank that hangs: its last sign was 0.6 s before, by a clock
 # that ticks by 0.25 s.
@@ -48,8 +50,8 @@ class Started:
 
     def seconds(self, fault: str) -> float:
         """From the fault until all processes of that time were gone."""
-        fired = float((self.output / f"fired_{fault}").read_text())
-        return min(max(pair) for pair in _pairs(self.ended.values()) if max(pair) > fired) - fired
+        came = fired_at(self.output, fault)
+        return min(max(pair) for pair in _pairs(self.ended.values()) if max(pair) > came) - came
 
 
 def _pairs(times):
@@ -118,7 +120,7 @@ def undisturbed(tmp_path_factory):
     with by_hand(output, "1:5:slow", "--timeout", str(TIMEOUT)) as processes:
         assert [process.wait(90) for process in processes] == [0, 0]
     assert said(stderr_of(output, 0) + stderr_of(output, 1)) == []
-    assert (output / "fired_1:5:slow").exists()
+    assert fired(output) == {"1:5:slow": 1}
     return output
 
 
@@ -128,7 +130,7 @@ def test_what_is_restarted_after_each_fault_ends_bit_equal(tmp_path, undisturbed
     output = tmp_path / "run"
     started, code, stderr = by_torchrun(output, *faults, *limits, restarts=len(faults))
     assert code == 0, stderr
-    assert all((output / f"fired_{fault}").exists() for fault in faults)
+    assert fired(output) == dict.fromkeys(faults, 1)
     assert_the_same_run(output, undisturbed)
 
     one, two, hung = said(stderr)
@@ -151,6 +153,7 @@ def test_what_is_restarted_after_each_fault_ends_bit_equal(tmp_path, undisturbed
 def test_an_error_of_one_rank_is_said_once_with_its_rank(tmp_path):
     _, code, stderr = by_torchrun(tmp_path / "run", "1:3:error")
     assert code == 1
+    assert fired(tmp_path / "run") == {"1:3:error": 1}
     assert said(stderr) == ["beit-fast: rank 1 of 2: a disk of this node is gone: mount it"]
     table = re.findall(r"traceback : (.*)", stderr)
     assert table == [  # the launcher's: the cause is the last
@@ -164,7 +167,7 @@ def test_a_rank_that_cannot_run_python_ends_itself(tmp_path):
     output = tmp_path / "run"
     with by_hand(output, "1:5:lock", "--timeout", str(TIMEOUT)) as (first, second):
         assert [first.wait(90), second.wait(10)] == [1, 1]
-        ended = time.time() - float((output / "fired_1:5:lock").read_text())
+        ended = time.time() - fired_at(output, "1:5:lock")
     assert HANGS[0] < ended < HANGS[1]
     (line,) = said(stderr_of(output, 0) + stderr_of(output, 1))
     assert "at step 5: rank 1 gives no sign any more, last seen in the forward pass: it" in line
@@ -175,6 +178,7 @@ def test_ranks_notice_that_the_store_went_with_rank_0(tmp_path):
     with by_hand(tmp_path / "run", "0:3:kill") as (first, second):
         assert second.wait(60) == 1
         assert first.wait() == -signal.SIGKILL
+    assert fired(tmp_path / "run") == {"0:3:kill": 1}
     (line,) = said(stderr_of(tmp_path / "run", 1))
     assert re.fullmatch(
         r"beit-fast: rank 1 of 2: the store at localhost:\d+ does not answer any more, nor do "
@@ -187,6 +191,7 @@ def test_a_rank_that_hangs_with_the_store_is_left_alone(tmp_path):
     with by_hand(tmp_path / "run", "0:3:stop", "--timeout", str(TIMEOUT)) as (first, second):
         assert second.wait(60) == 1
         assert first.poll() is None
+    assert fired(tmp_path / "run") == {"0:3:stop": 1}
     (line,) = said(stderr_of(tmp_path / "run", 1))
     assert "rank 1 is in the backward pass, which exchanges gradients; the store at" in line
     assert "does not answer" in line

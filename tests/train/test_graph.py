@@ -4,7 +4,6 @@ import collections
 import contextlib
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from beit_fast.train.config import RunConfig
 from beit_fast.train.graph import EAGER_STEPS, CaptureError, Graphed, graphed
 from beit_fast.train.state import checkpoint_paths, load_checkpoint
 from beit_fast.train.world import World
+from task_runs import SUPPORT
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 GPU = World(0, 1, torch.device("cuda", 0))
@@ -68,7 +68,7 @@ def test_on_a_gpu_a_failed_capture_ends_the_run_which_resumes_without_a_graph(
     tmp_path, run_toy, fault, why
 ):
     # In a process of its own: it can do nothing more afterwards.
-    script = Path(__file__).with_name("failed_capture.py")
+    script = SUPPORT / "failed_capture.py"
     command = [sys.executable, str(script), str(tmp_path / "run"), fault]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert "CaptureError: the step cannot be captured" in ended.stderr

@@ -3,19 +3,18 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from beit_fast.train.state import load_newest
-from task_runs import assert_the_same_run, steps_of
+from task_runs import SUPPORT, assert_the_same_run, steps_of
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """The folder of the runs, and what became of each."""
     output = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).with_name("killed_saves.py")
+    script = SUPPORT / "killed_saves.py"
     done = subprocess.run(
         [sys.executable, str(script), str(output), "20"],
         check=True,

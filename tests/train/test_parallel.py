@@ -12,14 +12,14 @@ from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.parallel import check_parallel, forward_exchanges, parallel
 from beit_fast.train.state import checkpoint_paths, load_checkpoint, load_newest, read_manifest
 from beit_fast.train.world import World, open_world
-from task_runs import ALONE, TWO_RANKS
+from task_runs import ALONE, SUPPORT, TWO_RANKS
 
 TWO = World(0, 2, torch.device("cpu"))
 
 
 def two_ranks(output: Path, fault: str) -> tuple[dict, dict, list[str]]:
     output.mkdir(exist_ok=True)
-    script = Path(__file__).with_name("two_ranks.py")
+    script = SUPPORT / "two_ranks.py"
     subprocess.run(
         [*TWO_RANKS, str(script), str(output), fault],
         check=True,

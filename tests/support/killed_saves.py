@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.utils.tensorboard  # noqa: F401  (for the forks: it takes a second)
-from conftest import ALONE, train_toy  # this file's folder leads sys.path
 
 from beit_fast.train import saving, state
 from beit_fast.train.saving import Saver
 from beit_fast.train.state import checkpoint_paths
+from toy import ALONE, train_toy
 
 RANDOM_KILLS = 8
 MARK = "fault"  # file that a fault leaves before it kills

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import ToyTask, train_toy  # this file's folder leads sys.path
 
 from beit_fast.train import saving
 from beit_fast.train.state import checkpoint_paths
 from beit_fast.train.stop import Interrupted
 from beit_fast.train.world import World, open_world
 from beit_fast_main import _end_rank
+from toy import ToyTask, train_toy
 
 
 def play_a_disk(output: Path, task: ToyTask, world: World) -> None:

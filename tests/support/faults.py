@@ -1,0 +1,133 @@
+"""Faults that tests plant: armed as RANK:STEP:FAULT, each of which fires once and is counted.
+
+    injector = Injector(output, ["1:5:kill"], rank=world.rank)
+    injector.meet("step", 5)           # on rank 1 this is the end of it
+    assert fired(output) == {"1:5:kill": 1}
+
+STEP counts from 1, or is whatever number the place has: of an image, of a save. A fault that fired
+is a file of the output folder, so it stays so for a run that is started again, and for the test
+that asserts it: none passes because its fault never came.
+"""
+
+import ctypes
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+FIRED = "fired_"  # and the fault: a file with the time of each firing, a line each
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens, and where: `act` gets the value of that place, and gives what stands there."""
+
+    place: str
+    act: Callable[[object], object]
+
+
+def fired(output: Path) -> Counter[str]:
+    """How often each fault came, by its name."""
+    marks = output.glob(f"{FIRED}*")
+    return Counter({p.name.removeprefix(FIRED): len(p.read_text().splitlines()) for p in marks})
+
+
+def fired_at(output: Path, fault: str) -> float:
+    """When it came the last time, as `time.time` has it."""
+    return float((output / f"{FIRED}{fault}").read_text().splitlines()[-1])
+
+
+class Injector:
+    """The faults of one process of a run.
+
+    again: how often each comes. settle: seconds before it does, in which whoever watches sees what
+    was before.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        armed: Iterable[str],
+        *,
+        rank: int = 0,
+        again: int = 1,
+        settle: float = 0.0,
+    ) -> None:
+        self._output, self._rank, self._again, self._settle = output, rank, again, settle
+        self._armed = []
+        for name in armed:
+            of_rank, step, kind = name.split(":")
+            self._armed.append((name, int(of_rank), int(step), FAULTS[kind]))
+
+    def meet(self, place: str, step: int, value: object = None) -> object:
+        """`value`, or what a fault that is armed for this place makes of it."""
+        for name, rank, at, fault in self._armed:
+            if (fault.place, rank, at) == (place, self._rank, step) and self._left(name):
+                time.sleep(self._settle)
+                with (self._output / f"{FIRED}{name}").open("a") as file:
+                    file.write(f"{time.time()}\n")
+                value = fault.act(value)
+        return value
+
+    def _left(self, name: str) -> bool:
+        return fired(self._output)[name] < self._again
+
+
+def hang(_: object = None) -> None:
+    """Deaf to SIGTERM, as what waits for a disk is."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+
+
+def hang_with_lock(_: object) -> None:
+    """Inside an extension that keeps Python's lock, and that no signal wakes."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    ctypes.PyDLL(None).sleep(600)
+
+
+def slowly(_: object) -> None:
+    """Seven seconds of work in parts."""
+    from beit_fast.train.stop import heed_stop
+
+    for _ in range(35):
+        time.sleep(0.2)
+        heed_stop("while working")
+
+
+def sends(signum: signal.Signals) -> Callable[[object], object]:
+    def act(value: object) -> object:
+        os.kill(os.getpid(), signum)
+        return value
+
+    return act
+
+
+def raises(error: BaseException) -> Callable[[object], object]:
+    def act(_: object) -> object:
+        raise error
+
+    return act
+
+
+# Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor).
+FAULTS = {
+    "kill": Fault("step", sends(signal.SIGKILL)),
+    "term": Fault("step", sends(signal.SIGTERM)),
+    "stop": Fault("step", sends(signal.SIGSTOP)),
+    "hang": Fault("step", hang),
+    "lock": Fault("step", hang_with_lock),
+    "slow": Fault("step", slowly),
+    "error": Fault("step", raises(ValueError("a disk of this node is gone: mount it"))),
+    "fault": Fault("step", raises(ZeroDivisionError("division by zero"))),
+    "loader": Fault("batch", hang),
+    "nan": Fault("loss", lambda loss: loss * torch.nan),
+    "inf": Fault("loss", lambda loss: loss * torch.inf),
+    # Its gradients are as they were: bad on this rank alone.
+    "nan_value": Fault("loss", lambda loss: loss + torch.nan),
+    "spike": Fault("loss", lambda loss: loss * 100),
+}
