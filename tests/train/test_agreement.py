@@ -5,6 +5,8 @@ import pytest
 from beit_fast.recipes import FINETUNE, PRETOKENIZE, PRETRAIN, SEGMENT
 from beit_fast.train.agreement import BY_NODE, code_digest, compare, flat, settings_of_all
 
+pytestmark = pytest.mark.promise("R20")
+
 
 def told(*all_fields) -> str:
     with pytest.raises(ValueError, match="do not start alike") as error:

@@ -12,6 +12,8 @@ from beit_fast.train.board import Board
 from beit_fast.train.launch import Launch
 from beit_fast.train.once import RankLost, broke, say_once
 
+pytestmark = pytest.mark.promise("R18", "R20")
+
 
 @pytest.fixture
 def boards():

@@ -12,6 +12,8 @@ from beit_fast.train.start import check_alike, check_shared
 from beit_fast.train.world import World
 from task_runs import ALONE, with_fields
 
+pytestmark = pytest.mark.promise("R20")
+
 
 class Played(World):
     """One of several ranks that are threads of this process."""

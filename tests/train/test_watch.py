@@ -14,6 +14,8 @@ from beit_fast.train.stop import heed_stop
 from beit_fast.train.watch import Clock, Seen, Watch, standing_still
 from beit_fast.train.world import World
 
+pytestmark = pytest.mark.promise("R19")
+
 AT_WORK = Seen("waiting for a batch", 7, order=1, waits=False, left=0.0)
 WAITING = Seen("in the backward pass", 7, order=4, waits=True, left=0.0)
 
