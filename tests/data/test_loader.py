@@ -247,8 +247,8 @@ def test_an_error_in_a_thread_reaches_the_consumer_and_names_the_image(num_threa
 
 def test_importing_grain_leaves_the_terminal_and_logging_alone(image_folder):
     code = (
-        "import logging; from beit_fast.data.loader import _import_grain; "
-        "_import_grain(); assert not logging.root.handlers; "
+        "import logging; from beit_fast.data.grain import import_grain; "
+        "import_grain(); assert not logging.root.handlers; "
         "assert logging.getLogger('absl').level == logging.NOTSET"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
