@@ -11,7 +11,7 @@ manifest's settings, and of the flags.
 import logging
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from beit_fast.flags import flag
 from beit_fast.train.agreement import flat
 from beit_fast.train.config import RunConfig
+from beit_fast.train.images import Images, describe
 from beit_fast.train.log import METRICS
 from beit_fast.train.state import (
     Checkpoint,
@@ -62,9 +63,10 @@ ADVISED = frozenset(
         *SPLIT,
     }
 )
-NUM_IMAGES = "run.num_images"  # advised where a few were removed, see `_few_removed`
+IMAGES = "data.images"  # advised where unusable ones were removed or repaired, see images.py
+NUM_IMAGES = "run.num_images"  # the same, of versions that did not keep which images they had
 IMAGES_PER_STEP = "run.images_per_step"
-LENGTH = ("run.steps", "run.epochs", "optim.warmup_steps", "optim.warmup_epochs", NUM_IMAGES)
+LENGTH = ("run.steps", "run.epochs", "optim.warmup_steps", "optim.warmup_epochs")
 # What a setting was before there was one; of all others: off (False, None or 0).
 BEFORE = {
     "weight_decay_on_rel_pos_bias": True,
@@ -79,14 +81,19 @@ ABANDONED = "abandoned"
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that differs from the checkpoint's."""
+    """A setting that differs from the checkpoint's; of images in words, and whether it is advised
+    is known only where both lists are."""
 
     name: str
     was: Any
     now: Any
+    words: str = ""
+    is_repair: bool = False
 
     def __str__(self) -> str:
         """Of long lists, as the names of a thousand classes, where they differ."""
+        if self.words:
+            return f"{self.name}: {self.words}"
         was, now = self.was, self.now
         if isinstance(was, list) and isinstance(now, list) and max(len(was), len(now)) > 8:
             pairs = enumerate(zip_longest(was, now, fillvalue="absent"))
@@ -125,14 +132,17 @@ def check_settings(
     ours: Mapping[str, Any],
     accepted: Sequence[str] = (),
     unknown: Collection[str] = (),
+    images: Images | None = None,
 ) -> list[Change]:
     """The changes that hold from the checkpoint at `path` on.
 
-    theirs, ours: nested settings; those in `unknown` are not compared. Raises CheckpointError that
-    lists every change of the run's identity that `accepted` does not name, with the flag that
-    accepts them.
+    theirs, ours: nested settings; those in `unknown` are not compared. images: those of `ours`.
+    Raises CheckpointError that lists every change of the run's identity that `accepted` does not
+    name, with the flag that accepts them.
     """
     found = [change for change in changes(theirs, ours) if change.name not in unknown]
+    if images is not None:
+        found = _looked_at(found, path, theirs, images)
     if wrong := sorted(set(accepted) - _comparable(theirs).keys() - _comparable(ours).keys()):
         raise CheckpointError(
             f"{flag('run.resume_with')} names {', '.join(wrong)}, and there are no such settings: "
@@ -144,6 +154,13 @@ def check_settings(
     if refused:
         names = ",".join(change.name for change in refused)
         how = ""
+        if images is not None and all(c.name in (IMAGES, NUM_IMAGES) for c in refused):
+            caution = f" ({images.caution})" if images.caution else ""
+            raise CheckpointError(
+                f"{path} belongs to a run over other images ({refused[0]}): restore the folder, "
+                f"give another {flag('run.output')}, or accept it from the next pass on{caution}: "
+                f"{flag('run.resume_with')} '[{names}]'"
+            )
         if any(change.name == IMAGES_PER_STEP for change in refused):
             split = f"{flag('data.batch_size')} x {flag('run.accumulate')}"
             how = f" (the images of a step are ranks x {split})"
@@ -170,9 +187,33 @@ def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Change]:
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
     ]
+    # Their number follows from which they are, where that is known.
+    beside = NUM_IMAGES if IMAGES in was and IMAGES in now else IMAGES
+    different = [change for change in different if change.name != beside]
     if any(change.name == IMAGES_PER_STEP for change in different):
         different = [change for change in different if change.name not in SPLIT]
     return different
+
+
+def _looked_at(
+    found: Sequence[Change], path: Path, theirs: Mapping[str, Any], images: Images
+) -> list[Change]:
+    """The changes, of images with how they differ. Raises CheckpointError where the run cannot go
+    on over others."""
+    looked = []
+    for change in found:
+        if change.name == IMAGES:
+            count = theirs["run"]["num_images"]
+            words, differs, is_repair = describe(images, path.parents[1], change.was, count)
+            if not differs:
+                continue  # but for sizes that could not be had
+            change = replace(change, words=words, is_repair=is_repair)
+        if images.fixed and change.name in (IMAGES, NUM_IMAGES):
+            raise CheckpointError(
+                f"{path} belongs to a run over other images ({change}), and {images.fixed}"
+            )
+        looked.append(change)
+    return looked
 
 
 def _off(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,20 +221,29 @@ def _off(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_resume(
-    output: Path, run: RunConfig, settings: Mapping[str, Any], world: World
+    output: Path,
+    run: RunConfig,
+    settings: Mapping[str, Any],
+    world: World,
+    images: Images | None = None,
 ) -> Resume | None:
     """The checkpoint to go on from, or None for a run from the start. Called on every rank.
 
-    Raises CheckpointError as `check_resume` and `load_newest` do.
+    images: the task's, whose digest is in `settings`. Raises CheckpointError as `check_resume` and
+    `load_newest` do.
     """
-    check_resume(output, run, settings)
+    check_resume(output, run, settings, images=images)
     world.barrier()  # nobody reads what is about to be moved
     _go_back(output, run, settings, world)
     checkpoint = load_newest(output, fallback=run.fallback)
     if checkpoint is None:
         return None
     found = check_settings(
-        checkpoint.path, checkpoint.manifest["settings"], settings, run.resume_with
+        checkpoint.path,
+        checkpoint.manifest["settings"],
+        settings,
+        run.resume_with,
+        images=images,
     )
     history = list(checkpoint.manifest.get("history", []))
     entry: dict[str, Any] = {}
@@ -207,7 +257,11 @@ def find_resume(
 
 
 def check_resume(
-    output: Path, run: RunConfig, settings: Mapping[str, Any], unknown: Collection[str] = ()
+    output: Path,
+    run: RunConfig,
+    settings: Mapping[str, Any],
+    unknown: Collection[str] = (),
+    images: Images | None = None,
 ) -> dict[str, Any] | None:
     """The manifest of the checkpoint that the run goes on from, None for one from the start.
 
@@ -239,7 +293,7 @@ def check_resume(
         if run.fallback:
             return None  # which one counts is known when they are read
         raise
-    check_settings(path, manifest["settings"], settings, run.resume_with, unknown)
+    check_settings(path, manifest["settings"], settings, run.resume_with, unknown, images)
     return manifest
 
 
@@ -315,6 +369,8 @@ def _step(path: Path) -> int:
 
 
 def _is_advised(change: Change) -> bool:
+    if change.name == IMAGES:
+        return change.is_repair
     if change.name == NUM_IMAGES:
         return _few_removed(change.was, change.now)
     if change.name == "run.ema_decay":  # another rate; with none there is no average to go on with

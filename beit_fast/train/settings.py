@@ -26,7 +26,10 @@ def complete_settings(
         "images_per_batch": task.images_per_batch,
         "num_images": task.num_images,  # of whatever folder: data may move
     }
-    whole = without_habits({**settings, "optim": asdict(optim), "run": of_run})
+    # Which images, of whatever folder.
+    of_data = {**settings.get("data", {}), "images": task.images.digest}
+    parts = {"data": of_data, "optim": asdict(optim), "run": of_run}
+    whole = without_habits({**settings, **parts})
     return json.loads(json.dumps(whole))
 
 

@@ -66,7 +66,7 @@ class DvaeTask:
             config.data, TokenizerSample(config.view), seed=config.run.seed, world=world
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
-        self.num_images = len(self.loader.source)
+        self.num_images, self.images = len(self.loader.source), self.loader.images
         self.images_per_batch = config.data.batch_size
 
     def to(self, device: torch.device) -> None:
