@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.data.config import READS, ReadConfig
-from beit_fast.data.reading import Reads, ReadsClosedError
+from beit_fast.data.reading import HungReadError, Read, Reads, ReadsClosedError
 from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed, counter_seed
 from beit_fast.data.sources.decode import BadImageError
@@ -173,31 +173,40 @@ class _Reader:
         self._reads = Reads(loader.source, loader.reads)
         self._flag = flag("data.num_threads")  # threads run out of memory
         self._bad, self._threaded = loader._bad, loader.num_threads > 0
-        self._stopping = threading.Event()
-        self._threads: set[threading.Thread] = set()
+        self._threads: set[threading.Thread] = set()  # of Grain's
+        self._makers: set[threading.Thread] = set()  # which those wait for
 
     def read_batch(self, numbers: list[tuple[int, int]]) -> dict[str, np.ndarray]:
         """numbers: (epoch, index in the data set) of each sample."""
         if self._threaded:
             self._threads.add(threading.current_thread())
-        samples = []
-        for epoch, index in numbers:
-            if self._stopping.is_set():
-                raise RuntimeError("the iterator over batches was closed")
-            sample, used = self._read(epoch, index)
-            samples.append(sample | {"sample_index": np.int64(used)})
+        samples: list[dict[str, np.ndarray]] = []
+        while len(samples) < len(numbers):
+            try:
+                self._reads.run(lambda read: self._add_rest(samples, numbers, read))
+            except HungReadError as error:
+                self._bad.add(error.index, error)
         return self._sample.collate(samples)
 
     def stop(self) -> None:
         """Returns when no thread makes a sample any more; a read that hangs is left to itself."""
-        self._stopping.set()
         self._reads.stop()
         # A generator that is dropped may be finalised anywhere, in one of its own threads too.
-        for thread in self._threads - {threading.current_thread()}:
-            thread.join()
+        if threading.current_thread() not in self._threads | self._makers:
+            for thread in list(self._threads):
+                thread.join()
         self._reads.close()
 
-    def _read(self, epoch: int, index: int) -> tuple[dict[str, np.ndarray], int]:
+    def _add_rest(
+        self, samples: list[dict[str, np.ndarray]], numbers: list[tuple[int, int]], read: Read
+    ) -> None:
+        """Make those samples of a batch that are not there yet."""
+        self._makers.add(threading.current_thread())
+        for epoch, index in numbers[len(samples) :]:
+            sample, used = self._make(epoch, index, read)
+            samples.append(sample | {"sample_index": np.int64(used)})
+
+    def _make(self, epoch: int, index: int, read: Read) -> tuple[dict[str, np.ndarray], int]:
         """The sample and the index of the image in it: this one or the next that can be used."""
         seed = SampleSeed(self._seed, epoch, index)
         num_samples = len(self._source)
@@ -205,7 +214,7 @@ class _Reader:
             if self._bad.knows(candidate):
                 continue
             try:
-                return self._sample(self._reads(candidate), seed), candidate
+                return self._sample(read(candidate), seed), candidate
             except (BadImageError, OSError) as error:
                 self._bad.add(candidate, error)
             except (RunError, ReadsClosedError):
