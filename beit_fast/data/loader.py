@@ -27,7 +27,8 @@ from torch import Tensor
 
 from beit_fast.data.config import READS, ReadConfig
 from beit_fast.data.grain import import_grain
-from beit_fast.data.reading import Reads, ReadsClosedError
+from beit_fast.data.passes import SampleOf
+from beit_fast.data.reading import HungReadError, Read, Reads, ReadsClosedError
 from beit_fast.data.run_images import RunImages
 from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed
@@ -175,42 +176,49 @@ class _Reader:
         self._reads = Reads(loader.source, loader.reads)
         self._flag = flag("data.num_threads")  # threads run out of memory
         self._bad, self._threaded = loader._bad, loader.num_threads > 0
-        self._stopping = threading.Event()
-        self._threads: set[threading.Thread] = set()
+        self._threads: set[threading.Thread] = set()  # of Grain's
+        self._makers: set[threading.Thread] = set()  # which those wait for
 
-    def read_batch(self, numbers: list[tuple[int, int, Sequence[int]]]) -> dict[str, np.ndarray]:
-        """numbers: (epoch, place, images of that list) of each sample."""
+    def read_batch(self, numbers: Sequence[SampleOf]) -> dict[str, np.ndarray]:
         if self._threaded:
             self._threads.add(threading.current_thread())
-        samples = []
-        for epoch, place, images in numbers:
-            if self._stopping.is_set():
-                raise RuntimeError("the iterator over batches was closed")
-            sample, used = self._read(epoch, place, images)
-            samples.append(sample | {"sample_index": np.int64(used)})
+        samples: list[dict[str, np.ndarray]] = []
+        while len(samples) < len(numbers):
+            try:
+                self._reads.run(lambda read: self._add_rest(samples, numbers, read))
+            except HungReadError as error:
+                self._bad.add(error.index, error)
         return self._sample.collate(samples)
 
     def stop(self) -> None:
         """Returns when no thread makes a sample any more; a read that hangs is left to itself."""
-        self._stopping.set()
         self._reads.stop()
         # A generator that is dropped may be finalised anywhere, in one of its own threads too.
-        for thread in self._threads - {threading.current_thread()}:
-            thread.join()
+        if threading.current_thread() not in self._threads | self._makers:
+            for thread in list(self._threads):
+                thread.join()
         self._reads.close()
 
-    def _read(
-        self, epoch: int, place: int, images: Sequence[int]
-    ) -> tuple[dict[str, np.ndarray], int]:
-        """The sample and the number of the image in it: that at this place of `images`, numbers of
-        the source or -1 for what is gone, or the next that can be used."""
+    def _add_rest(
+        self, samples: list[dict[str, np.ndarray]], numbers: Sequence[SampleOf], read: Read
+    ) -> None:
+        """Make those samples of a batch that are not there yet."""
+        self._makers.add(threading.current_thread())
+        for number in numbers[len(samples) :]:
+            sample, used = self._make(number, read)
+            samples.append(sample | {"sample_index": np.int64(used)})
+
+    def _make(self, number: SampleOf, read: Read) -> tuple[dict[str, np.ndarray], int]:
+        """The sample and the number of the image in it: the one at its place of the list, or the
+        next that is not gone and can be used."""
+        epoch, place, images = number
         seed = SampleSeed(self._seed, epoch, place)
         num_images = len(images)
         for candidate in (int(images[(place + k) % num_images]) for k in range(num_images)):
             if candidate < 0 or self._bad.knows(candidate):
                 continue
             try:
-                return self._sample(self._reads(candidate), seed), candidate
+                return self._sample(read(candidate), seed), candidate
             except (BadImageError, OSError) as error:
                 self._bad.add(candidate, error)
             except (RunError, ReadsClosedError):

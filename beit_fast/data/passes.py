@@ -18,6 +18,10 @@ import numpy as np
 from beit_fast.data.grain import import_grain
 from beit_fast.data.seeds import counter_seed
 
+# Its pass, its place in the list of images, and that list: numbers of the source's images by place,
+# a range, or an array with -1 for what is gone.
+SampleOf = tuple[int, int, range | np.ndarray]
+
 
 class Part(NamedTuple):
     """Samples `first` and the following, until the next part, are over the list `images`, which has
@@ -54,11 +58,8 @@ def with_list(
 
 
 class Passes:
-    """`passes[p]` is (pass, place, list) of sample p.
-
-    lists: of each part the numbers in the source of its images, by place: a range, or an array with
-    -1 for what is gone. `place` is that in the list: a sample's seed comes from (pass, place).
-    """
+    """`passes[p]` is what sample p is of; `lists` are those of the parts. A sample has its seed
+    from its pass and its place in the list."""
 
     def __init__(self, seed: int, parts: Sequence[Part], lists: Sequence[range | np.ndarray]):
         order = counter_seed("order", seed) % 2**32
@@ -66,7 +67,7 @@ class Passes:
         self._parts, self._lists = parts, lists
         self._orders = [dataset.range(part.count).shuffle(seed=order) for part in parts]
 
-    def __getitem__(self, sample: int) -> tuple[int, int, range | np.ndarray]:
+    def __getitem__(self, sample: int) -> SampleOf:
         number = part_of(self._parts, sample) if len(self._parts) > 1 else 0
         part = self._parts[number]
         passed, position = divmod(sample - part.first, part.count)
