@@ -45,15 +45,18 @@ def parts_of(changes: list[tuple[int, str]], counts: dict[str, int]) -> list[Par
 
 def test_parts_are_the_passes_one_after_another():
     rng = random.Random(0)
-    counts = {"a": 5, "b": 8, "c": 1, "d": 13}
+    counts = {"a": 150, "b": 240, "c": 64, "d": 401}  # a shuffle of few places takes Grain long
     later_lists = set()
-    for _ in range(60):
-        times = sorted(rng.choices(range(60), k=rng.randint(0, 4)))
+    for number in range(20):
+        multiples = number % 2 * 150  # half of them at ends of passes
+        times = sorted(rng.choices(range(0, 900, multiples or 1), k=rng.randint(1, 4)))
         changes = [(0, "a"), *((at, rng.choice("abcd")) for at in times)]
         parts = parts_of(changes, counts)
         names = [part.images for part in parts]
         passes = Passes(SEED, parts, names)
-        assert [passes[sample] for sample in range(90)] == enumerated(changes, counts, 90)
+        expected = enumerated(changes, counts, 1300)
+        for sample in {*range(0, 1300, 7), *(part.first for part in parts)}:
+            assert passes[sample] == expected[sample]
         assert all(a != b for a, b in itertools.pairwise(names))
         later_lists.update(names[1:])
     assert later_lists == set("abcd")
