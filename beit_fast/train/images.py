@@ -71,11 +71,8 @@ def describe(images: Images, output: Path, was: str, count: int) -> tuple[str, b
     try:
         found = images.difference(output / FOLDER, was, count)
     except ValueError as error:
-        return (
-            f"they are others than the {count} of before, which are not known ({error})",
-            True,
-            False,
-        )
+        words = f"they are others than the {count} of before, which are not known ({error})"
+        return words, True, False
     return str(found), bool(found), found.is_repair
 
 
