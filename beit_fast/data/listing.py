@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,10 +45,14 @@ class Difference:
     gone: Sequence[str]
     changed: Sequence[str]  # of another size
     num_compared: int  # sizes
-    reordered: bool
+    numbers: np.ndarray  # int64 (was,): in the list of now, -1 for what is gone
 
     def __bool__(self) -> bool:
-        return bool(self.num_added or self.num_gone or self.changed or self.reordered)
+        return bool(self.num_added or self.num_gone or self.changed or self.is_reordered)
+
+    @property
+    def is_reordered(self) -> bool:
+        return bool((np.diff(self.numbers[self.numbers >= 0]) < 0).any())
 
     @property
     def is_repair(self) -> bool:
@@ -56,7 +61,7 @@ class Difference:
         few = (self.num_gone <= max(10, self.was // 100)) and (
             len(self.changed) <= max(10, self.num_compared // 100)
         )
-        return few and not self.num_added and not self.reordered
+        return few and not self.num_added and not self.is_reordered
 
     def __str__(self) -> str:
         """ "3 images were added (a, b, c), 2 are gone (d, e)"."""
@@ -110,6 +115,8 @@ class Listing:
     @classmethod
     def kept(cls, folder: Path, digest: str, count: int) -> "Listing":
         """The list of `count` images that was kept. Raises ListingError where it is no more."""
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ListingError(f"{digest[:80]!r} is no digest of a list")
         path = path_of(folder, digest)
         try:
             with gzip.open(path, "rb") as file:
@@ -117,8 +124,13 @@ class Listing:
             if hashlib.sha256(content).hexdigest() != digest or len(content) == limit:
                 raise ListingError(f"{path} is damaged: its SHA-256 is not the one it is named by")
             header, _, names = content.partition(b"\n")
-            sizes = {int(number): size for number, size in json.loads(header)["sizes"]}
-            return cls(os.fsdecode(names).split("\0"), sizes)
+            listing = cls(
+                os.fsdecode(names).split("\0"),
+                {int(number): size for number, size in json.loads(header)["sizes"]},
+            )
+            if len(listing) != count or not all(0 <= number < count for number in listing.sizes):
+                raise ListingError(f"{path} has {len(listing)} images, and {count} were wanted")
+            return listing
         except FileNotFoundError as error:
             raise ListingError(f"{path} is missing") from error
         except ListingError:
@@ -126,15 +138,11 @@ class Listing:
         except (OSError, EOFError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise ListingError(f"{path} is damaged: {damage(error)}") from error
 
-    def numbers_in(self, other: "Listing") -> np.ndarray:
-        """int64 (n,): the number in `other` of each image of this list, -1 where it is gone."""
-        number = {name: place for place, name in enumerate(other.names)}
-        found = (number.get(name, -1) for name in self.names)
-        return np.fromiter(found, np.int64, len(self.names))
-
     def difference(self, source: Source, now: "Listing") -> Difference:
         """From this list to that of the source, `now`; sizes are looked at anew."""
-        numbers = self.numbers_in(now)
+        number = {name: place for place, name in enumerate(now.names)}
+        found = (number.get(name, -1) for name in self.names)
+        numbers = np.fromiter(found, np.int64, len(self))
         gone = np.flatnonzero(numbers < 0)
         added = np.ones(len(now), bool)
         added[numbers[numbers >= 0]] = False
@@ -154,7 +162,7 @@ class Listing:
             gone=[self.names[place] for place in gone[: SHOWN + 1]],
             changed=[self.names[place] for place, was, size in known if was != size],
             num_compared=len(known),
-            reordered=bool((np.diff(numbers[numbers >= 0]) < 0).any()),
+            numbers=numbers,
         )
 
     def _content(self) -> Iterator[bytes]:

@@ -126,7 +126,7 @@ class RunImages:
         if not part.images:
             return None, f"which {part.count} images the run had is not known"
         try:
-            numbers = Listing.kept(folder, part.images, part.count).numbers_in(self._listing)
+            numbers = self.difference(folder, part.images, part.count).numbers
         except ListingError as error:
             return None, f"which {part.count} images the run had is not known ({error})"
         left = int((numbers >= 0).sum())

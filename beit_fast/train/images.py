@@ -76,6 +76,13 @@ def describe(images: Images, output: Path, was: str, count: int) -> tuple[str, b
     return str(found), bool(found), found.is_repair
 
 
+def count_of(settings: Mapping[str, Any]) -> int:
+    """The number of images that a manifest's settings say; 0 where they say none."""
+    of_run = settings.get("run")
+    count = of_run.get("num_images") if isinstance(of_run, Mapping) else None
+    return count if type(count) is int else 0
+
+
 def follow(
     task: "Task", resume: "Resume | None", output: Path, images_per_step: int, world: World
 ) -> Parts:
@@ -106,5 +113,5 @@ def _before(manifest: Mapping[str, Any]) -> Parts:
     """A version that did not keep lists had one for good, of which the number is known."""
     if "images" in manifest:
         return manifest["images"]
-    count = manifest["settings"]["run"]["num_images"]
+    count = count_of(manifest["settings"])
     return [{"first": 0, "epoch": 0, "count": count, "images": ""}]

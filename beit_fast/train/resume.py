@@ -19,7 +19,7 @@ from typing import Any
 from beit_fast.flags import flag
 from beit_fast.train.agreement import flat
 from beit_fast.train.config import RunConfig
-from beit_fast.train.images import Images, describe
+from beit_fast.train.images import Images, count_of, describe
 from beit_fast.train.log import METRICS
 from beit_fast.train.state import (
     Checkpoint,
@@ -203,8 +203,8 @@ def _looked_at(
     looked = []
     for change in found:
         if change.name == IMAGES:
-            count = theirs["run"]["num_images"]
-            words, differs, is_repair = describe(images, path.parents[1], change.was, count)
+            count = count_of(theirs)
+            words, differs, is_repair = describe(images, path.parents[1], str(change.was), count)
             if not differs:
                 continue  # but for sizes that could not be had
             change = replace(change, words=words, is_repair=is_repair)

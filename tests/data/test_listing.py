@@ -73,6 +73,11 @@ def test_a_list_that_is_damaged_or_gone_is_named(folder, tmp_path):
         path.write_bytes(gzip.compress(content))
         with pytest.raises(ListingError, match="SHA-256 is not the one it is named by"):
             Listing.kept(tmp_path, ours.digest, 4)
+    with pytest.raises(ListingError, match=r"'\.\./list' is no digest"):
+        Listing.kept(tmp_path, "../list", 4)
+    path.write_bytes(whole)
+    with pytest.raises(ListingError, match="has 4 images, and 5 were wanted"):
+        Listing.kept(tmp_path, ours.digest, 5)
 
 
 def test_a_difference_counts_and_names(folder, tmp_path):
@@ -87,8 +92,7 @@ def test_a_difference_counts_and_names(folder, tmp_path):
     )
     assert found
     assert not found.is_repair
-    numbers = before.numbers_in(listed(source)).tolist()
-    names = [source.key(number) if number >= 0 else "gone" for number in numbers]
+    names = [source.key(number) if number >= 0 else "gone" for number in found.numbers]
     assert names == [name if name != "b/x.jpg" else "gone" for name in before.names]
     (tmp_path / "images" / os.fsdecode(b"a/latin\xe9.jpg")).unlink()
     source = ImageFolder(tmp_path / "images")

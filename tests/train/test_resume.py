@@ -31,7 +31,7 @@ def flat_names(recipes):
         names |= {f"optim.{f.name}" for f in fields(OptimConfig)}
         names |= {f"run.{f.name}" for f in fields(RunConfig)}
         names |= flat(settings).keys()
-    return names | {"run.num_images", "run.images_per_batch", "run.world_size"}
+    return names | {"data.images", "run.num_images", "run.images_per_batch", "run.world_size"}
 
 
 def newest(output):
@@ -53,7 +53,7 @@ def test_the_page_has_the_table_of_the_code():
         if line.startswith(f"| {kind} |")
     }
     assert rows["habit"] == resume.HABITS
-    assert rows["advised"] == resume.ADVISED | {resume.NUM_IMAGES, "run.ema_decay"}
+    assert rows["advised"] == resume.ADVISED | {resume.IMAGES, resume.NUM_IMAGES, "run.ema_decay"}
 
 
 def test_settings_of_another_run_are_listed_and_a_new_switch_that_is_off_is_none():
@@ -110,6 +110,7 @@ def test_habits_of_an_older_manifest_are_no_difference():
     [(1000, 991, True), (1000, 990, True), (1000, 989, False), (5000, 4950, True), (12, 13, False)],
 )
 def test_a_few_unusable_images_may_be_removed(was, now, goes_on):
+    """Of runs of a version that kept no list of them."""
     stored, ours = ({"run": {"num_images": n}} for n in (was, now))
     if goes_on:
         assert len(check_settings("run", stored, ours)) == 1

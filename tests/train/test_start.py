@@ -138,8 +138,5 @@ def test_ranks_with_other_images_of_the_same_number_do_not_start(tmp_path, on_ra
     errors = on_ranks(begin(Numbers), begin(Renamed))
     assert str(errors[0]) == str(errors[1])
     ours, theirs = [RunImages(kind(ToyTask.num_images)).digest for kind in (Numbers, Renamed)]
-    said = "data.images is '{}' on rank 0, '{}' on rank 1. Give every node the same".format(
-        *digests
-    )
-    assert said in str(errors[0])
+    assert f"data.images is '{ours}' on rank 0, '{theirs}' on rank 1. Give" in str(errors[0])
     assert not list(tmp_path.iterdir())
