@@ -93,7 +93,8 @@ class RunImages:
             if old is not None:
                 lists[now] = old
                 gone = int((old < 0).sum())
-                said = f", {gone} of which are gone and replaced by the next" if gone else ""
+                verb = "is" if gone == 1 else "are"
+                said = f", {gone} of which {verb} gone and replaced by the next" if gone else ""
                 self.note = (
                     f"pass {parts[now].epoch + (sample - parts[now].first) // parts[now].count} "
                     f"goes on over the {len(old)} images of before{said}; pass {parts[-1].epoch} "

@@ -101,7 +101,7 @@ def test_another_folder_is_refused_and_on_request_gone_on_with_from_the_next_pas
     rest = read_by(config_of(**ACCEPTED))
     said = capsys.readouterr().out
     assert "from step 5 on, data.images: 4 images were added" in said
-    assert "pass 1 goes on over the 12 images of before, 1 of which are gone" in said
+    assert "pass 1 goes on over the 12 images of before, 1 of which is gone" in said
     old, new = rest[:9], rest[9:]
     wanted = first[15:24]
     assert [a for a, b in zip(old, wanted, strict=True) if b not in GONE] == [
