@@ -22,8 +22,8 @@ from beit_fast.data.loader import BadDataError
 from beit_fast.recipes import FINETUNE
 from beit_fast.tasks.pretrain.dvae import DvaeTask
 from beit_fast.tasks.pretrain.task import PretrainTask
+from beit_fast.train.bad_steps import NonFiniteLoss
 from beit_fast.train.graph import CaptureError
-from beit_fast.train.step import NonFiniteLoss
 
 TINY = [
     *["--run.steps", "2", "--run.log_every", "1", "--optim.warmup_steps", "1"],
@@ -176,6 +176,7 @@ def test_a_loss_that_is_not_finite_gives_one_line(tmp_path, capsys, monkeypatch)
 
     monkeypatch.setattr(PretrainTask, "loss", spoil)
     arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
+    arguments += ["--run.bad_steps", "1"]
     assert main(arguments) == 1
     assert "not finite between steps 1 and 1, first at step 1" in capsys.readouterr().err
 

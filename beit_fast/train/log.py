@@ -29,7 +29,7 @@ def plain_console(*, quiet: bool = False) -> Console:
 
 
 class Meter:
-    """Sums of metrics since the last reading, on the device.
+    """Sums of metrics since the last reading, on the device; steps that were skipped count apart.
 
     `state` and `load_state` carry an unread window through a checkpoint, so that a resumed run
     prints the numbers of a run that was never stopped.
@@ -38,38 +38,57 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, int] = {}  # of all steps
+        self._skipped = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, **metrics: Tensor) -> None:
-        """Add one scalar tensor a name."""
+    def add(self, lost: Tensor | None = None, **metrics: Tensor) -> None:
+        """Add one scalar tensor a name. lost: (), 1 for a step that is skipped, whose metrics may
+        be anything; None or 0 for others."""
         for name, value in metrics.items():
             value = value.detach().to(torch.float64)
+            if lost is not None:
+                value = torch.where(lost > 0, 0.0, value)
             if name in self._sums:
                 self._sums[name] += value
                 self._counts[name] += 1
             else:
                 self._sums[name], self._counts[name] = value.clone(), 1
+        if lost is not None:
+            self._skipped += lost
 
     def means(self) -> dict[str, Tensor]:
-        """The means on the device, without a sync; the window starts afresh."""
-        means = {name: self._sums[name] / self._counts[name] for name in sorted(self._sums)}
+        """The means on the device, and where steps were skipped how many, `skipped`. The window
+        starts afresh. No mean where all were. Syncs."""
+        skipped = self._num_skipped()
+        counts = {name: count - skipped for name, count in self._counts.items()}
+        means = {k: self._sums[k] / counts[k] for k in sorted(self._sums) if counts[k]}
+        if skipped:
+            means["skipped"] = self._skipped.clone()
         self._sums, self._counts = {}, {}
+        self._skipped.zero_()
         return means
+
+    def _num_skipped(self) -> int:
+        return int(self._skipped)
 
     def state(self, world: World) -> dict[str, Tensor]:
         """The window of all ranks: sums fp64 (R,), counts (). Called on every rank; syncs."""
         of_ranks = world.gather({name: float(value) for name, value in self._sums.items()})
-        sums = {}
+        skipped, state = self._num_skipped(), {}
         for name in self._sums:
             of_each = [window[name] for window in of_ranks]
-            sums[f"meter_sum/{name}"] = torch.tensor(of_each, dtype=torch.float64)
-        return sums | {f"meter_count/{k}": torch.tensor(v) for k, v in self._counts.items()}
+            state[f"meter_sum/{name}"] = torch.tensor(of_each, dtype=torch.float64)
+        for name, count in self._counts.items():
+            state[f"meter_count/{name}"] = torch.tensor(count - skipped)
+        return state | ({"meter_skipped": torch.tensor(skipped)} if skipped else {})
 
     def load_state(self, tensors: Mapping[str, Tensor], world: World) -> None:
         """This rank's part of what `state` gave; on another number of ranks each has the mean.
 
         A single number, of a version that kept the main rank's alone, is taken by all.
         """
+        skipped = int(tensors.get("meter_skipped", 0))
+        self._skipped.fill_(skipped)
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "meter_sum":
@@ -77,7 +96,7 @@ class Meter:
                 value = value.flatten()[world.rank] if same else value.mean()
                 self._sums[name] = value.to(self._device)
             elif kind == "meter_count":
-                self._counts[name] = int(value)
+                self._counts[name] = int(value) + skipped
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -7,8 +7,6 @@ the same on whatever rank.
 """
 
 import contextlib
-import hashlib
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from beit_fast.train.agreement import flat
 from beit_fast.train.aside import Aside
 from beit_fast.train.average import Average
+from beit_fast.train.bad_steps import BadSteps
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import graphed, preparation
 from beit_fast.train.length import Length, run_length
@@ -35,9 +34,11 @@ from beit_fast.train.progress import progress, unhurried
 from beit_fast.train.resume import Resume, find_resume
 from beit_fast.train.run_state import RunState
 from beit_fast.train.saving import Saver
+from beit_fast.train.seeds import step_seed
+from beit_fast.train.sentinel import Sentinel
 from beit_fast.train.settings import complete_settings, start_of
 from beit_fast.train.shares import shares_of
-from beit_fast.train.step import Sentinel, TrainStep
+from beit_fast.train.step import TrainStep
 from beit_fast.train.stop import Interrupted, sole_user, stop_signals
 from beit_fast.train.world import World
 
@@ -64,6 +65,9 @@ class Task(Protocol):
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches of this rank from number `start` on, endless, on the CPU."""
+
+    def sample_name(self, index: int) -> str:
+        """What to call the image of this `sample_index` of a batch: the path of its file."""
 
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         """Have torch.compile make the large part of `loss`; `mode` is torch's. `by_block`: the
@@ -125,12 +129,6 @@ class TaskLoss(nn.Module):
         return self.loss(batch)
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of torch's generators for one step; its micro-batches draw one after another."""
-    digest = hashlib.blake2b(struct.pack("<3q", seed, step, rank), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def train(
     task: Task, optim: OptimConfig, run: RunConfig, *, settings: Mapping[str, Any], world: World
 ) -> Outcome:
@@ -169,12 +167,13 @@ def train(
         if ema:
             ranks.share(ema.module)
         optimizer = build_optimizer(task.param_groups(optim.weight_decay), optim, device)
+        sentinel = Sentinel(optimizer, world, start, run)
         if resume:
-            state.load_rest(optimizer, resume.checkpoint.tensors)
+            state.load_rest(optimizer, sentinel, resume.checkpoint.tensors)
         schedule = Schedule(
             optimizer, optim, num_steps=num_steps, warmup=length.warmup_steps, start=start
         )
-        sentinel = Sentinel(optimizer, world, start)
+        bad_steps = BadSteps(task, sentinel, optimizer.param_groups, run, world, aside)
         shares = shares_of(task.count, run, world)
         take = TrainStep(
             module, optimizer, sentinel, shares=shares, optim=optim, run=run, device=device
@@ -225,10 +224,11 @@ def train(
 
         task.model.train()
         micro_batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
+        micro_batches = bad_steps.noting(micro_batches, start * run.accumulate)
         prepare = preparation(task, run, device)
         batches = device_batches(micro_batches, device, prepare, ahead=run.prepare_ahead)
         in_flight = InFlight(device)
-        checked = start
+        checked, owed = start, False
         try:
             if start and falls_due(start) and _lacks_evaluation(output, start, world):
                 evaluate(start)  # it was left at a stop signal, or failed
@@ -238,7 +238,8 @@ def train(
                 step_batches = [next(batches) for _ in range(run.accumulate)]
                 progress("taking the step")
                 torch.manual_seed(step_seed(run.seed, step, world.rank))
-                meter.add(**take(step_batches))
+                scalars = take(step_batches)
+                meter.add(sentinel.lost, **scalars)
                 schedule.step()
                 if ema:
                     ema.update(task.model)
@@ -251,10 +252,13 @@ def train(
                 saver.check(signum)
                 evaluates = falls_due(done)
                 prints = done % run.log_every == 0 or done == num_steps or evaluates
-                saves = done % run.save_every == 0 or done == num_steps or evaluates or signum
-                if prints or saves:
-                    sentinel.check(saver, checked, done)
+                saves = done == num_steps or signum
+                owed = owed or done % run.save_every == 0 or evaluates
+                if prints or saves or owed:
+                    bad_steps.check(saver, checked, done)
                     checked = done
+                # The last checkpoint of a run that bad steps end is from before their row.
+                saves, owed = saves or (owed and not bad_steps.in_row), owed and bad_steps.in_row
                 if prints:
                     means = meter.means()
                     of_all = task.report({k: world.sum(v) for k, v in task.counters.items()})
@@ -267,7 +271,7 @@ def train(
                         log.line(done, line)
                 if saves:
                     with log.aside(), unhurried("saving a checkpoint"):
-                        saver.save(done, state.tensors(optimizer))
+                        saver.save(done, state.tensors(optimizer, sentinel))
                 if signum:
                     saver.wait()
                     raise Interrupted(signum, f"after step {done}", SAVED)

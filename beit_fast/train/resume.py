@@ -55,7 +55,7 @@ ADVISED = frozenset(
         *("optim.decay_steps", "optim.weight_decay", "optim.weight_decay_end", "optim.betas"),
         *("optim.eps", "optim.clip_grad", "weight_decay_on_rel_pos_bias", "layer_decay"),
         *("encoder_lr_scale", "run.steps", "run.epochs", "run.precision", "data.max_bad_share"),
-        "run.loss_mean",
+        *("run.loss_mean", "run.bad_steps", "run.spike", "run.spike_window"),
         # of test images alone, and kept for those who evaluate the run
         *("crop_pct", "evaluation.stride", "evaluation.scale", "evaluation.multi_scale"),
         *("evaluation.flip", "run.gradient_dtype"),
@@ -73,6 +73,8 @@ BEFORE = {
     "optim.poly_power": 1.0,
     "run.loss_mean": "rank",
     "run.gradient_dtype": "fp32",
+    "run.bad_steps": 1,
+    "run.spike_window": 100,
 }
 ABANDONED = "abandoned"
 

@@ -89,6 +89,9 @@ class DvaeTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self.loader.batches(start)
 
+    def sample_name(self, index: int) -> str:
+        return self.loader.source.name(index)
+
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         """All of the model: there are no blocks to make one by one."""
         self._forward = torch.compile(self.model.forward, fullgraph=True, dynamic=False, mode=mode)

@@ -103,6 +103,9 @@ class SegmentTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self._drop_path.added_to(self.loader.batches(start), start)
 
+    def sample_name(self, index: int) -> str:
+        return self.source.name(index)
+
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         """All of it; under several ranks the encoder, for their batch norms wait for one another
         in every convolution of the pyramid and the heads."""
