@@ -395,7 +395,7 @@ def test_a_tokenizer_is_told_its_flags_as_they_are_typed(section, tmp_path, caps
     with monkeypatch.context() as patch:
         loss = DvaeTask.loss
         patch.setattr(DvaeTask, "loss", lambda *a: (loss(*a)[0] * float("nan"), loss(*a)[1]))
-        refused("run.seed", "0", "optim.lr, lengthen the warm-up")
+        refused("run.bad_steps", "1", "optim.lr, lengthen the warm-up")
     assert main([*arguments, f"--{section}run.cuda_graph", "false"]) == 0
 
 

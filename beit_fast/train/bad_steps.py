@@ -47,8 +47,11 @@ def record_path(output: Path, step: int) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a file of a bad step holds, numbers as numbers. Raises ValueError, OSError."""
-    record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda word: 1 / 0)
+    """What a file of a bad step holds. Raises ValueError for one that is damaged, OSError."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        record = None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path} is of another version, or damaged: remove it")
     return record
@@ -113,13 +116,12 @@ class BadSteps:
         self.in_row = reading.row > 0
         if not reading.skipped:
             return
-        records = self._records(reading.noted)
         ends = reading.row >= self._run.bad_steps
-        if not ends:
-            self._warn(records, reading.skipped)
-            return
-        kept = saver.wait()
-        raise NonFiniteLoss(self._message(records, reading.first, since, done, kept))
+        kept = saver.wait() if ends else []
+        records = self._records(reading.noted)
+        if ends:
+            raise NonFiniteLoss(self._message(records, reading.first, since, done, kept))
+        self._warn(records, reading.skipped)
 
     def _records(self, noted: Sequence[Noted]) -> list[dict[str, Any]]:
         """Of all ranks, put together and written by the main one; on every rank."""
@@ -153,7 +155,7 @@ class BadSteps:
             "format": FORMAT,
             "step": step,
             "why": _why(of_ranks),
-            "loss": _plain(first["loss"]),
+            "loss": _plain(sum(noted["own_loss"] for noted, _, _ in of_ranks) / len(of_ranks)),
             "grad_norm": _plain(first["grad_norm"]),
             "mean_before": _plain(first["mean"]),
             "deviation_before": _plain(first["deviation"]),

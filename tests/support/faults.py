@@ -114,7 +114,8 @@ def raises(error: BaseException) -> Callable[[object], object]:
     return act
 
 
-# Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor).
+# Places: "step" (its beginning), "batch" (waiting for that of a step); "loss" and "gradient", where a
+# tensor is the value.
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
@@ -130,4 +131,5 @@ FAULTS = {
     # Its gradients are as they were: bad on this rank alone.
     "nan_value": Fault("loss", lambda loss: loss + torch.nan),
     "spike": Fault("loss", lambda loss: loss * 100),
+    "nan_gradient": Fault("gradient", lambda gradient: gradient * torch.nan),
 }
