@@ -9,14 +9,16 @@ import codecs
 import contextlib
 import inspect
 import io
+import itertools
 import logging
 import os
 import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from beit_fast import recipes
@@ -26,10 +28,12 @@ from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
 from beit_fast.parsing import add_removed, make, new_parser, read
 from beit_fast.tasks.evaluate.config import EvaluateConfig, PredictConfig
+from beit_fast.tasks.replay.config import Replay, ReplayConfig
 from beit_fast.tasks.segment.config_evaluation import (
     EvaluateSegmentationConfig,
     PredictSegmentationConfig,
 )
+from beit_fast.train.kept_config import CONFIG
 from beit_fast.train.launch import launched_rank
 from beit_fast.train.once import say_once
 from beit_fast.train.stop import WRITER, Interrupted
@@ -54,6 +58,7 @@ USAGE = """usage: beit-fast <verb> ...
                          IoU of a segmenter on images with masks, class by class
   predict-segmentation CHECKPOINT IMAGE... --output FOLDER
                          the class of every pixel of images, as PNGs of ids and of colours
+  replay RUN STEP        a step of a run again: in which module it goes bad
   convert SRC DST --to unilm|timm|hf
                          a BEiT under other names: file, folder, run or published name
   convert-dalle          OpenAI's encoder.pkl and decoder.pkl -> one safetensors file
@@ -299,6 +304,59 @@ def parse_predict_segmentation(arguments: Sequence[str]) -> PredictSegmentationC
     return make(kind, read(parser, arguments, kind), arguments=("checkpoint", "images"))
 
 
+def parse_replay(arguments: Sequence[str]) -> Replay:
+    """`beit-fast replay` with these arguments: a few of its own, and flags of the run's verb."""
+    parser = new_parser(
+        "beit-fast replay",
+        usage="beit-fast replay RUN STEP [--json FILE] [--ranks N] [--section.field value ...]",
+        description=inspect.getdoc(ReplayConfig),
+    )
+    parser.add_argument("run", help="folder of the run, with its config.yaml")
+    parser.add_argument("step", type=Count, help="as the log counts them, from 1")
+    parser.add_class_arguments(ReplayConfig, skip={"run", "step"})
+    ours, theirs = _split(arguments, {"--json", "--ranks", "--help", "-h"})
+    wanted = make(ReplayConfig, read(parser, ours, ReplayConfig), arguments=("run", "step"))
+    file = Path(wanted.run) / CONFIG
+    verb = _verb_of(file)
+    known, _ = VERBS[verb]
+    name, recipe = next(iter(known.items()))
+    return Replay(wanted, verb, parse(verb, name, recipe, ["--config", str(file), *theirs]))
+
+
+def _split(arguments: Sequence[str], flags: Collection[str]) -> tuple[list[str], list[str]]:
+    """Arguments without a flag and those of `flags`, and all others."""
+    ours: list[str] = []
+    theirs: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        mine = word.partition("=")[0] in flags or not word.startswith("-")
+        (ours if mine else theirs).append(word)
+        if word.startswith("--") and "=" not in word and word != "--help":
+            (ours if mine else theirs).extend(itertools.islice(words, 1))
+    return ours, theirs
+
+
+def _verb_of(file: Path) -> str:
+    """Whose configuration a file is: each verb has fields of its own."""
+    if not file.exists():
+        raise ValueError(
+            f"{file} is not there: no run was started in that folder, or by a version that did not "
+            "keep its settings. Write the file with the run's own command, to which --print_config "
+            f"> {file} is added"
+        )
+    sections = set(re.findall(r"^(\w+):", file.read_text("utf-8", "replace"), re.MULTILINE))
+    for verb, field in (
+        *(("tokenizer", "dvae"), ("pretrain", "masking"), ("segment", "auxiliary_weight")),
+        ("finetune", "layer_decay"),
+    ):
+        if field in sections:
+            return verb
+    raise ValueError(
+        f"{file} is no configuration of pretrain, tokenizer, finetune or segment: write it with "
+        f"the run's own command, to which --print_config > {file} is added"
+    )
+
+
 def _pretrain() -> Run:
     from beit_fast.tasks.pretrain.pipeline import run_pretraining
 
@@ -359,6 +417,12 @@ def _predict_segmentation() -> Run:
     return run_segmentation_prediction
 
 
+def _replay() -> Run:
+    from beit_fast.tasks.replay.task import run_replay
+
+    return run_replay
+
+
 def _convert() -> Run:
     from beit_fast.tasks.evaluate.checkpoints import statistics_of, write_image_processor
     from beit_fast.weights.convert import convert
@@ -393,6 +457,7 @@ WITHOUT_RECIPE: dict[str, tuple[Callable[[Sequence[str]], Any], Callable[[], Run
     "predict": (parse_predict, _predict),
     "evaluate-segmentation": (parse_evaluate_segmentation, _evaluate_segmentation),
     "predict-segmentation": (parse_predict_segmentation, _predict_segmentation),
+    "replay": (parse_replay, _replay),
     "convert": (parse_convert, _convert),
     "convert-dalle": (parse_convert_dalle, _convert_dalle),
 }

@@ -155,11 +155,11 @@ class BadSteps:
             "format": FORMAT,
             "step": step,
             "why": _why(of_ranks),
-            "loss": _plain(sum(noted["own_loss"] for noted, _, _ in of_ranks) / len(of_ranks)),
-            "grad_norm": _plain(first["grad_norm"]),
-            "mean_before": _plain(first["mean"]),
-            "deviation_before": _plain(first["deviation"]),
-            "grad_norms": {group: _plain(math.sqrt(s)) for group, s in squares.items()},
+            "loss": plain(sum(noted["own_loss"] for noted, _, _ in of_ranks) / len(of_ranks)),
+            "grad_norm": plain(first["grad_norm"]),
+            "mean_before": plain(first["mean"]),
+            "deviation_before": plain(first["deviation"]),
+            "grad_norms": {group: plain(math.sqrt(s)) for group, s in squares.items()},
             "gradients_not_finite": wrong,
             "ranks": [self._of_rank(*of_rank) for of_rank in of_ranks],
             "world_size": self._world.size,
@@ -171,8 +171,8 @@ class BadSteps:
         batches = []
         for loss, samples in zip(noted["losses"], ids, strict=True):
             files = None if samples is None else [self._task.sample_name(i) for i in samples]
-            batches.append({"loss": _plain(loss), "samples": samples, "files": files})
-        return {"loss": _plain(noted["own_loss"]), "step_seed": seed, "micro_batches": batches}
+            batches.append({"loss": plain(loss), "samples": samples, "files": files})
+        return {"loss": plain(noted["own_loss"]), "step_seed": seed, "micro_batches": batches}
 
     def _write(self, record: dict[str, Any]) -> None:
         path = record_path(self._output, record["step"])
@@ -272,7 +272,7 @@ def _some(items: Sequence[Any]) -> str:
     return f"{text} ..." if len(items) > SHOWN else text
 
 
-def _plain(number: float) -> float | str:
+def plain(number: float) -> float | str:
     """JSON has no NaN: such numbers are words, "nan", "inf", "-inf"."""
     return number if math.isfinite(number) else str(number)
 

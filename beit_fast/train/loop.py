@@ -21,6 +21,7 @@ from beit_fast.train.average import Average
 from beit_fast.train.bad_steps import BadSteps
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import graphed, preparation
+from beit_fast.train.kept_config import write_config
 from beit_fast.train.length import Length, run_length
 from beit_fast.train.log import METRICS, Log, Meter, read_metrics
 from beit_fast.train.optim import (
@@ -65,6 +66,9 @@ class Task(Protocol):
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches of this rank from number `start` on, endless, on the CPU."""
+
+    def take_rank(self, world: World) -> None:
+        """Give the batches of this rank from now on, though there is one process: for a replay."""
 
     def sample_name(self, index: int) -> str:
         """What to call the image of this `sample_index` of a batch: the path of its file."""
@@ -130,9 +134,18 @@ class TaskLoss(nn.Module):
 
 
 def train(
-    task: Task, optim: OptimConfig, run: RunConfig, *, settings: Mapping[str, Any], world: World
+    task: Task,
+    optim: OptimConfig,
+    run: RunConfig,
+    *,
+    settings: Mapping[str, Any],
+    world: World,
+    config: Any = None,
 ) -> Outcome:
     """Train `task` to the end of `run` and save checkpoints, metrics and pictures below its output.
+
+    `config`, a dataclass, is what the command line made, if it did: it is kept as kept_config.py
+    says.
 
     `settings` is the whole resolved configuration of the task as plain data; it is saved with
     every checkpoint, and a resume is refused under settings that make it another run (resume.py).
@@ -150,6 +163,8 @@ def train(
         stack.enter_context(world.watching(f"preparing the training of {task.name}", output))
         resume = find_resume(output, run, settings, world)
         world.agree(start_of(resume, task))
+        if config is not None and world.is_main:
+            write_config(output, task.name, config)
         length = run_length(task, optim, run, settings, resume and resume.manifest)
         num_steps = length.num_steps
         task.to(device)

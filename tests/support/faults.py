@@ -114,8 +114,8 @@ def raises(error: BaseException) -> Callable[[object], object]:
     return act
 
 
-# Places: "step" (its beginning), "batch" (waiting for that of a step); "loss" and "gradient", where a
-# tensor is the value.
+# Places: "step" (its beginning), "batch" (waiting for that of a step); "loss", "gradient", of which
+# a tensor is the value.
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),

@@ -58,6 +58,9 @@ class ToyTask:
             }
             number += 1
 
+    def take_rank(self, world: World) -> None:
+        self.world = world
+
     def sample_name(self, index: int) -> str:
         return f"image_{index}"
 

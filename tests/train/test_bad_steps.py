@@ -90,7 +90,7 @@ def test_three_in_a_row_end_the_run_on_both_ranks_with_what_was_met(two_ranks):
     assert steps_of(output) == [1, 2, 3]
     record = read_record(record_path(output, 6))
     assert record["checkpoint"] == str(checkpoint_paths(output)[-1])
-    assert record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["torch"].startswith("2.")
     assert all(record_path(output, step).exists() for step in (4, 5))
 
 
