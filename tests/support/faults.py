@@ -114,8 +114,8 @@ def raises(error: BaseException) -> Callable[[object], object]:
     return act
 
 
-# Places: "step" (its beginning), "batch" (waiting for that of a step); "loss", "gradient", of which
-# a tensor is the value.
+# Places: "step" (its beginning), "batch" (waiting for that of a step); "loss", "gradient" and
+# "sample" (of an image's number), of which a tensor is the value.
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
@@ -131,5 +131,6 @@ FAULTS = {
     # Its gradients are as they were: bad on this rank alone.
     "nan_value": Fault("loss", lambda loss: loss + torch.nan),
     "spike": Fault("loss", lambda loss: loss * 100),
+    "huge": Fault("sample", lambda pixels: pixels * 1e30),
     "nan_gradient": Fault("gradient", lambda gradient: gradient * torch.nan),
 }
