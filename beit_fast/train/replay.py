@@ -11,6 +11,7 @@ one that is not finite is taken again, watched by first_bad.py.
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -257,7 +258,9 @@ class Replay:
 
     def _search(self, step_batches: Sequence[Batch]) -> tuple[Finding | None, int | None]:
         """The step that was not taken, watched."""
-        with FirstBad(self._task.model) as watch:
+        with FirstBad(self._task.model) as watch, warnings.catch_warnings():
+            # That modules which are hooked are called one by one, which is meant.
+            warnings.simplefilter("ignore", UserWarning)
             for i, (batch, share) in enumerate(
                 zip(step_batches, self._shares(step_batches), strict=True)
             ):
