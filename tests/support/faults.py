@@ -11,6 +11,7 @@ that asserts it: none passes because its fault never came.
 
 import ctypes
 import os
+import resource
 import signal
 import threading
 import time
@@ -105,6 +106,17 @@ def slowly(_: object) -> None:
         heed_stop("while working")
 
 
+def limits_files(num_bytes: int) -> Callable[[object], object]:
+    """From now on no file of this process grows beyond that: as on a disk that is full."""
+
+    def act(value: object) -> object:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        return value
+
+    return act
+
+
 def sends(signum: signal.Signals) -> Callable[[object], object]:
     def act(value: object) -> object:
         os.kill(os.getpid(), signum)
@@ -120,7 +132,9 @@ def raises(error: BaseException) -> Callable[[object], object]:
     return act
 
 
-# Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor).
+FULL_AT = (100, 1_000, 10_000, 100_000, 260_000)  # bytes
+# Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor), "save"
+# (writing the checkpoint of a step).
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
@@ -132,6 +146,9 @@ FAULTS = {
     "fault": Fault("step", raises(ZeroDivisionError("division by zero"))),
     "loader": Fault("batch", hang),
     "wait": Fault("batch", wait),
+    "full_disk": Fault("save", raises(OSError(28, "No space left on device"))),
+    "bug": Fault("save", raises(ZeroDivisionError("division by zero"))),
+    **{f"full_at_{size}": Fault("step", limits_files(size)) for size in FULL_AT},
     "nan": Fault("loss", lambda loss: loss * torch.nan),
     "inf": Fault("loss", lambda loss: loss * torch.inf),
     # Its gradients are as they were: bad on this rank alone.
