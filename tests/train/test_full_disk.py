@@ -1,4 +1,4 @@
-"""A disk that is full: what was saved stays, training goes on as far as it may, one line says it."""
+"""A disk that is full: what was saved stays, training goes on while it may, one line says it."""
 
 import logging
 import os
@@ -40,8 +40,8 @@ def of_a_child(run):
 
     def command():
         os.dup2(writing, 2)
-        sys.stderr, sys.stdout = os.fdopen(2, "w"), open(os.devnull, "w")
-        logging.root.handlers.clear()  # pytest's
+        sys.stderr, sys.stdout = os.fdopen(2, "w"), os.fdopen(1, "w")  # not pytest's
+        logging.root.handlers.clear()
         cli.WITHOUT_RECIPE["toy"] = (lambda arguments: None, lambda: lambda config: run())
         raise_code(cli.main(["toy"]))
 
