@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 FIRED = "fired_"  # and the fault: a file with the time of each firing, a line each
 
@@ -132,9 +133,21 @@ def raises(error: BaseException) -> Callable[[object], object]:
     return act
 
 
+def raises_in_backward(error: BaseException) -> Callable[[Tensor], Tensor]:
+    """Where the gradient of the loss has come to be, a tensor."""
+
+    def act(loss: Tensor) -> Tensor:
+        loss = loss * 1
+        loss.register_hook(raises(error))
+        return loss
+
+    return act
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
 FULL_AT = (100, 1_000, 10_000, 100_000, 260_000)  # bytes
 # Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor), "save"
-# (writing the checkpoint of a step).
+# (writing the checkpoint of a step), "update" (the optimiser's step).
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
@@ -144,6 +157,9 @@ FAULTS = {
     "slow": Fault("step", slowly),
     "error": Fault("step", raises(ValueError("a disk of this node is gone: mount it"))),
     "fault": Fault("step", raises(ZeroDivisionError("division by zero"))),
+    "oom": Fault("step", raises(NO_MEMORY)),
+    "oom_backward": Fault("loss", raises_in_backward(NO_MEMORY)),
+    "oom_update": Fault("update", raises(NO_MEMORY)),
     "loader": Fault("batch", hang),
     "wait": Fault("batch", wait),
     "full_disk": Fault("save", raises(OSError(28, "No space left on device"))),
