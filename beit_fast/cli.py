@@ -9,39 +9,34 @@ import codecs
 import contextlib
 import inspect
 import io
-import itertools
 import logging
 import os
-import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from beit_fast import recipes
 from beit_fast.checks import Count, Filled, Side, check_fields
-from beit_fast.errors import RunError
+from beit_fast.errors import RunError, is_out_of_memory
 from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
 from beit_fast.parsing import add_removed, make, new_parser, read
+from beit_fast.replay_arguments import read_replay
 from beit_fast.tasks.evaluate.config import EvaluateConfig, PredictConfig
-from beit_fast.tasks.replay.config import Replay, ReplayConfig
+from beit_fast.tasks.replay.config import Replay
 from beit_fast.tasks.segment.config_evaluation import (
     EvaluateSegmentationConfig,
     PredictSegmentationConfig,
 )
-from beit_fast.train.kept_config import CONFIG
 from beit_fast.train.launch import launched_rank
 from beit_fast.train.once import say_once
 from beit_fast.train.stop import WRITER, Interrupted
 
 Run = Callable[[Any], Any]  # of a configuration
 NAMES = "beit_fast.names"
-# torch's words: a GPU's error has a type of its own, a CPU's and a size beyond 64 bits have none.
-OUT_OF_MEMORY = "out of memory|can't allocate memory|not enough memory|Storage size calculation"
 USAGE = """usage: beit-fast <verb> ...
 
   pretrain RECIPE        train a BEiT on a folder of images
@@ -119,9 +114,7 @@ def main(
         say_once(f"beit-fast: {describe(error)}", error)
         return 1
     except Exception as error:
-        if isinstance(error, MemoryError) or (
-            isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))
-        ):
+        if is_out_of_memory(error):
             say_once(f"beit-fast: {_out_of_memory(error)}", error)
             return 1
         if launched_rank().size == 1:
@@ -305,56 +298,13 @@ def parse_predict_segmentation(arguments: Sequence[str]) -> PredictSegmentationC
 
 
 def parse_replay(arguments: Sequence[str]) -> Replay:
-    """`beit-fast replay` with these arguments: a few of its own, and flags of the run's verb."""
-    parser = new_parser(
-        "beit-fast replay",
-        usage="beit-fast replay RUN STEP [--json FILE] [--ranks N] [--section.field value ...]",
-        description=inspect.getdoc(ReplayConfig),
-    )
-    parser.add_argument("run", help="folder of the run, with its config.yaml")
-    parser.add_argument("step", type=Count, help="as the log counts them, from 1")
-    parser.add_class_arguments(ReplayConfig, skip={"run", "step"})
-    ours, theirs = _split(arguments, {"--json", "--ranks", "--help", "-h"})
-    wanted = make(ReplayConfig, read(parser, ours, ReplayConfig), arguments=("run", "step"))
-    file = Path(wanted.run) / CONFIG
-    verb = _verb_of(file)
-    known, _ = VERBS[verb]
-    name, recipe = next(iter(known.items()))
-    return Replay(wanted, verb, parse(verb, name, recipe, ["--config", str(file), *theirs]))
+    """`beit-fast replay` with these arguments."""
 
+    def parse_run(verb: str, flags: Sequence[str]) -> Any:
+        name, recipe = next(iter(VERBS[verb][0].items()))  # any: the flags say all
+        return parse(verb, name, recipe, flags)
 
-def _split(arguments: Sequence[str], flags: Collection[str]) -> tuple[list[str], list[str]]:
-    """Arguments without a flag and those of `flags`, and all others."""
-    ours: list[str] = []
-    theirs: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        mine = word.partition("=")[0] in flags or not word.startswith("-")
-        (ours if mine else theirs).append(word)
-        if word.startswith("--") and "=" not in word and word != "--help":
-            (ours if mine else theirs).extend(itertools.islice(words, 1))
-    return ours, theirs
-
-
-def _verb_of(file: Path) -> str:
-    """Whose configuration a file is: each verb has fields of its own."""
-    if not file.exists():
-        raise ValueError(
-            f"{file} is not there: no run was started in that folder, or by a version that did not "
-            "keep its settings. Write the file with the run's own command, to which --print_config "
-            f"> {file} is added"
-        )
-    sections = set(re.findall(r"^(\w+):", file.read_text("utf-8", "replace"), re.MULTILINE))
-    for verb, field in (
-        *(("tokenizer", "dvae"), ("pretrain", "masking"), ("segment", "auxiliary_weight")),
-        ("finetune", "layer_decay"),
-    ):
-        if field in sections:
-            return verb
-    raise ValueError(
-        f"{file} is no configuration of pretrain, tokenizer, finetune or segment: write it with "
-        f"the run's own command, to which --print_config > {file} is added"
-    )
+    return read_replay(arguments, parse_run)
 
 
 def _pretrain() -> Run:

@@ -46,7 +46,10 @@ ALLOWED = {
     "tasks.replay": BELOW_TASKS | {"tasks.pretrain", "tasks.finetune", "tasks.segment"} | BASE,
     "recipes": {"model", "tokenizer", "train", "data", "data.views"} | TASKS,
     "parsing": BASE,
-    "cli": {"parsing", "recipes", "weights", "tokenizer", "train"} | TASKS | BASE,
+    "replay_arguments": {"parsing", "train", "tasks.replay"} | BASE,
+    "cli": {"parsing", "replay_arguments", "recipes", "weights", "tokenizer", "train"}
+    | TASKS
+    | BASE,
 }
 
 

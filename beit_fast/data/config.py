@@ -8,8 +8,10 @@ from beit_fast.checks import (
     Count,
     FieldError,
     Given,
+    Natural,
     Positive,
     Probability,
+    Seconds,
     Threads,
     check_fields,
 )
@@ -19,7 +21,21 @@ MAX_VOCAB = 2**16  # of a token cache, whose ids are uint16
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class ReadConfig:
+    """How long the files of an image may take: fields of all that reads many."""
+
+    read_timeout: Seconds = 60.0  # a file that takes longer, all tries together, is a broken one
+    read_retries: Natural = 2  # so often what fails for a passing reason is tried again
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+READS = ReadConfig()  # of who has no setting for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ReadConfig):
     """A folder of images and the batches made of it."""
 
     # Folder of images, flat or in class folders; "photographs" ship with the package,

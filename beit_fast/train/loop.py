@@ -9,6 +9,7 @@ the same on whatever rank.
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -24,6 +25,7 @@ from beit_fast.train.graph import graphed, preparation
 from beit_fast.train.kept_config import write_config
 from beit_fast.train.length import Length, run_length
 from beit_fast.train.log import METRICS, Log, Meter, read_metrics
+from beit_fast.train.memory import sizes_told
 from beit_fast.train.optim import (
     Schedule,
     build_optimizer,
@@ -44,6 +46,7 @@ from beit_fast.train.stop import Interrupted, sole_user, stop_signals
 from beit_fast.train.world import World
 
 SAVED = "the checkpoint is saved"
+UNTRAINED = "nothing was trained yet, and the same command begins anew"
 
 
 class Task(Protocol):
@@ -209,6 +212,7 @@ def train(
                 keep=run.keep,
                 world=world,
                 beside=run.save_async,
+                bears=run.failed_saves,
                 lock=lock,
                 schedule=asdict(length),
                 history=resume.history if resume else [],
@@ -233,6 +237,24 @@ def train(
             saver.wait()
             stop.leave(world, f"evaluating after step {step}", SAVED)
 
+        def save(step: int) -> None:
+            with log.aside(), unhurried("saving a checkpoint"):
+                saver.save(step, state.tensors(optimizer, sentinel))
+
+        def heed(done: int) -> None:
+            """Leave on all ranks, saved, if one had a signal, or a save has failed."""
+            signum = world.any_of(max(stop.received, saver.failed))
+            saver.check(signum)
+            if not signum:
+                return
+            if done == start:
+                raise Interrupted(signum, f"before step {done + 1}", SAVED if start else UNTRAINED)
+            if not saver.has(done):
+                bad_steps.check(saver, checked, done)
+                save(done)
+            saver.finish()
+            raise Interrupted(signum, f"after step {done}", SAVED)
+
         def falls_due(step: int) -> bool:
             every, num_images = run.evaluate_every, task.num_images
             return step < num_steps and _falls_due(every, step, images_per_step, num_images)
@@ -240,6 +262,7 @@ def train(
         task.model.train()
         micro_batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
         micro_batches = bad_steps.noting(micro_batches, start * run.accumulate)
+        micro_batches = stop.until_told(micro_batches)
         prepare = preparation(task, run, device)
         batches = device_batches(micro_batches, device, prepare, ahead=run.prepare_ahead)
         in_flight = InFlight(device)
@@ -249,11 +272,13 @@ def train(
                 evaluate(start)  # it was left at a stop signal, or failed
             for step in range(start, num_steps):
                 progress("waiting for a batch", step + 1)
-                task.begin_step(step)
-                step_batches = [next(batches) for _ in range(run.accumulate)]
+                step_batches = [*islice(batches, run.accumulate)]
+                heed(step)  # with batches, or told before they came
                 progress("taking the step")
+                task.begin_step(step)
                 torch.manual_seed(step_seed(run.seed, step, world.rank))
-                scalars = take(step_batches)
+                with sizes_told(step + 1, step_batches, run, images=task.images_per_batch):
+                    scalars = take(step_batches)
                 meter.add(sentinel.lost, **scalars)
                 schedule.step()
                 if ema:
@@ -263,13 +288,12 @@ def train(
                 done = step + 1
                 log.tick(images_per_step)
 
-                signum = world.any_of(max(stop.received, saver.failed))
-                saver.check(signum)
                 evaluates = falls_due(done)
+                draws = run.picture_every and done % run.picture_every == 0
                 prints = done % run.log_every == 0 or done == num_steps or evaluates
-                saves = done == num_steps or signum
+                saves = done == num_steps
                 owed = owed or done % run.save_every == 0 or evaluates
-                if prints or saves or owed:
+                if prints or owed:
                     bad_steps.check(saver, checked, done)
                     checked = done
                 # The last checkpoint of a run that bad steps end is from before their row.
@@ -285,17 +309,15 @@ def train(
                     with aside.work("the log"):
                         log.line(done, line)
                 if saves:
-                    with log.aside(), unhurried("saving a checkpoint"):
-                        saver.save(done, state.tensors(optimizer, sentinel))
-                if signum:
-                    saver.wait()
-                    raise Interrupted(signum, f"after step {done}", SAVED)
+                    save(done)
+                if evaluates or draws or done == num_steps:
+                    heed(done)  # before what takes long
                 if evaluates:
                     evaluate(done)
-                if run.picture_every and done % run.picture_every == 0:
+                if draws:
                     draw(f"picture_{done:08d}.png")
             picture = draw("picture.png")
-            kept = saver.wait()
+            kept = saver.finish()
             stop.leave(world, f"after step {num_steps}", SAVED)
         finally:
             batches.close()
