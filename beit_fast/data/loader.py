@@ -148,6 +148,12 @@ class Loader:
         loader.sample = sample
         return loader
 
+    def of_rank(self, rank: int, world_size: int) -> "Loader":
+        """This loader with the batches of another rank; what is known of bad files is shared."""
+        loader = copy.copy(self)
+        loader.rank, loader.world_size = rank, world_size
+        return loader
+
     def _generate(self, samples: Any, start: int) -> Iterator[dict[str, Tensor]]:
         """samples: Grain's map data set of lists of samples, as `Passes` says what each is."""
         grain = import_grain()

@@ -39,6 +39,7 @@ HABITS = frozenset(
         *("data.masks", "data.test_masks", "data.classes_file"),
         # pace and reports
         *("run.log_every", "run.save_every", "run.keep", "run.save_async"),
+        *("run.failed_saves", "run.requeue"),
         *("run.picture_every", "run.evaluate_every", "run.strict", "data.num_threads"),
         # how a resume is made
         *("run.resume", "run.resume_from", "run.resume_with", "run.fallback"),
@@ -56,7 +57,7 @@ ADVISED = frozenset(
         *("optim.decay_steps", "optim.weight_decay", "optim.weight_decay_end", "optim.betas"),
         *("optim.eps", "optim.clip_grad", "weight_decay_on_rel_pos_bias", "layer_decay"),
         *("encoder_lr_scale", "run.steps", "run.epochs", "run.precision", "data.max_bad_share"),
-        "run.loss_mean",
+        *("run.loss_mean", "run.bad_steps", "run.spike", "run.spike_window"),
         # of test images alone, and kept for those who evaluate the run
         *("crop_pct", "evaluation.stride", "evaluation.scale", "evaluation.multi_scale"),
         *("evaluation.flip", "run.gradient_dtype"),
@@ -75,6 +76,8 @@ BEFORE = {
     "optim.poly_power": 1.0,
     "run.loss_mean": "rank",
     "run.gradient_dtype": "fp32",
+    "run.bad_steps": 1,
+    "run.spike_window": 100,
 }
 ABANDONED = "abandoned"
 

@@ -54,8 +54,18 @@ class ToyTask:
         while True:
             generator = torch.Generator().manual_seed(number * self.world.size + self.world.rank)
             self.fetched.append(number)
-            yield {"x": torch.randn(self.images_per_batch, 8, generator=generator)}
+            first = (number * self.world.size + self.world.rank) * self.images_per_batch
+            yield {
+                "x": torch.randn(self.images_per_batch, 8, generator=generator),
+                "sample_index": torch.arange(first, first + self.images_per_batch),
+            }
             number += 1
+
+    def take_rank(self, world: World) -> None:
+        self.world = world
+
+    def sample_name(self, index: int) -> str:
+        return f"image_{index}"
 
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         self.compiled = mode

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from beit_fast.train.bad_steps import NonFiniteLoss
 from beit_fast.train.log import read_metrics
 from beit_fast.train.loop import step_seed
 from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint
-from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import Interrupted
 from task_runs import assert_the_same_run, records_of
 
@@ -66,7 +66,7 @@ def test_a_non_finite_loss_stops_the_run_names_the_steps_and_spares_the_weights(
     tmp_path, run_toy, toy_task
 ):
     with pytest.raises(NonFiniteLoss, match=r"between steps 7 and 8, first at step 7") as error:
-        run_toy(tmp_path, toy_task(bad_step=6), save_every=3)
+        run_toy(tmp_path, toy_task(bad_step=6), save_every=3, bad_steps=1)
     kept = checkpoint_paths(tmp_path)
     assert [p.name for p in kept] == ["step_00000003", "step_00000006"]
     assert str(kept[-1]) in str(error.value)
@@ -85,7 +85,7 @@ def test_nothing_is_learnt_from_a_bad_step_on(tmp_path, run_toy, toy_task):
         task.on_step = keep
     run_toy(tmp_path / "good", good)
     with pytest.raises(NonFiniteLoss):
-        run_toy(tmp_path / "bad", bad)
+        run_toy(tmp_path / "bad", bad, bad_steps=1)
     for name, value in states["good"][6].items():
         assert torch.equal(states["bad"][7][name], value)
 

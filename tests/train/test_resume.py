@@ -12,11 +12,11 @@ from beit_fast.recipes import FINETUNE, PRETRAIN, SEGMENT, TOKENIZER
 from beit_fast.tasks.sources import task_settings
 from beit_fast.train import resume
 from beit_fast.train.agreement import flat
+from beit_fast.train.bad_steps import NonFiniteLoss
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import read_metrics
 from beit_fast.train.resume import check_settings
 from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint, read_manifest
-from beit_fast.train.step import NonFiniteLoss
 from task_runs import steps_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "pretrain.md"
@@ -123,17 +123,17 @@ def test_a_few_unusable_images_may_be_removed(was, now, goes_on):
 def test_a_run_that_diverged_goes_on_with_what_its_error_advises(tmp_path, run_toy, toy_task):
     optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=3)
     with pytest.raises(NonFiniteLoss) as error:
-        run_toy(tmp_path, toy_task(bad_step=6), save_every=3)
+        run_toy(tmp_path, toy_task(bad_step=6), save_every=3, bad_steps=1)
     advice = {"optim.lr": {"lr": 5e-3}, "optim.warmup_steps": {"warmup_steps": 8}}
     advice["optim.clip_grad"] = {"clip_grad": 0.1}
     for number, (name, change) in enumerate(advice.items()):
         assert f"--{name}" in str(error.value)
         with pytest.raises(NonFiniteLoss):
             run_toy(
-                tmp_path, toy_task(bad_step=8 + number), save_every=1,
+                tmp_path, toy_task(bad_step=8 + number), save_every=1, bad_steps=1,
                 optim=replace(optim, **change),
             )  # fmt: skip
-    _, outcome = run_toy(tmp_path, optim=replace(optim, clip_grad=0.1))
+    _, outcome = run_toy(tmp_path, optim=replace(optim, clip_grad=0.1), bad_steps=1)
     history = read_manifest(outcome.checkpoint)["history"]
     assert [entry["changed"] for entry in history] == [
         {"optim.lr": [1e-2, 5e-3]},

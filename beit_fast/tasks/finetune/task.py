@@ -129,6 +129,13 @@ class FinetuneTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self._drop_path.added_to(self.loader.batches(start), start)
 
+    def take_rank(self, world: World) -> None:
+        self.loader = self.loader.of_rank(world.rank, world.size)
+        self._drop_path = self._drop_path.of_rank(world)
+
+    def sample_name(self, index: int) -> str:
+        return self.loader.source.name(index)
+
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         if by_block:
             compile_blocks(self.blocks, mode)
@@ -270,7 +277,7 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
         run = (task, config.optim, config.run)
         check_run(*run, settings=settings_of(task), world=world)
         task.check_test_images()
-        outcome = train(*run, settings=settings_of(task), world=world)
+        outcome = train(*run, settings=settings_of(task), world=world, config=config)
         raw = ema = None
         if task.has_test:
             raw = _classified(task, outcome.trained, outcome)

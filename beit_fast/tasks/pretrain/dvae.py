@@ -89,6 +89,12 @@ class DvaeTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self.loader.batches(start)
 
+    def take_rank(self, world: World) -> None:
+        self.loader = self.loader.of_rank(world.rank, world.size)
+
+    def sample_name(self, index: int) -> str:
+        return self.loader.source.name(index)
+
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         """All of the model: there are no blocks to make one by one."""
         self._forward = torch.compile(self.model.forward, fullgraph=True, dynamic=False, mode=mode)
@@ -210,7 +216,7 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
     say(f"images of the tokenizer: {describe_source(task.loader.source)}", world)
     settings = task_settings(config)
     check_run(task, config.optim, config.run, settings=settings, world=world)
-    outcome = train(task, config.optim, config.run, settings=settings, world=world)
+    outcome = train(task, config.optim, config.run, settings=settings, world=world, config=config)
     output = Path(config.run.output)
     path = output / TOKENIZER
     if world.is_main:

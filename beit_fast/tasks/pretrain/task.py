@@ -141,6 +141,13 @@ class PretrainTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self._drop_path.added_to(self.loader.batches(start), start)
 
+    def take_rank(self, world: World) -> None:
+        self.loader = self.loader.of_rank(world.rank, world.size)
+        self._drop_path = self._drop_path.of_rank(world)
+
+    def sample_name(self, index: int) -> str:
+        return self.loader.source.name(index)
+
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         if by_block:
             compile_blocks(self.blocks, mode)

@@ -105,6 +105,13 @@ class SegmentTask:
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self._drop_path.added_to(self.loader.batches(start), start)
 
+    def take_rank(self, world: World) -> None:
+        self.loader = self.loader.of_rank(world.rank, world.size)
+        self._drop_path = self._drop_path.of_rank(world)
+
+    def sample_name(self, index: int) -> str:
+        return self.source.name(index)
+
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         """All of it; under several ranks the encoder, for their batch norms wait for one another
         in every convolution of the pyramid and the heads."""
