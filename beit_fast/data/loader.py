@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit_fast.data.config import READS, ReadConfig
 from beit_fast.data.grain import import_grain
 from beit_fast.data.passes import SampleOf
-from beit_fast.data.reading import HungReadError, Read, Reads, ReadsClosedError
 from beit_fast.data.run_images import RunImages
 from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import Source
+from beit_fast.data.sources.limits import READS, ReadConfig
+from beit_fast.data.sources.reading import HungReadError, Read, Reads, ReadsClosedError
 from beit_fast.errors import RunError
 from beit_fast.flags import flag
 
