@@ -86,8 +86,8 @@ class RunImages:
         elif last.images != self.digest:
             parts = with_list(parts, self.digest, len(self), sample)
         now = part_of(parts, sample)
-        lists: list[range | np.ndarray] = [range(part.count) for part in parts]  # of what is over
-        lists[-1] = range(len(self))
+        # Of what is over nobody reads more than the k-means of a tokenizer that is then loaded.
+        lists: list[range | np.ndarray] = [range(len(self)) for _ in parts]
         if parts[now].images != self.digest:
             old, why = self._numbers(parts[now], folder)
             if old is not None:

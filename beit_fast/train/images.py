@@ -39,6 +39,8 @@ class Images(Protocol):
     caution: str  # what to say besides where it would
     note: str  # what becomes of the pass that the run is in
 
+    def __len__(self) -> int: ...
+
     @property
     def digest(self) -> str:
         """Of names, order and some sizes."""
@@ -107,6 +109,29 @@ def follow(
     if world.is_main:
         images.keep(folder)
     return parts
+
+
+def follow_again(
+    task: "Task", manifest: Mapping[str, Any], output: Path, sample: int, accepted: Sequence[str]
+) -> None:
+    """The batches of `task` are from now on those of the run whose next sample, at the checkpoint
+    of that manifest, was `sample`. Nothing is kept.
+
+    accepted: settings that the run went on with. Raises ValueError for images that neither it nor
+    what it went on with has.
+    """
+    images, settings = task.images, manifest["settings"]
+    was, count = settings.get("data", {}).get("images"), count_of(settings)
+    words, differs = f"{count} then, {len(images)} now", count != len(images)
+    if was is not None and was != images.digest:
+        words, differs, _ = describe(images, output, str(was), count)
+    if differs and "data.images" not in accepted:
+        raise ValueError(
+            f"the images are not those of the run ({words}): pass {flag('data.path')} with the "
+            "folder of then, or, where the run went on over these, "
+            f"{flag('run.resume_with')} '[data.images]'"
+        )
+    images.go_on(_before(manifest), sample, output / FOLDER)
 
 
 def _before(manifest: Mapping[str, Any]) -> Parts:
