@@ -105,7 +105,7 @@ def unseen_batches(
 
 def task_settings(config: Any) -> dict[str, Any]:
     """The settings of a task as plain data, without those of optimiser and run, which the loop adds
-    and then takes the habits out (train/resume.py)."""
+    and then takes the habits out (train/changes.py)."""
     settings = asdict(config)
     del settings["optim"], settings["run"]
     return settings

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from beit_fast.flags import flag
-from beit_fast.train.state import CheckpointError
+from beit_fast.train.state import MANIFEST, CheckpointError
 from beit_fast.train.world import World
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def follow(
             parts = images.go_on(_before(resume.manifest), sample, folder)
         except ValueError as error:
             raise CheckpointError(
-                f"{resume.checkpoint.path / 'manifest.json'} is damaged: {error}. Pass "
-                f"{flag('run.fallback')} true to resume from an older checkpoint"
+                f"{resume.checkpoint.path / MANIFEST} is damaged: {error}. Restore it, or go back "
+                f"before it: {flag('run.resume_from')} with the step of another checkpoint"
             ) from error
     world.agree({"images by pass": parts})
     if world.is_main:

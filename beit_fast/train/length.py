@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from beit_fast.train.changes import same_length
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import warmup_steps
-from beit_fast.train.resume import same_length
 
 if TYPE_CHECKING:
     from beit_fast.train.loop import Task

@@ -153,7 +153,7 @@ def train(
     says.
 
     `settings` is the whole resolved configuration of the task as plain data; it is saved with
-    every checkpoint, and a resume is refused under settings that make it another run (resume.py).
+    every checkpoint, and a resume is refused under settings that make it another run (changes.py).
     Evaluation, pictures and logs take nothing down (aside.py). Raises Interrupted after a stop
     signal, NonFiniteLoss, CaptureError, CheckpointError, ValueError.
     """

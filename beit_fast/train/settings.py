@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from beit_fast.train.board import digest_of
+from beit_fast.train.changes import without_habits
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.resume import Resume, without_habits
+from beit_fast.train.resume import Resume
 from beit_fast.train.world import World
 
 if TYPE_CHECKING:

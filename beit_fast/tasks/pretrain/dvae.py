@@ -32,10 +32,10 @@ from beit_fast.tokenizer.metrics import (
     reconstruction_error,
 )
 from beit_fast.train.aside import Aside
+from beit_fast.train.changes import changes
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import train
 from beit_fast.train.preflight import check_run
-from beit_fast.train.resume import changes
 from beit_fast.train.start import open_run
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
 from beit_fast.train.stop import heed_stop, stop_signals
