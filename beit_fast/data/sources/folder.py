@@ -94,7 +94,8 @@ class ImageFolder:
         return os.path.join(self.root, self.paths[index])
 
     def key(self, index: int) -> str:
-        return self.paths[index].replace(os.sep, "/")
+        path = self.paths[index]  # itself, where it can be: of millions, no copies
+        return path if os.sep == "/" else path.replace(os.sep, "/")
 
     def size(self, index: int) -> int:
         return os.stat(self.name(index)).st_size
