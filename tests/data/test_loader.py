@@ -1,5 +1,7 @@
 import gc
 import itertools
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -9,11 +11,14 @@ import pytest
 import torch
 
 from beit_fast.data.config import MaskingConfig
-from beit_fast.data.loader import Loader
+from beit_fast.data.loader import Loader, SampleError
 from beit_fast.data.samples import PretrainSample, TokenizerSample
 from beit_fast.data.sources.folder import ImageFolder
+from beit_fast.data.sources.limits import ReadConfig
 from beit_fast.data.views.config import SingleViewConfig, ViewConfig
-from loaded import SAMPLE, Numbers, Seeds, assert_equal
+from beit_fast.errors import RunError
+from faults import LET_GO, Injector, fired
+from loaded import SAMPLE, Faulty, Numbers, Seeds, assert_equal, readers
 from task_runs import take_batches
 
 
@@ -21,11 +26,13 @@ def loader_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if "grain" in t.name]
 
 
-def assert_no_threads() -> None:
+def assert_no_threads(hanging: int = 0) -> None:
+    """But for those whose read hangs."""
     end = time.monotonic() + 5  # those that never had a batch to read end by themselves
-    while loader_threads() and time.monotonic() < end:
+    while loader_threads() + readers()[hanging:] and time.monotonic() < end:
         time.sleep(0.01)
     assert not loader_threads()
+    assert len(readers()) == hanging
 
 
 def test_batches_hold_the_arrays_of_the_sample_as_tensors(image_folder):
@@ -193,6 +200,7 @@ def test_images_smaller_than_the_tokenizers_crop_are_read_as_all_others(image_fo
 # Threads
 
 
+@pytest.mark.promise("R17")
 @pytest.mark.parametrize("how", ["close", "drop", "error"])
 def test_no_thread_is_left(how, image_folder):
     loader = Loader(ImageFolder(image_folder), SAMPLE, batch_size=16, num_threads=4)
@@ -208,6 +216,79 @@ def test_no_thread_is_left(how, image_folder):
         with pytest.raises(KeyboardInterrupt):
             batches.throw(KeyboardInterrupt)
     assert_no_threads()
+
+
+@pytest.mark.promise("R17")
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_a_read_that_hangs_neither_stops_the_loader_nor_its_end(tmp_path, num_threads):
+    LET_GO.clear()
+    source = Faulty(Numbers(100), Injector(tmp_path, ["0:33:hang_read"]))
+    loader = Loader(
+        *(source, Seeds()),
+        batch_size=10,
+        num_threads=num_threads,
+        reads=ReadConfig(read_timeout=0.3),
+    )
+    batches = loader.batches()
+    read = torch.cat([next(batches)["sample_index"] for _ in range(10)]).tolist()
+    assert sorted(read) == [*range(33), 34, *range(34, 100)]
+    assert loader.bad_samples == {"image-33": "no answer within 0.3 s"}
+    batches.close()
+    assert_no_threads(hanging=1)
+    (hanging,) = readers()  # which keeps no process alive
+    assert hanging.daemon
+    LET_GO.set()
+    assert_no_threads()
+    assert fired(tmp_path) == {"0:33:hang_read": 1}
+
+
+@pytest.mark.promise("R17")
+@pytest.mark.parametrize(("how", "num_threads"), [("close", 2), ("ctrl-c", 2), ("ctrl-c", 0)])
+def test_a_read_that_hangs_is_not_waited_for_at_the_end(tmp_path, how, num_threads):
+    options = {"batch_size": 20, "num_threads": num_threads}
+    image = int(take_batches(Loader(Numbers(100), Seeds(), **options), 2)[1]["read"][5])
+    LET_GO.clear()
+    fault = f"0:{image}:hang_read"
+    batches = Loader(
+        Faulty(Numbers(100), Injector(tmp_path, [fault])), Seeds(), **options
+    ).batches()
+    next(batches)
+    if how == "close":
+        while not fired(tmp_path):
+            time.sleep(0.01)
+        began = time.monotonic()
+    else:
+        began = time.monotonic()
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+    batches.close()
+    assert time.monotonic() - began < 5
+    assert fired(tmp_path) == {fault: 1}
+    assert_no_threads(hanging=1)
+    LET_GO.set()
+    assert_no_threads()
+
+
+@pytest.mark.promise("R17")
+@pytest.mark.parametrize("num_threads", [0, 4])
+@pytest.mark.parametrize(
+    ("fault", "said"), [("torch", "RuntimeError: a kernel failed. "), ("memory", "MemoryError. ")]
+)
+def test_memory_and_torch_end_the_run_in_one_line_with_the_image(
+    tmp_path, num_threads, fault, said
+):
+    source = Faulty(Numbers(100), Injector(tmp_path, [f"0:33:{fault}"]))
+    batches = Loader(source, Seeds(), batch_size=10, num_threads=num_threads).batches()
+    with pytest.raises(SampleError) as error:
+        list(itertools.islice(batches, 10))
+    message = str(error.value)
+    assert message.startswith(f"cannot make a sample of image-33 (sample 33, pass 0): {said}")
+    assert "take fewer --data.num_threads" in message
+    assert "\n" not in message
+    assert isinstance(error.value, RunError)  # the command says it without a traceback
+    assert_no_threads()
+    assert fired(tmp_path) == {f"0:33:{fault}": 1}
 
 
 def test_closing_stops_reading_at_once_and_not_after_the_batches_read_ahead():
@@ -230,6 +311,7 @@ def test_closing_stops_reading_at_once_and_not_after_the_batches_read_ahead():
     assert_no_threads()
 
 
+@pytest.mark.promise("R17")
 @pytest.mark.parametrize("num_threads", [0, 4])
 def test_an_error_in_a_thread_reaches_the_consumer_and_names_the_image(num_threads):
     class Broken(Seeds):

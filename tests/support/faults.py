@@ -10,8 +10,10 @@ that asserts it: none passes because its fault never came.
 """
 
 import ctypes
+import errno
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+LET_GO = threading.Event()  # of reads that hang
 FIRED = "fired_"  # and the fault: a file with the time of each firing, a line each
 
 
@@ -90,6 +93,12 @@ def hang_with_lock(_: object) -> None:
     ctypes.PyDLL(None).sleep(600)
 
 
+def hang_read(value: object) -> object:
+    """Until the test lets it go, or a minute."""
+    LET_GO.wait(60)
+    return value
+
+
 def slowly(_: object) -> None:
     """Seven seconds of work in parts."""
     from beit_fast.train.stop import heed_stop
@@ -114,7 +123,8 @@ def raises(error: BaseException) -> Callable[[object], object]:
     return act
 
 
-# Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor).
+# Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor), "read"
+# (the files of the image with the number STEP).
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
@@ -129,5 +139,12 @@ FAULTS = {
     "inf": Fault("loss", lambda loss: loss * torch.inf),
     # Its gradients are as they were: bad on this rank alone.
     "nan_value": Fault("loss", lambda loss: loss + torch.nan),
+    "hang_read": Fault("read", hang_read),
+    "slow_read": Fault("read", lambda value: time.sleep(0.3) or value),
+    "eio": Fault("read", raises(OSError(errno.EIO, "Input/output error"))),
+    "stale": Fault("read", raises(OSError(errno.ESTALE, "Stale file handle"))),
+    "denied": Fault("read", raises(OSError(errno.EACCES, "Permission denied"))),
+    "torch": Fault("read", raises(RuntimeError("a kernel failed\nand how"))),
+    "memory": Fault("read", raises(MemoryError())),
     "spike": Fault("loss", lambda loss: loss * 100),
 }
