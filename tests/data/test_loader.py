@@ -197,6 +197,43 @@ def test_images_smaller_than_the_tokenizers_crop_are_read_as_all_others(image_fo
     assert loader.bad_samples == {}
 
 
+TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0"  # by a quarter
+ODD = {
+    "grey.png": ("L", "PNG", {}),
+    "bilevel.png": ("1", "PNG", {}),
+    "cmyk.jpg": ("CMYK", "JPEG", {}),
+    "sixteen.png": ("I;16", "PNG", {}),
+    "palette.gif": ("P", "GIF", {}),
+    "transparent.png": ("P", "PNG", {"transparency": bytes(range(256))}),
+    "alpha.webp": ("RGBA", "WEBP", {}),
+    "pixel.png": ("RGB", "PNG", {}),
+    "strip.png": ("RGB", "PNG", {}),
+    "turned.jpg": ("RGB", "JPEG", {"exif": TURNED}),
+    "animated.png": ("RGB", "PNG", {"save_all": True}),
+    "pages.tif": ("RGB", "TIFF", {"save_all": True}),
+}
+
+
+@pytest.mark.promise("R15")
+@pytest.mark.parametrize("kind", ["fast", "reference"])
+def test_odd_but_valid_images_become_samples_like_all_others(tmp_path, make_image, kind):
+    for name, (mode, format, options) in ODD.items():
+        height, width = {"pixel.png": (1, 1), "strip.png": (1, 4000)}.get(name, (40, 50))
+        image = make_image(height, width)
+        image = image.convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
+        if "save_all" in options:
+            options = options | {"append_images": [make_image(height, width, 1)]}
+        image.save(tmp_path / name, format, **options)
+    view = ViewConfig(size=32, token_size=16, kind=kind)
+    sample = PretrainSample(view, MaskingConfig(num_masked=6, min_block=2), (4, 4))
+    loader = Loader(ImageFolder(tmp_path), sample, batch_size=12, max_bad_share=0)
+    (batch,) = take_batches(loader, 1)
+    assert sorted(batch["sample_index"].tolist()) == list(range(12))
+    assert batch["images"].shape == (12, 32, 32, 3)
+    assert batch["token_images"].shape == (12, 16, 16, 3)
+    assert loader.bad_samples == {}
+
+
 # Threads
 
 
