@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 
@@ -19,7 +20,7 @@ from beit_fast.data.views.config import SingleViewConfig, ViewConfig
 from beit_fast.errors import RunError
 from faults import LET_GO, Injector, fired
 from loaded import SAMPLE, Faulty, Numbers, Seeds, assert_equal, readers
-from task_runs import take_batches
+from task_runs import SUPPORT, take_batches
 
 
 def loader_threads() -> list[threading.Thread]:
@@ -305,6 +306,31 @@ def test_a_read_that_hangs_is_not_waited_for_at_the_end(tmp_path, how, num_threa
     assert_no_threads(hanging=1)
     LET_GO.set()
     assert_no_threads()
+
+
+@pytest.mark.promise("R17")
+def test_a_read_that_hangs_keeps_no_process_alive(tmp_path):
+    code = """
+        import sys, pathlib
+        sys.path.insert(0, {support!r})
+        from beit_fast.data.loader import Loader
+        from beit_fast.data.sources.limits import ReadConfig
+        from faults import Injector
+        from loaded import Faulty, Numbers, Seeds
+        source = Faulty(Numbers(9), Injector(pathlib.Path({output!r}), ["0:3:hang_read"]))
+        limits = ReadConfig(read_timeout=0.2)
+        batches = Loader(source, Seeds(), batch_size=9, num_threads=1, max_bad_share=1.0,
+                         reads=limits).batches()
+        print(sorted(next(batches)["sample_index"].tolist()), flush=True)
+    """
+    code = textwrap.dedent(code).format(support=str(SUPPORT), output=str(tmp_path))
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50
+    )  # the read hangs for a minute
+    assert run.stdout == "[0, 1, 2, 4, 4, 5, 6, 7, 8]\n"
+    assert run.stderr.count("\n") == 1  # the image that is named
+    assert run.returncode == 0
+    assert fired(tmp_path) == {"0:3:hang_read": 1}
 
 
 @pytest.mark.promise("R17")

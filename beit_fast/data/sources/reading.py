@@ -126,7 +126,7 @@ class Reads(Generic[Files]):
             if hand.thread is not threading.current_thread():
                 hand.thread.join()
         if num_retried > 1:
-            logger.warning("%d reads succeeded only when they were tried again", num_retried)
+            logger.warning("%s reads succeeded only when they were tried again", num_retried)
 
     def _wait(self, hand: "_Hand") -> tuple[Result, BaseException | None]:
         limit, waited, seen = self._limits.read_timeout, 0.0, None
