@@ -177,6 +177,9 @@ class Loader:
 class _Reader:
     """Reads batches in Grain's threads, and can be stopped within one sample."""
 
+    # A generator that nobody closed is finalised with the interpreter, when modules are gone.
+    _this_thread = staticmethod(threading.current_thread)
+
     def __init__(self, loader: Loader):
         self._source, self._sample, self._seed = loader.source, loader.sample, loader.seed
         self._reads = Reads(loader.source, loader.reads)
@@ -200,7 +203,7 @@ class _Reader:
         """Returns when no thread makes a sample any more; a read that hangs is left to itself."""
         self._reads.stop()
         # A generator that is dropped may be finalised anywhere, in one of its own threads too.
-        if threading.current_thread() not in self._threads | self._makers:
+        if self._this_thread() not in self._threads | self._makers:
             for thread in list(self._threads):
                 thread.join()
         self._reads.close()

@@ -10,6 +10,7 @@ that asserts it: none passes because its fault never came.
 """
 
 import ctypes
+import errno
 import os
 import resource
 import signal
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+LET_GO = threading.Event()  # of reads that hang
 FIRED = "fired_"  # and the fault: a file with the time of each firing, a line each
 
 
@@ -98,6 +100,12 @@ def hang_with_lock(_: object) -> None:
     ctypes.PyDLL(None).sleep(600)
 
 
+def hang_read(value: object) -> object:
+    """Until the test lets it go, or a minute."""
+    LET_GO.wait(60)
+    return value
+
+
 def slowly(_: object) -> None:
     """Seven seconds of work in parts."""
     from beit_fast.train.stop import heed_stop
@@ -148,7 +156,8 @@ NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 G
 FULL_AT = (100, 1_000, 10_000, 100_000, 260_000)  # bytes
 # Places: "step" (its beginning), "batch" (waiting for that of a step), "save" (writing the
 # checkpoint of a step), "update" (the optimiser's step); "loss", "gradient" and "sample" (of an
-# image's number), of which a tensor is the value.
+# image's number), of which a tensor is the value; "read" (the files of the image with the number
+# STEP).
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
@@ -170,6 +179,13 @@ FAULTS = {
     "inf": Fault("loss", lambda loss: loss * torch.inf),
     # Its gradients are as they were: bad on this rank alone.
     "nan_value": Fault("loss", lambda loss: loss + torch.nan),
+    "hang_read": Fault("read", hang_read),
+    "slow_read": Fault("read", lambda value: time.sleep(0.3) or value),
+    "eio": Fault("read", raises(OSError(errno.EIO, "Input/output error"))),
+    "stale": Fault("read", raises(OSError(errno.ESTALE, "Stale file handle"))),
+    "denied": Fault("read", raises(OSError(errno.EACCES, "Permission denied"))),
+    "torch": Fault("read", raises(RuntimeError("a kernel failed\nand how"))),
+    "memory": Fault("read", raises(MemoryError())),
     "spike": Fault("loss", lambda loss: loss * 100),
     "huge": Fault("sample", lambda pixels: pixels * 1e30),
     "nan_gradient": Fault("gradient", lambda gradient: gradient * torch.nan),

@@ -67,6 +67,9 @@ class Reads(Generic[Files]):
     first at once, of how many at the end.
     """
 
+    # What nobody closed is closed with the interpreter, when modules are gone.
+    _this_thread = staticmethod(threading.current_thread)
+
     def __init__(self, source: Source[Files], limits: ReadConfig) -> None:
         self._source, self._limits = source, limits
         # Re-entrant: a generator that is dropped may be finalised, and close this, anywhere.
@@ -123,10 +126,10 @@ class Reads(Generic[Files]):
         for hand in hands:
             hand.dismiss()
         for hand in hands:
-            if hand.thread is not threading.current_thread():
+            if hand.thread is not self._this_thread():
                 hand.thread.join()
         if num_retried > 1:
-            logger.warning("%d reads succeeded only when they were tried again", num_retried)
+            logger.warning("%s reads succeeded only when they were tried again", num_retried)
 
     def _wait(self, hand: "_Hand") -> tuple[Result, BaseException | None]:
         limit, waited, seen = self._limits.read_timeout, 0.0, None

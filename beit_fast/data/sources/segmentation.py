@@ -199,6 +199,7 @@ def open_segmentation(
         classes,
         ignored or (0,),
         follow_links=follow_links,
+        reads=reads,
     )
 
 

@@ -241,6 +241,7 @@ def test_a_run_goes_on_without_the_checkpoint_it_started_from(
     assert load_checkpoint(result.train.checkpoint).step == 3
 
 
+@pytest.mark.promise("R14")
 def test_images_and_masks_are_looked_at_before_the_first_step(
     segment_config, boxes, tmp_path, monkeypatch
 ):
