@@ -8,26 +8,32 @@ another, and so on. Batch k of rank r holds the samples
 of that stream. So the state of the loader is k; nothing is dropped at the end of a pass (a batch
 may hold the last samples of one and the first of the next, and a data set may be smaller than a
 batch); ranks never share a sample; and a step over the same number of samples holds the same ones
-however they are split over ranks and accumulation.
+however they are split over ranks and accumulation. Which image is which sample is said by
+passes.py, also for a run whose folder changed on the way.
 
 Order, shuffle, split and threads are Grain's, one element being one batch; a sample's crop and
-mask come from (seed, pass, index in the data set) alone.
+mask come from (seed, pass, place in the data set) alone.
 """
 
 import copy
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from beit_fast.data.grain import import_grain
+from beit_fast.data.passes import SampleOf
+from beit_fast.data.run_images import RunImages
 from beit_fast.data.samples import Sample
-from beit_fast.data.seeds import SampleSeed, counter_seed
+from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import Source
+from beit_fast.data.sources.limits import READS, ReadConfig
+from beit_fast.data.sources.reading import HungReadError, Read, Reads, ReadsClosedError
 from beit_fast.errors import RunError
 from beit_fast.flags import flag
 
@@ -45,6 +51,10 @@ class BadDataError(RunError):
     """More files cannot be used than the run allows."""
 
 
+class SampleError(RunError):
+    """A sample cannot be made, for another reason than a bad file."""
+
+
 class Loader:
     """Endless batches of samples from a source.
 
@@ -54,7 +64,7 @@ class Loader:
     files than `max_bad_share` of the data set the run stops with BadDataError, but ten of them are
     borne in a data set of a hundred or more (a tenth of a smaller one) so that one broken file does
     not stop a short run. `max_bad_share=0` is strict: the first stops it. Each rank counts what it
-    meets.
+    meets. A file that is not read within the limits of `reads` is a bad one.
 
     Raises ValueError for sizes or ranks that make no sense.
     """
@@ -70,6 +80,7 @@ class Loader:
         world_size: int = 1,
         num_threads: int = 4,
         max_bad_share: float = 0.001,
+        reads: ReadConfig = READS,
     ):
         if len(source) < 1:
             raise ValueError("the data set is empty: there is nothing to load")
@@ -84,7 +95,8 @@ class Loader:
         self.source, self.sample = source, sample
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.num_threads = num_threads
+        self.num_threads, self.reads = num_threads, reads
+        self.images = RunImages(source)
         self._bad = BadSamples(source, max_bad_share)
 
     @property
@@ -104,18 +116,16 @@ class Loader:
         """Batches from number `start` on, without end: the arrays of the sample's batch as CPU
         tensors, among them sample_index int64 (B,), the images really read.
 
-        A generator: close it (or drop it) to stop its threads. An error in a thread is raised when
-        its batch is due, after the batches before it.
+        A generator: close it (or drop it) to stop its threads. That waits for what is decoded at
+        the moment and not for what is read. An error in a thread is raised when its batch is due,
+        after the batches before it: SampleError for one that names memory or torch, with the image.
         """
         if start < 0:
             raise ValueError(f"start={start}: batches count from 0")
-        num_samples = len(self.source)
         samples = (
-            _import_grain()
-            .MapDataset.range(num_samples)
-            .shuffle(seed=counter_seed("order", self.seed) % 2**32)
-            .repeat(_STREAM_LENGTH // num_samples)
-            .map_with_index(lambda position, index: (position // num_samples, index))
+            import_grain()
+            .MapDataset.range(_STREAM_LENGTH)
+            .map(self.images.passes(self.seed).__getitem__)
             .batch(self.batch_size, batch_fn=list)[self.rank :: self.world_size]
         )
         return self._generate(samples, start)
@@ -123,10 +133,11 @@ class Loader:
     def batches_in_order(self, epoch: int, first: int, last: int) -> Iterator[dict[str, Tensor]]:
         """Batches of the images first .. last - 1 in the order of the data set, with the crops they
         have in pass `epoch`, whatever the rank. The last may be smaller. Otherwise as `batches`."""
+        images = range(len(self.source))
         samples = (
-            _import_grain()
+            import_grain()
             .MapDataset.range(first, last)
-            .map(lambda index: (epoch, index))
+            .map(lambda index: (epoch, index, images))
             .batch(self.batch_size, batch_fn=list)
         )
         return self._generate(samples, 0)
@@ -137,9 +148,15 @@ class Loader:
         loader.sample = sample
         return loader
 
+    def of_rank(self, rank: int, world_size: int) -> "Loader":
+        """This loader with the batches of another rank; what is known of bad files is shared."""
+        loader = copy.copy(self)
+        loader.rank, loader.world_size = rank, world_size
+        return loader
+
     def _generate(self, samples: Any, start: int) -> Iterator[dict[str, Tensor]]:
-        """samples: Grain's map data set of lists of (epoch, index in the data set)."""
-        grain = _import_grain()
+        """samples: Grain's map data set of lists of samples, as `Passes` says what each is."""
+        grain = import_grain()
         reader = _Reader(self)
         batches = samples.map(reader.read_batch)
         options = grain.ReadOptions(
@@ -160,46 +177,76 @@ class Loader:
 class _Reader:
     """Reads batches in Grain's threads, and can be stopped within one sample."""
 
+    # A generator that nobody closed is finalised with the interpreter, when modules are gone.
+    _this_thread = staticmethod(threading.current_thread)
+
     def __init__(self, loader: Loader):
         self._source, self._sample, self._seed = loader.source, loader.sample, loader.seed
+        self._reads = Reads(loader.source, loader.reads)
+        self._flag = flag("data.num_threads")  # threads run out of memory
         self._bad, self._threaded = loader._bad, loader.num_threads > 0
-        self._stopping = threading.Event()
-        self._threads: set[threading.Thread] = set()
+        self._threads: set[threading.Thread] = set()  # of Grain's
+        self._makers: set[threading.Thread] = set()  # which those wait for
 
-    def read_batch(self, numbers: list[tuple[int, int]]) -> dict[str, np.ndarray]:
-        """numbers: (epoch, index in the data set) of each sample."""
+    def read_batch(self, numbers: Sequence[SampleOf]) -> dict[str, np.ndarray]:
         if self._threaded:
             self._threads.add(threading.current_thread())
-        samples = []
-        for epoch, index in numbers:
-            if self._stopping.is_set():
-                raise RuntimeError("the iterator over batches was closed")
-            sample, used = self._read(epoch, index)
-            samples.append(sample | {"sample_index": np.int64(used)})
+        samples: list[dict[str, np.ndarray]] = []
+        while len(samples) < len(numbers):
+            try:
+                self._reads.run(lambda read: self._add_rest(samples, numbers, read))
+            except HungReadError as error:
+                self._bad.add(error.index, error)
         return self._sample.collate(samples)
 
     def stop(self) -> None:
-        """Returns when no thread reads any more."""
-        self._stopping.set()
+        """Returns when no thread makes a sample any more; a read that hangs is left to itself."""
+        self._reads.stop()
         # A generator that is dropped may be finalised anywhere, in one of its own threads too.
-        for thread in self._threads - {threading.current_thread()}:
-            thread.join()
+        if self._this_thread() not in self._threads | self._makers:
+            for thread in list(self._threads):
+                thread.join()
+        self._reads.close()
 
-    def _read(self, epoch: int, index: int) -> tuple[dict[str, np.ndarray], int]:
-        """The sample and the index of the image in it: this one or the next that can be used."""
-        seed = SampleSeed(self._seed, epoch, index)
-        num_samples = len(self._source)
-        for candidate in ((index + offset) % num_samples for offset in range(num_samples)):
-            if self._bad.knows(candidate):
+    def _add_rest(
+        self, samples: list[dict[str, np.ndarray]], numbers: Sequence[SampleOf], read: Read
+    ) -> None:
+        """Make those samples of a batch that are not there yet."""
+        self._makers.add(threading.current_thread())
+        for number in numbers[len(samples) :]:
+            sample, used = self._make(number, read)
+            samples.append(sample | {"sample_index": np.int64(used)})
+
+    def _make(self, number: SampleOf, read: Read) -> tuple[dict[str, np.ndarray], int]:
+        """The sample and the number of the image in it: the one at its place of the list, or the
+        next that is not gone and can be used."""
+        epoch, place, images = number
+        seed = SampleSeed(self._seed, epoch, place)
+        num_images = len(images)
+        for candidate in (int(images[(place + k) % num_images]) for k in range(num_images)):
+            if candidate < 0 or self._bad.knows(candidate):
                 continue
             try:
-                return self._sample(self._source.read(candidate), seed), candidate
+                return self._sample(read(candidate), seed), candidate
             except (BadImageError, OSError) as error:
                 self._bad.add(candidate, error)
-            except Exception as error:
-                error.add_note(f"in {self._source.name(candidate)} (sample {index}, pass {epoch})")
+            except (RunError, ReadsClosedError):
                 raise
-        raise BadDataError(f"none of the {num_samples} images can be used; see the log for each")
+            except Exception as error:
+                where = f"{self._source.name(candidate)} (sample {place}, pass {epoch})"
+                if isinstance(error, MemoryError | RuntimeError):
+                    raise self._sample_error(where, error) from error
+                error.add_note(f"in {where}")  # a fault of ours
+                raise
+        raise BadDataError(f"none of the {num_images} images can be used; see the log for each")
+
+    def _sample_error(self, where: str, error: MemoryError | RuntimeError) -> SampleError:
+        said = next(iter(str(error).splitlines()), "")
+        return SampleError(
+            f"cannot make a sample of {where}: {type(error).__name__}{': ' * bool(said)}"
+            f"{said[:200]}. Where memory ran out take fewer {self._flag}; else repair or remove "
+            "the file"
+        )
 
 
 class BadSamples:
@@ -252,18 +299,3 @@ class BadSamples:
                 )
             if self._verdict:
                 raise BadDataError(self._verdict) from error
-
-
-def _import_grain():
-    """Grain, without what it does to logging: it warns of a missing jax through absl, which then
-    also installs a handler on the root logger."""
-    absl_logger = logging.getLogger("absl")
-    quiet, level = logging.NullHandler(), absl_logger.level
-    logging.root.addHandler(quiet)
-    absl_logger.setLevel(logging.ERROR)
-    try:
-        import grain
-    finally:
-        absl_logger.setLevel(level)
-        logging.root.removeHandler(quiet)
-    return grain

@@ -12,6 +12,7 @@ from beit_fast.checks import (
     NonNegative,
     Positive,
     Range,
+    Seconds,
     Seed,
     Threads,
     check_fields,
@@ -20,9 +21,6 @@ from beit_fast.flags import flag
 
 MAX_STEPS = 99_999_999  # a checkpoint's folder has eight digits
 Steps = Annotated[int, Range(1, MAX_STEPS)]
-# Of a time-out. At most thirty days: timers of Python and torch overflow at centuries, and then
-# nobody watches.
-Seconds = Annotated[float, Range(0, 2_592_000, "low")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +96,16 @@ class RunConfig:
     log_every: Count = 50  # steps between lines of metrics; the only host syncs
     save_every: Count = 1000  # steps between checkpoints; one more at the end
     keep: Count = 2  # newest checkpoints that stay
+    # A step whose loss or gradients are not finite is skipped, on all ranks; so many in a row end
+    # the run. 1: the first does.
+    bad_steps: Count = 3
+    # A loss so many deviations above its mean over the last `spike_window` good steps is such a
+    # step too, once there were as many; None: none is.
+    spike: Positive | None = None
+    spike_window: Count = 100
     # Training goes on while one is written, from a copy in host memory. False: it waits.
     save_async: bool = True
+    failed_saves: Natural = 0  # so many in a row may fail, each with a warning; the last may not
     picture_every: Count | None = None  # steps between pictures; one more at the end
     evaluate_every: Positive | None = None  # epochs between evaluations, the end not counted
     strict: bool = False  # an evaluation, picture or log that fails ends the run
@@ -108,6 +114,7 @@ class RunConfig:
     # Settings by name that may differ from the checkpoint's though they make it another run.
     resume_with: tuple[Filled, ...] = ()
     fallback: bool = False  # resume from an older checkpoint where the newest is damaged
+    requeue: bool = False  # after SIGUSR1 and the save, `scontrol requeue` this job of SLURM's
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -5,8 +5,10 @@ lines past the checkpoint are cut, so none is doubled.
 """
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,10 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from beit_fast.files import naming, replace_file
+from beit_fast.files import describe, naming, replace_file
+from beit_fast.train.scalars import Scalars
 from beit_fast.train.world import World
 
 METRICS = "metrics.jsonl"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def plain_console(*, quiet: bool = False) -> Console:
@@ -29,7 +33,7 @@ def plain_console(*, quiet: bool = False) -> Console:
 
 
 class Meter:
-    """Sums of metrics since the last reading, on the device.
+    """Sums of metrics since the last reading, on the device; steps that were skipped count apart.
 
     `state` and `load_state` carry an unread window through a checkpoint, so that a resumed run
     prints the numbers of a run that was never stopped.
@@ -38,38 +42,57 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, int] = {}  # of all steps
+        self._skipped = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, **metrics: Tensor) -> None:
-        """Add one scalar tensor a name."""
+    def add(self, lost: Tensor | None = None, **metrics: Tensor) -> None:
+        """Add one scalar tensor a name. lost: (), 1 for a step that is skipped, whose metrics may
+        be anything; None or 0 for others."""
         for name, value in metrics.items():
             value = value.detach().to(torch.float64)
+            if lost is not None:
+                value = torch.where(lost > 0, 0.0, value)
             if name in self._sums:
                 self._sums[name] += value
                 self._counts[name] += 1
             else:
                 self._sums[name], self._counts[name] = value.clone(), 1
+        if lost is not None:
+            self._skipped += lost
 
     def means(self) -> dict[str, Tensor]:
-        """The means on the device, without a sync; the window starts afresh."""
-        means = {name: self._sums[name] / self._counts[name] for name in sorted(self._sums)}
+        """The means on the device, and where steps were skipped how many, `skipped`. The window
+        starts afresh. No mean where all were. Syncs."""
+        skipped = self._num_skipped()
+        counts = {name: count - skipped for name, count in self._counts.items()}
+        means = {k: self._sums[k] / counts[k] for k in sorted(self._sums) if counts[k]}
+        if skipped:
+            means["skipped"] = self._skipped.clone()
         self._sums, self._counts = {}, {}
+        self._skipped.zero_()
         return means
+
+    def _num_skipped(self) -> int:
+        return int(self._skipped)
 
     def state(self, world: World) -> dict[str, Tensor]:
         """The window of all ranks: sums fp64 (R,), counts (). Called on every rank; syncs."""
         of_ranks = world.gather({name: float(value) for name, value in self._sums.items()})
-        sums = {}
+        skipped, state = self._num_skipped(), {}
         for name in self._sums:
             of_each = [window[name] for window in of_ranks]
-            sums[f"meter_sum/{name}"] = torch.tensor(of_each, dtype=torch.float64)
-        return sums | {f"meter_count/{k}": torch.tensor(v) for k, v in self._counts.items()}
+            state[f"meter_sum/{name}"] = torch.tensor(of_each, dtype=torch.float64)
+        for name, count in self._counts.items():
+            state[f"meter_count/{name}"] = torch.tensor(count - skipped)
+        return state | ({"meter_skipped": torch.tensor(skipped)} if skipped else {})
 
     def load_state(self, tensors: Mapping[str, Tensor], world: World) -> None:
         """This rank's part of what `state` gave; on another number of ranks each has the mean.
 
         A single number, of a version that kept the main rank's alone, is taken by all.
         """
+        skipped = int(tensors.get("meter_skipped", 0))
+        self._skipped.fill_(skipped)
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "meter_sum":
@@ -77,7 +100,7 @@ class Meter:
                 value = value.flatten()[world.rank] if same else value.mean()
                 self._sums[name] = value.to(self._device)
             elif kind == "meter_count":
-                self._counts[name] = int(value)
+                self._counts[name] = int(value) + skipped
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -121,10 +144,8 @@ class Log:
         self._progress = None
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, unused by other ranks
-
         self._keep_lines_up_to(start)
-        self._board = SummaryWriter(output / "tensorboard", purge_step=start + 1 if start else None)
+        self._board = Scalars(output / "tensorboard", start)
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
@@ -161,49 +182,61 @@ class Log:
             self._since += time.perf_counter() - begun
 
     def line(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the means of the steps since the last line; call after a device sync."""
+        """Write the means of the steps since the last line; call after a device sync.
+
+        Raises OSError as `_write` does, when all is done that can be.
+        """
         now = time.perf_counter()
         speed = self._images / max(1e-9, now - self._since)
         self._images, self._since = 0, now
         if not self._enabled:
             return
-        self._append({"step": step, **metrics, "images_per_second": speed})
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        self._board.add_scalar("images_per_second", speed, step)
         left = (now - self._begun) / (step - self._start) * (self._num_steps - step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.console.print(
-            f"{self._title} {step}/{self._num_steps}  {text}  {speed:.0f} images/s  "
-            f"{_clock(left)} left"
-        )
+        text += f"  {speed:.0f} images/s  {_clock(left)} left"
         if self._progress is not None:
             self._progress.update(self._bar, speed=f"{speed:.0f} images/s")
+        self._write(step, {**metrics, "images_per_second": speed}, text)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Write what an evaluation after `step` came to."""
+        """Write what an evaluation after `step` came to. Raises as `line` does."""
         if not self._enabled:
             return
-        self._append({"step": step, **values})
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True)
+        self._write(step, values, text)
 
-    def _append(self, record: Mapping[str, Any]) -> None:
+    def _write(self, step: int, values: Mapping[str, float], text: str) -> None:
+        """Into both files, and to the terminal, whichever of them fails. Raises OSError of the
+        first that does, with its path, and for a full disk with the room there is."""
+        failed = []
+        for write, what in ((self._append, values), (self._board.write, values), (self._say, text)):
+            try:
+                write(step, what)
+            except OSError as error:
+                failed.append(error)
+        if not failed:
+            return
+        if failed[0].errno not in FULL:
+            raise failed[0]
+        free = shutil.disk_usage(self._path.parent).free / 2**20
+        raise OSError(f"{describe(failed[0])} ({free:.0f} MiB free): make room") from failed[0]
+
+    def _say(self, step: int, text: str) -> None:
+        with naming("standard output"):
+            self.console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True)
+
+    def _append(self, step: int, values: Mapping[str, float]) -> None:
         """A line of its own, also behind one that a full disk cut short."""
         with naming(self._path), self._path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
-            file.write(json.dumps(record).encode() + b"\n")
+            file.write(json.dumps({"step": step, **values}).encode() + b"\n")
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._enabled:
-            self._board.close()
 
 
 def _clock(seconds: float) -> str:

@@ -1,14 +1,21 @@
 """Files that cannot be read: what the loader puts in their place, and when it stops."""
 
+import io
 import logging
 
 import pytest
 import torch
+from PIL import Image
 
 from beit_fast.data.loader import BadDataError, Loader
+from beit_fast.data.sources import reading
 from beit_fast.data.sources.folder import ImageFolder
-from loaded import SAMPLE, Numbers, Seeds, assert_equal
+from beit_fast.data.sources.limits import ReadConfig
+from faults import LET_GO, Injector, fired
+from loaded import SAMPLE, Faulty, Numbers, Seeds, assert_equal
 from task_runs import take_batches
+
+pytestmark = pytest.mark.promise("R14")
 
 
 def test_a_loader_with_another_sample_knows_the_same_bad_files():
@@ -31,6 +38,76 @@ def spoil(folder) -> list[str]:
     return [str(path) for path in bad]
 
 
+def used(batches) -> torch.Tensor:
+    return torch.cat([batch["sample_index"] for batch in batches])
+
+
+def test_all_kinds_of_faults_are_met_alike_by_every_run(
+    image_folder, tmp_path, monkeypatch, caplog
+):
+    """Empty, cut, no image, a read that hangs and one that fails are replaced; an image of another
+    kind than its name says and a read that fails once are not."""
+    monkeypatch.setattr(reading, "_PAUSE", 0.01)
+    source = ImageFolder(image_folder)
+    spoil(image_folder)
+    image = Image.open(source.name(80))
+    image.load()
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    with open(source.name(80), "wb") as file:
+        file.write(png.getvalue())
+    LET_GO.clear()
+    faults = ["0:5:hang_read", "0:30:eio", "0:31:denied"]
+
+    def run(name, count, start, num_threads):
+        """One process: its batches and its bad files."""
+        output = tmp_path.parent / f"{tmp_path.name}_{name}"
+        output.mkdir()
+        injector = Injector(output, faults)
+        loader = Loader(
+            Faulty(source, injector),
+            SAMPLE,
+            batch_size=25,
+            num_threads=num_threads,
+            reads=ReadConfig(read_timeout=0.5),
+        )
+        batches = take_batches(loader, count, start)
+        assert fired(output) == dict.fromkeys(faults, 1)
+        return batches, loader.bad_samples
+
+    whole, bad = run("whole", 16, 0, 0)  # two passes
+    again, bad_again = run("again", 16, 0, 3)
+    resumed, bad_resumed = run("resumed", 11, 5, 2)
+    LET_GO.set()
+    assert_equal(again, whole)
+    assert_equal(resumed, whole[5:])
+    assert bad == bad_again == bad_resumed
+    assert list(bad) == [source.name(index) for index in (5, 10, 11, 31, 57, 120, 199)]
+    assert bad[source.name(5)] == "no answer within 0.5 s"
+    assert "Permission denied" in bad[source.name(31)]
+    counts = torch.bincount(used(whole), minlength=200)
+    assert counts[[30, 80]].tolist() == [2, 2]
+    assert counts[[6, 12, 32]].tolist() == [4, 6, 4]
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("when it was tried again" in line for line in said) == 3  # once a run
+
+
+def test_strict_a_read_that_hangs_stops_the_run_and_names_the_image(tmp_path):
+    LET_GO.clear()
+    loader = Loader(
+        Faulty(Numbers(100), Injector(tmp_path, ["0:41:hang_read"])),
+        Seeds(),
+        batch_size=100,
+        num_threads=1,
+        max_bad_share=0,
+        reads=ReadConfig(read_timeout=0.2),
+    )
+    with pytest.raises(BadDataError, match=r"image-41 \(no answer within 0.2 s\): 1 of 100 files"):
+        take_batches(loader, 1)
+    LET_GO.set()
+    assert fired(tmp_path) == {"0:41:hang_read": 1}
+
+
 @pytest.mark.parametrize("num_threads", [0, 3])
 def test_bad_files_are_replaced_by_the_next_counted_and_named_once(
     image_folder, num_threads, caplog
@@ -45,8 +122,7 @@ def test_bad_files_are_replaced_by_the_next_counted_and_named_once(
     for path in bad:
         assert sum(path in record.message for record in caplog.records) == 1
     for epoch in range(3):
-        used = torch.cat([b["sample_index"] for b in batches[8 * epoch : 8 * epoch + 8]])
-        counts = torch.bincount(used, minlength=200)
+        counts = torch.bincount(used(batches[8 * epoch : 8 * epoch + 8]), minlength=200)
         # 12 stands in for 10 and 11, 58 for 57, 121 for 120, and the first for the last
         expected = torch.ones(200, dtype=torch.int64)
         expected[[10, 11, 57, 120, 199]] = 0

@@ -1,6 +1,7 @@
 """Every image once, in order."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ import torch
 from beit_fast.data import in_order
 from beit_fast.data.in_order import batches_in_order, unusable_images
 from beit_fast.data.sources.decode import BadImageError
+from beit_fast.data.sources.limits import ReadConfig
+from faults import LET_GO, Injector, fired
+from loaded import Faulty, readers
 
 
 class Numbers:
@@ -57,6 +61,40 @@ def test_an_image_that_cannot_be_used_is_named_and_no_thread_stays():
     assert threading.active_count() == before
 
 
+@pytest.mark.promise("R14", "R17")
+def test_an_image_that_hangs_is_named_and_keeps_nobody(tmp_path):
+    LET_GO.clear()
+    before = threading.active_count()
+    source = Faulty(Numbers(), Injector(tmp_path, ["0:5:hang_read"], again=2))
+    options = {"num_threads": 2, "reads": ReadConfig(read_timeout=0.2)}
+    with pytest.raises(ValueError, match=r"cannot use number 5 \(no answer within 0\.2 s\)"):
+        list(batches_in_order(source, range(7), view, batch_size=7, **options))
+    found = unusable_images(source, range(9), look=view, **options)
+    assert found == {"number 5": "no answer within 0.2 s", "number 7": "is broken"}
+    LET_GO.set()
+    for thread in readers():
+        thread.join(5)
+    assert threading.active_count() == before
+    assert fired(tmp_path) == {"0:5:hang_read": 2}
+
+
+@pytest.mark.promise("R17")
+def test_closing_waits_for_no_image_that_hangs(tmp_path):
+    LET_GO.clear()
+    source = Faulty(Numbers(), Injector(tmp_path, ["0:5:hang_read"]))
+    batches = batches_in_order(source, range(7), view, batch_size=4, num_threads=2)
+    next(batches)
+    while not fired(tmp_path):
+        time.sleep(0.01)
+    began = time.monotonic()
+    batches.close()
+    assert time.monotonic() - began < 5
+    LET_GO.set()
+    for thread in readers():
+        thread.join(5)
+
+
+@pytest.mark.promise("R14")
 def test_images_that_cannot_be_used_are_all_found(make_image, make_file, monkeypatch):
     class Files:
         """Every third is broken in one of two ways."""

@@ -11,6 +11,8 @@ import pytest
 from beit_fast import PUBLISHED
 from beit_fast.cli import VERBS
 from beit_fast.data.masking import MaskingConfig
+from beit_fast.data.sources import decode, reading
+from beit_fast.data.sources.limits import READS
 from beit_fast.data.token_cache import record_dtype
 from pages import ROOT, commands_of, name_of, pages, text_of
 
@@ -96,6 +98,18 @@ def test_the_words_of_masks_and_cache_are_those_of_the_code():
     strategies = get_args(get_type_hints(MaskingConfig)["strategy"])
     assert {f"`{name}`" for name in strategies} <= set(text.split())
     assert MaskingConfig().num_masked == 75
+
+
+def test_the_settings_of_reads_have_the_defaults_and_pauses_of_the_code():
+    text = page("data.md")
+    assert f"| `--data.read_timeout` | {READS.read_timeout:g} |" in text
+    assert f"| `--data.read_retries` | {READS.read_retries} |" in text
+    pauses = [reading._PAUSE]
+    for _ in range(3):
+        pauses.append(min(10 * pauses[-1], reading._LONGEST_PAUSE))
+    assert f"after {', '.join(f'{pause:g}' for pause in pauses)} ... seconds" in text
+    assert f"More than {reading._MAX_HANGING} of them at once" in text
+    assert f"more than {decode._MAX_SCANS} scans" in text
 
 
 def test_the_table_of_augmentation_has_the_defaults():

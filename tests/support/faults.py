@@ -10,8 +10,11 @@ that asserts it: none passes because its fault never came.
 """
 
 import ctypes
+import errno
 import os
+import resource
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+LET_GO = threading.Event()  # of reads that hang
 FIRED = "fired_"  # and the fault: a file with the time of each firing, a line each
 
 
@@ -84,10 +89,21 @@ def hang(_: object = None) -> None:
     time.sleep(600)
 
 
+def wait(_: object = None) -> None:
+    """For a reader that does not come; signals are heard."""
+    threading.Event().wait(600)
+
+
 def hang_with_lock(_: object) -> None:
     """Inside an extension that keeps Python's lock, and that no signal wakes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     ctypes.PyDLL(None).sleep(600)
+
+
+def hang_read(value: object) -> object:
+    """Until the test lets it go, or a minute."""
+    LET_GO.wait(60)
+    return value
 
 
 def slowly(_: object) -> None:
@@ -97,6 +113,17 @@ def slowly(_: object) -> None:
     for _ in range(35):
         time.sleep(0.2)
         heed_stop("while working")
+
+
+def limits_files(num_bytes: int) -> Callable[[object], object]:
+    """From now on no file of this process grows beyond that: as on a disk that is full."""
+
+    def act(value: object) -> object:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        return value
+
+    return act
 
 
 def sends(signum: signal.Signals) -> Callable[[object], object]:
@@ -114,7 +141,23 @@ def raises(error: BaseException) -> Callable[[object], object]:
     return act
 
 
-# Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor).
+def raises_in_backward(error: BaseException) -> Callable[[Tensor], Tensor]:
+    """Where the gradient of the loss has come to be, a tensor."""
+
+    def act(loss: Tensor) -> Tensor:
+        loss = loss * 1
+        loss.register_hook(raises(error))
+        return loss
+
+    return act
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+FULL_AT = (100, 1_000, 10_000, 100_000, 260_000)  # bytes
+# Places: "step" (its beginning), "batch" (waiting for that of a step), "save" (writing the
+# checkpoint of a step), "update" (the optimiser's step); "loss", "gradient" and "sample" (of an
+# image's number), of which a tensor is the value; "read" (the files of the image with the number
+# STEP).
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
@@ -124,10 +167,26 @@ FAULTS = {
     "slow": Fault("step", slowly),
     "error": Fault("step", raises(ValueError("a disk of this node is gone: mount it"))),
     "fault": Fault("step", raises(ZeroDivisionError("division by zero"))),
+    "oom": Fault("step", raises(NO_MEMORY)),
+    "oom_backward": Fault("loss", raises_in_backward(NO_MEMORY)),
+    "oom_update": Fault("update", raises(NO_MEMORY)),
     "loader": Fault("batch", hang),
+    "wait": Fault("batch", wait),
+    "full_disk": Fault("save", raises(OSError(28, "No space left on device"))),
+    "bug": Fault("save", raises(ZeroDivisionError("division by zero"))),
+    **{f"full_at_{size}": Fault("step", limits_files(size)) for size in FULL_AT},
     "nan": Fault("loss", lambda loss: loss * torch.nan),
     "inf": Fault("loss", lambda loss: loss * torch.inf),
     # Its gradients are as they were: bad on this rank alone.
     "nan_value": Fault("loss", lambda loss: loss + torch.nan),
+    "hang_read": Fault("read", hang_read),
+    "slow_read": Fault("read", lambda value: time.sleep(0.3) or value),
+    "eio": Fault("read", raises(OSError(errno.EIO, "Input/output error"))),
+    "stale": Fault("read", raises(OSError(errno.ESTALE, "Stale file handle"))),
+    "denied": Fault("read", raises(OSError(errno.EACCES, "Permission denied"))),
+    "torch": Fault("read", raises(RuntimeError("a kernel failed\nand how"))),
+    "memory": Fault("read", raises(MemoryError())),
     "spike": Fault("loss", lambda loss: loss * 100),
+    "huge": Fault("sample", lambda pixels: pixels * 1e30),
+    "nan_gradient": Fault("gradient", lambda gradient: gradient * torch.nan),
 }

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import beit_fast_main
 from beit_fast import cli
@@ -31,6 +32,10 @@ class FaultyTask(ToyTask):
     def plant(self, injector: Injector) -> None:
         self.injector = injector
         self.on_step = lambda done: injector.meet("step", done + 1)
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = super().loss(batch)
+        return self.injector.meet("loss", self.step + 1, loss), metrics
 
     def batches(self, start: int):
         for number, batch in enumerate(super().batches(start), start + 1):

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.utils.tensorboard  # noqa: F401  (for the forks: it takes a second)
+import tensorboard.summary.writer.record_writer  # noqa: F401  (for the forks: it takes a second)
 
 from beit_fast.train import saving, state
 from beit_fast.train.saving import Saver

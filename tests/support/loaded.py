@@ -1,5 +1,7 @@
 """What the tests of the loader load: numbers, whose samples are their seeds, and small views."""
 
+import threading
+
 import numpy as np
 import torch
 
@@ -7,6 +9,7 @@ from beit_fast.data.config import MaskingConfig
 from beit_fast.data.samples import PretrainSample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.views.config import ViewConfig
+from faults import Injector
 
 SAMPLE = PretrainSample(
     ViewConfig(size=32, token_size=16), MaskingConfig(num_masked=6, min_block=2), (4, 4)
@@ -30,6 +33,32 @@ class Numbers:
 
     def name(self, index):
         return f"image-{index}"
+
+    key = name
+
+    def size(self, index):
+        return 10 + index % 7
+
+
+class Faulty:
+    """Another source whose reads meet faults."""
+
+    def __init__(self, source, injector: Injector):
+        self._source, self._injector = source, injector
+
+    def __len__(self):
+        return len(self._source)
+
+    def read(self, index):
+        return self._injector.meet("read", index, self._source.read(index))
+
+    def name(self, index):
+        return self._source.name(index)
+
+
+def readers() -> list[threading.Thread]:
+    """Threads that read, or wait for something to read."""
+    return [thread for thread in threading.enumerate() if thread.name == "beit_fast read"]
 
 
 class Seeds:

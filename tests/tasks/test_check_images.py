@@ -9,12 +9,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from beit_fast.data.sources import folder, segmentation
+from beit_fast.data.sources.limits import ReadConfig
 from beit_fast.data.sources.segmentation import open_segmentation
 from beit_fast.tasks import check_images
 from beit_fast.tasks.check_images import check_segmentation, remembered_in, warn_of_turned
 from beit_fast.tasks.sources import describe_source
 from beit_fast.train.stop import Interrupted, stop_signals
 from beit_fast.train.world import World
+from faults import LET_GO, Injector, fired
 from masked_images import encoded, picture, write_pairs
 from task_runs import ALONE
 
@@ -79,6 +82,7 @@ def test_whole_pairs_are_looked_at_once_and_remembered(check, source, tmp_path, 
     check(kind="test")
 
 
+@pytest.mark.promise("R14")
 @pytest.mark.parametrize("kind", ["training", "test"])
 def test_pairs_that_cannot_be_used_are_named_before_the_first_step(
     check, source, tmp_path, spoil, kind
@@ -96,6 +100,29 @@ def test_pairs_that_cannot_be_used_are_named_before_the_first_step(
     assert not remembered_in(tmp_path / "run", kind).exists()
     spoil()  # repaired
     check(kind=kind)
+
+
+@pytest.mark.promise("R14", "R17")
+@pytest.mark.parametrize("hangs", ["image", "mask"])
+def test_a_pair_that_hangs_is_named_before_the_first_step_and_keeps_nobody(
+    check, source, tmp_path, monkeypatch, hangs
+):
+    path = source.name(4) if hangs == "image" else source.mask_name(4)
+    place = segmentation if hangs == "mask" else folder
+    read, injector = place.read_image_file, Injector(tmp_path, ["0:4:hang_read"], again=2)
+    monkeypatch.setattr(
+        place,
+        "read_image_file",
+        lambda asked: injector.meet("read", 4 if asked == path else -1, read(asked)),
+    )
+    LET_GO.clear()
+    limits = ReadConfig(read_timeout=0.2)
+    with pytest.raises(ValueError, match=r"1 of 20 test images .*04\.bmp \(no answer within 0.2 s"):
+        check(kind="test", reads=limits)
+    check(max_bad_share=0.05, reads=limits)
+    LET_GO.set()
+    assert fired(tmp_path) == {"0:4:hang_read": 2}
+    check(kind="test", reads=limits)
 
 
 def test_a_share_of_bad_pairs_is_borne_as_the_error_says(check, spoil, caplog):

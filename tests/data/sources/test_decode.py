@@ -4,6 +4,7 @@ import random
 import re
 import struct
 import sys
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -66,6 +67,7 @@ def test_photographs_decode_to_the_same_pixels_by_both_and_by_pillow_itself(phot
         assert np.array_equal(both(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
+@pytest.mark.promise("R15")
 @pytest.mark.parametrize(
     ("format", "mode", "options"),
     [
@@ -106,6 +108,7 @@ def test_every_kind_of_image_becomes_what_pillow_converts_to_rgb(
     assert np.array_equal(both(data), np.asarray(expected))
 
 
+@pytest.mark.promise("R15")
 def test_a_cmyk_jpeg_decodes_within_one_level(make_image, make_file):
     data = make_file(make_image(40, 60).convert("CMYK"), "JPEG", quality=95)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.int32)
@@ -113,6 +116,7 @@ def test_a_cmyk_jpeg_decodes_within_one_level(make_image, make_file):
     assert np.abs(decode_fast(data) - expected).max() <= 1
 
 
+@pytest.mark.promise("R15")
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(format, make_file):
     ramp = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
@@ -127,6 +131,7 @@ def test_thirty_two_bit_pixels_are_refused_with_the_reason(make_file):
             decode(data)
 
 
+@pytest.mark.promise("R15")
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_the_first_frame_of_an_animation_is_taken(format, make_image, make_file):
     frames = [make_image(20, 30, seed) for seed in range(3)]
@@ -140,6 +145,7 @@ def test_the_first_frame_of_an_animation_is_taken(format, make_image, make_file)
     )
 
 
+@pytest.mark.promise("R15")
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_exif_orientation_is_not_applied(format, orientation, make_image, make_file):
@@ -162,12 +168,38 @@ def test_a_jpeg_named_or_padded_oddly_is_a_jpeg(make_image, make_file):
     assert np.array_equal(both(data + b"trailing bytes"), both(data))
 
 
+@pytest.mark.promise("R15")
 def test_sizes_from_one_pixel_to_long_strips_decode(make_image, make_file):
     for height, width in ((1, 1), (1, 4000), (4000, 1), (7, 3)):
         for format in ("PNG", "JPEG"):
             assert both(make_file(make_image(height, width), format)).shape == (height, width, 3)
 
 
+@pytest.mark.promise("S5")
+def test_a_jpeg_of_as_many_scans_as_anything_writes_is_an_image(make_image, make_file):
+    data = make_file(make_image(40, 30), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    most = 100 - data.count(b"\xff\xda")
+    assert decode_fast(data[:-2] + most * last + data[-2:]).shape == (40, 30, 3)
+    for decode in (decode_pillow, decode_fast):
+        with pytest.raises(BadImageError, match="it has 101 scans, more than 100: save the image"):
+            decode(data[:-2] + (most + 1) * last + data[-2:])
+
+
+def test_a_large_image_is_the_same_and_is_not_made_twice(make_image, make_file):
+    data = make_file(make_image(2100, 1003), "PNG", compress_level=0)
+    pixels = both(data)
+    assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
+    tracemalloc.start()
+    try:
+        decode_fast(data)
+        peak = tracemalloc.get_traced_memory()[1]  # NumPy's and Python's, without Pillow's own
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.2 * pixels.nbytes  # of which one is the file, uncompressed
+
+
+@pytest.mark.promise("R14")
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -190,6 +222,7 @@ def test_a_file_that_is_no_image_is_bad_with_a_reason(data, reason):
             decode(data)
 
 
+@pytest.mark.promise("R14")
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_truncated_file_is_bad_for_both(format, share, make_image, make_file):
@@ -223,6 +256,7 @@ def test_both_agree_on_every_cut_and_on_flipped_bytes(make_image, make_file):
     assert outcomes == {True, False}
 
 
+@pytest.mark.promise("S5")
 def test_a_bomb_is_refused_from_its_header(make_image, make_file):
     for data in (
         png_header(20_000, 20_000),

@@ -30,6 +30,7 @@ from task_runs import (
 )
 
 
+@pytest.mark.promise("R1")
 def test_two_epochs_that_are_stopped_and_resumed_are_bitwise_the_undisturbed_ones(
     finetune_config, tmp_path
 ):
@@ -190,6 +191,7 @@ def test_a_run_goes_on_without_the_checkpoint_it_started_from(
         run_finetuning(finetune_config(init=str(moved), run=new))
 
 
+@pytest.mark.promise("R14")
 def test_test_images_are_looked_at_before_the_first_step(
     finetune_config, photographs, tmp_path, monkeypatch
 ):
@@ -216,6 +218,7 @@ def test_test_images_are_looked_at_before_the_first_step(
         run_finetuning(config)
 
 
+@pytest.mark.promise("R14")
 def test_an_image_that_breaks_meanwhile_does_not_end_training(
     finetune_config, tmp_path, monkeypatch, caplog
 ):

@@ -145,6 +145,7 @@ def test_damaged_features_are_refused(config):
         run_probe(config)
 
 
+@pytest.mark.promise("R14")
 def test_training_images_that_cannot_be_used_are_left_out_with_their_labels(
     config, folders, tmp_path, capsys, caplog
 ):
@@ -185,6 +186,7 @@ def test_more_bad_training_images_than_allowed_end_it_and_the_remedy_works(confi
     assert run_probe(replace(config, max_bad_share=0.2))["num_train"] == 21
 
 
+@pytest.mark.promise("R14")
 def test_test_images_that_cannot_be_used_are_all_named_before_anything_is_computed(
     config, tmp_path, monkeypatch
 ):

@@ -34,6 +34,7 @@ CLASSES = ["class 0", "class 1", "class 2"]
 WITHOUT_CHANCE = {"drop_path_rate": 0.0, "drop_rate": 0.0}
 
 
+@pytest.mark.promise("R1")
 def test_a_run_that_is_stopped_and_resumed_is_bitwise_the_undisturbed_one(segment_config, tmp_path):
     whole = run_segmentation(segment_config(run={"output": str(tmp_path / "whole")}))
     parts = segment_config(run={"output": str(tmp_path / "parts")})
@@ -240,6 +241,7 @@ def test_a_run_goes_on_without_the_checkpoint_it_started_from(
     assert load_checkpoint(result.train.checkpoint).step == 3
 
 
+@pytest.mark.promise("R14")
 def test_images_and_masks_are_looked_at_before_the_first_step(
     segment_config, boxes, tmp_path, monkeypatch
 ):
