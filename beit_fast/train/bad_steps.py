@@ -8,6 +8,7 @@ Samples are noted as batches come, on the host, for the steps since the last che
 import json
 import logging
 import math
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -70,11 +71,16 @@ def label_parameters(
         decays = "decay" in group or float(group["weight_decay"]) > 0
         for parameter in group["params"]:
             name = names[id(parameter)]
-            part, *rest = name.split(".")
-            if len(rest) > 1 and rest[0].isdigit():
-                part = f"{part}.{rest[0]}"
+            part = _part(name)
             labelled.append((name, f"{part} {'decay' if decays else 'no_decay'}"))
     return labelled
+
+
+def _part(name: str) -> str:
+    """Where a parameter of this name is: up to the first number, else the outermost module."""
+    modules = name.split(".")[:-1] or [name]
+    depth = next((i for i, module in enumerate(modules, 1) if re.search(r"\d", module)), 1)
+    return ".".join(modules[:depth])
 
 
 class BadSteps:
