@@ -148,7 +148,7 @@ NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 G
 FULL_AT = (100, 1_000, 10_000, 100_000, 260_000)  # bytes
 # Places: "step" (its beginning), "batch" (waiting for that of a step), "save" (writing the
 # checkpoint of a step), "update" (the optimiser's step); "loss", "gradient" and "sample" (of an
-# image's number), of which a tensor is the value.
+# image's number) and "pixels", of which a tensor is the value.
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
@@ -171,6 +171,7 @@ FAULTS = {
     # Its gradients are as they were: bad on this rank alone.
     "nan_value": Fault("loss", lambda loss: loss + torch.nan),
     "spike": Fault("loss", lambda loss: loss * 100),
+    "nan_pixels": Fault("pixels", lambda pixels: pixels * torch.nan),
     "huge": Fault("sample", lambda pixels: pixels * 1e30),
     "nan_gradient": Fault("gradient", lambda gradient: gradient * torch.nan),
 }

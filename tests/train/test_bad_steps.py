@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_ranks import RUNS
 from torch import nn
 
-from beit_fast.train.bad_steps import read_record, record_path
+from bad_ranks import RUNS
+from beit_fast.train.bad_steps import label_parameters, read_record, record_path
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import METRICS, Meter
 from beit_fast.train.optim import build_optimizer
@@ -214,6 +214,21 @@ def test_a_meter_leaves_bad_steps_out_and_says_how_many():
     assert {k: float(v) for k, v in meter.means().items()} == {"skipped": 1.0}
 
 
+def test_a_part_of_a_model_is_named_by_its_first_number():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2)]), "head": nn.Linear(2, 2)})
+    model.cls_token = nn.Parameter(torch.ones(1))
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    assert label_parameters(model, groups) == [
+        ("blocks.0.weight", "blocks.0 decay"),
+        ("head.weight", "head decay"),
+        ("cls_token", "cls_token no_decay"),
+        ("blocks.0.bias", "blocks.0 no_decay"),
+        ("head.bias", "head no_decay"),
+    ]
+
+
 @pytest.mark.promise("R12")
 def test_running_statistics_are_as_before_where_the_step_is_lost():
     norm = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)).train()
@@ -235,6 +250,12 @@ def test_a_run_without_faults_writes_nothing_of_them(tmp_path, run_toy):
     assert "skipped" not in (tmp_path / METRICS).read_text()
     names = load_checkpoint(outcome.checkpoint).tensors["run"]
     assert not any(name.startswith(("sentinel", "meter_skipped")) for name in names)
+
+
+@pytest.mark.promise("R12")
+def test_a_checkpoint_that_falls_due_in_a_row_is_written_after_it(tmp_path, run_toy, toy_task):
+    run_toy(tmp_path, toy_task(bad_step=6), save_every=7, log_every=4)
+    assert steps_of(tmp_path) == [8, 12]
 
 
 def test_what_cannot_be_written_of_a_bad_step_ends_nothing(tmp_path, run_toy, toy_task, caplog):
