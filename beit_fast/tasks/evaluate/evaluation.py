@@ -14,6 +14,7 @@ from torch import Tensor
 
 from beit_fast.data.in_order import batches_in_order
 from beit_fast.data.sources.folder import ImageSource
+from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.views.centre_view import centre_view
 from beit_fast.data.views.config import CropMode, Interpolation
 from beit_fast.kernels.input.patches import normalized_patches
@@ -50,6 +51,7 @@ def evaluate_classifier(
     batch_size: int,
     num_threads: int,
     world: World,
+    reads: ReadConfig = READS,
 ) -> Classification:
     """Accuracy and loss of `model`, which is on the world's device; every rank has the result.
 
@@ -73,6 +75,7 @@ def evaluate_classifier(
         ),
         batch_size=batch_size,
         num_threads=num_threads,
+        reads=reads,
     )
     began = time.perf_counter()
     failed = None
