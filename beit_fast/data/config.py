@@ -8,30 +8,15 @@ from beit_fast.checks import (
     Count,
     FieldError,
     Given,
-    Natural,
     Positive,
     Probability,
-    Seconds,
     Threads,
     check_fields,
 )
+from beit_fast.data.sources.limits import ReadConfig
 
 PHOTOGRAPHS = "photographs"  # the name of the images that ship with the package
 MAX_VOCAB = 2**16  # of a token cache, whose ids are uint16
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadConfig:
-    """How long the files of an image may take: fields of all that reads many."""
-
-    read_timeout: Seconds = 60.0  # a file that takes longer, all tries together, is a broken one
-    read_retries: Natural = 2  # so often what fails for a passing reason is tried again
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-READS = ReadConfig()  # of who has no setting for it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit_fast.data.config import READS, ReadConfig
-from beit_fast.data.reading import HungReadError, Read, Reads, ReadsClosedError
 from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed, counter_seed
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import Source
+from beit_fast.data.sources.limits import READS, ReadConfig
+from beit_fast.data.sources.reading import HungReadError, Read, Reads, ReadsClosedError
 from beit_fast.errors import RunError
 from beit_fast.flags import flag
 

@@ -92,6 +92,12 @@ def wait(_: object = None) -> None:
     threading.Event().wait(600)
 
 
+def wait_and_be_told(_: object = None) -> None:
+    """The signal comes in the wait."""
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    wait()
+
+
 def hang_with_lock(_: object) -> None:
     """Inside an extension that keeps Python's lock, and that no signal wakes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -152,6 +158,9 @@ FULL_AT = (100, 1_000, 10_000, 100_000, 260_000)  # bytes
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
+    "usr1": Fault("step", sends(signal.SIGUSR1)),
+    "twice": Fault("step", lambda _: [sends(signal.SIGTERM)(None) for _ in range(2)]),
+    "term_in_save": Fault("save", sends(signal.SIGTERM)),
     "stop": Fault("step", sends(signal.SIGSTOP)),
     "hang": Fault("step", hang),
     "lock": Fault("step", hang_with_lock),
@@ -163,6 +172,7 @@ FAULTS = {
     "oom_update": Fault("update", raises(NO_MEMORY)),
     "loader": Fault("batch", hang),
     "wait": Fault("batch", wait),
+    "told": Fault("batch", wait_and_be_told),
     "full_disk": Fault("save", raises(OSError(28, "No space left on device"))),
     "bug": Fault("save", raises(ZeroDivisionError("division by zero"))),
     **{f"full_at_{size}": Fault("step", limits_files(size)) for size in FULL_AT},

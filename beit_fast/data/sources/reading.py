@@ -16,8 +16,9 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from beit_fast.data.config import ReadConfig
 from beit_fast.data.sources.folder import Source
+from beit_fast.data.sources.limits import ReadConfig
+from beit_fast.errors import RunError
 
 logger = logging.getLogger("beit_fast.data")
 
@@ -36,6 +37,7 @@ PASSING = frozenset(
 # Seconds. A process that was stopped and goes on has waited for one slice at most: what it was
 # reading is not given up for it.
 _SLICE = 0.1
+_MAX_HANGING = 32  # reads at once: each keeps a thread
 _PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # before a read is tried again; ten times as long each time
 
 
@@ -45,6 +47,10 @@ class HungReadError(TimeoutError):
     def __init__(self, index: int, limit: float) -> None:
         super().__init__(f"no answer within {limit:g} s")
         self.index = index
+
+
+class SourceHangsError(RunError):
+    """So many reads hang that it is not for some files."""
 
 
 class ReadsClosedError(RuntimeError):
@@ -66,6 +72,7 @@ class Reads(Generic[Files]):
         # Re-entrant: a generator that is dropped may be finalised, and close this, anywhere.
         self._stopping, self._lock = threading.Event(), threading.RLock()
         self._idle: list[_Hand] = []
+        self._hanging: list[_Hand] = []  # and those that did and have ended since
         self._num_retried = 0
 
     def run(self, work: Callable[[Read[Files]], Result]) -> Result:
@@ -74,6 +81,7 @@ class Reads(Generic[Files]):
         Raises what it raises; HungReadError for a read that takes more than `read_timeout` seconds,
         pauses and further tries included: `work` is given up then, and if that read ever ends, it
         raises ReadsClosedError in there. So does every read once the reading is stopped.
+        SourceHangsError instead for one too many that hang at once.
         """
         with self._lock:
             hand = self._idle.pop() if self._idle else None
@@ -133,6 +141,7 @@ class Reads(Generic[Files]):
             if now is not None and self._stopping.is_set():
                 raise ReadsClosedError("the reading was stopped")
             if now is not None and waited >= limit and hand.give_up(now):
+                self._count_hanging(hand, now.index)
                 raise HungReadError(now.index, limit)
 
     def _read(self, index: int) -> Files:
@@ -153,6 +162,17 @@ class Reads(Generic[Files]):
             if self._stopping.wait(pause):
                 raise failed
             tries, pause = tries + 1, min(10 * pause, _LONGEST_PAUSE)
+
+    def _count_hanging(self, hand: "_Hand", index: int) -> None:
+        with self._lock:
+            self._hanging = [one for one in (*self._hanging, hand) if one.reading is not None]
+            count = len(self._hanging)
+        if count > _MAX_HANGING:
+            raise SourceHangsError(
+                f"{count} reads hang, the last that of {self._source.name(index)}, none of which "
+                f"was answered within {self._limits.read_timeout:g} s: see that the disk or "
+                "network file system answers; then give the same command again"
+            )
 
     def _count_retried(self, index: int, error: OSError) -> None:
         with self._lock:
