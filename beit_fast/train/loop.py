@@ -22,6 +22,7 @@ from beit_fast.train.average import Average
 from beit_fast.train.bad_steps import BadSteps
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import graphed, preparation
+from beit_fast.train.images import Images, follow
 from beit_fast.train.kept_config import write_config
 from beit_fast.train.length import Length, run_length
 from beit_fast.train.log import METRICS, Log, Meter, read_metrics
@@ -61,6 +62,7 @@ class Task(Protocol):
     counters: dict[str, Tensor]
     blocks: Sequence[nn.Module]  # parts of the model that FSDP gathers one by one; (): all at once
     num_images: int  # in the data set
+    images: Images  # which, and how `batches` goes on where the folder changes
     batches_per_epoch: int  # micro-batches of one rank in one pass, rounded down
     images_per_batch: int
 
@@ -151,7 +153,7 @@ def train(
     says.
 
     `settings` is the whole resolved configuration of the task as plain data; it is saved with
-    every checkpoint, and a resume is refused under settings that make it another run (resume.py).
+    every checkpoint, and a resume is refused under settings that make it another run (changes.py).
     Evaluation, pictures and logs take nothing down (aside.py). Raises Interrupted after a stop
     signal, NonFiniteLoss, CaptureError, CheckpointError, ValueError.
     """
@@ -164,13 +166,14 @@ def train(
 
     with _claim(output, world) as lock, stop_signals() as stop, contextlib.ExitStack() as stack:
         stack.enter_context(world.watching(f"preparing the training of {task.name}", output))
-        resume = find_resume(output, run, settings, world)
+        resume = find_resume(output, run, settings, world, task.images)
         world.agree(start_of(resume, task))
         if config is not None and world.is_main:
             write_config(output, task.name, config)
         length = run_length(task, optim, run, settings, resume and resume.manifest)
         num_steps = length.num_steps
         task.to(device)
+        images = follow(task, resume, output, images_per_step, world)
         begin_alike(task.model, world)
         start = resume.checkpoint.step if resume else 0
         meter = Meter(device)
@@ -220,6 +223,7 @@ def train(
                 lock=lock,
                 schedule=asdict(length),
                 history=resume.history if resume else [],
+                images=images,
             )
         )
 
@@ -260,8 +264,12 @@ def train(
             raise Interrupted(signum, f"after step {done}", SAVED)
 
         def falls_due(step: int) -> bool:
-            every, num_images = run.evaluate_every, task.num_images
-            return step < num_steps and _falls_due(every, step, images_per_step, num_images)
+            """Whether the last of `step` steps reached a multiple of `run.evaluate_every`."""
+            if run.evaluate_every is None or step >= num_steps:
+                return False
+            samples = ((step - 1) * images_per_step, step * images_per_step)
+            before, now = (int(task.images.epochs(s, run.evaluate_every)) for s in samples)
+            return now > before
 
         task.model.train()
         micro_batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
@@ -309,7 +317,7 @@ def train(
                     values = torch.stack([value.double() for value in values]).tolist()
                     line = dict(zip([*means, *of_all], values, strict=True))
                     line["lr"] = lr_at(step, optim, num_steps, length.warmup_steps)
-                    line["epoch"] = done * images_per_step / task.num_images
+                    line["epoch"] = task.images.epochs(done * images_per_step)
                     with aside.work("the log"):
                         log.line(done, line)
                 if saves:
@@ -343,6 +351,7 @@ def _say_resume(task: Task, resume: Resume, length: Length, log: Log) -> None:
     lines = [f"{task.name}: resumes from {path}"]
     if start < length.num_steps:
         lines += [f"{task.name}: from step {start} on, {change}" for change in resume.changes]
+        lines += [f"{task.name}: {task.images.note}"] if task.images.note else []
     elif resume.changes:
         told = "; ".join(map(str, resume.changes))
         lines.append(f"{task.name}: all {start} steps are done, what changed has no effect: {told}")
@@ -357,14 +366,6 @@ def _lacks_evaluation(output: Path, step: int, world: World) -> bool:
         names = {name for record in records if record["step"] == step for name in record}
         lacks = not any(name.startswith("test_") for name in names)
     return bool(world.any_of(int(lacks)))
-
-
-def _falls_due(every: float | None, done: int, images_per_step: int, num_images: int) -> bool:
-    """Whether the last of `done` steps reached a multiple of `every` epochs."""
-    if every is None:
-        return False
-    before, now = (int(step * images_per_step / (every * num_images)) for step in (done - 1, done))
-    return now > before
 
 
 def _evaluate(task: Task, models: list[nn.Module]) -> dict[str, float]:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from beit_fast.data.run_images import RunImages
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import train
 from beit_fast.train.stop import Interrupted
 from beit_fast.train.world import World
+from loaded import Numbers
 from task_runs import ALONE
 
 
@@ -31,6 +33,7 @@ class ToyTask:
     ) -> None:
         self.images_per_batch = images_per_batch
         self.batches_per_epoch = self.num_images // images_per_batch
+        self.images = RunImages(Numbers(self.num_images))
         torch.manual_seed(7)
         self.model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(dropout), nn.Linear(16, 1))
         self.blocks = (self.model[0],)

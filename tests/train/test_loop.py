@@ -23,16 +23,19 @@ def undisturbed(tmp_path, run_toy):
     return tmp_path / "whole"
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 5, 11])
+@pytest.mark.promise("R1")
+@pytest.mark.parametrize("stop_after", [1, 4, 5, 6, 11])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
     undisturbed, tmp_path, run_toy, toy_task, stop_after, signum
 ):
+    """One signal comes in the last micro-batch of a step, the other one between its two."""
     task = toy_task()
     micro_batches = iter(range(1, 100))
+    at = 2 * stop_after - (signum == signal.SIGINT)
 
     def on_step(step):
-        if next(micro_batches) == 2 * stop_after:
+        if next(micro_batches) == at:
             os.kill(os.getpid(), signum)
 
     task.on_step = on_step

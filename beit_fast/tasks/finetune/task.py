@@ -36,7 +36,13 @@ from beit_fast.tasks.evaluate.evaluation import (
 from beit_fast.tasks.finetune.config import FinetuneConfig, LabelledDataConfig
 from beit_fast.tasks.finetune.init import starting_point
 from beit_fast.tasks.layer_decay import layer_decay_groups
-from beit_fast.tasks.sources import describe_source, say, task_settings, unseen_batches
+from beit_fast.tasks.sources import (
+    describe_source,
+    held_out_anew,
+    say,
+    task_settings,
+    unseen_batches,
+)
 from beit_fast.train.aside import Aside
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
@@ -109,7 +115,9 @@ class FinetuneTask:
             reads=data,
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
-        self.num_images = len(source)
+        self.num_images, self.images = len(source), self.loader.images
+        if data.held_out is not None:
+            self.images.caution = held_out_anew()
         self.images_per_batch = data.batch_size
         self._drop_path = DropPathDraws(self.model, config.run, data.batch_size, world)
 

@@ -33,10 +33,10 @@ from beit_fast.tokenizer.metrics import (
     reconstruction_error,
 )
 from beit_fast.train.aside import Aside
+from beit_fast.train.changes import changes
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import train
 from beit_fast.train.preflight import check_run
-from beit_fast.train.resume import changes
 from beit_fast.train.start import open_run
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
 from beit_fast.train.stop import heeded, left_together, stop_signals
@@ -67,7 +67,7 @@ class DvaeTask:
             config.data, TokenizerSample(config.view), seed=config.run.seed, world=world
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
-        self.num_images = len(self.loader.source)
+        self.num_images, self.images = len(self.loader.source), self.loader.images
         self.images_per_batch = config.data.batch_size
 
     def to(self, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from beit_fast.tasks.segment.training import SegmentTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer, tokenizer_digest
 from beit_fast.train.bad_steps import plain, read_record, record_path
 from beit_fast.train.config import RunConfig
+from beit_fast.train.images import follow_again
 from beit_fast.train.length import Length
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import Task
@@ -52,6 +53,15 @@ def run_replay(wanted: Wanted) -> dict[str, Any]:
     console = plain_console()
     with open_world(run.device, run.cpu_threads) as world, stop_signals():
         task, as_one = _task(wanted.verb, config, checkpoint, ranks, world)
+        if checkpoint is not None:
+            images_per_step = task.images_per_batch * (1 if as_one else ranks) * accumulate
+            follow_again(
+                task,
+                checkpoint.manifest,
+                output,
+                checkpoint.step * images_per_step,
+                run.resume_with,
+            )
         length = _length(task, config, checkpoint, ranks, as_one)
         if step > length.num_steps:
             raise ValueError(f"step {step} of a run of {length.num_steps}: give one that it took")
@@ -123,11 +133,6 @@ def _task(
         else:  # whose ranks share the statistics of batch norms
             data = replace(config.data, batch_size=config.data.batch_size * ranks)
             task = SegmentTask(replace(config, data=data), world)
-    if settings is not None and settings["run"]["num_images"] != task.num_images:
-        raise ValueError(
-            f"there are {task.num_images} images and the run had {settings['run']['num_images']}: "
-            "pass --data.path with the folder of then"
-        )
     return task, verb == "segment"
 
 

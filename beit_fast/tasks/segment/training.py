@@ -31,7 +31,7 @@ from beit_fast.tasks.segment.data import open_masked
 from beit_fast.tasks.segment.evaluation import Segmentation, evaluate_segmenter, read_pair
 from beit_fast.tasks.segment.init import starting_point
 from beit_fast.tasks.segment.sliding import segment_image
-from beit_fast.tasks.sources import describe_source, task_settings
+from beit_fast.tasks.sources import describe_source, held_out_anew, task_settings
 from beit_fast.train.batch_norm import synchronize_batch_norm
 from beit_fast.train.parallel import compile_blocks
 from beit_fast.train.world import World
@@ -92,7 +92,9 @@ class SegmentTask:
             reads=data,
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
-        self.num_images = len(self.source)
+        self.num_images, self.images = len(self.source), self.loader.images
+        if data.held_out is not None:
+            self.images.caution = held_out_anew()
         self.images_per_batch = data.batch_size
         self._drop_path = DropPathDraws(model, config.run, data.batch_size, world)
 

@@ -175,6 +175,23 @@ def test_flags_of_the_run_change_what_is_replayed(runs, image_folder, tmp_path):
     assert all(name.startswith(str(moved)) for name in found["micro_batches"][0]["files"])
 
 
+def test_a_step_after_a_change_of_the_folder_is_replayed_over_both_lists(
+    runs, commands, image_folder, tmp_path
+):
+    """From a checkpoint of before it: step 3 ends the old pass, and step 4 begins the new one."""
+    run, grown = tmp_path / "pretrain", tmp_path / "grown"
+    shutil.copytree(runs / "pretrain", run)
+    shutil.rmtree(run / "checkpoints/step_00000004")
+    shutil.copytree(image_folder, grown)
+    shutil.copy(grown / "class_0/0.jpg", grown / "class_0/00.jpg")
+    changed = ["--data.path", str(grown), "--run.resume_with", "[data.images]"]
+    assert main([*commands("pretrain", run), *changed]) == 0
+    assert logged(run, 4)["loss"] != logged(runs / "pretrain", 4)["loss"]
+    for step in (3, 4):
+        found = replayed(run, step)
+        assert found["loss"] == logged(run, step)["loss"]
+
+
 def test_what_cannot_be_replayed_says_why(runs, tmp_path, image_folder, capsys):
     def refused(*arguments):
         assert main(["replay", *map(str, arguments)]) == 1
@@ -185,7 +202,8 @@ def test_what_cannot_be_replayed_says_why(runs, tmp_path, image_folder, capsys):
     shutil.copytree(image_folder, fewer)
     next(fewer.rglob("*.jpg")).unlink()
     said = refused(runs / "pretrain", 4, "--data.path", fewer)
-    assert "there are 11 images and the run had 12: pass --data.path" in said
+    assert "not those of the run (1 image is gone (class_" in said
+    assert "pass --data.path with the folder of then, or, where the run went on over these" in said
     said = refused(runs / "pretrain", 4, "--tokenizer", tmp_path / "gone.safetensors")
     assert "the run's tokenizer, is not there" in said
     other = tmp_path / "other"
