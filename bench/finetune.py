@@ -104,7 +104,7 @@ class FinetuneStep:
         optim, run = config.optim, config.run
         optimizer = build_optimizer(self.task.param_groups(optim.weight_decay), optim, device)
         self._schedule = Schedule(optimizer, optim, num_steps=2**31, warmup=0, start=0)
-        sentinel = Sentinel(optimizer, world, 0, run)
+        sentinel = Sentinel(optimizer, world, run)
         shares = shares_of(self.task.count, run, world)
         self._take = TrainStep(
             *(TaskLoss(self.task), optimizer, sentinel),

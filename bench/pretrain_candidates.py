@@ -106,7 +106,7 @@ class Ours:
         self.schedule = Schedule(self.optimizer, optim, num_steps=2**31, warmup=0, start=0)
         module = TaskLoss(self.task)
         world = World(0, 1, device)
-        sentinel = Sentinel(self.optimizer, world, 0, run)
+        sentinel = Sentinel(self.optimizer, world, run)
         shares = shares_of(self.task.count, run, world)
         take = TrainStep(
             module, self.optimizer, sentinel, shares=shares, optim=optim, run=run, device=device

@@ -25,14 +25,14 @@ def unusable_images(
     *,
     num_threads: int,
     look: Callable[[Files], object] = decode_fast,
-    between: Callable[[], None] = lambda: None,
+    each: Callable[[Iterator[Any]], Iterator[Any]] = iter,
     seen: Callable[[int, Any], None] = lambda index, looked: None,
     reads: ReadConfig = READS,
 ) -> dict[str, str]:
     """Name -> reason of the images of `source` (of those with `indices`) that cannot be read and
-    decoded; `look` does that, and raises BadImageError. `between` is called between portions: it
-    may raise to leave. `seen` gets the index of each other image, and what `look` gave. A read that
-    exceeds the limits of `reads` is a reason too."""
+    decoded; `look` does that, and raises BadImageError. A read that exceeds the limits of `reads`
+    is a reason too. `seen` gets the index of each other image, and what `look` gave. What becomes
+    of the images goes through `each`, one after another: it may raise to leave."""
 
     def reason(index: int) -> str | None:
         try:
@@ -45,12 +45,15 @@ def unusable_images(
     found = {}
     indices = range(len(source)) if indices is None else indices
     with Reads(source, reads) as limited, ThreadPoolExecutor(num_threads) as pool:
-        for first in range(0, len(indices), _AT_ONCE):
-            between()
-            part = indices[first : first + _AT_ONCE]
-            for index, why in zip(part, pool.map(reason, part), strict=True):
-                if why is not None:
-                    found[source.name(index)] = why
+        try:
+            for first in range(0, len(indices), _AT_ONCE):
+                part = indices[first : first + _AT_ONCE]
+                for index, why in each(zip(part, pool.map(reason, part), strict=True)):
+                    if why is not None:
+                        found[source.name(index)] = why
+        finally:
+            limited.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
     return found
 
 

@@ -15,7 +15,7 @@ from beit_fast.data.sources.masks import decode_pair
 from beit_fast.data.sources.segmentation import MaskedImage, SegmentationSource
 from beit_fast.files import naming
 from beit_fast.flags import flag
-from beit_fast.train.stop import Interrupted, heed_stop
+from beit_fast.train.stop import Interrupted, heeded
 from beit_fast.train.world import World
 
 Kind = Literal["training", "test"]  # of images
@@ -117,7 +117,7 @@ def _look_once(
             range(first, last),
             num_threads=num_threads,
             look=look,
-            between=lambda: heed_stop(place),
+            each=functools.partial(heeded, place=place),
             seen=lambda index, is_turned: turned.append(index) if is_turned else None,
             reads=reads,
         )

@@ -8,12 +8,14 @@ Samples are noted as batches come, on the host, for the steps since the last che
 import json
 import logging
 import math
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from beit_fast.errors import RunError
@@ -24,7 +26,7 @@ from beit_fast.train.config import RunConfig
 from beit_fast.train.prefetch import Batch
 from beit_fast.train.saving import Saver
 from beit_fast.train.seeds import step_seed
-from beit_fast.train.sentinel import ROWS, Noted, Sentinel
+from beit_fast.train.sentinel import Noted, read_note
 from beit_fast.train.state import checkpoint_paths, environment
 from beit_fast.train.world import World
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 FOLDER = "bad_steps"
 FORMAT = 1
 SHOWN = 6  # steps and samples that a line names; the files have all
+MOST = 256  # steps between two checks
 logger = logging.getLogger("beit_fast.train")
 
 
@@ -70,30 +73,41 @@ def label_parameters(
         decays = "decay" in group or float(group["weight_decay"]) > 0
         for parameter in group["params"]:
             name = names[id(parameter)]
-            part, *rest = name.split(".")
-            if len(rest) > 1 and rest[0].isdigit():
-                part = f"{part}.{rest[0]}"
+            part = _part(name)
             labelled.append((name, f"{part} {'decay' if decays else 'no_decay'}"))
     return labelled
 
 
+def _part(name: str) -> str:
+    """Where a parameter of this name is: up to the first number, else the outermost module."""
+    modules = name.split(".")[:-1] or [name]
+    depth = next((i for i, module in enumerate(modules, 1) if re.search(r"\d", module)), 1)
+    return ".".join(modules[:depth])
+
+
 class BadSteps:
-    """Reads the sentinel at each check, on every rank, and tells what it saw."""
+    """Reads at each check, on every rank, what the sentinel noted, and tells of it.
+
+    start: steps that are done; row: of the last of them, how many in a row were bad.
+    """
 
     def __init__(
         self,
         task: "Task",
-        sentinel: Sentinel,
         groups: Sequence[Mapping[str, Any]],
         run: RunConfig,
         world: World,
         aside: Aside,
+        *,
+        start: int,
+        row: int = 0,
     ) -> None:
-        self._task, self._sentinel, self._run = task, sentinel, run
+        self._task, self._run = task, run
         self._world, self._aside, self._output = world, aside, Path(run.output)
         self._labels = label_parameters(task.model, groups)
-        kept = run.log_every * run.accumulate
-        self._samples: deque[tuple[int, Tensor | None]] = deque(maxlen=kept)
+        self._samples: deque[tuple[int, Tensor | None]] = deque(maxlen=MOST * run.accumulate)
+        self._watched: list[Tensor] = []  # of the steps since the last check
+        self._checked, self._row, self._row_start = start, row, start - row
         self.in_row = False  # whether the last step that was checked was bad
 
     def noting(self, batches: Iterator[Batch], start: int) -> Iterator[Batch]:
@@ -106,31 +120,53 @@ class BadSteps:
             if hasattr(batches, "close"):
                 batches.close()
 
-    def check(self, saver: Saver, since: int, done: int) -> None:
-        """Tell of the steps after `since` that were skipped; called on every rank. Syncs.
+    def add(self, watched: Tensor) -> None:
+        """What the sentinel noted of the next step."""
+        self._watched.append(watched)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a check is due, whatever else is."""
+        return len(self._watched) >= MOST
+
+    def check(self, saver: Saver) -> None:
+        """Tell of the steps since the last check that were skipped; called on every rank. Syncs.
 
         Raises NonFiniteLoss, on every rank, where too many in a row were bad. The checkpoints that
         it names are on the disk: raises as `Saver.wait` does.
         """
-        reading = self._sentinel.read()
-        self.in_row = reading.row > 0
-        if not reading.skipped:
+        since, accumulate = self._checked, self._run.accumulate
+        rows = torch.stack(self._watched).tolist() if self._watched else []
+        done, self._watched, self._checked = since + len(rows), [], since + len(rows)
+        noted = {}
+        for step, values in enumerate(rows, since):
+            if self._row >= self._run.bad_steps:
+                break
+            if not values[0]:
+                self._row = 0
+                continue
+            self._row_start = self._row_start if self._row else step
+            self._row += 1
+            noted[step] = read_note(values, accumulate)
+        self.in_row = self._row > 0
+        if not noted:
             return
-        ends = reading.row >= self._run.bad_steps
+        ends = self._row >= self._run.bad_steps
         kept = saver.wait() if ends else []
-        records = self._records(reading.noted)
+        records = self._records(noted)
         if ends:
-            raise NonFiniteLoss(self._message(records, reading.first, since, done, kept))
-        self._warn(records, reading.skipped)
+            raise NonFiniteLoss(self._message(records, since, done, kept))
+        self._warn(records)
 
-    def _records(self, noted: Sequence[Noted]) -> list[dict[str, Any]]:
+    def _records(self, noted: Mapping[int, Noted]) -> list[dict[str, Any]]:
         """Of all ranks, put together and written by the main one; on every rank."""
         samples = dict(self._samples)
         accumulate, mine = self._run.accumulate, []
-        for step in noted:
-            batches = [samples.get(step.step * accumulate + a) for a in range(accumulate)]
+        for step, note in noted.items():
+            batches = [samples.get(step * accumulate + a) for a in range(accumulate)]
             ids = [None if batch is None else batch.tolist() for batch in batches]
-            mine.append((asdict(step), ids, step_seed(self._run.seed, step.step, self._world.rank)))
+            seed = step_seed(self._run.seed, step, self._world.rank)
+            mine.append((asdict(note) | {"step": step}, ids, seed))
         of_ranks = self._world.gather(mine)
         records = [self._record(list(of_each)) for of_each in zip(*of_ranks, strict=True)]
         if self._world.is_main:
@@ -190,38 +226,34 @@ class BadSteps:
     def _command(self, step: int) -> str:
         return f"beit-fast replay {self._output} {step}"
 
-    def _warn(self, records: list[dict[str, Any]], skipped: int) -> None:
+    def _warn(self, records: list[dict[str, Any]]) -> None:
         if not self._world.is_main:
             return
         told = [f"step {r['step']} ({_told(r)})" for r in records[:SHOWN]]
-        more = f", and {skipped - len(told)} more" if skipped > len(told) else ""
-        if skipped > ROWS:
-            more += " (the first and the last of them are kept)"
-        verb = "was" if skipped == 1 else "were"
+        more = f", and {len(records) - len(told)} more" if len(records) > len(told) else ""
+        verb = "was" if len(records) == 1 else "were"
         logger.warning(
             "%s%s %s skipped: no weight was changed; see %s",
             *(", ".join(told), more, verb, self._output / FOLDER),
         )
 
     def _message(
-        self, records: list[dict[str, Any]], first: int, since: int, done: int, kept: list[Path]
+        self, records: list[dict[str, Any]], since: int, done: int, kept: list[Path]
     ) -> str:
-        """first: the step, from 0, that the row began at."""
         wanted = self._run.bad_steps
         finite = all(record["why"] == "spike" for record in records)
         what = "loss is a spike" if finite else "loss or gradient norm is not finite"
         if wanted == 1:
-            where = f"between steps {since + 1} and {done}, first at step {first + 1}"
+            where = f"between steps {since + 1} and {done}, first at step {self._row_start + 1}"
         else:
-            where = f"in {wanted} steps in a row, first at step {first + 1}"
+            where = f"in {wanted} steps in a row, first at step {self._row_start + 1}"
         text = f"{what} {where}: no weight was changed from there on. "
         text += f"The last good checkpoint is {kept[-1]}. " if kept else "There is no checkpoint. "
-        if records:
-            last = records[-1]["step"]
-            text += (
-                f"What was met is in {record_path(self._output, last)} ({_told(records[-1])}), and "
-                f"`{self._command(last)}` says in which module. "
-            )
+        last = records[-1]
+        text += (
+            f"What was met is in {record_path(self._output, last['step'])} ({_told(last)}), and "
+            f"`{self._command(last['step'])}` says in which module. "
+        )
         back = f"go back with {flag('run.resume_from')} ({_steps(kept)}), or "
         back = back if len(kept) > 1 else ""
         return text + (

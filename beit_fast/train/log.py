@@ -41,49 +41,50 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}  # of all steps
+        self._names: tuple[str, ...] = ()
+        self._sums = torch.zeros(0, dtype=torch.float64, device=device)  # of the names, in order
+        self._count = 0  # of all steps
         self._skipped = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, lost: Tensor | None = None, **metrics: Tensor) -> None:
-        """Add one scalar tensor a name. lost: (), 1 for a step that is skipped, whose metrics may
-        be anything; None or 0 for others."""
-        for name, value in metrics.items():
-            value = value.detach().to(torch.float64)
-            if lost is not None:
-                value = torch.where(lost > 0, 0.0, value)
-            if name in self._sums:
-                self._sums[name] += value
-                self._counts[name] += 1
-            else:
-                self._sums[name], self._counts[name] = value.clone(), 1
+        """Add one scalar tensor a name, the same names in each step of a window. lost: (), 1 for a
+        step that is skipped, whose metrics may be anything; None or 0 for others."""
+        if not self._count:
+            self._names = tuple(sorted(metrics))
+            self._sums = torch.zeros(len(metrics), dtype=torch.float64, device=self._device)
+        values = torch.stack([metrics[name].detach() for name in self._names]).double()
         if lost is not None:
+            values = torch.where(lost > 0, 0.0, values)
             self._skipped += lost
+        self._sums += values
+        self._count += 1
 
     def means(self) -> dict[str, Tensor]:
         """The means on the device, and where steps were skipped how many, `skipped`. The window
         starts afresh. No mean where all were. Syncs."""
-        skipped = self._num_skipped()
-        counts = {name: count - skipped for name, count in self._counts.items()}
-        means = {k: self._sums[k] / counts[k] for k in sorted(self._sums) if counts[k]}
+        skipped = int(self._skipped)
+        means = {}
+        if self._count > skipped:
+            quotients = self._sums / (self._count - skipped)
+            means = dict(zip(self._names, quotients.unbind(), strict=True))
         if skipped:
             means["skipped"] = self._skipped.clone()
-        self._sums, self._counts = {}, {}
+        self._count = 0
         self._skipped.zero_()
         return means
 
-    def _num_skipped(self) -> int:
-        return int(self._skipped)
+    def window(self) -> dict[str, float]:
+        """The sums of this rank. Syncs."""
+        return dict(zip(self._names, self._sums.tolist(), strict=True)) if self._count else {}
 
     def state(self, world: World) -> dict[str, Tensor]:
         """The window of all ranks: sums fp64 (R,), counts (). Called on every rank; syncs."""
-        of_ranks = world.gather({name: float(value) for name, value in self._sums.items()})
-        skipped, state = self._num_skipped(), {}
-        for name in self._sums:
+        of_ranks = world.gather(mine := self.window())
+        skipped, state = int(self._skipped), {}
+        for name in mine:
             of_each = [window[name] for window in of_ranks]
             state[f"meter_sum/{name}"] = torch.tensor(of_each, dtype=torch.float64)
-        for name, count in self._counts.items():
-            state[f"meter_count/{name}"] = torch.tensor(count - skipped)
+            state[f"meter_count/{name}"] = torch.tensor(self._count - skipped)
         return state | ({"meter_skipped": torch.tensor(skipped)} if skipped else {})
 
     def load_state(self, tensors: Mapping[str, Tensor], world: World) -> None:
@@ -93,14 +94,17 @@ class Meter:
         """
         skipped = int(tensors.get("meter_skipped", 0))
         self._skipped.fill_(skipped)
+        sums = {}
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "meter_sum":
                 same = value.numel() == world.size
-                value = value.flatten()[world.rank] if same else value.mean()
-                self._sums[name] = value.to(self._device)
-            elif kind == "meter_count":
-                self._counts[name] = int(value) + skipped
+                sums[name] = value.flatten()[world.rank] if same else value.mean()
+            elif kind == "meter_count":  # the same for all
+                self._count = int(value) + skipped
+        self._names = tuple(sorted(sums))
+        values = [float(sums[name]) for name in self._names]
+        self._sums = torch.tensor(values, dtype=torch.float64, device=self._device)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ from beit_fast.train.seeds import step_seed
 from beit_fast.train.sentinel import Sentinel
 from beit_fast.train.settings import complete_settings, start_of
 from beit_fast.train.shares import shares_of
-from beit_fast.train.step import TrainStep
+from beit_fast.train.step import WATCHED, TrainStep
 from beit_fast.train.stop import Interrupted, sole_user, stop_signals
 from beit_fast.train.world import World
 
@@ -188,13 +188,17 @@ def train(
         if ema:
             ranks.share(ema.module)
         optimizer = build_optimizer(task.param_groups(optim.weight_decay), optim, device)
-        sentinel = Sentinel(optimizer, world, start, run)
+        sentinel = Sentinel(optimizer, world, run)
         if resume:
             state.load_rest(optimizer, sentinel, resume.checkpoint.tensors)
         schedule = Schedule(
             optimizer, optim, num_steps=num_steps, warmup=length.warmup_steps, start=start
         )
-        bad_steps = BadSteps(task, sentinel, optimizer.param_groups, run, world, aside)
+        bad_steps = BadSteps(
+            *(task, optimizer.param_groups, run, world, aside),
+            start=start,
+            row=int(sentinel.row),
+        )
         shares = shares_of(task.count, run, world)
         take = TrainStep(
             module, optimizer, sentinel, shares=shares, optim=optim, run=run, device=device
@@ -254,7 +258,7 @@ def train(
             if done == start:
                 raise Interrupted(signum, f"before step {done + 1}", SAVED if start else UNTRAINED)
             if not saver.has(done):
-                bad_steps.check(saver, checked, done)
+                bad_steps.check(saver)
                 save(done)
             saver.finish()
             raise Interrupted(signum, f"after step {done}", SAVED)
@@ -274,7 +278,7 @@ def train(
         prepare = preparation(task, run, device)
         batches = device_batches(micro_batches, device, prepare, ahead=run.prepare_ahead)
         in_flight = InFlight(device)
-        checked, owed = start, False
+        owed = False
         try:
             if start and falls_due(start) and _lacks_evaluation(output, start, world):
                 evaluate(start)  # it was left at a stop signal, or failed
@@ -287,6 +291,7 @@ def train(
                 torch.manual_seed(step_seed(run.seed, step, world.rank))
                 with sizes_told(step + 1, step_batches, run, images=task.images_per_batch):
                     scalars = take(step_batches)
+                bad_steps.add(scalars.pop(WATCHED))
                 meter.add(sentinel.lost, **scalars)
                 schedule.step()
                 if ema:
@@ -301,9 +306,8 @@ def train(
                 prints = done % run.log_every == 0 or done == num_steps or evaluates
                 saves = done == num_steps
                 owed = owed or done % run.save_every == 0 or evaluates
-                if prints or owed:
-                    bad_steps.check(saver, checked, done)
-                    checked = done
+                if prints or owed or bad_steps.is_full:
+                    bad_steps.check(saver)
                 # The last checkpoint of a run that bad steps end is from before their row.
                 saves, owed = saves or (owed and not bad_steps.in_row), owed and bad_steps.in_row
                 if prints:

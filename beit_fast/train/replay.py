@@ -72,9 +72,9 @@ def newest_before(output: Path, step: int) -> Checkpoint | None:
 class _Seen(Sentinel):
     """Keeps what it last looked at."""
 
-    def watch(self, losses: Sequence[Tensor], loss: Tensor, norm: Tensor, norms: Tensor) -> None:
+    def watch(self, losses: Sequence[Tensor], loss: Tensor, norm: Tensor, norms: Tensor) -> Tensor:
         self.seen = [value.tolist() for value in (torch.stack((*losses,)), loss, norm, norms)]
-        super().watch(losses, loss, norm, norms)
+        return super().watch(losses, loss, norm, norms)
 
 
 class _Ranks(nn.Module):
@@ -164,7 +164,7 @@ class Replay:
         if checkpoint is not None:
             state.load_weights(Resume(checkpoint, [], []))
         optimizer = build_optimizer(task.param_groups(optim.weight_decay), optim, world.device)
-        self._sentinel = _Seen(optimizer, world, self.start, run)
+        self._sentinel = _Seen(optimizer, world, run)
         if checkpoint is not None:
             state.load_rest(optimizer, self._sentinel, checkpoint.tensors)
         self._labels = label_parameters(task.model, optimizer.param_groups)

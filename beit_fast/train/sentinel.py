@@ -5,7 +5,7 @@
     row    so many bad steps in a row; from `run.bad_steps` on nothing is learnt any more
 
 Nothing here asks the device: what the optimiser skips by is a tensor, and what is to be told of a
-bad step waits in one until the next check (bad_steps.py). So a CUDA graph captures it all.
+step is one more output of it, read at the next check (bad_steps.py). So a CUDA graph captures it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from beit_fast.train.config import RunConfig
 from beit_fast.train.world import World
 
-ROWS = 64  # bad steps between two checks that are told in full; of more, the first and the last
-_SCALARS = ("step", "own_loss", "loss", "grad_norm", "mean", "deviation")
+_SCALARS = 6  # what comes before the losses of micro-batches in what `watch` gives
 PREFIX = "sentinel/"
 
 
 @dataclass(frozen=True)
 class Noted:
-    """What one rank knows of a bad step. Numbers may be NaN or infinite.
+    """What one rank knows of a step. Numbers may be NaN or infinite.
 
-    loss: the mean over ranks, of those whose own is finite; own_loss: of this one. mean, deviation:
-    of good losses before, NaN where spikes are not looked for or there were too few.
+    bad: of itself, and not for the row before it. own_loss: of this rank; loss: the mean over
+    ranks, where all are finite. mean, deviation: of good losses before; NaN where spikes are not
+    looked for or there were too few.
     """
 
-    step: int  # from 0
+    bad: bool
     own_loss: float
     loss: float
     grad_norm: float
@@ -40,110 +40,67 @@ class Noted:
     grad_norms: list[float]  # of each gradient, or what this rank keeps of it
 
 
-@dataclass(frozen=True)
-class Reading:
-    """row: bad steps in a row up to now, and first, from 0, the step it began at; skipped: all
-    since the last reading, of which `noted` are told."""
-
-    row: int
-    first: int
-    skipped: int
-    noted: list[Noted]
+def read_note(values: Sequence[float], num_losses: int) -> Noted:
+    """What `Sentinel.watch` gave of a step of so many micro-batches."""
+    bad, *scalars = values[:_SCALARS]
+    end = _SCALARS + num_losses
+    return Noted(bool(bad), *scalars, list(values[_SCALARS:end]), list(values[end:]))
 
 
 class Sentinel:
-    """Keeps the optimiser from taking a bad step, on all ranks, and notes it."""
+    """Keeps the optimiser from taking a bad step, on all ranks. `lost`, fp32 (), is 1 where the
+    last step was not taken; `row`, (), how many bad ones in a row there are."""
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, world: World, start: int, run: RunConfig
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, world: World, run: RunConfig) -> None:
         self._world, self._limit, self._spike = world, run.bad_steps, run.spike
-        self._rows_kept = min(ROWS, run.log_every)
-        number = torch.zeros((), dtype=torch.float64, device=world.device)
-        self._step = number + start
-        self._row, self._first, self._skipped, self._num_noted = (number.clone() for _ in range(4))
-        self._good = torch.full((run.spike_window,), torch.nan).to(number)  # the newest is last
-        self._rows: Tensor | None = None
-        self._num_losses = 0
         optimizer.found_inf = self.lost = torch.zeros((), device=world.device)
+        self.row = torch.zeros_like(self.lost)
+        # The newest is last; NaN until there are as many, and no loss is above a mean of these.
+        self._good = torch.full((run.spike_window,), torch.nan, device=world.device)
+        self._unknown = torch.full((2,), torch.nan, device=world.device)
 
-    def watch(self, losses: Sequence[Tensor], loss: Tensor, norm: Tensor, norms: Tensor) -> None:
-        """Look at a step, before the optimiser uses its gradients; then `lost` is 1, fp32 (), where
-        it is not to be taken.
+    def watch(self, losses: Sequence[Tensor], loss: Tensor, norm: Tensor, norms: Tensor) -> Tensor:
+        """Look at a step, before the optimiser uses its gradients; what `read_note` reads, fp32.
 
-        losses: of each micro-batch, (); loss, norm: of the step on this rank; norms (T,): of each
-        gradient. A loss may be bad on one rank alone; none takes the step then. Three numbers are
-        exchanged, and the host waits for nothing.
+        losses: of each micro-batch, fp32 (); loss, norm: of the step on this rank; norms (T,): of
+        each gradient. A loss may be bad on one rank alone; none takes the step then. Two numbers
+        are exchanged, and the host waits for nothing.
         """
-        own_loss, norm = loss.double(), norm.double()
-        fine = torch.isfinite(own_loss)
-        told = torch.stack((fine, torch.isfinite(norm), torch.where(fine, own_loss, 0.0)))
-        told = self._world.sum(told)
-        loss = told[2] / self._world.size
-        bad = told[:2].sum() < 2 * self._world.size
-        mean = deviation = torch.full_like(loss, torch.nan)
+        own = torch.stack((loss, norm)).float()
+        bad = (own - own != 0).any()  # of NaN and infinity the difference is NaN
+        if self._world.size > 1:
+            told = self._world.sum(torch.stack((bad, own[0])).nan_to_num(0.0, 0.0, 0.0))
+            bad, loss = told[0] > 0, told[1] / self._world.size
+        else:
+            loss = own[0]
+        before = self._unknown
         if self._spike is not None:
-            # NaN until there are as many as the window holds, and no loss is above that.
-            mean, deviation = self._good.mean(), self._good.std(correction=0)
+            deviation, mean = torch.std_mean(self._good, correction=0)
+            before = torch.stack((mean, deviation))
             bad = bad | (loss > mean + self._spike * deviation)
-            self._good.copy_(torch.where(bad, self._good, torch.cat((self._good[1:], loss[None]))))
-        over = self._row >= self._limit
-        lost = bad | over
+            kept = torch.cat((self._good[1:], loss[None]))
+            self._good.copy_(torch.where(bad, self._good, kept))
+        lost = bad | (self.row >= self._limit)
+        self.row.add_(1).mul_(lost)
         self.lost.copy_(lost)
-        self._first.copy_(torch.where(lost & (self._row == 0), self._step, self._first))
-        self._row.copy_(torch.where(lost, self._row + 1, 0.0))
-        self._skipped += lost
-        scalars = torch.stack((self._step, own_loss, loss, norm, mean, deviation))
-        self._note(bad & ~over, torch.cat((scalars, torch.stack((*losses,)), norms)))
-        self._num_losses = len(losses)
-        self._step += 1
-
-    def _note(self, bad: Tensor, row: Tensor) -> None:
-        if self._rows is None:
-            self._rows = row.new_zeros((self._rows_kept, len(row)))
-        place = self._num_noted.clamp(max=self._rows_kept - 1).long()[None]
-        before = self._rows.index_select(0, place)
-        self._rows.index_copy_(0, place, torch.where(bad, row[None], before))
-        self._num_noted += bad
-
-    def read(self) -> Reading:
-        """What was skipped since the last reading. Syncs."""
-        numbers = torch.stack((self._row, self._first, self._skipped, self._num_noted))
-        row, first, skipped, num_noted = map(int, numbers.tolist())
-        noted: list[Noted] = []
-        if num_noted:
-            assert self._rows is not None
-            noted = [self._noted(values) for values in self._rows[:num_noted].tolist()]
-        self._skipped.zero_()
-        self._num_noted.zero_()
-        return Reading(row, first, skipped, noted)
-
-    def _noted(self, values: list[float]) -> Noted:
-        step, *scalars = values[: len(_SCALARS)]
-        rest = values[len(_SCALARS) :]
-        return Noted(int(step), *scalars, rest[: self._num_losses], rest[self._num_losses :])
+        scalars = torch.stack((bad, own[0], loss, own[1]))
+        return torch.cat((scalars, before, torch.stack((*losses,)).float(), norms.float()))
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs to judge as this one; nothing in a run without faults or spikes,
         whose checkpoints are as ever. The same on every rank. Syncs."""
-        state = {}
-        if float(self._row):
-            state = {"row": self._row, "first": self._first}
+        state = {"row": self.row} if float(self.row) else {}
         if self._spike is not None:
             state["good"] = self._good
         return {f"{PREFIX}{name}": value for name, value in state.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state`. Of a window of another length, the newest that fit."""
-        for name, ours in (("row", self._row), ("first", self._first), ("good", self._good)):
-            theirs = tensors.get(f"{PREFIX}{name}")
-            if theirs is None:
-                continue
-            if ours.ndim:
-                count = min(len(ours), len(theirs))
-                ours[len(ours) - count :] = theirs[len(theirs) - count :]
-            else:
-                ours.copy_(theirs)
+        if (row := tensors.get(f"{PREFIX}row")) is not None:
+            self.row.copy_(row)
+        if (good := tensors.get(f"{PREFIX}good")) is not None:
+            count = min(len(self._good), len(good))
+            self._good[len(self._good) - count :] = good[len(good) - count :]
 
 
 class Statistics:

@@ -12,6 +12,7 @@ import torch
 from beit_fast.files import drop
 from beit_fast.flags import flag
 from beit_fast.train.agreement import code_digest, settings_of_all
+from beit_fast.train.requeue import requeued
 from beit_fast.train.state import versions
 from beit_fast.train.world import World, open_world
 
@@ -23,15 +24,18 @@ def open_run(config: Any, output: str, *, named: str = "run.output") -> Iterator
     """The world of a run whose settings are `config.run` among others, once its ranks agree.
 
     output: the folder that all of them write to or read from; named: its setting. Raises as
-    `open_world` does, and ValueError for ranks that differ or do not see the folder.
+    `open_world` and `requeued` do, and ValueError for ranks that differ or do not see the folder.
     """
     run = config.run
-    with open_world(
-        run.device,
-        run.cpu_threads,
-        timeout=run.timeout,
-        startup_timeout=run.startup_timeout,
-    ) as world:
+    with (
+        requeued(run),
+        open_world(
+            run.device,
+            run.cpu_threads,
+            timeout=run.timeout,
+            startup_timeout=run.startup_timeout,
+        ) as world,
+    ):
         if world.size > 1:
             check_alike(config, world)
             check_shared(Path(output), world, named)

@@ -17,6 +17,8 @@ from beit_fast.train.progress import progress
 from beit_fast.train.sentinel import Sentinel, Statistics
 from beit_fast.train.shares import Shares
 
+WATCHED = "watched"
+
 
 def autocast(run: RunConfig, device: torch.device) -> torch.autocast:
     """The precision of a run's forward pass, as a context."""
@@ -30,7 +32,7 @@ class TrainStep:
 
     `module` maps a micro-batch to (loss, metrics), and `shares` says what each counts for. The
     scalars are `loss`, `grad_norm` and the metrics, weighted as the loss is; on the device,
-    detached.
+    detached. Besides, under WATCHED, what the sentinel noted.
     """
 
     def __init__(
@@ -69,8 +71,8 @@ class TrainStep:
             sums = {name: sums[name] + v if sums else v for name, v in scalars.items()}
         progress("updating the weights")
         norm, norms = clip_gradients(self._parameters, self._clip_grad)
-        self._sentinel.watch(losses, sums["loss"], norm, norms)
+        watched = self._sentinel.watch(losses, sums["loss"], norm, norms)
         self._statistics.restore(statistics, self._sentinel.lost)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return sums | {"grad_norm": norm}
+        return sums | {"grad_norm": norm, WATCHED: watched}

@@ -94,6 +94,12 @@ def wait(_: object = None) -> None:
     threading.Event().wait(600)
 
 
+def wait_and_be_told(_: object = None) -> None:
+    """The signal comes in the wait."""
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    wait()
+
+
 def hang_with_lock(_: object) -> None:
     """Inside an extension that keeps Python's lock, and that no signal wakes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -156,11 +162,14 @@ NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 G
 FULL_AT = (100, 1_000, 10_000, 100_000, 260_000)  # bytes
 # Places: "step" (its beginning), "batch" (waiting for that of a step), "save" (writing the
 # checkpoint of a step), "update" (the optimiser's step); "loss", "gradient" and "sample" (of an
-# image's number), of which a tensor is the value; "read" (the files of the image with the number
+# image's number) and "pixels", of which a tensor is the value; "read" (the files of the image with the number
 # STEP).
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
+    "usr1": Fault("step", sends(signal.SIGUSR1)),
+    "twice": Fault("step", lambda _: [sends(signal.SIGTERM)(None) for _ in range(2)]),
+    "term_in_save": Fault("save", sends(signal.SIGTERM)),
     "stop": Fault("step", sends(signal.SIGSTOP)),
     "hang": Fault("step", hang),
     "lock": Fault("step", hang_with_lock),
@@ -172,6 +181,7 @@ FAULTS = {
     "oom_update": Fault("update", raises(NO_MEMORY)),
     "loader": Fault("batch", hang),
     "wait": Fault("batch", wait),
+    "told": Fault("batch", wait_and_be_told),
     "full_disk": Fault("save", raises(OSError(28, "No space left on device"))),
     "bug": Fault("save", raises(ZeroDivisionError("division by zero"))),
     **{f"full_at_{size}": Fault("step", limits_files(size)) for size in FULL_AT},
@@ -187,6 +197,7 @@ FAULTS = {
     "torch": Fault("read", raises(RuntimeError("a kernel failed\nand how"))),
     "memory": Fault("read", raises(MemoryError())),
     "spike": Fault("loss", lambda loss: loss * 100),
+    "nan_pixels": Fault("pixels", lambda pixels: pixels * torch.nan),
     "huge": Fault("sample", lambda pixels: pixels * 1e30),
     "nan_gradient": Fault("gradient", lambda gradient: gradient * torch.nan),
 }

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_ranks import RUNS
 from torch import nn
 
-from beit_fast.train.bad_steps import read_record, record_path
+from bad_ranks import RUNS
+from beit_fast.train.bad_steps import BadSteps, label_parameters, read_record, record_path
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.log import METRICS, Meter
 from beit_fast.train.optim import build_optimizer
-from beit_fast.train.sentinel import ROWS, Sentinel, Statistics
+from beit_fast.train.sentinel import Sentinel, Statistics, read_note
 from beit_fast.train.state import checkpoint_paths, load_checkpoint
 from faults import fired
 from task_runs import ALONE, SUPPORT, TWO_RANKS, assert_the_same_run, records_of, steps_of
@@ -155,8 +155,7 @@ def watched(losses, **changes):
     """A sentinel that has seen these losses."""
     module = Many()
     optimizer = build_optimizer([{"params": module.parameters()}], OptimConfig(), CPU)
-    run = RunConfig(output="x", steps=1, **changes)
-    sentinel = Sentinel(optimizer, ALONE, 0, run)
+    sentinel = Sentinel(optimizer, ALONE, RunConfig(output="x", steps=1, **changes))
     lost = []
     for loss in torch.tensor(losses):
         sentinel.watch([loss], loss, torch.ones(()), torch.ones(1))
@@ -176,14 +175,28 @@ def test_spikes_are_looked_for_only_where_they_are_asked_for():
 
 
 @pytest.mark.promise("R12")
-def test_more_bad_steps_than_are_kept_are_counted_with_the_first_and_the_last():
-    sentinel, lost = watched([math.nan] * (ROWS + 9), bad_steps=1000, log_every=100)
-    assert all(lost)
-    reading = sentinel.read()
-    assert (reading.row, reading.first, reading.skipped) == (ROWS + 9, 0, ROWS + 9)
-    assert [noted.step for noted in reading.noted] == [*range(ROWS - 1), ROWS + 8]
-    again = sentinel.read()
-    assert (again.row, again.skipped, again.noted) == (ROWS + 9, 0, [])
+def test_what_is_noted_of_a_step_is_read_again():
+    module = Many()
+    optimizer = build_optimizer([{"params": module.parameters()}], OptimConfig(), CPU)
+    sentinel = Sentinel(optimizer, ALONE, RunConfig(output="x", steps=1, bad_steps=1))
+    losses = torch.tensor([1.0, 3.0])
+    for loss, bad in ((torch.tensor(2.0), False), (torch.tensor(torch.inf), True)):
+        values = sentinel.watch(losses, loss, torch.tensor(5.0), torch.tensor([3.0, 4.0])).tolist()
+        note = read_note(values, 2)
+        assert (note.bad, note.own_loss, note.loss) == (bad, float(loss), float(loss))
+        assert (note.grad_norm, note.losses, note.grad_norms) == (5.0, [1.0, 3.0], [3.0, 4.0])
+        assert math.isnan(note.mean)
+
+
+@pytest.mark.promise("R12")
+def test_bad_steps_are_told_at_the_latest_after_so_many(tmp_path, run_toy, toy_task, monkeypatch):
+    monkeypatch.setattr("beit_fast.train.bad_steps.MOST", 5)
+    told = []
+    monkeypatch.setattr(BadSteps, "_warn", lambda self, records: told.append(self._checked))
+    run_toy(tmp_path, toy_task(bad_step=2), log_every=1000)
+    assert told == [5]
+    record = read_record(record_path(tmp_path, 3))
+    assert record["ranks"][0]["micro_batches"][0]["samples"] == [16, 17, 18, 19]
 
 
 def test_what_a_resume_needs_is_kept_only_where_there_was_something():
@@ -196,7 +209,7 @@ def test_what_a_resume_needs_is_kept_only_where_there_was_something():
     shorter, _ = watched([], spike=3.0, spike_window=1)
     shorter.load_state(saved.state())
     assert shorter.state()["sentinel/good"].tolist() == [2.0]
-    assert shorter.read().first == 2
+    assert shorter.row == 1
 
 
 def test_a_meter_leaves_bad_steps_out_and_says_how_many():
@@ -212,6 +225,21 @@ def test_a_meter_leaves_bad_steps_out_and_says_how_many():
         assert one.means() == {}
     meter.add(torch.ones(()), loss=torch.tensor(math.nan))
     assert {k: float(v) for k, v in meter.means().items()} == {"skipped": 1.0}
+
+
+def test_a_part_of_a_model_is_named_by_its_first_number():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2)]), "head": nn.Linear(2, 2)})
+    model.cls_token = nn.Parameter(torch.ones(1))
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    assert label_parameters(model, groups) == [
+        ("blocks.0.weight", "blocks.0 decay"),
+        ("head.weight", "head decay"),
+        ("cls_token", "cls_token no_decay"),
+        ("blocks.0.bias", "blocks.0 no_decay"),
+        ("head.bias", "head no_decay"),
+    ]
 
 
 @pytest.mark.promise("R12")
@@ -235,6 +263,12 @@ def test_a_run_without_faults_writes_nothing_of_them(tmp_path, run_toy):
     assert "skipped" not in (tmp_path / METRICS).read_text()
     names = load_checkpoint(outcome.checkpoint).tensors["run"]
     assert not any(name.startswith(("sentinel", "meter_skipped")) for name in names)
+
+
+@pytest.mark.promise("R12")
+def test_a_checkpoint_that_falls_due_in_a_row_is_written_after_it(tmp_path, run_toy, toy_task):
+    run_toy(tmp_path, toy_task(bad_step=6), save_every=7, log_every=4)
+    assert steps_of(tmp_path) == [8, 12]
 
 
 def test_what_cannot_be_written_of_a_bad_step_ends_nothing(tmp_path, run_toy, toy_task, caplog):

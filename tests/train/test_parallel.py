@@ -41,15 +41,6 @@ def test_two_ranks_learn_what_one_learns_from_twice_the_micro_batches(tmp_path, 
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.promise("R10")
-def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path):
-    *_, errors = two_ranks(tmp_path / "two", "term")
-    assert len(errors) == 2
-    assert errors[0] == errors[1]
-    assert "SIGTERM after step 5" in errors[0]
-    assert load_checkpoint(checkpoint_paths(tmp_path / "two")[-1]).step == 5
-
-
 def test_what_two_ranks_began_one_ends_and_the_other_way_round(tmp_path, run_toy, toy_task):
     whole, _ = run_toy(tmp_path / "whole", toy_task(dropout=0.0), accumulate=2)
     two_ranks(tmp_path / "run", "term")

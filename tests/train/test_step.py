@@ -29,7 +29,7 @@ def step_of(module, **optim):
     optim = OptimConfig(lr=0.1, min_lr=0.1, warmup_steps=0, weight_decay=0.0, **optim)
     optimizer = build_optimizer([{"params": module.parameters()}], optim, CPU)
     run = RunConfig(output="x", steps=1, precision="fp32", bad_steps=1)
-    sentinel = Sentinel(optimizer, ALONE, 0, run)
+    sentinel = Sentinel(optimizer, ALONE, run)
     shares = shares_of(lambda batch: None, run, ALONE)
     return TrainStep(module, optimizer, sentinel, shares=shares, optim=optim, run=run, device=CPU)
 

@@ -33,7 +33,7 @@ from beit_fast.data.views.centre_view import centre_view
 from beit_fast.files import drop, naming
 from beit_fast.kernels.input.patches import normalized_patches
 from beit_fast.model.beit import Beit
-from beit_fast.train.stop import heed_stop
+from beit_fast.train.stop import heeded
 
 MANIFEST, FEATURES, LABELS = "manifest.json", "features.npy", "labels.npy"
 FORMAT = 1
@@ -109,7 +109,7 @@ def cached_features(
         unusable = unusable_images(
             source,
             num_threads=num_threads,
-            between=lambda: heed_stop("while looking at the test images"),
+            each=functools.partial(heeded, place="while looking at the test images"),
             reads=reads,
         )
     if unusable:
@@ -137,8 +137,7 @@ def cached_features(
         reads=reads,
     )
     try:
-        for rows, batch in batches:
-            heed_stop("while features were computed")
+        for rows, batch in heeded(batches, "while features were computed"):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 pixels = normalized_patches(batch.to(device), model.config.patch_pixels, mean, std)
                 features = block_features(model, pixels)

@@ -205,6 +205,11 @@ def _lines(
         )
     else:
         lines.append(f"the step is finite here{_differs(compared, record)}")
+    if record.get("why") == "spike":
+        mean, deviation = record["mean_before"], record["deviation_before"]
+        lines.append(
+            f"it was skipped as a spike: losses before it were {mean:.4g} +- {deviation:.4g}"
+        )
     return lines
 
 

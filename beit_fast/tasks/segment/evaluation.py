@@ -25,7 +25,7 @@ from beit_fast.data.sources.segmentation import MaskedImage, SegmentationSource
 from beit_fast.labels import IGNORE
 from beit_fast.tasks.segment.config_evaluation import SlideConfig
 from beit_fast.tasks.segment.sliding import Statistics, segment_image
-from beit_fast.train.stop import Interrupted, heed_stop
+from beit_fast.train.stop import Interrupted, heeded
 from beit_fast.train.world import World
 
 PLACE = "while evaluating"
@@ -214,8 +214,7 @@ def _rank_images(
     model.eval()
     try:
         with contextlib.closing(pairs):
-            for image, labels in pairs:
-                heed_stop(PLACE)
+            for image, labels in heeded(pairs, PLACE):
                 confusion += confusion_of(labels.to(device), segment(image), num_classes)
     finally:
         model.train(was_training)

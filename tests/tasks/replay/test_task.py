@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from replayed_ranks import spoiling
 
 from beit_fast import cli
 from beit_fast.cli import VERBS, main, parse, parse_replay
@@ -18,17 +17,11 @@ from beit_fast.train.kept_config import CONFIG
 from beit_fast.train.log import read_metrics
 from faults import fired
 from masked_images import write_pairs
+from replayed_ranks import spoiling
 from task_runs import SUPPORT, TWO_RANKS
+from tiny_commands import VERBS as TRAINED
+from tiny_commands import tiny_command
 
-MODEL = ["--model.embed_dim", "16", "--model.num_heads", "2", "--model.depth", "2"]
-RUN = [
-    *("--run.steps", "4", "--run.log_every", "1", "--run.save_every", "2", "--run.epochs", "null"),
-    *("--run.device", "cpu", "--run.precision", "fp32", "--run.cpu_threads", "1"),
-    *("--run.evaluate_every", "null", "--optim.warmup_steps", "2", "--data.num_threads", "1"),
-]
-DVAE = ["vocab_size", "encoder_width", "decoder_width", "decoder_input_width"]
-BATCHES = {1: ["--data.batch_size", "4"], 2: ["--data.batch_size", "2"]}  # by the number of ranks
-VERBS_OF = ("pretrain", "tokenizer", "finetune", "segment")
 SPOILED = 5  # the image
 
 
@@ -39,43 +32,16 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def commands(image_folder, tokenizer_file, pairs):
-    """`commands(verb, output, ranks)`: arguments of a tiny run that draws all it can."""
-    size = ["--model.img_size", "32", "--model.patch_size", "8", "--model.drop_path_rate", "0.3"]
-    of_verb = {
-        "pretrain": [
-            *("small", "--tokenizer", str(tokenizer_file), "--tokenizer_training", "null"),
-            *("--model.vocab_size", "32", "--views.size", "32", "--views.token_size", "32"),
-            *("--masking.num_masked", "7", "--masking.min_block", "3"),
-            *("--data.path", str(image_folder), *size, *MODEL),
-        ],
-        "tokenizer": [
-            *("demo", "--data.path", str(image_folder), "--view.size", "32"),
-            *(word for name in DVAE for word in (f"--dvae.{name}", "16")),
-        ],
-        "finetune": [
-            *("small_data", "--init", "null", "--data.path", str(image_folder), *size, *MODEL),
-            *("--model.drop_rate", "0.2"),
-        ],
-        "segment": [
-            *("small_data", "--init", "null", *size, *MODEL, "--model.head_channels", "8"),
-            *("--model.auxiliary_channels", "8", "--augment.scale", "[64,32]"),
-            *("--data.path", str(pairs[0]), "--data.masks", str(pairs[1])),
-        ],
-    }
-
-    def command(verb: str, output: Path, ranks: int = 1) -> list[str]:
-        accumulate = ["--run.accumulate", "2"]
-        more = [*BATCHES[ranks], *accumulate, "--run.output", str(output)]
-        return [verb, *of_verb[verb], *RUN, *more]
-
-    return command
+    """`commands(verb, output, ranks)`: arguments of a tiny run, of as many images on any number."""
+    files = {"images": image_folder, "tokenizer": tokenizer_file, "pairs": pairs}
+    return lambda verb, output, ranks=1: tiny_command(verb, output, batch_size=4 // ranks, **files)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, commands):
     """One of each task, on one process."""
     folder = tmp_path_factory.mktemp("runs")
-    for verb in VERBS_OF:
+    for verb in TRAINED:
         assert main(commands(verb, folder / verb)) == 0
     return folder
 
@@ -84,7 +50,7 @@ def runs(tmp_path_factory, commands):
 def runs_of_two(tmp_path_factory, commands):
     """The same on two ranks, and a pre-training `spoiled` by an image."""
     folder = tmp_path_factory.mktemp("ranks")
-    planned = [(commands(verb, folder / verb, 2), None) for verb in VERBS_OF]
+    planned = [(commands(verb, folder / verb, 2), None) for verb in TRAINED]
     planned.append((commands("pretrain", folder / "spoiled", 2), SPOILED))
     made = []
     for (verb, recipe, *flags), sample in planned:
@@ -114,7 +80,7 @@ def logged(run: Path, step: int) -> dict:
     return next(line for line in read_metrics(run / "metrics.jsonl") if line["step"] == step)
 
 
-@pytest.mark.parametrize("verb", VERBS_OF)
+@pytest.mark.parametrize("verb", TRAINED)
 def test_a_step_of_one_process_is_the_runs_to_the_last_bit(runs, verb, capsys):
     for step, begins in ((4, "step_00000002"), (2, "the run's beginning")):
         found = replayed(runs / verb, step)
@@ -127,7 +93,7 @@ def test_a_step_of_one_process_is_the_runs_to_the_last_bit(runs, verb, capsys):
         assert "the step is finite here, with loss and norm of then to the last bit" in said
 
 
-@pytest.mark.parametrize("verb", VERBS_OF)
+@pytest.mark.parametrize("verb", TRAINED)
 def test_a_step_of_two_ranks_is_replayed_on_one_process(runs_of_two, verb):
     found = replayed(runs_of_two / verb, 4)
     line = logged(runs_of_two / verb, 4)
@@ -173,18 +139,20 @@ def test_a_spike_is_replayed_with_what_the_file_says_of_it(runs, commands, tmp_p
     shutil.copytree(runs / "pretrain", run)
     line = logged(run, 4)
     record = {"format": 1, "loss": line["loss"] * 1.5, "grad_norm": line["grad_norm"]}
+    record |= {"why": "spike", "mean_before": 2.0, "deviation_before": 0.25}
     record_path(run, 4).parent.mkdir()
     record_path(run, 4).write_text(json.dumps(record))
     found = replayed(run, 4)
     assert found["differences"] == {"loss": pytest.approx(1 / 3), "grad_norm": 0.0}
     said = capsys.readouterr().out
     assert "see whether the images are the same" in said
+    assert "it was skipped as a spike: losses before it were 2 +- 0.25" in said
     record_path(run, 4).write_text(json.dumps(record | {"loss": "nan"}))
     replayed(run, 4)
     assert "and was not then: see whether images, weights or machine" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", VERBS_OF)
+@pytest.mark.parametrize("verb", TRAINED)
 def test_the_kept_configuration_is_the_one_that_was_given(runs, commands, verb, capsys):
     _, recipe, *flags = commands(verb, runs / verb)
     known = VERBS[verb][0]
