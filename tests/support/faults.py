@@ -161,9 +161,9 @@ def raises_in_backward(error: BaseException) -> Callable[[Tensor], Tensor]:
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
 FULL_AT = (100, 1_000, 10_000, 100_000, 260_000)  # bytes
 # Places: "step" (its beginning), "batch" (waiting for that of a step), "save" (writing the
-# checkpoint of a step), "update" (the optimiser's step); "loss", "gradient" and "sample" (of an
-# image's number) and "pixels", of which a tensor is the value; "read" (the files of the image with the number
-# STEP).
+# checkpoint of a step), "update" (the optimiser's step); "loss", "gradient", "pixels" and "sample"
+# (of an image's number), of which a tensor is the value; "read" (the files of the image with the
+# number STEP).
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
