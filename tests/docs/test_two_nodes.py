@@ -233,6 +233,7 @@ def lines_of_metrics(output):
     return path.read_text().count("\n") if path.exists() else 0
 
 
+@pytest.mark.promise("R10")
 def test_a_job_of_slurm_that_is_stopped_and_started_again_ends_with_the_same_bits(
     undisturbed, tmp_path
 ):
