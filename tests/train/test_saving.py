@@ -179,12 +179,12 @@ def test_a_failed_save_ends_the_run_at_the_next_step(
     task, seventh = toy_task(), threading.Event()
 
     def on_step(step):
-        if step == 5:
-            monkeypatch.setattr(state, "save_file", fill_disk)
         if step == 6:
             seventh.set()
-            for thread in writers():  # what it met is known at the end of the step
-                thread.join()
+        for thread in writers():  # what it met is known at the end of the step
+            thread.join()
+        if step == 5:
+            monkeypatch.setattr(state, "save_file", fill_disk)
 
     def fill_disk(*_args, **_more):
         assert seventh.wait(30 * beside) == beside
