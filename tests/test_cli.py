@@ -179,6 +179,7 @@ def test_a_loss_that_is_not_finite_gives_one_line(tmp_path, capsys, monkeypatch)
     assert "not finite between steps 1 and 1, first at step 1" in capsys.readouterr().err
 
 
+@pytest.mark.promise("R21")
 @pytest.mark.parametrize(
     "error",
     [

@@ -37,6 +37,7 @@ def test_it_is_what_the_package_installs():
     assert 'py_modules=["beit_fast_main"]' in setup
 
 
+@pytest.mark.promise("R11")
 def test_ctrl_c_while_it_imports_is_one_line_whatever_an_import_swallows(start):
     process = start(
         "import time\n"
@@ -54,6 +55,7 @@ def test_ctrl_c_while_it_imports_is_one_line_whatever_an_import_swallows(start):
     assert error == "beit-fast: interrupted before it began\n"
 
 
+@pytest.mark.promise("R11")
 def test_ctrl_c_while_a_verb_is_imported_is_so_too(start):
     process = start(
         "import time\n"
@@ -100,6 +102,7 @@ def test_arguments_are_read_and_a_verb_is_imported_before_the_work(verb, monkeyp
     assert told == ["preparing", "parse", "load", "prepared", "config"]
 
 
+@pytest.mark.promise("R11")
 def test_ctrl_c_later_is_the_commands_own(start):
     process = start(
         "import time\n"

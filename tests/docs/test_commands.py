@@ -67,7 +67,7 @@ def beit_fast_commands() -> list:
     for page, command in COMMANDS:
         text = command.text
         if command.program == "sbatch":  # whose script starts the command
-            text = re.sub(r"^sbatch docs/slurm/train\.sbatch\b", "beit-fast", text)
+            text = re.sub(r"^sbatch docs/slurm/\w+\.sbatch\b", "beit-fast", text)
         elif command.program not in (*STARTERS, "beit-fast"):
             continue
         if match := re.search(r"(?:^|\s)beit-fast(?:\s+(.*))?$", text):

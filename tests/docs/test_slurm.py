@@ -1,4 +1,4 @@
-"""The job script for SLURM: what it starts, how it stops, and when it goes back to the queue.
+"""The job scripts for SLURM: what they start, how they stop, and when they go back to the queue.
 
 SLURM is tests/support/slurm.py, torchrun and its ranks are shell scripts; a real run of the script
 is in test_two_nodes.py.
@@ -6,7 +6,9 @@ is in test_two_nodes.py.
 
 import os
 import re
+import shlex
 import signal
+import sys
 import time
 
 import pytest
@@ -14,6 +16,13 @@ import pytest
 from pages import ROOT
 from slurm import Slurm
 
+ONE_PROCESS = ROOT / "docs" / "slurm" / "one_process.sbatch"
+TINY = shlex.split(
+    "pretrain demo --model.predict pixels --tokenizer_training null --model.embed_dim 16 "
+    "--model.depth 1 --model.num_heads 2 --model.img_size 32 --views.size 32 --views.token_size 32 "
+    "--masking.num_masked 6 --data.batch_size 2 --data.num_threads 1 --run.log_every 1 "
+    "--run.steps 100000 --run.device cpu --run.output run"
+)
 SCRIPT = ROOT / "docs" / "slurm" / "train.sbatch"
 # A rank saves for a second once it is told to stop. torchrun that is told kills it before that, as
 # the real one does after 30 s, and ends with 1 whatever happened.
@@ -73,10 +82,12 @@ def test_a_job_starts_torchrun_on_every_node(job):
     assert slurm.job["requeued"] == 0
 
 
-def test_before_the_limit_the_ranks_save_and_the_job_goes_back_to_the_queue(job):
+@pytest.mark.promise("R10")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_before_the_limit_the_ranks_save_and_the_job_goes_back_to_the_queue(job, signum):
     slurm, start = job
     process = start()
-    process.send_signal(signal.SIGTERM)  # --signal=B:TERM@300
+    process.send_signal(signum)  # --signal=B:TERM@300
     assert process.wait(20) == 143, slurm.output
     assert saved(slurm) == ["saved_0", "saved_1"]
     assert slurm.job["requeued"] == 1
@@ -115,6 +126,26 @@ def test_the_header_has_what_the_script_relies_on():
         assert needed in options
     assert text.index("#SBATCH") < text.index("\nset -u")  # later ones are not read
     assert os.access(SCRIPT, os.R_OK)
+
+
+@pytest.mark.promise("R10")
+def test_one_process_is_told_by_slurm_saves_and_has_its_job_put_back(tmp_path):
+    """The command itself."""
+    slurm = Slurm(tmp_path / "slurm", nodes=1, environment={"OMP_NUM_THREADS": "1"})
+    slurm.program("beit-fast", f'exec {sys.executable} {ROOT / "beit_fast_main.py"} "$@"')
+    process = slurm.start(ONE_PROCESS, *TINY, cwd=tmp_path)
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
+        slurm.tell(signal.SIGUSR1)
+        assert process.wait(30) == 138, slurm.output
+    finally:
+        slurm.end(process)
+    (step,) = re.findall(r"stopped by SIGUSR1 after step (\d+); the checkpoint is", slurm.output)
+    assert (tmp_path / f"run/checkpoints/step_{int(step):08d}").is_dir()
+    assert slurm.job["requeued"] == 1
+    header = re.findall(r"^#SBATCH --(.*)$", ONE_PROCESS.read_text("utf-8"), re.MULTILINE)
+    assert {"requeue", "signal=USR1@180", "ntasks=1", "open-mode=append"} <= {*header}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Both end with the same bits.
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -232,6 +233,7 @@ def lines_of_metrics(output):
     return path.read_text().count("\n") if path.exists() else 0
 
 
+@pytest.mark.promise("R10")
 def test_a_job_of_slurm_that_is_stopped_and_started_again_ends_with_the_same_bits(
     undisturbed, tmp_path
 ):
@@ -252,5 +254,6 @@ def test_a_job_of_slurm_that_is_stopped_and_started_again_ends_with_the_same_bit
     assert codes == [143, 0], slurm.output
     assert slurm.job["requeued"] == 1
     assert 8 <= steps[0] < steps[1] == STEPS
-    assert "stopped by SIGTERM after step" in slurm.output
+    # The script's word to the nodes may come to a rank before the node's own.
+    assert re.search(r"stopped by SIG(USR1|TERM) after step", slurm.output)
     assert_the_same_run(tmp_path / "run", undisturbed.output)

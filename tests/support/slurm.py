@@ -87,6 +87,10 @@ class Slurm:
     def output(self) -> str:
         return (self.folder / "output").read_text()
 
+    def tell(self, signum: signal.Signals) -> None:
+        """The signal of `--signal=...` without `B:`, to all processes of the step alone."""
+        _signal_step(self.job, signum)
+
     def preempt(self, *, whole_step: bool = True) -> None:
         """SIGTERM as a period of grace begins: to the step, not to the batch script.
 

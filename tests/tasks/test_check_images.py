@@ -214,6 +214,7 @@ def test_ranks_share_the_pairs_and_the_verdict(check, source, spoil, monkeypatch
     assert run_ranks(check) == [None, None]
 
 
+@pytest.mark.promise("R10")
 def test_a_stop_signal_ends_the_look(check, tmp_path):
     with stop_signals():
         os.kill(os.getpid(), signal.SIGTERM)

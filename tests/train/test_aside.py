@@ -39,6 +39,7 @@ def test_a_strict_run_ends_with_it_and_what_was_trained_is_saved(tmp_path, run_t
     assert evaluated == [3, 6, 9]
 
 
+@pytest.mark.promise("R7")
 def test_pictures_and_logs_that_fail_are_told(tmp_path, run_toy, toy_task, monkeypatch, caplog):
     task = toy_task()
     task.picture = fails
@@ -54,6 +55,7 @@ def test_pictures_and_logs_that_fail_are_told(tmp_path, run_toy, toy_task, monke
     assert caplog.text.count("training goes on") == 7
 
 
+@pytest.mark.promise("R10")
 def test_a_stop_during_evaluation_is_heeded_there_and_the_step_is_saved(
     tmp_path, run_toy, toy_task
 ):
@@ -84,6 +86,7 @@ def test_a_stop_during_evaluation_is_heeded_there_and_the_step_is_saved(
     assert sum("test_weight" in record for record in parts) == 3
 
 
+@pytest.mark.promise("R10", "R11")
 def test_a_stop_while_the_last_picture_is_drawn_is_heard(tmp_path, run_toy, toy_task):
     task = toy_task()
     task.picture = lambda model, path: os.kill(os.getpid(), signal.SIGINT)

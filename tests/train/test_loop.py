@@ -23,7 +23,7 @@ def undisturbed(tmp_path, run_toy):
     return tmp_path / "whole"
 
 
-@pytest.mark.promise("R1")
+@pytest.mark.promise("R1", "R10", "R11")
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 6, 11])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
@@ -56,6 +56,7 @@ def test_a_finished_run_trains_nothing_when_started_again(undisturbed, run_toy):
     assert records_of(undisturbed) == before
 
 
+@pytest.mark.promise("R10")
 def test_signal_handlers_are_put_back(tmp_path, run_toy):
     before = signal.getsignal(signal.SIGTERM)
     run_toy(tmp_path)
@@ -137,6 +138,7 @@ def test_averaged_weights_are_what_the_picture_and_the_outcome_get(tmp_path, run
     assert outcome.picture.read_bytes() == b"png"
 
 
+@pytest.mark.promise("R11")
 def test_a_second_interrupt_ends_the_run_at_once(tmp_path, run_toy, toy_task):
     task = toy_task()
     task.on_step = lambda step: os.kill(os.getpid(), signal.SIGINT)

@@ -171,6 +171,7 @@ def test_a_save_waits_for_the_one_before(tmp_path, run_toy, write):
     assert steps_of(tmp_path) == list(range(1, 13))
 
 
+@pytest.mark.promise("R7", "R8")
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_failed_save_ends_the_run_at_the_next_step(
     tmp_path, run_toy, toy_task, monkeypatch, beside
@@ -178,12 +179,12 @@ def test_a_failed_save_ends_the_run_at_the_next_step(
     task, seventh = toy_task(), threading.Event()
 
     def on_step(step):
-        if step == 5:
-            monkeypatch.setattr(state, "save_file", fill_disk)
         if step == 6:
             seventh.set()
-            for thread in writers():  # what it met is known at the end of the step
-                thread.join()
+        for thread in writers():  # what it met is known at the end of the step
+            thread.join()
+        if step == 5:
+            monkeypatch.setattr(state, "save_file", fill_disk)
 
     def fill_disk(*_args, **_more):
         assert seventh.wait(30 * beside) == beside
@@ -198,6 +199,7 @@ def test_a_failed_save_ends_the_run_at_the_next_step(
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+@pytest.mark.promise("R7")
 def test_a_file_that_grows_over_its_limit_ends_the_run_so_too(tmp_path, run_toy, toy_task):
     task, (soft, hard) = toy_task(), resource.getrlimit(resource.RLIMIT_FSIZE)
     task.counters["large"] = torch.zeros(100_000)
@@ -217,6 +219,7 @@ def test_a_file_that_grows_over_its_limit_ends_the_run_so_too(tmp_path, run_toy,
     assert load_newest(tmp_path).step == 3
 
 
+@pytest.mark.promise("R7", "R8")
 @pytest.mark.parametrize("end", ["the last step", "a signal", "a bad loss"])
 def test_a_run_that_ends_otherwise_says_that_its_last_save_failed(
     tmp_path, run_toy, toy_task, write, end
@@ -229,6 +232,7 @@ def test_a_run_that_ends_otherwise_says_that_its_last_save_failed(
         run_toy(tmp_path, task, save_every=12 if end == "the last step" else 3)
 
 
+@pytest.mark.promise("R8")
 def test_after_a_failed_save_none_is_written(tmp_path, monkeypatch):
     with Saver(tmp_path, {}, keep=3, world=ALONE) as saver, monkeypatch.context() as patch:
         patch.setattr(state, "save_file", full_disk)
@@ -242,6 +246,7 @@ def test_after_a_failed_save_none_is_written(tmp_path, monkeypatch):
     assert not steps_of(tmp_path)
 
 
+@pytest.mark.promise("R8")
 def test_an_error_of_another_kind_is_told_beside_that_of_a_save(tmp_path, run_toy, write, caplog):
     write(lambda step: time.sleep(0.3) or full_disk())
     with pytest.raises(RuntimeError, match="killed"):
@@ -263,6 +268,7 @@ def test_what_ends_a_run_waits_for_what_is_being_written(tmp_path, run_toy, writ
     assert not writers()
 
 
+@pytest.mark.promise("R7")
 def test_a_strict_evaluation_that_fails_leaves_what_was_trained(tmp_path, run_toy, toy_task, write):
     write(lambda step: time.sleep(0.3))
     task = toy_task()
@@ -285,6 +291,7 @@ def test_an_evaluation_runs_beside_the_writing_and_ends_after_it(
     assert seen == {10: True, "at step 11": [10], 12: True}
 
 
+@pytest.mark.promise("R10")
 def test_sigterm_while_one_is_written_ends_the_run_with_both_whole(
     tmp_path, run_toy, toy_task, write
 ):
@@ -300,6 +307,7 @@ def test_sigterm_while_one_is_written_ends_the_run_with_both_whole(
     assert_the_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.promise("R11")
 def test_a_second_ctrl_c_does_not_wait_and_the_folder_is_not_free_yet(
     tmp_path, run_toy, toy_task, write
 ):
@@ -328,6 +336,7 @@ def test_a_second_ctrl_c_does_not_wait_and_the_folder_is_not_free_yet(
     assert_the_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.promise("R11")
 def test_the_command_ends_at_once_though_one_is_being_written():
     code = (
         "import threading, time\n"

@@ -185,6 +185,7 @@ def test_a_tokenizer_made_anew_of_its_checkpoint_is_the_same(two_stages, tmp_pat
     assert file.read_bytes() == before
 
 
+@pytest.mark.promise("R10")
 @pytest.mark.parametrize("where", ["picture", "report", "between"])
 def test_a_stop_between_the_stages_is_heard(two_stages, tmp_path, monkeypatch, where):
     def stop(*_, **__):

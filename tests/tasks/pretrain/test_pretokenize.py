@@ -53,6 +53,7 @@ def test_a_kill_costs_the_file_being_made(pretrain_config, cache_of, tmp_path):
     assert sorted(os.listdir(folder)) == sorted(os.listdir(whole))
 
 
+@pytest.mark.promise("R10")
 def test_two_ranks_stop_together_and_any_number_goes_on(pretrain_config, cache_of, tmp_path):
     config = cache_of(pretrain_config(data={"batch_size": 2}), images_per_shard=4, num_views=4)
     whole = run_pretokenize(replace(config, output=str(tmp_path / "whole")))
@@ -70,6 +71,7 @@ def test_two_ranks_stop_together_and_any_number_goes_on(pretrain_config, cache_o
     assert read_manifest(folder).files == read_manifest(whole).files
 
 
+@pytest.mark.promise("R10")
 def test_a_signal_between_batches_ends_it_with_its_code(pretrain_config, cache_of, monkeypatch):
     config = cache_of(pretrain_config())
     tokens = pretokenize._Writer._tokens
