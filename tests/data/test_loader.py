@@ -346,6 +346,7 @@ def test_a_read_that_hangs_keeps_no_process_alive(tmp_path):
         batches = Loader(source, Seeds(), batch_size=9, num_threads=1, max_bad_share=1.0,
                          reads=limits).batches()
         print(sorted(next(batches)["sample_index"].tolist()), flush=True)
+        batches.close()
     """
     code = textwrap.dedent(code).format(support=str(SUPPORT), output=str(tmp_path))
     run = subprocess.run(
