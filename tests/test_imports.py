@@ -105,17 +105,6 @@ def test_kernels_and_model_need_little(part):
             assert top in allowed or top in sys.stdlib_module_names, f"{path} imports {name}"
 
 
-def test_nothing_unpickles_or_evaluates():
-    forbidden = ("weights_only=False", "pickle.load", "allow_pickle=True", "shell=True")
-    for _, path in files():
-        text = path.read_text(encoding="utf-8")
-        for word in forbidden:
-            assert word not in text, f"{path}: {word}"
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in ("eval", "exec"), f"{path}: {node.func.id}"
-
-
 def run(code: str) -> str:
     """What a process prints; it is to write nothing on stderr. `loaded()` there is the packages
     imported so far, but for the standard library and what Python starts with."""
