@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 _HEAD_BYTES = 512
+# Of a safetensors header: 40,000 tensors. The library takes 25 times as much, 5 s and 700 MiB.
+MOST_HEADER_BYTES = 4 << 20
 
 
 @contextlib.contextmanager
@@ -116,6 +118,17 @@ def order_metadata(file: BinaryIO) -> None:
     if len(text) <= size:  # a header ends with spaces
         file.seek(8)
         file.write(text.ljust(size))
+
+
+def refuse_long_header(path: Path) -> None:
+    """Raise ValueError for a safetensors file whose header claims more than one of weights has."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MOST_HEADER_BYTES:
+        raise ValueError(
+            f"{path} is not a whole safetensors file (its header claims {size} bytes, and at most "
+            f"{MOST_HEADER_BYTES} are read): copy or write it anew"
+        )
 
 
 def describe(error: Exception) -> str:

@@ -11,7 +11,7 @@ FOLDERS = ("beit_fast", "kernels")
 # Of these nothing is used, but for the names in the braces.
 NOTHING_OF = {
     "pickle": {"UnpicklingError"},  # an error of torch.load
-    "torch.hub": {"get_dir"},  # where its downloads lie
+    "torch.hub": {"get_dir", "download_url_to_file"},  # of published weights, by their digest
     "torch.package": set(),
     "torch.jit.load": set(),
     "torch.serialization.add_safe_globals": set(),

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from beit_fast.files import refuse_other_kinds
+from beit_fast.files import refuse_long_header, refuse_other_kinds
 
 # In a file's metadata, each a JSON text. `beit_fast.train.state` writes the same into checkpoints.
 CONFIG_KEY = "beit_fast.config"
@@ -91,6 +91,7 @@ def description_of(path: Path) -> Description:
     if path.suffix != ".safetensors" or not path.is_file():
         return Description()
     refuse_other_kinds(path, "weights")
+    refuse_long_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             return description_of_metadata(file.metadata(), path)

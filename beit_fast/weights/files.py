@@ -16,7 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from beit_fast.files import file_digest, refuse_other_kinds, replace_file, replace_safetensors
+from beit_fast.files import (
+    file_digest,
+    refuse_long_header,
+    refuse_other_kinds,
+    replace_file,
+    replace_safetensors,
+)
 from beit_fast.weights.description import (
     MANIFEST,
     Description,
@@ -139,6 +145,7 @@ def _read_run_step(path: Path, key: str) -> WeightFile:
 
 
 def _read_safetensors(path: Path) -> WeightFile:
+    refuse_long_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
