@@ -145,6 +145,15 @@ def damage(error: Exception) -> str:
     return said if len(said) <= 200 else f"{said[:197]}..."
 
 
+def is_archive(head: bytes) -> bool:
+    """Whether a file of these first bytes, 512 or more, is to be unpacked: a tar, or compressed.
+
+    Not of zip, as which torch.save writes.
+    """
+    packed = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd")
+    return head.startswith(packed) or head[257:262] == b"ustar"
+
+
 def refuse_other_kinds(path: Path, wanted: str) -> None:
     """Raise ValueError for what often comes in the place of `wanted`: by its first bytes.
 
@@ -164,5 +173,5 @@ def refuse_other_kinds(path: Path, wanted: str) -> None:
         raise ValueError(
             f"{path} is git-lfs's note of a file and not {wanted}: `git lfs pull` fetches it"
         )
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf")):
+    if is_archive(head):
         raise ValueError(f"{path} is an archive and not {wanted}: unpack it first")

@@ -124,6 +124,9 @@ def read(
     """
     kept, nulls = _without_nulls(arguments, config_type)
     try:
+        for flag, value in _pairs(arguments, config_type):
+            if "\0" in value or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+                raise ValueError(f"{flag} is {value!r:.80}: give the path of a file on a disk")
         chosen = parser.parse_args([argument.translate(_SHOWN) for argument in kept])
         for path in nulls:
             _set_null(chosen, path)
@@ -204,13 +207,18 @@ def _set_null(values: Namespace, path: str) -> None:
 
 def _files(arguments: Sequence[str], config_type: type | None) -> list[str]:
     """The flags whose values are files of fields, with them."""
+    pairs = _pairs(arguments, config_type)
+    return [f"{name} {file}" for name, file in pairs if os.path.exists(file)]
+
+
+def _pairs(arguments: Sequence[str], config_type: type | None) -> list[tuple[str, str]]:
+    """The flags whose values may be files of fields, with their values."""
     words = [word for a in arguments for word in (a.split("=", 1) if a[:2] == "--" else [a])]
     return [
-        f"{name} {file}"
-        for name, file in itertools.pairwise(words)
+        (name, value)
+        for name, value in itertools.pairwise(words)
         if (name == "--config" or section_type(_hint(name[2:], config_type)) is not None)
         and name[:2] == "--"
-        and os.path.exists(file)
     ]
 
 

@@ -166,7 +166,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path / MANIFEST} lists {name!r}, which is no weight file")
         try:
             content = file.read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a NUL in its name
             raise CheckpointError(f"{file} cannot be read: {error}") from error
         if hashlib.sha256(content).hexdigest() != digest:
             raise CheckpointError(

@@ -34,6 +34,7 @@ from PIL import (
 )
 
 from beit_fast.data.sources.limits import MAX_PIXELS
+from beit_fast.files import is_archive
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _EXIF, _EXIF_WITHIN = b"Exif\0\0", 2**17  # bytes; a segment has at most half of that
@@ -163,6 +164,8 @@ def _open(data: bytes) -> Image.Image:
     for signature, image_file in _FORMATS:
         if data.startswith(signature):
             return image_file(io.BytesIO(data))
+    if is_archive(data):
+        raise BadImageError("an archive: unpack it, and give the folder that comes of it")
     raise BadImageError("not a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image")
 
 
