@@ -65,6 +65,8 @@ def test_none_of_the_verbs_asks_for_one(tmp_path):
     assert done.returncode == 0, done.stderr
     *_, said, guarded = done.stdout.splitlines()
     codes, tried = json.loads(said)
-    assert codes == dict.fromkeys(("pretrain", "finetune", "evaluate", "predict", "convert"), 0), done.stderr
+    assert codes == dict.fromkeys(("pretrain", "finetune", "evaluate", "predict", "convert"), 0), (
+        done.stderr
+    )
     assert tried == []
     assert json.loads(guarded) == [["create_connection", "('localhost', 1)"]]
