@@ -5,6 +5,7 @@ import shutil
 import time
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import save_file
 
