@@ -93,7 +93,7 @@ def triton_obstacle(q: Tensor) -> str | None:
     """Why the Triton kernels cannot take these queries, or None."""
     if q.shape[3] > WIDEST_HEAD:
         return f"the kernels take heads of up to {WIDEST_HEAD} channels, not {q.shape[3]}"
-    return launch_obstacle(q, q.dtype)
+    return launch_obstacle(q, q.dtype, operator="attention")
 
 
 def warn_of_fallback(choice: Choice) -> None:
