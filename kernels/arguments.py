@@ -117,6 +117,8 @@ def run_or_torch(
     of a CUDA graph, which holds what was launched before, and ValueError where `backend`, the
     caller's wish, is "triton".
     """
+    if operator in _failed and backend != "triton":
+        return on_torch()
     try:
         return on_kernels()
     except KernelError as error:

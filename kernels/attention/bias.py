@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import _failed, cdiv, launch, tl, triton
+from beit_fast.kernels._triton import cdiv, launch, tl, triton
 from beit_fast.kernels.arguments import run_or_torch
 from beit_fast.kernels.attention.rel_pos_bias import expand_table
 from beit_fast.kernels.registration import implement
@@ -208,8 +208,6 @@ def _pad_bias(bias: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     def on_torch() -> Tensor:
         return pad_bias_reference(bias if bias.ndim == 4 else bias[None], scale, dtype)
 
-    if "pad_bias" in _failed:
-        return on_torch()
     return run_or_torch("pad_bias", lambda: pad_dense(bias, dtype, scale), on_torch)
 
 

@@ -9,6 +9,7 @@ is a file of the output folder, so it stays so for a run that is started again, 
 that asserts it: none passes because its fault never came.
 """
 
+import ast
 import ctypes
 import os
 import signal
@@ -114,7 +115,20 @@ def raises(error: BaseException) -> Callable[[object], object]:
     return act
 
 
-# Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor).
+def fails_to_compile(_: object) -> object:
+    from triton.compiler.errors import CompilationError
+
+    raise CompilationError(None, ast.Pass(), "unsupported\nconstruct")
+
+
+def asks_too_much(_: object) -> object:
+    from triton.runtime.errors import OutOfResources
+
+    raise OutOfResources(300_000, 232_448, "shared memory")
+
+
+# Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor), "launch"
+# (of a kernel, by its name).
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
@@ -129,5 +143,9 @@ FAULTS = {
     "inf": Fault("loss", lambda loss: loss * torch.inf),
     # Its gradients are as they were: bad on this rank alone.
     "nan_value": Fault("loss", lambda loss: loss + torch.nan),
+    "compile": Fault("launch", fails_to_compile),
+    "resources": Fault("launch", asks_too_much),
+    "passes": Fault("launch", raises(RuntimeError("PassManager::run failed"))),
+    "memory": Fault("launch", raises(RuntimeError("CUDA error: an illegal memory access"))),
     "spike": Fault("loss", lambda loss: loss * 100),
 }
