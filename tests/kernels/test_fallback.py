@@ -9,6 +9,7 @@ from beit_fast.kernels import _triton
 from beit_fast.kernels._triton import KernelError
 from beit_fast.kernels.attention import attention, rel_pos_attention_qkvpacked
 from beit_fast.kernels.attention import rel_pos_bias as table_module
+from beit_fast.kernels.attention.backends import Choice, triton_obstacle, warn_of_fallback
 from beit_fast.kernels.conv.operators import conv
 from beit_fast.kernels.conv.pixels import conv_pixels
 from beit_fast.kernels.head import gather_rows as gather_module
@@ -147,8 +148,12 @@ def failing(monkeypatch, tmp_path, request):
         def chosen(*arguments):
             default = any(argument in ("", None) for argument in arguments)
             changed = ["triton" if a in ("", None) else a for a in arguments]
-            found = resolve(*changed) if not default or not _triton._failed else "torch"
-            return found
+            try:
+                return resolve(*changed)
+            except ValueError:
+                if not default:
+                    raise
+                return "torch"
 
         return chosen
 
@@ -221,6 +226,18 @@ def test_a_backward_whose_kernel_does_not_compile_is_torchs_too(case, device, fa
     # The gradients of the mean loss are there from its forward; their scatter is a kernel.
     assert fired(tmp_path)["0:1:resources"] == len(said) == 1
     assert "out of resource: shared memory, Required: 300000" in str(said[0].message)
+
+
+def test_attention_as_a_whole_is_chosen_elsewhere_from_then_on(device, failing):
+    fail, _ = failing
+    fail("compile")
+    with pytest.warns(UserWarning, match="attention runs on torch"):
+        results(attend, device, "triton")
+    choice = Choice("sdpa", fallback=triton_obstacle(on(device, 2, 5, 2, 16)))
+    assert "does not compile" in choice.fallback
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_fallback(choice)  # which was said
 
 
 def test_what_is_wrong_on_the_device_or_with_the_call_is_not_mended(device, failing, tmp_path):
