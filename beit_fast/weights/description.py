@@ -13,13 +13,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from beit_fast.files import refuse_other_kinds
+from beit_fast.manifest import MANIFEST, STEP_NAME, read_manifest
 
 # In a file's metadata, each a JSON text. `beit_fast.train.state` writes the same into checkpoints.
 CONFIG_KEY = "beit_fast.config"
 CLASSES_KEY = "beit_fast.classes"
 STATISTICS_KEY = "beit_fast.statistics"
 CROP_KEY = "beit_fast.crop_pct"
-MANIFEST = "manifest.json"
 
 NAMED = ("half", "imagenet")
 # One of these names, or mean and std of pixels in 0..1.
@@ -84,9 +84,7 @@ def description_of(path: Path) -> Description:
     Raises ValueError for a file that is damaged.
     """
     if (step := step_of(path)) is not None:
-        settings = read_json(step / MANIFEST).get("settings")
-        is_ours = isinstance(settings, dict)
-        return description_of_settings(settings, step / MANIFEST) if is_ours else Description()
+        return description_of_settings(read_manifest(step)["settings"], step / MANIFEST)
     path = path / "model.safetensors" if path.is_dir() else path
     if path.suffix != ".safetensors" or not path.is_file():
         return Description()
@@ -108,6 +106,8 @@ def step_of(path: Path) -> Path | None:
         return max(path.glob("checkpoints/step_" + "[0-9]" * 8), default=None)
     if path.suffix != ".safetensors" or not (path.parent / MANIFEST).is_file():
         return None
+    if STEP_NAME.fullmatch(path.parent.name):
+        return path.parent
     try:
         manifest = read_json(path.parent / MANIFEST)
     except ValueError:
