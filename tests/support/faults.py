@@ -114,6 +114,13 @@ def raises(error: BaseException) -> Callable[[object], object]:
     return act
 
 
+# Moments of a save, in their order, at which killed_saves.py kills: each fault is its own place.
+KILLED_SAVES = (
+    *("save_begins", "folder_is_empty", "half_a_file", "file_has_no_seal"),
+    *("file_is_not_read_again", "no_manifest", "half_a_manifest", "before_the_rename"),
+    *("after_the_rename", "before_it_deletes", "half_deleted"),
+)
+
 # Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor).
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
@@ -130,4 +137,5 @@ FAULTS = {
     # Its gradients are as they were: bad on this rank alone.
     "nan_value": Fault("loss", lambda loss: loss + torch.nan),
     "spike": Fault("loss", lambda loss: loss * 100),
+    **{place: Fault(place, sends(signal.SIGKILL)) for place in KILLED_SAVES},
 }
