@@ -1,6 +1,7 @@
 """Files are replaced whole, and their errors say which file, and what lies there in its place."""
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -45,6 +46,37 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         drop(temporary)
         raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`replace_file` by a text: of a link planted under this name the link goes, not its target."""
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def new_file(path: Path) -> BinaryIO:
+    """An open file in the place of whatever lies there: of a link the link goes, not its target.
+
+    For what need not be on the disk before the next one is written; else `replace_file`.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    return open(path, "xb")
+
+
+def open_no_link(path: str | Path, flags: int) -> int:
+    """A handle of a file that goes on from run to run, created by the umask, and never of what a
+    link points at. Also an `opener` for `open`.
+
+    Raises OSError for a link, which says what to do.
+    """
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not os.path.islink(path):
+            raise
+        raise OSError(
+            f"{path} is a link, and what it points at would be written to: remove it"
+        ) from error
 
 
 def flush_folder(folder: Path) -> None:

@@ -158,7 +158,7 @@ def _read_config(metadata: dict[str, str] | None, path: Path) -> DvaeConfig:
         )
     try:
         return DvaeConfig(**json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: its config cannot be read ({error}): write the file anew"
         ) from error

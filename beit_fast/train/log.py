@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from beit_fast.files import naming, replace_file
+from beit_fast.files import naming, open_no_link, replace_file
 from beit_fast.train.world import World
 
 METRICS = "metrics.jsonl"
@@ -123,6 +123,8 @@ class Log:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, unused by other ranks
 
+        with contextlib.suppress(FileNotFoundError):  # no link: a resume would replace it anyway
+            os.close(open_no_link(self._path, os.O_RDONLY))
         self._keep_lines_up_to(start)
         self._board = SummaryWriter(output / "tensorboard", purge_step=start + 1 if start else None)
         if self.console.is_terminal:
@@ -192,7 +194,7 @@ class Log:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         """A line of its own, also behind one that a full disk cut short."""
-        with naming(self._path), self._path.open("ab+") as file:
+        with naming(self._path), open(self._path, "ab+", opener=open_no_link) as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":

@@ -23,6 +23,7 @@ from beit_fast.train.average import Average
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import graphed, preparation
 from beit_fast.train.length import Length, run_length
+from beit_fast.train.lock import sole_user
 from beit_fast.train.log import METRICS, Log, Meter, read_metrics
 from beit_fast.train.optim import (
     Schedule,
@@ -38,7 +39,7 @@ from beit_fast.train.saving import Saver
 from beit_fast.train.settings import complete_settings, start_of
 from beit_fast.train.shares import shares_of
 from beit_fast.train.step import Sentinel, TrainStep
-from beit_fast.train.stop import Interrupted, sole_user, stop_signals
+from beit_fast.train.stop import Interrupted, stop_signals
 from beit_fast.train.world import World
 
 SAVED = "the checkpoint is saved"

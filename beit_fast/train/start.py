@@ -52,7 +52,7 @@ def check_shared(folder: Path, world: World, named: str) -> None:
     try:
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            file.touch()
+            file.touch(exist_ok=False)
     except OSError as error:
         problem = f"nothing can be written to {folder} ({error.strerror or error})"
     try:

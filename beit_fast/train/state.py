@@ -11,6 +11,7 @@ digest first, because a flipped bit in a weight file otherwise loads as a wrong 
 error.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -91,7 +92,8 @@ def save_checkpoint(
     folder = output / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".step_*"):
-        shutil.rmtree(stale, ignore_errors=True)  # left by a run that died while it wrote
+        with contextlib.suppress(OSError):
+            _remove(stale)  # left by a run that died while it wrote
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}"
     try:
@@ -157,7 +159,15 @@ def _discard(path: Path) -> None:
     """Delete a checkpoint, under a name that does not count: half of one is none."""
     hidden = path.with_name(f".{path.name}.old")
     path.rename(hidden)
-    shutil.rmtree(hidden)
+    _remove(hidden)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it. Of a link the link goes, not what it points at; so does a file."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def metadata_of(settings: Mapping[str, Any]) -> dict[str, str]:

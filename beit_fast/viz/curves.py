@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from beit_fast.files import naming
+from beit_fast.files import replace_file
 from beit_fast.flags import flag
 
 
@@ -43,6 +43,5 @@ def draw_curves(
         axes.set_title(name)
         if len(axes.get_lines()) > 1:
             axes.legend()
-    with naming(path):
-        figure.savefig(path, dpi=120)
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
     return path

@@ -97,6 +97,21 @@ def test_a_folder_that_a_crash_left_does_not_count_and_is_removed(tmp_path):
     assert not stale.exists()
 
 
+@pytest.mark.promise("S10")
+def test_links_in_its_way_go_and_what_they_point_at_stays(tmp_path):
+    victim = tmp_path / "victim"
+    for number, name in enumerate((".step_00000002", ".step_00000001.old", "step_00000002")):
+        (victim / str(number)).mkdir(parents=True)
+        (victim / str(number) / "kept").write_text("precious")
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / name).symlink_to(victim / str(number))
+    save(tmp_path, 2)
+    save(tmp_path, 2)  # deletes one that was there
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+    assert not (tmp_path / "checkpoints" / "step_00000002").is_symlink()
+    assert [(victim / n / "kept").read_text() for n in "012"] == ["precious"] * 3
+
+
 def test_a_failed_save_leaves_the_last_checkpoint_and_says_why(tmp_path, monkeypatch):
     save(tmp_path, 1)
 

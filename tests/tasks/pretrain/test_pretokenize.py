@@ -19,7 +19,8 @@ from beit_fast.tasks.pretrain import pretokenize
 from beit_fast.tasks.pretrain.pretokenize import run_pretokenize
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.config import DvaeConfig
-from beit_fast.train.stop import Interrupted, sole_user
+from beit_fast.train.lock import sole_user
+from beit_fast.train.stop import Interrupted
 from task_runs import ALONE, TWO_RANKS
 
 
