@@ -7,6 +7,7 @@ lines past the checkpoint are cut, so none is doubled.
 import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from beit_fast.files import naming, open_no_link, replace_file
+from beit_fast.files import describe, naming, open_no_link, replace_file
+from beit_fast.train.scalars import Scalars
 from beit_fast.train.world import World
 
 METRICS = "metrics.jsonl"
@@ -121,12 +123,10 @@ class Log:
         self._progress = None
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, unused by other ranks
-
         with contextlib.suppress(FileNotFoundError):  # no link: a resume would replace it anyway
             os.close(open_no_link(self._path, os.O_RDONLY))
         self._keep_lines_up_to(start)
-        self._board = SummaryWriter(output / "tensorboard", purge_step=start + 1 if start else None)
+        self._board = Scalars(output / "tensorboard", start)
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
@@ -163,16 +163,15 @@ class Log:
             self._since += time.perf_counter() - begun
 
     def line(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the means of the steps since the last line; call after a device sync."""
+        """Write the means of the steps since the last line; call after a device sync.
+
+        Raises OSError as `_write` does, when all is done that can be.
+        """
         now = time.perf_counter()
         speed = self._images / max(1e-9, now - self._since)
         self._images, self._since = 0, now
         if not self._enabled:
             return
-        self._append({"step": step, **metrics, "images_per_second": speed})
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        self._board.add_scalar("images_per_second", speed, step)
         left = (now - self._begun) / (step - self._start) * (self._num_steps - step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.console.print(
@@ -181,31 +180,42 @@ class Log:
         )
         if self._progress is not None:
             self._progress.update(self._bar, speed=f"{speed:.0f} images/s")
+        self._write(step, {**metrics, "images_per_second": speed})
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Write what an evaluation after `step` came to."""
+        """Write what an evaluation after `step` came to. Raises as `line` does."""
         if not self._enabled:
             return
-        self._append({"step": step, **values})
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True)
+        self._write(step, values)
 
-    def _append(self, record: Mapping[str, Any]) -> None:
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        """Into both files. Raises OSError of the first that cannot be written, with its path and
+        the room there is."""
+        failed = []
+        for write in (self._append, self._board.write):
+            try:
+                write(step, values)
+            except OSError as error:
+                failed.append(error)
+        if failed:
+            free = shutil.disk_usage(self._path.parent).free / 2**20
+            why = describe(failed[0])
+            raise OSError(f"{why} ({free:.0f} MiB free): make room") from failed[0]
+
+    def _append(self, step: int, values: Mapping[str, float]) -> None:
         """A line of its own, also behind one that a full disk cut short."""
         with naming(self._path), open(self._path, "ab+", opener=open_no_link) as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
-            file.write(json.dumps(record).encode() + b"\n")
+            file.write(json.dumps({"step": step, **values}).encode() + b"\n")
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._enabled:
-            self._board.close()
 
 
 def _clock(seconds: float) -> str:

@@ -12,6 +12,7 @@ that asserts it: none passes because its fault never came.
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -84,6 +85,11 @@ def hang(_: object = None) -> None:
     time.sleep(600)
 
 
+def wait(_: object = None) -> None:
+    """For a reader that does not come; signals are heard."""
+    threading.Event().wait(600)
+
+
 def hang_with_lock(_: object) -> None:
     """Inside an extension that keeps Python's lock, and that no signal wakes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -132,6 +138,7 @@ FAULTS = {
     "error": Fault("step", raises(ValueError("a disk of this node is gone: mount it"))),
     "fault": Fault("step", raises(ZeroDivisionError("division by zero"))),
     "loader": Fault("batch", hang),
+    "wait": Fault("batch", wait),
     "nan": Fault("loss", lambda loss: loss * torch.nan),
     "inf": Fault("loss", lambda loss: loss * torch.inf),
     # Its gradients are as they were: bad on this rank alone.

@@ -16,9 +16,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch._dynamo
-import torch.utils.tensorboard  # noqa: F401  (for the forks: these two take seconds)
-
 from beit_fast.train import saving, state
 from beit_fast.train.saving import Saver
 from beit_fast.train.state import checkpoint_paths
