@@ -91,9 +91,9 @@ def save_checkpoint(
     """
     folder = output / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".step_*"):
+    for stale in _leftovers(output):
         with contextlib.suppress(OSError):
-            _remove(stale)  # left by a run that died while it wrote
+            _remove(stale)  # in the way
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}"
     try:
@@ -153,6 +153,21 @@ def _write_tensors(path: Path, values: Mapping[str, Tensor], metadata: Mapping[s
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.flatten().view(torch.uint8)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Drop what a run left half written, or half deleted, that was killed; and say so."""
+    for path in _leftovers(output):
+        try:
+            _remove(path)
+        except OSError as error:
+            logger.warning("%s, left by a run that was killed, was not deleted: %s", path, error)
+        else:
+            logger.warning("%s, left by a run that was killed while it saved, is deleted", path)
+
+
+def _leftovers(output: Path) -> list[Path]:
+    return sorted((output / "checkpoints").glob(".step_*"))
 
 
 def _discard(path: Path) -> None:
