@@ -16,6 +16,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+# For the forks: these take seconds.
+import tensorboard.compat.proto.event_pb2
+import tensorboard.summary.writer.record_writer  # noqa: F401
+import torch._dynamo  # noqa: F401
+
 from beit_fast.train import saving, state
 from beit_fast.train.saving import Saver
 from beit_fast.train.state import checkpoint_paths
