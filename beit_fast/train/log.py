@@ -106,12 +106,12 @@ def _read_lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], dict[in
     """The lines of a `metrics.jsonl` with what they hold, and the damaged ones by number."""
     lines, damaged = [], {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            record = json.loads(line.decode()) if line.strip() else None
-        except (ValueError, RecursionError):
-            record = {}
-        if record is None:
+        if not line.strip():
             continue
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            record = None
         if _is_record(record):
             lines.append((line, record))
         else:
@@ -129,10 +129,9 @@ def _is_record(value: Any) -> bool:
 def _are_damaged(lines: Iterable[int]) -> str:
     numbers = [str(number) for number in lines]
     more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
-    only = len(numbers) == 1
-    return (
-        f"line{'s' * (not only)} {', '.join(numbers[:5])}{more} {'is' if only else 'are'} damaged"
-    )
+    if len(numbers) == 1:
+        return f"line {numbers[0]} is damaged"
+    return f"lines {', '.join(numbers[:5])}{more} are damaged"
 
 
 class Log:
