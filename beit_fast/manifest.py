@@ -84,8 +84,11 @@ def _check(manifest: Any) -> None:
             continue
         if type(value := manifest.get(name)) is not kind:
             raise ValueError(f"its {name} is {_shown(value)}, and no {kind.__name__}")
-    if not all(isinstance(digest, str) for digest in manifest["files"].values()):
-        raise ValueError("its files have no digests")
+    for name, digest in manifest["files"].items():
+        if Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"it lists {_shown(name)}, which is no weight file")
+        if not isinstance(digest, str):
+            raise ValueError(f"of {_shown(name)} it has no digest")
     if not all(isinstance(entry, dict) for entry in manifest.get("history", [])):
         raise ValueError("its history is no list of objects")
     length = manifest.get("schedule", dict.fromkeys(_LENGTH, 0))

@@ -65,7 +65,7 @@ def test_every_flipped_bit_costs_a_line_at_most(tmp_path):
             with flipped(path, place, bit):
                 lines, damaged = _read_lines(path)
                 kept = {line for line, _ in lines}
-                assert kept | set(damaged.values()) | {b""} == set(path.read_bytes().split(b"\n"))
+                assert kept | {*damaged.values(), b""} == {*path.read_bytes().split(b"\n"), b""}
                 # A flipped end of a line makes one damaged line of two.
                 assert len(kept & set(LINES)) >= len(LINES) - 2, (place, bit)
                 assert len(damaged) <= 2, (place, bit)
