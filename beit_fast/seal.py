@@ -39,13 +39,15 @@ def replace_safetensors(path: Path, content: bytes) -> None:
     replace_file(path, write)
 
 
-def seal(file: BinaryIO, tensor_bytes: TensorBytes) -> None:
-    """Put the digest of what is in memory into a safetensors file with UNSEALED metadata.
+def seal(file: BinaryIO, tensor_bytes: TensorBytes) -> bytes:
+    """Put the digest of what is in memory into a safetensors file with UNSEALED metadata. Returns
+    the file's bytes before its tensors.
 
     file: open for reading and writing, at its beginning. The metadata are sorted too: the library
     writes them in an order of chance, and the same weights are to be the same bytes.
     """
-    size = _start_of(file.read(8)) - 8
+    length = file.read(8)
+    size = _start_of(length) - 8
     header = json.loads(file.read(size))
     metadata = header[_METADATA]
     assert metadata.keys() >= UNSEALED.keys()
@@ -53,8 +55,10 @@ def seal(file: BinaryIO, tensor_bytes: TensorBytes) -> None:
     header[_METADATA] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     assert len(text) <= size
-    file.seek(8)
-    file.write(text.ljust(size))  # a header ends with spaces
+    head = length + text.ljust(size)  # a header ends with spaces
+    file.seek(0)
+    file.write(head)
+    return head
 
 
 def check_seal(path: Path) -> None:
