@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,17 +81,6 @@ def open_no_link(path: str | Path, flags: int) -> int:
         ) from error
 
 
-def replace_safetensors(path: Path, content: bytes) -> None:
-    """`replace_file` by the bytes of a safetensors file, its metadata in order."""
-
-    def write(file: BinaryIO) -> None:
-        file.write(content)
-        file.seek(0)
-        order_metadata(file)
-
-    replace_file(path, write)
-
-
 def flush_folder(folder: Path) -> None:
     """Force the names of a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
@@ -106,18 +94,6 @@ def file_digest(path: str | Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def order_metadata(file: BinaryIO) -> None:
-    """Sort the metadata of a safetensors file, open for reading and writing from its beginning on:
-    the library writes it in an order of chance, and the same weights are to be the same bytes."""
-    size = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(size))
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(text) <= size:  # a header ends with spaces
-        file.seek(8)
-        file.write(text.ljust(size))
 
 
 def refuse_long_header(path: Path) -> None:

@@ -151,18 +151,16 @@ def test_a_folder_of_broken_images_gives_one_line(tmp_path, capsys):
     assert "Traceback" not in said
 
 
+@pytest.mark.promise("R10", "R11")
 def test_a_signal_gives_its_exit_code_and_the_run_goes_on_later(tmp_path, capsys, monkeypatch):
     arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
-    loss = PretrainTask.loss
-
-    def stop(self, batch):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PretrainTask, "loss", stop)
-        assert main(arguments) == 143
-    assert "stopped by SIGTERM after step 1" in capsys.readouterr().err
+    for step, (code, name) in enumerate({143: "TERM", 138: "USR1"}.items(), 1):
+        with monkeypatch.context() as patch:
+            signum = getattr(signal, f"SIG{name}")
+            patch.setattr(PretrainTask, "begin_step", lambda *_, s=signum: os.kill(os.getpid(), s))
+            assert main(arguments) == code
+        said = f"stopped by SIG{name} after step {step}; the checkpoint is saved"
+        assert said in capsys.readouterr().err
     assert main(arguments) == 0
     assert "resumes from" in capsys.readouterr().out
 

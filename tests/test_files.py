@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from beit_fast.files import (
     damage,
@@ -17,7 +15,6 @@ from beit_fast.files import (
     naming,
     new_file,
     open_no_link,
-    order_metadata,
     refuse_other_kinds,
     replace_file,
     replace_text,
@@ -183,19 +180,3 @@ def test_a_full_disk_is_named_by_the_log(tmp_path, monkeypatch):
         log.line(1, {"loss": 1.0})
     log.close()
     assert describe(raised.value) == "/dev/full: No space left on device"
-
-
-def test_metadata_is_in_one_order_whatever_the_names(tmp_path):
-    tensors = {"weight": torch.arange(6.0), 'a "name"\\ of\nä': torch.ones(2, dtype=torch.bfloat16)}
-    said = {"z": "1", 'ü "quoted"\t': "\\ \x7f\u2028 😀", **{f"key {n}": str(n) for n in range(20)}}
-    written = set()
-    for number in range(8):
-        path = tmp_path / f"{number}.safetensors"
-        save_file(tensors, path, metadata=said)
-        with path.open("rb+") as file:
-            order_metadata(file)
-        written.add(path.read_bytes())
-        with safe_open(path, framework="pt") as file:
-            assert file.metadata() == said
-            assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in tensors)
-    assert len(written) == 1

@@ -15,13 +15,22 @@ import beit_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 # What each room may import of the others; itself is understood. From the ground up.
-BASE = {"checks", "errors", "flags", "files", "labels"}  # of the standard library alone
+BASE = {
+    "checks",
+    "errors",
+    "flags",
+    "files",
+    "labels",
+    "manifest",
+    "seal",
+}  # of the standard library alone
 KERNELS = {f"kernels.{room}" for room in ("attention", "residual", "head", "input", "conv")}
 DATA = {"data", "data.seeds", "data.sources", "data.views"}
 BELOW_TASKS = {"kernels", "model", "weights", "tokenizer", "train", "viz", "tasks"} | KERNELS | DATA
 TASKS = {f"tasks.{room}" for room in ("pretrain", "evaluate", "finetune", "probe", "segment")}
 ALLOWED = {
     **{part: set() for part in sorted(BASE)},
+    **{part: {"files"} for part in ("manifest", "seal")},
     **{room: {"kernels"} for room in sorted(KERNELS)},
     "kernels": KERNELS,  # the names under which the rooms' operators are called
     "model": {"kernels"} | KERNELS | BASE,

@@ -1,7 +1,8 @@
 """A trained tokenizer in one safetensors file: names, shapes and config, and nothing that can run.
 
 The metadata of the file holds the format's name, the config as JSON and where the weights came
-from. Reading checks every name and shape against the config before a single tensor is read.
+from. Reading checks the file against its seal, and every name and shape against the config, before
+a single tensor is read.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from beit_fast.files import refuse_long_header, refuse_other_kinds, replace_safetensors
+from beit_fast.files import refuse_long_header, refuse_other_kinds
+from beit_fast.seal import UNSEALED, check_seal, replace_safetensors
 from beit_fast.tokenizer.config import NUM_GROUPS, DvaeConfig
 from beit_fast.tokenizer.dvae import Dvae
 
@@ -36,6 +38,7 @@ def save_tokenizer(dvae: Dvae, path: str | Path, *, source: Mapping[str, str] = 
         "format": FORMAT,
         "config": json.dumps(dataclasses.asdict(dvae.config)),
         "source": json.dumps(dict(source)),
+        **UNSEALED,
     }
     replace_safetensors(path, save(tensors, metadata))
 
@@ -55,6 +58,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Dvae
         )
     refuse_other_kinds(path, "a tokenizer")
     refuse_long_header(path)
+    check_seal(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             config = _read_config(file.metadata(), path)

@@ -100,6 +100,7 @@ class RunConfig:
     keep: Count = 2  # newest checkpoints that stay
     # Training goes on while one is written, from a copy in host memory. False: it waits.
     save_async: bool = True
+    failed_saves: Natural = 0  # so many in a row may fail, each with a warning; the last may not
     picture_every: Count | None = None  # steps between pictures; one more at the end
     evaluate_every: Positive | None = None  # epochs between evaluations, the end not counted
     strict: bool = False  # an evaluation, picture, log or kernel that fails ends the run
@@ -108,6 +109,7 @@ class RunConfig:
     # Settings by name that may differ from the checkpoint's though they make it another run.
     resume_with: tuple[Filled, ...] = ()
     fallback: bool = False  # resume from an older checkpoint where the newest is damaged
+    requeue: bool = False  # after SIGUSR1 and the save, `scontrol requeue` this job of SLURM's
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -11,6 +11,7 @@ import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -43,6 +44,7 @@ from beit_fast.train.stop import Interrupted, stop_signals
 from beit_fast.train.world import World
 
 SAVED = "the checkpoint is saved"
+UNTRAINED = "nothing was trained yet, and the same command begins anew"
 
 
 class Task(Protocol):
@@ -196,6 +198,7 @@ def train(
                 keep=run.keep,
                 world=world,
                 beside=run.save_async,
+                bears=run.failed_saves,
                 lock=lock,
                 schedule=asdict(length),
                 history=resume.history if resume else [],
@@ -220,12 +223,31 @@ def train(
             saver.wait()
             stop.leave(world, f"evaluating after step {step}", SAVED)
 
+        def save(step: int) -> None:
+            with log.aside(), unhurried("saving a checkpoint"):
+                saver.save(step, state.tensors(optimizer))
+
+        def heed(done: int) -> None:
+            """Leave on all ranks, saved, if one had a signal, or a save has failed."""
+            signum = world.any_of(max(stop.received, saver.failed))
+            saver.check(signum)
+            if not signum:
+                return
+            if done == start:
+                raise Interrupted(signum, f"before step {done + 1}", SAVED if start else UNTRAINED)
+            if not saver.has(done):
+                sentinel.check(saver, checked, done)
+                save(done)
+            saver.finish()
+            raise Interrupted(signum, f"after step {done}", SAVED)
+
         def falls_due(step: int) -> bool:
             every, num_images = run.evaluate_every, task.num_images
             return step < num_steps and _falls_due(every, step, images_per_step, num_images)
 
         task.model.train()
         micro_batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
+        micro_batches = stop.until_told(micro_batches)
         prepare = preparation(task, run, device)
         batches = device_batches(micro_batches, device, prepare, ahead=run.prepare_ahead)
         in_flight = InFlight(device)
@@ -235,9 +257,10 @@ def train(
                 evaluate(start)  # it was left at a stop signal, or failed
             for step in range(start, num_steps):
                 progress("waiting for a batch", step + 1)
-                task.begin_step(step)
-                step_batches = [next(batches) for _ in range(run.accumulate)]
+                step_batches = [*islice(batches, run.accumulate)]
+                heed(step)  # with batches, or told before they came
                 progress("taking the step")
+                task.begin_step(step)
                 torch.manual_seed(step_seed(run.seed, step, world.rank))
                 meter.add(**take(step_batches))
                 schedule.step()
@@ -248,11 +271,10 @@ def train(
                 done = step + 1
                 log.tick(images_per_step)
 
-                signum = world.any_of(max(stop.received, saver.failed))
-                saver.check(signum)
                 evaluates = falls_due(done)
+                draws = run.picture_every and done % run.picture_every == 0
                 prints = done % run.log_every == 0 or done == num_steps or evaluates
-                saves = done % run.save_every == 0 or done == num_steps or evaluates or signum
+                saves = done % run.save_every == 0 or done == num_steps or evaluates
                 if prints or saves:
                     sentinel.check(saver, checked, done)
                     checked = done
@@ -267,17 +289,15 @@ def train(
                     with aside.work("the log"):
                         log.line(done, line)
                 if saves:
-                    with log.aside(), unhurried("saving a checkpoint"):
-                        saver.save(done, state.tensors(optimizer))
-                if signum:
-                    saver.wait()
-                    raise Interrupted(signum, f"after step {done}", SAVED)
+                    save(done)
+                if evaluates or draws or done == num_steps:
+                    heed(done)  # before what takes long
                 if evaluates:
                     evaluate(done)
-                if run.picture_every and done % run.picture_every == 0:
+                if draws:
                     draw(f"picture_{done:08d}.png")
             picture = draw("picture.png")
-            kept = saver.wait()
+            kept = saver.finish()
             stop.leave(world, f"after step {num_steps}", SAVED)
         finally:
             batches.close()

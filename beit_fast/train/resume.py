@@ -38,6 +38,7 @@ HABITS = frozenset(
         *("data.masks", "data.test_masks", "data.classes_file"),
         # pace and reports
         *("run.log_every", "run.save_every", "run.keep", "run.save_async"),
+        *("run.failed_saves", "run.requeue"),
         *("run.picture_every", "run.evaluate_every", "run.strict", "data.num_threads"),
         # how a resume is made
         *("run.resume", "run.resume_from", "run.resume_with", "run.fallback"),

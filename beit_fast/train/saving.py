@@ -3,9 +3,9 @@
 The main rank copies the tensors in the step, and a thread writes the copy (state.py). One save is
 in flight at most: the next waits for it. The other ranks never wait for the disk, but at the end.
 
-What the thread meets is an error of the run. It travels in the message that ranks exchange after
-each step for stop signals (`failed`), so all of them end after the same step, and the main rank
-says why.
+What the thread meets is an error of the run, unless `run.failed_saves` bears it. It travels in the
+message that ranks exchange before each step for stop signals (`failed`), so all of them end after
+the same step, and the main rank says why.
 """
 
 import logging
@@ -22,7 +22,12 @@ from torch import Tensor
 from beit_fast.errors import RunError, ToldElsewhere
 from beit_fast.flags import flag
 from beit_fast.train.progress import unhurried
-from beit_fast.train.state import checkpoint_paths, metadata_of, save_checkpoint
+from beit_fast.train.state import (
+    checkpoint_paths,
+    metadata_of,
+    remove_leftovers,
+    save_checkpoint,
+)
 from beit_fast.train.stop import WRITER
 from beit_fast.train.world import World
 
@@ -36,8 +41,9 @@ class Saver:
     """The checkpoints of a run, `keep` of them below `output`. A context: its end waits for the
     thread, but after a second Ctrl-C, which waits for nothing.
 
-    beside: whether a thread writes; else `save` returns when the checkpoint is on the disk. lock:
-    of the output folder, open; the thread holds it too. `more` goes into each manifest.
+    beside: whether a thread writes; else `save` returns when the checkpoint is on the disk. bears:
+    how many in a row may fail to be written, each with a warning. lock: of the output folder, open;
+    the thread holds it too. `more` goes into each manifest.
     """
 
     def __init__(
@@ -48,29 +54,36 @@ class Saver:
         keep: int,
         world: World,
         beside: bool = True,
+        bears: int = 0,
         lock: TextIO | None = None,
         **more: Any,
     ) -> None:
+        self._bears, self._flag = bears, flag("run.failed_saves")  # said in a thread
         self._output, self._settings, self._keep, self._more = output, settings, keep, more
         self._world, self._beside, self._lock = world, beside, lock
         self._copy = HostCopy(world.device)
         self._thread: threading.Thread | None = None
         self._written = threading.Event()
-        self._error: Exception | None = None
+        self._error: Exception | None = None  # of the last one
+        self._in_a_row, self._saved = 0, -1  # failures; the step that is on the disk
+        if world.is_main:
+            remove_leftovers(output)
 
     @property
     def failed(self) -> int:
-        """FAILED once a save of this rank went wrong, else 0: what `World.any_of` takes."""
-        return FAILED if self._error is not None else 0
+        """FAILED once saves of this rank went wrong beyond what is borne, else 0: what
+        `World.any_of` takes."""
+        return FAILED if self._in_a_row > self._bears else 0
 
     def save(self, step: int, tensors: Tensors) -> None:
         """Save `tensors`, which are the main rank's, as checkpoint of `step`. On every rank.
 
-        They may change as soon as this returns. After a save that failed nothing is written.
+        They may change as soon as this returns. After failures that are not borne nothing is
+        written.
         """
         if self._world.is_main:
             self._join()
-            if self._error is None and self._beside:
+            if not self.failed and self._beside:
                 # No daemon: the interpreter's end waits for it, and does not stop it in native
                 # code, which would abort the process.
                 held = os.dup(self._lock.fileno()) if self._lock is not None else None
@@ -81,7 +94,7 @@ class Saver:
                 self._written.clear()
                 thread.start()
                 self._thread = thread
-            elif self._error is None:
+            elif not self.failed:
                 self._write(step, tensors)
         if not self._beside:
             self.wait()
@@ -106,6 +119,18 @@ class Saver:
         self.check(self._world.any_of(self.failed))
         return checkpoint_paths(self._output)
 
+    def has(self, step: int) -> bool:
+        """Whether that of `step` is on the disk, once all that was saved is. On every rank."""
+        self._join()
+        return not self._world.any_of(int(self._world.is_main and self._saved != step))
+
+    def finish(self) -> list[Path]:
+        """As `wait`, at the end of a run: a last save that failed is not borne."""
+        self._join()
+        if self._error is not None:
+            self._in_a_row = self._bears + 1
+        return self.wait()
+
     def __enter__(self) -> "Saver":
         return self
 
@@ -116,7 +141,7 @@ class Saver:
             return
         self._join()
         self._copy.close()
-        if self._error is not None and error is not self._error:
+        if self.failed and error is not self._error:
             logger.warning("%s", self._error)  # what ends the run is something else
 
     def _join(self) -> None:
@@ -147,12 +172,23 @@ class Saver:
                 metadata=metadata_of(self._settings),
                 **self._more,
             )
+            self._error, self._in_a_row, self._saved = None, 0, step
         except Exception as error:
-            self._error = error
+            self._fail(error)
         finally:
             if held is not None:
                 os.close(held)
             self._written.set()
+
+    def _fail(self, error: Exception) -> None:
+        borne = isinstance(error, OSError) and self._in_a_row < self._bears
+        self._error = error
+        self._in_a_row = self._in_a_row + 1 if borne else self._bears + 1
+        if borne:
+            logger.warning(
+                "%s. Training goes on: %d of the %d in a row that %s bears",
+                *(error, self._in_a_row, self._bears, self._flag),
+            )
 
 
 class HostCopy:

@@ -1,23 +1,27 @@
-"""SIGTERM and SIGINT end a run after the step.
+"""SIGTERM, SIGINT and SIGUSR1 end a run after the step.
 
-The handler only notes the signal. The loop saves and raises `Interrupted`; longer work that can be
-left at any point (evaluation, a probe) asks `heed_stop` between its parts. A second SIGINT ends the
-process at once: the last checkpoint is whole, because checkpoints are renamed into place.
+The handler notes the signal, and ends a wait for what is read (`StopFlag.until_told`), which may
+never come. The loop saves and raises `Interrupted`; longer work that can be left at any point
+(evaluation, a probe) asks `heed_stop` between its parts. A second SIGINT ends the process at once:
+the last checkpoint is whole, because checkpoints are renamed into place.
 """
 
 import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from beit_fast.train.progress import tick
 
 if TYPE_CHECKING:
     from beit_fast.train.world import World
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GOES_ON = "the same command goes on"
 WRITER = "checkpoint"  # name of the thread that writes one
+
+T = TypeVar("T")
 
 
 class Interrupted(Exception):
@@ -28,15 +32,49 @@ class Interrupted(Exception):
         self.signum, self.exit_code = signum, 128 + signum
 
 
+class _Told(BaseException):
+    """A stop signal came in a wait. No Exception: a reader that bears those does not hold it."""
+
+
 class StopFlag:
     """The first stop signal that came, or 0."""
 
     received = 0
+    _waits = False
 
     def _handle(self, signum: int, _frame: object) -> None:
         if self.received and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or signum
+        if self._waits:
+            self._waits = False  # once: what it passes through may clean up
+            raise _Told
+
+    def until_told(self, values: Iterator[T]) -> Iterator[T]:
+        """The values until a stop signal comes, which ends the wait for one. Closes `values`."""
+        try:
+            while (got := self._next(values)) is not None:
+                yield from got
+        finally:
+            if hasattr(values, "close"):
+                values.close()
+
+    def _next(self, values: Iterator[T]) -> list[T] | None:
+        """A list of the next; None at their end, and where a signal came before it or meanwhile."""
+        try:
+            return self._wait_for(values)
+        except _Told:  # a call around all of it: no instruction of it is outside
+            return None
+
+    def _wait_for(self, values: Iterator[T]) -> list[T] | None:
+        try:
+            self._waits = True
+            # Asked after that: a signal between the two would be noted, and nothing more.
+            return None if self.received else [next(values)]
+        except StopIteration:
+            return None
+        finally:
+            self._waits = False
 
     def leave(self, world: "World", place: str, saved: str = GOES_ON) -> None:
         """Raise Interrupted on every rank if any had a signal; called on all of them."""
@@ -49,7 +87,7 @@ _current: list[StopFlag] = []  # the flag of the outermost block, while there is
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Collect SIGTERM and SIGINT while the block runs; outside the main thread, do nothing.
+    """Collect stop signals while the block runs; outside the main thread, do nothing.
 
     A block within a block has the same flag: a signal between two stages is heard by the next.
     """
@@ -60,7 +98,7 @@ def stop_signals() -> Iterator[StopFlag]:
         yield _current[0]
         return
     flag = StopFlag()
-    before = {s: signal.signal(s, flag._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, flag._handle) for s in STOPS}
     _current.append(flag)
     try:
         yield flag
@@ -79,3 +117,10 @@ def heed_stop(place: str) -> None:
     tick()
     if _current and _current[0].received:
         raise Interrupted(_current[0].received, place)
+
+
+def heeded(values: Iterator[T], place: str) -> Iterator[T]:
+    """The values, each waited for no longer than until a stop signal comes: raises Interrupted as
+    `heed_stop` does."""
+    yield from (_current[0] if _current else StopFlag()).until_told(values)
+    heed_stop(place)

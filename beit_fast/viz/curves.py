@@ -29,9 +29,10 @@ def draw_curves(
         lines = [record for record in records if name in record]  # not every one is of the test
         steps = [line["step"] for line in lines]
         axes.plot(steps, [line[name] for line in lines], label=name)
-        if name == "loss" and "marginal_entropy" in records[-1]:
+        lines = [line for line in lines if "marginal_entropy" in line]
+        if name == "loss" and lines:
             axes.plot(
-                steps,
+                [line["step"] for line in lines],
                 [line["marginal_entropy"] for line in lines],
                 linestyle="--",
                 label="entropy of the token marginals",

@@ -13,6 +13,7 @@ import ast
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -85,6 +86,11 @@ def hang(_: object = None) -> None:
     time.sleep(600)
 
 
+def wait(_: object = None) -> None:
+    """For a reader that does not come; signals are heard."""
+    threading.Event().wait(600)
+
+
 def hang_with_lock(_: object) -> None:
     """Inside an extension that keeps Python's lock, and that no signal wakes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -127,6 +133,13 @@ def asks_too_much(_: object) -> object:
     raise OutOfResources(300_000, 232_448, "shared memory")
 
 
+# Moments of a save, in their order, at which killed_saves.py kills: each fault is its own place.
+KILLED_SAVES = (
+    *("save_begins", "folder_is_empty", "half_a_file", "file_has_no_seal"),
+    *("file_is_not_read_again", "no_manifest", "half_a_manifest", "before_the_rename"),
+    *("after_the_rename", "before_it_deletes", "half_deleted"),
+)
+
 # Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor), "launch"
 # (of a kernel, by its name).
 FAULTS = {
@@ -139,6 +152,7 @@ FAULTS = {
     "error": Fault("step", raises(ValueError("a disk of this node is gone: mount it"))),
     "fault": Fault("step", raises(ZeroDivisionError("division by zero"))),
     "loader": Fault("batch", hang),
+    "wait": Fault("batch", wait),
     "nan": Fault("loss", lambda loss: loss * torch.nan),
     "inf": Fault("loss", lambda loss: loss * torch.inf),
     # Its gradients are as they were: bad on this rank alone.
@@ -148,4 +162,5 @@ FAULTS = {
     "passes": Fault("launch", raises(RuntimeError("PassManager::run failed"))),
     "memory": Fault("launch", raises(RuntimeError("CUDA error: an illegal memory access"))),
     "spike": Fault("loss", lambda loss: loss * 100),
+    **{place: Fault(place, sends(signal.SIGKILL)) for place in KILLED_SAVES},
 }
