@@ -271,8 +271,7 @@ def test_a_checkpoint_of_a_run(stem, good, plant, refused, tmp_path):
             load_checkpoint(step)
         if stem in ("model", "manifest"):
             for source in (tmp_path / "run", step, step / "model.safetensors"):
-                name = path if source != step / "model.safetensors" else "model.safetensors"
-                refused(commands_of_weights(source, good, tmp_path)[1], name)
+                refused(commands_of_weights(source, good, tmp_path)[1], step)
 
 
 def test_metrics_of_a_run(plant, tmp_path):
