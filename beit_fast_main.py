@@ -6,15 +6,29 @@ traceback or an exception that some library's import swallows. Whoever reads the
 away (`beit-fast --help | head -1`) ends the command as it ends others, with 141.
 """
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
 from collections.abc import Iterator
 
+# By which NVIDIA's profilers come into a process; they write when it ends in good order.
+INJECTED = ("CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH")
+
 
 def main() -> int:
-    """Run the command line. Returns its exit code."""
+    """Run the command line, as a command: this ends the process. Returns its exit code where
+    somebody looks on who has something to do at the end."""
+    code = _run()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _end_rank(code)
+    if not _watched():
+        _end(code)
+    return code
+
+
+def _run() -> int:
     try:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             # Of a peer that is gone torch's C++ warns with its own stack; what is to be said of it
@@ -23,13 +37,10 @@ def main() -> int:
         with _ended_by_ctrl_c():
             from beit_fast import cli
         try:
-            code = cli.main(preparing=_ended_by_ctrl_c)
+            return cli.main(preparing=_ended_by_ctrl_c)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            _end_rank(code)
-        return code
     except BrokenPipeError:
         # What Python would flush at the end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,6 +64,28 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _watched() -> bool:
+    """Whether a profiler, a debugger or a measure of coverage looks on, or a prompt is to follow
+    (`python -i`)."""
+    monitors = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    tools = [monitors.get_tool(number) for number in range(6)] if monitors else []
+    looking = (sys.gettrace(), sys.getprofile(), *tools, *map(os.environ.get, INJECTED))
+    return bool(sys.flags.inspect or any(looking))
+
+
+def _end(code: int) -> None:
+    """Without taking the interpreter down, which takes torch a second or more, while whoever sent
+    a signal waits. What is registered for the end is done, and all is closed that writes."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be told
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # it was told, or there is nowhere to tell it
+                stream.flush()
+    os._exit(code)
 
 
 def _end_rank(code: int) -> None:

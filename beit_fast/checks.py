@@ -88,6 +88,9 @@ Natural = Annotated[int, Range(0)]
 Threads = Annotated[int, Range(1, 1024)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]  # packed as a signed 64-bit integer
 Positive = Annotated[float, Range(0, math.inf, "low")]
+# Of a time-out. At most thirty days: timers of Python and torch overflow at centuries, and then
+# nobody watches.
+Seconds = Annotated[float, Range(0, 2_592_000, "low")]
 NonNegative = Annotated[float, Range(0, math.inf)]
 Share = Annotated[float, Range(0, 1, "low")]  # of a whole that must leave something
 Probability = Annotated[float, Range(0, 1)]

@@ -11,7 +11,6 @@ import inspect
 import io
 import logging
 import os
-import re
 import sys
 import threading
 import traceback
@@ -21,7 +20,7 @@ from typing import Any, Literal
 
 from beit_fast import recipes
 from beit_fast.checks import Count, Filled, Side, check_fields
-from beit_fast.errors import RunError
+from beit_fast.errors import RunError, is_out_of_memory
 from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
 from beit_fast.parsing import add_removed, make, new_parser, read
@@ -36,8 +35,6 @@ from beit_fast.train.stop import WRITER, Interrupted
 
 Run = Callable[[Any], Any]  # of a configuration
 NAMES = "beit_fast.names"
-# torch's words: a GPU's error has a type of its own, a CPU's and a size beyond 64 bits have none.
-OUT_OF_MEMORY = "out of memory|can't allocate memory|not enough memory|Storage size calculation"
 USAGE = """usage: beit-fast <verb> ...
 
   pretrain RECIPE        train a BEiT on a folder of images
@@ -114,9 +111,7 @@ def main(
         say_once(f"beit-fast: {describe(error)}", error)
         return 1
     except Exception as error:
-        if isinstance(error, MemoryError) or (
-            isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))
-        ):
+        if is_out_of_memory(error):
             say_once(f"beit-fast: {_out_of_memory(error)}", error)
             return 1
         if launched_rank().size == 1:

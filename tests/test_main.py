@@ -149,3 +149,40 @@ def test_the_command_line_leaves_a_broken_pipe_to_it(monkeypatch):
     monkeypatch.setitem(WITHOUT_RECIPE, "convert", (list, lambda: print_to_nobody))
     with pytest.raises(BrokenPipeError):
         main(["convert"])
+
+
+# What takes long to take down, says when it is, and a thread that nobody waits for.
+SLOW_END = """
+import atexit, sys, threading, time
+class Slow:
+    def __del__(self, sleep=time.sleep, write=sys.__stderr__.write):
+        write('taken down')
+        sleep({seconds})
+sys.slow = Slow()
+atexit.register(print, 'registered')
+def main(preparing):
+    print('said', end=' ')
+    return 3
+"""
+
+
+@pytest.mark.promise("R10")
+def test_it_ends_without_taking_the_interpreter_down_and_loses_nothing(start):
+    thread = "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+    process = start(SLOW_END.format(seconds=60) + thread)
+    assert process.communicate(timeout=20) == ("said registered\n", "")
+    assert process.returncode == 3
+
+
+@pytest.mark.parametrize(
+    "watched",
+    ["sys.setprofile(lambda *_: None)", "sys.settrace(lambda *_: None)", "INJECTED"],
+)
+def test_whoever_looks_on_sees_the_end(start, watched, monkeypatch):
+    if watched == "INJECTED":
+        monkeypatch.setenv("CUDA_INJECTION64_PATH", "/opt/profiler.so")
+        watched = "pass"
+    process = start(SLOW_END.format(seconds=0) + watched + "\n")
+    said, error = process.communicate(timeout=20)
+    assert (said, process.returncode) == ("said registered\n", 3)
+    assert "taken down" in error

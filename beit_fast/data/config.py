@@ -13,13 +13,14 @@ from beit_fast.checks import (
     Threads,
     check_fields,
 )
+from beit_fast.data.sources.limits import ReadConfig
 
 PHOTOGRAPHS = "photographs"  # the name of the images that ship with the package
 MAX_VOCAB = 2**16  # of a token cache, whose ids are uint16
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(ReadConfig):
     """A folder of images and the batches made of it."""
 
     # Folder of images, flat or in class folders; "photographs" ship with the package,

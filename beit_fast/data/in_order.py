@@ -10,6 +10,8 @@ from torch import Tensor
 
 from beit_fast.data.sources.decode import BadImageError, decode_fast
 from beit_fast.data.sources.folder import ImageSource, Source
+from beit_fast.data.sources.limits import READS, ReadConfig
+from beit_fast.data.sources.reading import Reads
 
 Files = TypeVar("Files")  # of one image: bytes, or those of its mask too
 
@@ -23,16 +25,18 @@ def unusable_images(
     *,
     num_threads: int,
     look: Callable[[Files], object] = decode_fast,
-    between: Callable[[], None] = lambda: None,
+    each: Callable[[Iterator[Any]], Iterator[Any]] = iter,
     seen: Callable[[int, Any], None] = lambda index, looked: None,
+    reads: ReadConfig = READS,
 ) -> dict[str, str]:
     """Name -> reason of the images of `source` (of those with `indices`) that cannot be read and
-    decoded; `look` does that, and raises BadImageError. `between` is called between portions: it
-    may raise to leave. `seen` gets the index of each other image, and what `look` gave."""
+    decoded; `look` does that, and raises BadImageError. A read that exceeds the limits of `reads`
+    is a reason too. `seen` gets the index of each other image, and what `look` gave. What becomes
+    of the images goes through `each`, one after another: it may raise to leave."""
 
     def reason(index: int) -> str | None:
         try:
-            looked = look(source.read(index))
+            looked = limited.run(lambda read: look(read(index)))
         except (BadImageError, OSError) as error:
             return " ".join(str(error).split())
         seen(index, looked)
@@ -40,13 +44,16 @@ def unusable_images(
 
     found = {}
     indices = range(len(source)) if indices is None else indices
-    with ThreadPoolExecutor(num_threads) as pool:
-        for first in range(0, len(indices), _AT_ONCE):
-            between()
-            part = indices[first : first + _AT_ONCE]
-            for index, why in zip(part, pool.map(reason, part), strict=True):
-                if why is not None:
-                    found[source.name(index)] = why
+    with Reads(source, reads) as limited, ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for first in range(0, len(indices), _AT_ONCE):
+                part = indices[first : first + _AT_ONCE]
+                for index, why in each(zip(part, pool.map(reason, part), strict=True)):
+                    if why is not None:
+                        found[source.name(index)] = why
+        finally:
+            limited.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
     return found
 
 
@@ -73,17 +80,18 @@ def batches_in_order(
     batch_size: int,
     num_threads: int,
     replace_bad: Callable[[int, Exception], np.ndarray] | None = None,
+    reads: ReadConfig = READS,
 ) -> Iterator[tuple[slice, Tensor]]:
     """(which of `indices`, uint8 (B, height, width, 3)), the next batch being read meanwhile.
 
-    `view` makes pixels of one size from an image's bytes. An image that cannot be used, where each
-    counts, is a ValueError that names it; `replace_bad` is told its index and the reason, in a
-    thread, and gives pixels in its place.
+    `view` makes pixels of one size from an image's bytes. An image that cannot be used or, by the
+    limits of `reads`, not be read is a ValueError that names it, for each counts; `replace_bad` is
+    told its index and the reason, in a thread, and gives pixels in its place.
     """
 
     def read(index: int) -> np.ndarray:
         try:
-            return view(source.read(index))
+            return limited.run(lambda read: view(read(index)))
         except (BadImageError, OSError) as error:
             if replace_bad is not None:
                 return replace_bad(index, error)
@@ -92,7 +100,7 @@ def batches_in_order(
                 "counts, so none is left out"
             ) from error
 
-    with ThreadPoolExecutor(num_threads) as pool:
+    with Reads(source, reads) as limited, ThreadPoolExecutor(num_threads) as pool:
 
         def submit(first: int) -> list[Future[np.ndarray]]:
             return [pool.submit(read, index) for index in indices[first : first + batch_size]]
@@ -104,4 +112,5 @@ def batches_in_order(
                 images = torch.from_numpy(np.stack([future.result() for future in now]))
                 yield slice(first, first + len(now)), images
         finally:
+            limited.stop()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -28,6 +28,8 @@ from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed, counter_seed
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import Source
+from beit_fast.data.sources.limits import READS, ReadConfig
+from beit_fast.data.sources.reading import HungReadError, Read, Reads, ReadsClosedError
 from beit_fast.errors import RunError
 from beit_fast.flags import flag
 
@@ -45,6 +47,10 @@ class BadDataError(RunError):
     """More files cannot be used than the run allows."""
 
 
+class SampleError(RunError):
+    """A sample cannot be made, for another reason than a bad file."""
+
+
 class Loader:
     """Endless batches of samples from a source.
 
@@ -54,7 +60,7 @@ class Loader:
     files than `max_bad_share` of the data set the run stops with BadDataError, but ten of them are
     borne in a data set of a hundred or more (a tenth of a smaller one) so that one broken file does
     not stop a short run. `max_bad_share=0` is strict: the first stops it. Each rank counts what it
-    meets.
+    meets. A file that is not read within the limits of `reads` is a bad one.
 
     Raises ValueError for sizes or ranks that make no sense.
     """
@@ -70,6 +76,7 @@ class Loader:
         world_size: int = 1,
         num_threads: int = 4,
         max_bad_share: float = 0.001,
+        reads: ReadConfig = READS,
     ):
         if len(source) < 1:
             raise ValueError("the data set is empty: there is nothing to load")
@@ -84,7 +91,7 @@ class Loader:
         self.source, self.sample = source, sample
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.num_threads = num_threads
+        self.num_threads, self.reads = num_threads, reads
         self._bad = BadSamples(source, max_bad_share)
 
     @property
@@ -104,8 +111,9 @@ class Loader:
         """Batches from number `start` on, without end: the arrays of the sample's batch as CPU
         tensors, among them sample_index int64 (B,), the images really read.
 
-        A generator: close it (or drop it) to stop its threads. An error in a thread is raised when
-        its batch is due, after the batches before it.
+        A generator: close it (or drop it) to stop its threads. That waits for what is decoded at
+        the moment and not for what is read. An error in a thread is raised when its batch is due,
+        after the batches before it: SampleError for one that names memory or torch, with the image.
         """
         if start < 0:
             raise ValueError(f"start={start}: batches count from 0")
@@ -162,30 +170,43 @@ class _Reader:
 
     def __init__(self, loader: Loader):
         self._source, self._sample, self._seed = loader.source, loader.sample, loader.seed
+        self._reads = Reads(loader.source, loader.reads)
+        self._flag = flag("data.num_threads")  # threads run out of memory
         self._bad, self._threaded = loader._bad, loader.num_threads > 0
-        self._stopping = threading.Event()
-        self._threads: set[threading.Thread] = set()
+        self._threads: set[threading.Thread] = set()  # of Grain's
+        self._makers: set[threading.Thread] = set()  # which those wait for
 
     def read_batch(self, numbers: list[tuple[int, int]]) -> dict[str, np.ndarray]:
         """numbers: (epoch, index in the data set) of each sample."""
         if self._threaded:
             self._threads.add(threading.current_thread())
-        samples = []
-        for epoch, index in numbers:
-            if self._stopping.is_set():
-                raise RuntimeError("the iterator over batches was closed")
-            sample, used = self._read(epoch, index)
-            samples.append(sample | {"sample_index": np.int64(used)})
+        samples: list[dict[str, np.ndarray]] = []
+        while len(samples) < len(numbers):
+            try:
+                self._reads.run(lambda read: self._add_rest(samples, numbers, read))
+            except HungReadError as error:
+                self._bad.add(error.index, error)
         return self._sample.collate(samples)
 
     def stop(self) -> None:
-        """Returns when no thread reads any more."""
-        self._stopping.set()
+        """Returns when no thread makes a sample any more; a read that hangs is left to itself."""
+        self._reads.stop()
         # A generator that is dropped may be finalised anywhere, in one of its own threads too.
-        for thread in self._threads - {threading.current_thread()}:
-            thread.join()
+        if threading.current_thread() not in self._threads | self._makers:
+            for thread in list(self._threads):
+                thread.join()
+        self._reads.close()
 
-    def _read(self, epoch: int, index: int) -> tuple[dict[str, np.ndarray], int]:
+    def _add_rest(
+        self, samples: list[dict[str, np.ndarray]], numbers: list[tuple[int, int]], read: Read
+    ) -> None:
+        """Make those samples of a batch that are not there yet."""
+        self._makers.add(threading.current_thread())
+        for epoch, index in numbers[len(samples) :]:
+            sample, used = self._make(epoch, index, read)
+            samples.append(sample | {"sample_index": np.int64(used)})
+
+    def _make(self, epoch: int, index: int, read: Read) -> tuple[dict[str, np.ndarray], int]:
         """The sample and the index of the image in it: this one or the next that can be used."""
         seed = SampleSeed(self._seed, epoch, index)
         num_samples = len(self._source)
@@ -193,13 +214,26 @@ class _Reader:
             if self._bad.knows(candidate):
                 continue
             try:
-                return self._sample(self._source.read(candidate), seed), candidate
+                return self._sample(read(candidate), seed), candidate
             except (BadImageError, OSError) as error:
                 self._bad.add(candidate, error)
+            except (RunError, ReadsClosedError):
+                raise
             except Exception as error:
-                error.add_note(f"in {self._source.name(candidate)} (sample {index}, pass {epoch})")
+                where = f"{self._source.name(candidate)} (sample {index}, pass {epoch})"
+                if isinstance(error, MemoryError | RuntimeError):
+                    raise self._sample_error(where, error) from error
+                error.add_note(f"in {where}")  # a fault of ours
                 raise
         raise BadDataError(f"none of the {num_samples} images can be used; see the log for each")
+
+    def _sample_error(self, where: str, error: MemoryError | RuntimeError) -> SampleError:
+        said = next(iter(str(error).splitlines()), "")
+        return SampleError(
+            f"cannot make a sample of {where}: {type(error).__name__}{': ' * bool(said)}"
+            f"{said[:200]}. Where memory ran out take fewer {self._flag}; else repair or remove "
+            "the file"
+        )
 
 
 class BadSamples:

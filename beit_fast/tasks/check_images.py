@@ -10,11 +10,12 @@ from typing import Literal, TypeVar
 from beit_fast.data.in_order import name_unusable, unusable_images
 from beit_fast.data.sources.decode import decode_fast, exif_orientation
 from beit_fast.data.sources.folder import ImageSource, Source
+from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.masks import decode_pair
 from beit_fast.data.sources.segmentation import MaskedImage, SegmentationSource
 from beit_fast.files import replace_text
 from beit_fast.flags import flag
-from beit_fast.train.stop import Interrupted, heed_stop
+from beit_fast.train.stop import Interrupted, heeded
 from beit_fast.train.world import World
 
 Kind = Literal["training", "test"]  # of images
@@ -30,13 +31,20 @@ def remembered_in(folder: Path, kind: Kind) -> Path:
     return folder / f"{kind}_images.json"
 
 
-def check_test_images(source: ImageSource, *, num_threads: int, world: World, folder: Path) -> None:
+def check_test_images(
+    source: ImageSource,
+    *,
+    num_threads: int,
+    world: World,
+    folder: Path,
+    reads: ReadConfig = READS,
+) -> None:
     """Decode every image once, each rank its part; called on every rank.
 
     `folder` remembers which images were whole, so that a resume does not look again. Raises
     ValueError that names those that cannot be used, and Interrupted.
     """
-    _look_once(source, _look_at_image, "test", 0, num_threads, world, folder)
+    _look_once(source, _look_at_image, "test", 0, num_threads, world, folder, reads)
 
 
 def check_segmentation(
@@ -47,6 +55,7 @@ def check_segmentation(
     world: World,
     folder: Path,
     max_bad_share: float = 0.0,
+    reads: ReadConfig = READS,
 ) -> None:
     """Decode every image and its mask once, and compare their sizes and the ids with the classes.
 
@@ -55,7 +64,7 @@ def check_segmentation(
     """
     look = functools.partial(_look_at_pair, source)
     allowed = int(max_bad_share * len(source))
-    _look_once(source, look, kind, allowed, num_threads, world, folder)
+    _look_once(source, look, kind, allowed, num_threads, world, folder, reads)
 
 
 def warn_of_turned(names: Sequence[str], num_images: int, kind: str) -> None:
@@ -93,6 +102,7 @@ def _look_once(
     num_threads: int,
     world: World,
     folder: Path,
+    reads: ReadConfig,
 ) -> None:
     remembered, digest = remembered_in(folder, kind), source.digest()
     if any(world.gather(_remembers(remembered, digest))):
@@ -107,8 +117,9 @@ def _look_once(
             range(first, last),
             num_threads=num_threads,
             look=look,
-            between=lambda: heed_stop(place),
+            each=functools.partial(heeded, place=place),
             seen=lambda index, is_turned: turned.append(index) if is_turned else None,
+            reads=reads,
         )
     except Interrupted as stop:
         found = stop.signum

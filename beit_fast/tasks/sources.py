@@ -78,6 +78,7 @@ def open_loader(data: DataConfig, sample: Sample, *, seed: int, world: World) ->
         world_size=world.size,
         num_threads=data.num_threads,
         max_bad_share=data.max_bad_share,
+        reads=data,
     )
 
 

@@ -12,6 +12,7 @@ from beit_fast.checks import (
     NonNegative,
     Positive,
     Range,
+    Seconds,
     Seed,
     Threads,
     check_fields,
@@ -20,9 +21,6 @@ from beit_fast.flags import flag
 
 MAX_STEPS = 99_999_999  # a checkpoint's folder has eight digits
 Steps = Annotated[int, Range(1, MAX_STEPS)]
-# Of a time-out. At most thirty days: timers of Python and torch overflow at centuries, and then
-# nobody watches.
-Seconds = Annotated[float, Range(0, 2_592_000, "low")]
 
 
 @dataclass(frozen=True, kw_only=True)

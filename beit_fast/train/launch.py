@@ -57,6 +57,11 @@ def has_agent_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def slurm_job() -> str | None:
+    """The number of the job of SLURM's that this process is of."""
+    return os.environ.get("SLURM_JOB_ID") or None
+
+
 def error_file() -> str | None:
     """Where torch's launcher looks for what ended a process."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE") or None

@@ -5,6 +5,7 @@ lines past the checkpoint are cut, so none is doubled, and damaged ones are in `
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from beit_fast.train.scalars import Scalars
 from beit_fast.train.world import World
 
 METRICS, DAMAGED = "metrics.jsonl", "metrics.damaged"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = logging.getLogger("beit_fast.train")
 
 
@@ -206,35 +208,37 @@ class Log:
             return
         left = (now - self._begun) / (step - self._start) * (self._num_steps - step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.console.print(
-            f"{self._title} {step}/{self._num_steps}  {text}  {speed:.0f} images/s  "
-            f"{_clock(left)} left"
-        )
+        text += f"  {speed:.0f} images/s  {_clock(left)} left"
         if self._progress is not None:
             self._progress.update(self._bar, speed=f"{speed:.0f} images/s")
-        self._write(step, {**metrics, "images_per_second": speed})
+        self._write(step, {**metrics, "images_per_second": speed}, text)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Write what an evaluation after `step` came to. Raises as `line` does."""
         if not self._enabled:
             return
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True)
-        self._write(step, values)
+        self._write(step, values, text)
 
-    def _write(self, step: int, values: Mapping[str, float]) -> None:
-        """Into both files. Raises OSError of the first that cannot be written, with its path and
-        the room there is."""
+    def _write(self, step: int, values: Mapping[str, float], text: str) -> None:
+        """Into both files, and to the terminal, whichever of them fails. Raises OSError of the
+        first that does, with its path, and for a full disk with the room there is."""
         failed = []
-        for write in (self._append, self._board.write):
+        for write, what in ((self._append, values), (self._board.write, values), (self._say, text)):
             try:
-                write(step, values)
+                write(step, what)
             except OSError as error:
                 failed.append(error)
-        if failed:
-            free = shutil.disk_usage(self._path.parent).free / 2**20
-            why = describe(failed[0])
-            raise OSError(f"{why} ({free:.0f} MiB free): make room") from failed[0]
+        if not failed:
+            return
+        if failed[0].errno not in FULL:
+            raise failed[0]
+        free = shutil.disk_usage(self._path.parent).free / 2**20
+        raise OSError(f"{describe(failed[0])} ({free:.0f} MiB free): make room") from failed[0]
+
+    def _say(self, step: int, text: str) -> None:
+        with naming("standard output"):
+            self.console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True)
 
     def _append(self, step: int, values: Mapping[str, float]) -> None:
         """A line of its own, also behind one that a full disk cut short."""

@@ -26,6 +26,7 @@ from beit_fast.train.graph import graphed, preparation
 from beit_fast.train.length import Length, run_length
 from beit_fast.train.lock import sole_user
 from beit_fast.train.log import METRICS, Log, Meter, read_metrics
+from beit_fast.train.memory import sizes_told
 from beit_fast.train.optim import (
     Schedule,
     build_optimizer,
@@ -262,7 +263,9 @@ def train(
                 progress("taking the step")
                 task.begin_step(step)
                 torch.manual_seed(step_seed(run.seed, step, world.rank))
-                meter.add(**take(step_batches))
+                with sizes_told(step + 1, step_batches, run, images=task.images_per_batch):
+                    scalars = take(step_batches)
+                meter.add(**scalars)
                 schedule.step()
                 if ema:
                     ema.update(task.model)

@@ -21,6 +21,7 @@ from beit_fast.train.resume import check_resume
 from beit_fast.train.settings import complete_settings
 from beit_fast.train.state import checkpoint_paths
 from beit_fast.train.step import autocast
+from beit_fast.train.stop import heeded, left_together
 from beit_fast.train.world import World
 
 BYTES_PER_VALUE = 4  # weights, moments and averages are fp32
@@ -40,7 +41,8 @@ def check_run(
 
     With `step`, for a run that another stage comes before, also what its first step would fail at:
     a batch is made, and the step taken on tensors without values. `unknown`: settings that the
-    stage before decides. Raises ValueError (also CheckpointError), OSError, BadDataError.
+    stage before decides. Raises ValueError (also CheckpointError), OSError, BadDataError,
+    Interrupted.
     """
     output = Path(run.output)
     settings = complete_settings(task, optim, run, settings, world)
@@ -57,7 +59,7 @@ def check_run(
         return
     check_space(task, run)
     if step:
-        _check_step(task, run)
+        _check_step(task, run, world)
 
 
 def check_space(task: Task, run: RunConfig) -> None:
@@ -115,9 +117,10 @@ def check_output_file(path: Path) -> None:
     check_writable(path.parent, "output")
 
 
-def _check_step(task: Task, run: RunConfig) -> None:
+def _check_step(task: Task, run: RunConfig, world: World) -> None:
     """One batch, and the shapes of a step over it."""
-    with closing(task.batches(0)) as batches:
+    place = "while a first batch was made"
+    with left_together(world, place), closing(heeded(task.batches(0), place)) as batches:
         batch = task.stand_in(next(batches))
     cpu = torch.device("cpu")
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, autocast(run, cpu):

@@ -27,8 +27,8 @@ class Scalars:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
-        # As TensorBoard looks for them; by chance, too, for in containers processes have one number.
-        name = f"{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{os.urandom(4).hex()}"
+        # TensorBoard reads them in the order of their names.
+        name = f"{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._path = folder / f"events.out.tfevents.{name}"
         self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if start:

@@ -15,6 +15,7 @@ from beit_fast.errors import RunError
 from beit_fast.files import drop
 from beit_fast.flags import flag
 from beit_fast.train.agreement import code_digest, settings_of_all
+from beit_fast.train.requeue import requeued
 from beit_fast.train.state import versions
 from beit_fast.train.world import World, open_world
 
@@ -29,11 +30,12 @@ def open_run(config: Any, output: str, *, named: str = "run.output") -> Iterator
     """The world of a run whose settings are `config.run` among others, once its ranks agree.
 
     output: the folder that all of them write to or read from; named: its setting. Raises as
-    `open_world` does, ValueError for ranks that differ or do not see the folder, and RunError where
-    a kernel falls back inside and `config.run.strict` is true.
+    `open_world` and `requeued` do, ValueError for ranks that differ or do not see the folder, and
+    RunError where a kernel falls back inside and `config.run.strict` is true.
     """
     run = config.run
     with (
+        requeued(run),
         _strict(run.strict),
         open_world(
             run.device,

@@ -120,7 +120,23 @@ def heed_stop(place: str) -> None:
 
 
 def heeded(values: Iterator[T], place: str) -> Iterator[T]:
-    """The values, each waited for no longer than until a stop signal comes: raises Interrupted as
-    `heed_stop` does."""
-    yield from (_current[0] if _current else StopFlag()).until_told(values)
-    heed_stop(place)
+    """The values, one a part of the work: raises Interrupted as `heed_stop` does, also where the
+    signal comes in the wait for one. Closes `values`."""
+    with contextlib.closing((_current[0] if _current else StopFlag()).until_told(values)) as told:
+        for value in told:
+            heed_stop(place)
+            yield value
+        heed_stop(place)
+
+
+@contextlib.contextmanager
+def left_together(world: "World", place: str) -> Iterator[None]:
+    """Work of every rank that one may leave at a stop signal, by `heed_stop` or `heeded`: at its
+    end Interrupted is raised on all of them."""
+    told = 0
+    try:
+        yield
+    except Interrupted as stop:
+        told = stop.signum
+    if signum := world.any_of(told):
+        raise Interrupted(signum, place)

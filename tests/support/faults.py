@@ -12,6 +12,7 @@ that asserts it: none passes because its fault never came.
 import ast
 import ctypes
 import os
+import resource
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 FIRED = "fired_"  # and the fault: a file with the time of each firing, a line each
 
@@ -91,6 +93,12 @@ def wait(_: object = None) -> None:
     threading.Event().wait(600)
 
 
+def wait_and_be_told(_: object = None) -> None:
+    """The signal comes in the wait."""
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    wait()
+
+
 def hang_with_lock(_: object) -> None:
     """Inside an extension that keeps Python's lock, and that no signal wakes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -104,6 +112,17 @@ def slowly(_: object) -> None:
     for _ in range(35):
         time.sleep(0.2)
         heed_stop("while working")
+
+
+def limits_files(num_bytes: int) -> Callable[[object], object]:
+    """From now on no file of this process grows beyond that: as on a disk that is full."""
+
+    def act(value: object) -> object:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        return value
+
+    return act
 
 
 def sends(signum: signal.Signals) -> Callable[[object], object]:
@@ -140,19 +159,44 @@ KILLED_SAVES = (
     *("after_the_rename", "before_it_deletes", "half_deleted"),
 )
 
-# Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor), "launch"
-# (of a kernel, by its name).
+
+def raises_in_backward(error: BaseException) -> Callable[[Tensor], Tensor]:
+    """Where the gradient of the loss has come to be, a tensor."""
+
+    def act(loss: Tensor) -> Tensor:
+        loss = loss * 1
+        loss.register_hook(raises(error))
+        return loss
+
+    return act
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+FULL_AT = (100, 1_000, 10_000, 100_000, 260_000)  # bytes
+# Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor), "save"
+# (writing the checkpoint of a step), "update" (the optimiser's step), "launch" (of a kernel, by its
+# name).
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
+    "usr1": Fault("step", sends(signal.SIGUSR1)),
+    "twice": Fault("step", lambda _: [sends(signal.SIGTERM)(None) for _ in range(2)]),
+    "term_in_save": Fault("save", sends(signal.SIGTERM)),
     "stop": Fault("step", sends(signal.SIGSTOP)),
     "hang": Fault("step", hang),
     "lock": Fault("step", hang_with_lock),
     "slow": Fault("step", slowly),
     "error": Fault("step", raises(ValueError("a disk of this node is gone: mount it"))),
     "fault": Fault("step", raises(ZeroDivisionError("division by zero"))),
+    "oom": Fault("step", raises(NO_MEMORY)),
+    "oom_backward": Fault("loss", raises_in_backward(NO_MEMORY)),
+    "oom_update": Fault("update", raises(NO_MEMORY)),
     "loader": Fault("batch", hang),
     "wait": Fault("batch", wait),
+    "told": Fault("batch", wait_and_be_told),
+    "full_disk": Fault("save", raises(OSError(28, "No space left on device"))),
+    "bug": Fault("save", raises(ZeroDivisionError("division by zero"))),
+    **{f"full_at_{size}": Fault("step", limits_files(size)) for size in FULL_AT},
     "nan": Fault("loss", lambda loss: loss * torch.nan),
     "inf": Fault("loss", lambda loss: loss * torch.inf),
     # Its gradients are as they were: bad on this rank alone.

@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +77,31 @@ def stopped_in_step(task_class: type, number: int) -> Iterator[None]:
         with pytest.raises(Interrupted) as raised:
             yield
     assert raised.value.exit_code == 143
+
+
+@contextlib.contextmanager
+def told_in_a_read(kind: type, number: int) -> Iterator[None]:
+    """The read of that number, from 1, of sources of this kind hangs; then SIGTERM comes, and the
+    run inside ends with its code, soon."""
+    read, calls, released = kind.read, itertools.count(1), threading.Event()
+
+    def hang(self, index: int) -> object:
+        if next(calls) == number:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            released.wait(60)
+        return read(self, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "read", hang)
+        began = time.monotonic()
+        try:
+            with pytest.raises(Interrupted) as raised:
+                yield
+        finally:
+            released.set()
+    assert next(calls) > number, "it ended before that read"
+    assert raised.value.exit_code == 143
+    assert time.monotonic() - began < 30  # half of what a read may take
 
 
 def assert_the_same_run(ours: Path, theirs: Path) -> None:

@@ -13,20 +13,21 @@ from beit_fast.train.state import checkpoint_paths
 from beit_fast.train.stop import Interrupted
 from beit_fast.train.world import World, open_world
 from beit_fast_main import _end_rank
+from faults import Injector
 from toy import ToyTask, train_toy
 
 
 def play_a_disk(output: Path, task: ToyTask, world: World) -> None:
-    """The third step's checkpoint is not written before rank 1 is in its sixth; that of the ninth
-    never is."""
+    """The third step's checkpoint is not written before rank 1 is in its sixth; those of the sixth
+    and the ninth never are."""
+    injector = Injector(output, ["0:6:full_disk", "0:9:full_disk"])
     sign, write = output / "rank_1_goes_on", saving.save_checkpoint
 
     def save(folder: Path, step: int, *args: object, **more: object) -> Path:
         end = time.monotonic() + 30
         while step == 3 and not sign.exists() and time.monotonic() < end:
             time.sleep(0.01)
-        if step == 9:
-            raise OSError(28, "No space left on device")
+        injector.meet("save", step)
         return write(folder, step, *args, **more)
 
     if world.is_main:
@@ -50,7 +51,7 @@ def main(output: Path, fault: str) -> int:
             changes = {"evaluate_every": 2.0, "strict": fault == "strict"}
             task.evaluate = (lambda model: 1 / 0) if hit else (lambda model: {"one": 1.0})
         if fault == "disk":
-            changes = {"save_every": 3}
+            changes = {"save_every": 3, "failed_saves": 1}
             play_a_disk(output, task, world)
         if fault == "back":
             changes = {"resume_from": 3}

@@ -16,7 +16,7 @@ from beit_fast.tasks.sources import describe_source
 from beit_fast.train.stop import Interrupted, stop_signals
 from beit_fast.train.world import World
 from masked_images import encoded, picture, write_pairs
-from task_runs import ALONE
+from task_runs import ALONE, told_in_a_read
 
 
 class Ranks(World):
@@ -192,6 +192,14 @@ def test_a_stop_signal_ends_the_look(check, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted, match="SIGTERM while looking at the training images"):
             check()
+    assert not remembered_in(tmp_path / "run", "training").exists()
+    check()
+
+
+@pytest.mark.promise("R17")
+def test_a_stop_signal_ends_the_wait_for_a_read(check, source, tmp_path):
+    with told_in_a_read(type(source), 7), stop_signals():
+        check()
     assert not remembered_in(tmp_path / "run", "training").exists()
     check()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from faults import fired, fired_at
-from task_runs import SUPPORT, TWO_RANKS, assert_the_same_run
+from task_runs import SUPPORT, TWO_RANKS, assert_the_same_run, steps_of
 
 pytestmark = pytest.mark.promise("R18", "R19")
 SCRIPT = str(SUPPORT / "faulty_ranks.py")
@@ -150,11 +150,18 @@ def test_what_is_restarted_after_each_fault_ends_bit_equal(tmp_path, undisturbed
     assert HANGS[0] < started.seconds(faults[2]) < HANGS[1]
 
 
+@pytest.mark.promise("R21")
 def test_an_error_of_one_rank_is_said_once_with_its_rank(tmp_path):
-    _, code, stderr = by_torchrun(tmp_path / "run", "1:3:error")
+    faults = ["1:3:oom_backward", "1:5:error"]
+    started, code, stderr = by_torchrun(tmp_path / "run", *faults, restarts=1)
     assert code == 1
-    assert fired(tmp_path / "run") == {"1:3:error": 1}
-    assert said(stderr) == ["beit-fast: rank 1 of 2: a disk of this node is gone: mount it"]
+    assert fired(tmp_path / "run") == dict.fromkeys(faults, 1)
+    memory, disk = said(stderr)
+    assert memory.startswith("beit-fast: rank 1 of 2: memory ran out (CUDA out of memory. Tried")
+    assert "at step 3, in the backward pass, which exchanges gradients: 1 x 4 images" in memory
+    assert started.seconds(faults[0]) < 4
+    assert disk == "beit-fast: rank 1 of 2: a disk of this node is gone: mount it"
+    assert steps_of(tmp_path / "run") == [2, 4]
     table = re.findall(r"traceback : (.*)", stderr)
     assert table == [  # the launcher's: the cause is the last
         "ended because the run could not go on: another rank says why",

@@ -12,6 +12,7 @@ from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.parallel import check_parallel, forward_exchanges, parallel
 from beit_fast.train.state import checkpoint_paths, load_checkpoint, load_newest, read_manifest
 from beit_fast.train.world import World, open_world
+from faults import fired
 from task_runs import ALONE, SUPPORT, TWO_RANKS
 
 TWO = World(0, 2, torch.device("cpu"))
@@ -38,14 +39,6 @@ def test_two_ranks_learn_what_one_learns_from_twice_the_micro_batches(tmp_path, 
     for name, value in alone.model.state_dict().items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
-
-
-def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path):
-    *_, errors = two_ranks(tmp_path / "two", "term")
-    assert len(errors) == 2
-    assert errors[0] == errors[1]
-    assert "SIGTERM after step 5" in errors[0]
-    assert load_checkpoint(checkpoint_paths(tmp_path / "two")[-1]).step == 5
 
 
 def test_what_two_ranks_began_one_ends_and_the_other_way_round(tmp_path, run_toy, toy_task):
@@ -87,13 +80,17 @@ def test_a_loss_that_is_bad_on_one_rank_alone_stops_both_and_neither_takes_the_s
     assert all("first at step 7" in error for error in errors)
 
 
-def test_one_rank_saves_the_other_goes_on_and_a_save_that_fails_ends_both(tmp_path):
+@pytest.mark.promise("R7", "R8")
+def test_one_rank_saves_the_other_goes_on_and_saves_that_fail_beyond_what_is_borne_end_both(
+    tmp_path,
+):
     first, second, errors = two_ranks(tmp_path / "two", "disk")
     assert (tmp_path / "two" / "rank_1_goes_on").exists()  # before the first was on the disk
     assert "No space left" in errors[0]
     assert errors[1] == "a checkpoint could not be written; the main rank says why"
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert load_newest(tmp_path / "two").step == 6
+    assert load_newest(tmp_path / "two").step == 3
+    assert fired(tmp_path / "two") == {"0:6:full_disk": 1, "0:9:full_disk": 1}
 
 
 def test_cuda_is_refused_where_there_is_none():

@@ -176,13 +176,19 @@ def test_a_save_waits_for_the_one_before(tmp_path, run_toy, write):
 def test_a_failed_save_ends_the_run_at_the_next_step(
     tmp_path, run_toy, toy_task, monkeypatch, beside
 ):
-    task = toy_task()
+    task, seventh = toy_task(), threading.Event()
 
     def on_step(step):
         if step == 5:
-            monkeypatch.setattr(state, "save_file", full_disk)
-        for thread in writers():  # what it met is known at the end of the step
-            thread.join()
+            monkeypatch.setattr(state, "save_file", fill_disk)
+        if step == 6:
+            seventh.set()
+            for thread in writers():  # what it met is known at the end of the step
+                thread.join()
+
+    def fill_disk(*_args, **_more):
+        assert seventh.wait(30 * beside) == beside
+        full_disk()
 
     task.on_step = on_step
     with pytest.raises(OSError, match=r"step 6 not written .* MiB free.*No space left"):

@@ -1,7 +1,9 @@
 """Stop signals: noted, heeded in a wait that may never end, and lost at no moment of it."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -10,7 +12,8 @@ import pytest
 
 from beit_fast.train.stop import Interrupted, StopFlag, heeded, stop_signals
 from faults import Injector, fired
-from task_runs import assert_the_same_run, steps_of
+from stopped_ranks import STOPS
+from task_runs import SUPPORT, assert_the_same_run, steps_of
 
 pytestmark = pytest.mark.promise("R10", "R17")
 
@@ -170,3 +173,42 @@ def test_a_stop_comes_before_an_evaluation_and_a_picture_that_are_due(tmp_path, 
     with pytest.raises(Interrupted, match="SIGTERM after step 3; the checkpoint is saved"):
         run_toy(tmp_path, task, evaluate_every=1.2, picture_every=3)
     assert steps_of(tmp_path) == [3]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The folder of stopped_ranks.py, and what became of each run."""
+    output = tmp_path_factory.mktemp("stopped")
+    script = [sys.executable, str(SUPPORT / "stopped_ranks.py"), str(output)]
+    done = subprocess.run(script, check=True, timeout=300, capture_output=True, text=True)
+    return output, json.loads(done.stdout)
+
+
+def test_two_ranks_stop_after_the_same_step_whoever_is_told_and_go_on_bit_equal(stopped):
+    output, results = stopped
+    after = {"before step 1": 0, "to rank 0": 2, "to rank 1": 4, "to both": 5, "to both, twice": 6}
+    after |= {"in the wait of rank 1": 14, "to both, in the wait of rank 1": 16}
+    for name, faults in STOPS.items():
+        run = results[name]
+        code, signum = (138, "SIGUSR1") if faults[0].endswith("usr1") else (143, "SIGTERM")
+        assert run["codes"] == [code, code], name
+        assert all(fired(output / "run")[fault] == 1 for fault in faults), name
+        where = f"after step {after.get(name)}; the checkpoint is saved"
+        if name == "in a save":  # which a thread writes beside the steps
+            where = run["said"].partition("SIGTERM ")[2].strip()
+            assert where in [f"after step {n}; the checkpoint is saved" for n in range(8, 15)]
+        if name == "before step 1":
+            where = "before step 1; nothing was trained yet, and the same command begins anew"
+        assert run["said"] == f"beit-fast: stopped by {signum} {where}\n", name
+    assert results["the rest"]["codes"] == [0, 0]
+    assert_the_same_run(output / "run", output / "whole")
+
+
+def test_a_process_is_gone_soon_after_its_signal(stopped):
+    """A step, a save and a second are promised. Here both take hundredths of a second, and the
+    limit is one that a busy machine keeps; the interpreter's own end took two to four."""
+    output, results = stopped
+    assert results["alone"]["codes"] == [143]
+    assert fired(output / "alone") == {"0:5:term": 1}
+    for name in (*STOPS, "alone"):
+        assert 0 < results[name]["seconds"] < 5, name

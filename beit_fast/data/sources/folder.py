@@ -4,6 +4,7 @@ A source is random access to encoded files; it decodes nothing. Shards of tar fi
 the same four methods.
 """
 
+import errno
 import hashlib
 import os
 import stat
@@ -93,6 +94,22 @@ class ImageFolder:
         return digest_of_files(self.root, self.paths)
 
 
+class ImageFiles:
+    """Files by their paths, wherever they lie."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        return read_image_file(self.paths[index])
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+
 def digest_of_files(root: Path, paths: Sequence[str]) -> str:
     """SHA-256 of the paths below `root` and of the sizes of 1,024 files spread evenly.
 
@@ -112,8 +129,8 @@ def digest_of_files(root: Path, paths: Sequence[str]) -> str:
 def read_image_file(path: str | Path) -> bytes:
     """The bytes of one file.
 
-    Raises OSError, and BadImageError for one too large for an image and for a pipe or device,
-    which might never end.
+    Raises OSError, also where fewer come than the file has, and BadImageError for one too large for
+    an image and for a pipe or device, which might never end.
     """
     with open(path, "rb", opener=_open_at_once) as file:
         status = os.fstat(file.fileno())
@@ -123,7 +140,10 @@ def read_image_file(path: str | Path) -> bytes:
             )
         if status.st_size > MAX_FILE_BYTES:
             raise BadImageError(f"the file has {status.st_size} bytes, more than {MAX_FILE_BYTES}")
-        return file.read()
+        data = file.read()
+    if len(data) < status.st_size:  # a network disk that fails, or somebody who cuts it
+        raise OSError(errno.EIO, f"{len(data)} of {status.st_size} bytes came", str(path))
+    return data
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -17,7 +17,7 @@ have. EXIF orientation is not applied to images, so a mask is of the image as it
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -28,9 +28,17 @@ from beit_fast.data.sources import ade20k
 from beit_fast.data.sources.class_names import Classes, Colour, numbered_classes, read_classes
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.digit_scenes import is_digit_scenes, labelled_scenes
-from beit_fast.data.sources.folder import ImageFolder, Source, digest_of_files, read_image_file
+from beit_fast.data.sources.folder import (
+    ImageFiles,
+    ImageFolder,
+    Source,
+    digest_of_files,
+    read_image_file,
+)
+from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.masks import MAX_CLASSES, MAX_ID, Translation, mask_ids
 from beit_fast.data.sources.pairs import pair_masks
+from beit_fast.data.sources.reading import Reads
 from beit_fast.flags import flag
 
 Part = Literal["training", "validation"]
@@ -61,7 +69,8 @@ class SegmentationSource(Source[MaskedImage], Protocol):
 class MaskedFolder:
     """A `SegmentationSource` of a folder of images and one of masks.
 
-    classes: None for as many as the ids in the masks. ignore: ids whose pixels do not count.
+    classes: None for as many as the ids in the masks, which are read for it under the limits of
+    `reads`. ignore: ids whose pixels do not count.
     `without_image` are masks that are not read because no image has their name.
 
     Raises ValueError as `ImageFolder` and `pair_masks` do, and for classes that the masks do not
@@ -76,11 +85,12 @@ class MaskedFolder:
         ignore: Iterable[int],
         *,
         follow_links: bool = True,
+        reads: ReadConfig = READS,
     ):
         self.images, self.masks = ImageFolder(images, follow_links=follow_links), Path(masks)
         self._masks, self.without_image = pair_masks(self.images, self.masks, follow_links)
         ignore = set(ignore)
-        classes = classes or self._classes_of_masks(ignore)
+        classes = classes or self._classes_of_masks(ignore, reads)
         self.classes, self.palette = classes.names, classes.palette
         ids = range(len(classes.names)) if classes.ids is None else classes.ids
         if both := sorted(ignore.intersection(ids)):
@@ -113,8 +123,8 @@ class MaskedFolder:
             digest.update(part.encode())
         return digest.hexdigest()
 
-    def _classes_of_masks(self, ignore: set[int]) -> Classes:
-        seen = ids_of_masks(map(self.mask_name, range(len(self)))) - ignore
+    def _classes_of_masks(self, ignore: set[int], reads: ReadConfig) -> Classes:
+        seen = ids_of_masks([*map(self.mask_name, range(len(self)))], reads) - ignore
         if not seen:
             raise ValueError(
                 f"the masks in {self.masks} have no id but those that are ignored: check "
@@ -138,6 +148,7 @@ def open_segmentation(
     ignore: int | None = None,
     num_classes: int | None = None,
     follow_links: bool = True,
+    reads: ReadConfig = READS,
 ) -> SegmentationSource:
     """The images at `path` and their masks, in one of the layouts on top of this file.
 
@@ -169,7 +180,7 @@ def open_segmentation(
     if not all(0 <= number <= MAX_ID for number in ignored):
         raise ValueError(f"{flag('data.ignore')} is {ignore}: give an id of a mask, 0 to {MAX_ID}")
     if str(masks):
-        return MaskedFolder(path, masks, classes, ignored, follow_links=follow_links)
+        return MaskedFolder(path, masks, classes, ignored, follow_links=follow_links, reads=reads)
     root = _ade_root(Path(path), part)
     if classes is None:
         classes = _ADE
@@ -184,19 +195,23 @@ def open_segmentation(
     )
 
 
-def ids_of_masks(paths: Iterable[str]) -> set[int]:
-    """Every id that one of the files has. Raises ValueError that names a file that is no mask."""
+def ids_of_masks(paths: Sequence[str], reads: ReadConfig = READS) -> set[int]:
+    """Every id that one of the files has. Raises ValueError that names a file that is no mask, or
+    is not read within the limits of `reads`."""
 
-    def look(path: str) -> np.ndarray:
+    def look(index: int) -> np.ndarray:
         try:
-            return np.flatnonzero(np.bincount(mask_ids(read_image_file(path)).ravel()))
+            ids = limited.run(lambda read: mask_ids(read(index)))
         except (BadImageError, OSError) as error:
-            raise ValueError(f"cannot use {path} ({error}): repair or remove it") from error
+            raise ValueError(f"cannot use {paths[index]} ({error}): repair or remove it") from error
+        return np.flatnonzero(np.bincount(ids.ravel()))
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with Reads(ImageFiles(paths), reads) as limited, ThreadPoolExecutor(_THREADS) as pool:
         try:
-            return {int(number) for found in pool.map(look, paths) for number in found}
+            found = pool.map(look, range(len(paths)))
+            return {int(number) for numbers in found for number in numbers}
         finally:
+            limited.stop()
             pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from beit_fast.checks import Batch, Count, CropShare, Filled, Side, Threads, check_fields
+from beit_fast.data.sources.limits import ReadConfig
 from beit_fast.data.views.config import CropMode, Interpolation
 
 Which = Literal["model", "ema"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierConfig:
+class ClassifierConfig(ReadConfig):
     """A classifier's checkpoint and how it is run; null: as the checkpoint says."""
 
     checkpoint: Filled  # run or one of its steps, file, folder, published name

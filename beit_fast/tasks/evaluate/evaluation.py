@@ -14,12 +14,13 @@ from torch import Tensor
 
 from beit_fast.data.in_order import batches_in_order
 from beit_fast.data.sources.folder import ImageSource
+from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.views.centre_view import centre_view
 from beit_fast.data.views.config import CropMode, Interpolation
 from beit_fast.kernels.input.patches import normalized_patches
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.train.prefetch import Batch, device_batches
-from beit_fast.train.stop import Interrupted, heed_stop
+from beit_fast.train.stop import Interrupted, heeded
 from beit_fast.train.world import World
 
 
@@ -50,6 +51,7 @@ def evaluate_classifier(
     batch_size: int,
     num_threads: int,
     world: World,
+    reads: ReadConfig = READS,
 ) -> Classification:
     """Accuracy and loss of `model`, which is on the world's device; every rank has the result.
 
@@ -73,6 +75,7 @@ def evaluate_classifier(
         ),
         batch_size=batch_size,
         num_threads=num_threads,
+        reads=reads,
     )
     began = time.perf_counter()
     failed = None
@@ -140,7 +143,8 @@ def _rank_images(
         patches = normalized_patches(batch["images"], model.config.patch_pixels, *statistics)
         return {"images": patches, "labels": batch["labels"]}
 
-    batches = ({"images": images, "labels": labels[where]} for where, images in views)
+    read = heeded(views, "while evaluating")
+    batches = ({"images": images, "labels": labels[where]} for where, images in read)
     was_training = model.training
     model.eval()
     done = 0
@@ -150,7 +154,6 @@ def _rank_images(
             torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
         ):
             for batch in device_batches(batches, device, prepare):
-                heed_stop("while evaluating")
                 logits = model(batch["images"]).float()
                 here = slice(done, done + len(logits))
                 ranks[here] = ranks_of_labels(logits, batch["labels"])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from beit_fast.data.in_order import batches_in_order
-from beit_fast.data.sources.folder import ImageFolder, read_image_file
+from beit_fast.data.sources.folder import ImageFiles, ImageFolder
 from beit_fast.data.views.centre_view import centre_view
 from beit_fast.files import naming
 from beit_fast.kernels.input.patches import normalized_patches
@@ -66,7 +66,7 @@ def predict(
         return np.zeros((*size, 3), np.uint8)
 
     batches = batches_in_order(
-        _Files(files),
+        ImageFiles(files),
         range(len(files)),
         functools.partial(
             centre_view,
@@ -78,6 +78,7 @@ def predict(
         batch_size=config.batch_size,
         num_threads=config.num_threads,
         replace_bad=blank,
+        reads=config,
     )
     answers: list[dict[str, Any]] = []
     with (
@@ -143,19 +144,6 @@ def _matches(pattern: str) -> list[str]:
             matches.append(path)
             seen.add(place)
     return matches
-
-
-class _Files:
-    """An `ImageSource` of files by their paths."""
-
-    def __init__(self, paths: Sequence[str]):
-        self._paths = paths
-
-    def read(self, index: int) -> bytes:
-        return read_image_file(self._paths[index])
-
-    def name(self, index: int) -> str:
-        return self._paths[index]
 
 
 def _named(

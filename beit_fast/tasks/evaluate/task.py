@@ -62,6 +62,7 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
             batch_size=config.batch_size,
             num_threads=config.num_threads,
             world=world,
+            reads=config,
         )
         result = _result_of(found, names) | {
             "checkpoint": classifier.path,

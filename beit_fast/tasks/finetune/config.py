@@ -14,14 +14,16 @@ from beit_fast.checks import (
     Threads,
     check_fields,
 )
+from beit_fast.data.sources.limits import ReadConfig
 from beit_fast.data.views.config import AugmentConfig
 from beit_fast.flags import flag
 from beit_fast.model.config import BeitConfig
+from beit_fast.tasks.read_limits import check_reads
 from beit_fast.train.config import OptimConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledDataConfig:
+class LabelledDataConfig(ReadConfig):
     """Labelled images and the batches made of them."""
 
     path: Given = ""  # folder with a sub-folder of images for each class
@@ -64,3 +66,4 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_reads(self.data, self.run)

@@ -106,6 +106,7 @@ class FinetuneTask:
             world_size=world.size,
             num_threads=data.num_threads,
             max_bad_share=data.max_bad_share,
+            reads=data,
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
         self.num_images = len(source)
@@ -188,7 +189,11 @@ class FinetuneTask:
         if self.has_test:
             data, folder = self.config.data, Path(self.config.run.output)
             check_test_images(
-                self._test[0], num_threads=data.num_threads, world=self.world, folder=folder
+                self._test[0],
+                num_threads=data.num_threads,
+                world=self.world,
+                folder=folder,
+                reads=data,
             )
 
     def classify(self, model: BeitForImageClassification) -> Classification:
@@ -209,6 +214,7 @@ class FinetuneTask:
             batch_size=self.config.data.batch_size,
             num_threads=self.config.data.num_threads,
             world=self.world,
+            reads=self.config.data,
         )
 
     def evaluate(self, model: BeitForImageClassification) -> dict[str, float]:

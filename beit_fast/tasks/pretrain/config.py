@@ -8,6 +8,7 @@ from beit_fast.data.config import MAX_VOCAB, DataConfig, MaskingConfig
 from beit_fast.data.views.config import SingleViewConfig, ViewConfig
 from beit_fast.flags import flag
 from beit_fast.model.config import BeitConfig
+from beit_fast.tasks.read_limits import check_reads
 from beit_fast.tokenizer.config import STRIDE, CosineSchedule, DvaeConfig
 from beit_fast.train.config import OptimConfig, RunConfig
 
@@ -33,6 +34,7 @@ class DvaeTrainingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_reads(self.data, self.run)
         if self.view.size % STRIDE:
             raise ValueError(
                 f"{flag('view.size')} is {self.view.size} px: the dVAE needs a multiple of "
@@ -80,6 +82,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_reads(self.data, self.run)
         sources = (self.tokenizer is not None) + (self.tokenizer_training is not None)
         if self.token_cache is not None:
             if self.model.predict == "pixels" or self.tokenizer_training is not None:

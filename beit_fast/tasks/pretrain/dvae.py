@@ -9,6 +9,7 @@ features move faster than codes can follow, and a few codes end up with everythi
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from beit_fast.train.preflight import check_run
 from beit_fast.train.resume import changes
 from beit_fast.train.start import open_run
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
-from beit_fast.train.stop import heed_stop, stop_signals
+from beit_fast.train.stop import heeded, left_together, stop_signals
 from beit_fast.train.world import World
 from beit_fast.viz.curves import draw_curves
 from beit_fast.viz.reconstruction import draw_columns
@@ -54,7 +55,7 @@ class DvaeTask:
     name = "tokenizer"
 
     def __init__(self, config: DvaeTrainingConfig, world: World) -> None:
-        self.config = config
+        self.config, self.world = config, world
         torch.manual_seed(config.run.seed)
         # Channels-last convolutions are twice as fast on the CPU and use tensor cores on the GPU.
         self.model = Dvae(config.dvae).to(memory_format=torch.channels_last)
@@ -79,11 +80,10 @@ class DvaeTask:
         """K-means over the first batches: here, for a wide encoder would take minutes on a CPU."""
         positions = self.images_per_batch * (self.config.view.size // STRIDE) ** 2
         num_batches = -(-POSITIONS_PER_CODE * self.model.vocab_size // positions)
-        batches = self.batches(0)
-        try:
+        place = "while images were read for the first codes"
+        told = closing(heeded(self.batches(0), place))
+        with left_together(self.world, place), told as batches:
             images = torch.cat([next(batches)["images"] for _ in range(num_batches)])
-        finally:
-            batches.close()
         place_codes(self.model, images.to(device).permute(0, 3, 1, 2))
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
@@ -163,8 +163,8 @@ class DvaeTask:
 
     def _unseen(self, model: Dvae, num_batches: int) -> Iterator[Tensor]:
         device = next(model.parameters()).device
-        for batch in unseen_batches(self.loader, num_batches, device):
-            heed_stop("while evaluating")
+        batches = unseen_batches(self.loader, num_batches, device)
+        for batch in heeded(batches, "while evaluating"):
             yield batch["images"].permute(0, 3, 1, 2)
 
 

@@ -25,7 +25,7 @@ from beit_fast.viz.curves import draw_curves
 # Settings of the tokenizer's training that are the run's own, wherever it trains one first.
 OUTER_FLAGS = (
     *("run.output", "run.device", "run.cpu_threads", "data.path"),
-    *("run.timeout", "run.startup_timeout"),
+    *("run.timeout", "run.startup_timeout", "run.requeue"),
 )
 CLEAR_GAIN = 0.05  # share of the marginals' entropy; less could be positions, not content
 

@@ -190,13 +190,14 @@ class _Writer:
         a file (an empty shard) has none to give."""
         records = np.zeros(shard.last - shard.first, self.dtype)
         ids, done = [], 0
-        with closing(self.loader.batches_in_order(*shard)) as batches:
+        told = self.stop.until_told(self.loader.batches_in_order(*shard))
+        with closing(told) as batches:
             for _ in range(turns):
+                batch = next(batches, None) if done < len(records) else None
                 if signum := self.world.any_of(self.stop.received):
                     raise Interrupted(signum, f"after file {self.num_files}")
-                if done == len(records):
+                if batch is None:
                     continue
-                batch = next(batches)
                 part = records[done : done + len(batch["seed"])]
                 for name in ("box", "flip", "seed", "num_bytes"):
                     part[name] = batch[name].numpy()

@@ -36,7 +36,7 @@ from beit_fast.tokenizer.frozen import FrozenTokenizer
 from beit_fast.tokenizer.metrics import code_entropy, count_codes
 from beit_fast.tokenizer.protocol import Tokenizer
 from beit_fast.train.parallel import compile_blocks
-from beit_fast.train.stop import heed_stop
+from beit_fast.train.stop import heeded
 from beit_fast.train.world import World
 from beit_fast.viz.reconstruction import draw_columns, hide_patches
 
@@ -285,8 +285,8 @@ class PretrainTask:
         was_training = model.training
         model.eval()
         try:
-            for batch in unseen_batches(self._unseen_loader, num_batches, device):
-                heed_stop("while evaluating")
+            batches = unseen_batches(self._unseen_loader, num_batches, device)
+            for batch in heeded(batches, "while evaluating"):
                 yield jitter_views(batch)
         finally:
             model.train(was_training)

@@ -19,10 +19,11 @@ from beit_fast.checks import (
     Threads,
     check_fields,
 )
+from beit_fast.data.sources.limits import ReadConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(ReadConfig):
     """Encoder, labelled images, and what to train on its features."""
 
     checkpoint: Given = ""  # of any task: run or one of its steps, file, folder, published name

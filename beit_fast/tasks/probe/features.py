@@ -28,11 +28,12 @@ from beit_fast.data.in_order import batches_in_order, name_unusable, unusable_im
 from beit_fast.data.loader import BadSamples
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import ImageFolder
+from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.views.centre_view import centre_view
 from beit_fast.files import drop, naming, new_file, replace_text
 from beit_fast.kernels.input.patches import normalized_patches
 from beit_fast.model.beit import Beit
-from beit_fast.train.stop import heed_stop
+from beit_fast.train.stop import heeded
 
 MANIFEST, FEATURES, LABELS = "manifest.json", "features.npy", "labels.npy"
 FORMAT = 1
@@ -79,6 +80,7 @@ def cached_features(
     num_threads: int,
     max_bad_share: float | None = None,
     device: torch.device,
+    reads: ReadConfig = READS,
 ) -> Features:
     """Features of all images in their order: those in `folder`, or computed now and kept there.
 
@@ -107,7 +109,8 @@ def cached_features(
         unusable = unusable_images(
             source,
             num_threads=num_threads,
-            between=lambda: heed_stop("while looking at the test images"),
+            each=functools.partial(heeded, place="while looking at the test images"),
+            reads=reads,
         )
     if unusable:
         raise ValueError(name_unusable(unusable, len(source)))
@@ -131,10 +134,10 @@ def cached_features(
         batch_size=batch_size,
         num_threads=num_threads,
         replace_bad=leave_out,
+        reads=reads,
     )
     try:
-        for rows, batch in batches:
-            heed_stop("while features were computed")
+        for rows, batch in heeded(batches, "while features were computed"):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 pixels = normalized_patches(batch.to(device), model.config.patch_pixels, mean, std)
                 features = block_features(model, pixels)

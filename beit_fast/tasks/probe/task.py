@@ -127,6 +127,7 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
             num_threads=config.num_threads,
             max_bad_share=config.max_bad_share if name == "train" else None,
             device=world.device,
+            reads=config,
         )
     if left_out := features["train"].left_out:
         say(

@@ -16,15 +16,17 @@ from beit_fast.checks import (
     Threads,
     check_fields,
 )
+from beit_fast.data.sources.limits import ReadConfig
 from beit_fast.data.views.config import SegmentationViewConfig
 from beit_fast.flags import flag
 from beit_fast.model.config import SegmenterConfig
+from beit_fast.tasks.read_limits import check_reads
 from beit_fast.tasks.segment.config_evaluation import SlideConfig
 from beit_fast.train.config import OptimConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationDataConfig:
+class SegmentationDataConfig(ReadConfig):
     """Images with masks, and the batches made of them.
 
     In ADE20K's layout `path` is its root, and its validation part is what is evaluated on; in the
@@ -88,3 +90,4 @@ class SegmentConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_reads(self.data, self.run)

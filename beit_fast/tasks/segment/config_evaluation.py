@@ -15,6 +15,7 @@ from beit_fast.checks import (
     Threads,
     check_fields,
 )
+from beit_fast.data.sources.limits import ReadConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class SlideConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmenterSourceConfig:
+class SegmenterSourceConfig(ReadConfig):
     """A segmenter's checkpoint and how it is run; null: as the checkpoint says."""
 
     checkpoint: Filled  # run or one of its steps, file, folder, published name

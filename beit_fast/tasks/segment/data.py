@@ -81,4 +81,5 @@ def _open(
         ignore=data.ignore,
         num_classes=data.num_classes if num_classes is None else num_classes,
         follow_links=data.follow_links,
+        reads=data,
     )

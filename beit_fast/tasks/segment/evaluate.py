@@ -47,6 +47,7 @@ def run_segmentation_evaluation(config: EvaluateSegmentationConfig) -> dict[str,
             precision=config.precision,
             num_threads=config.num_threads,
             world=world,
+            reads=config,
         )
         if world.is_main:
             warn_of_turned(found.turned, found.num_images, "images")
@@ -94,6 +95,7 @@ def open_masks(
         ignore=data.ignore,
         num_classes=None if known else num_classes,
         follow_links=data.follow_links,
+        reads=config,
     )
     return source, known
 

@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from beit_fast.data.sources.decode import BadImageError, exif_orientation
+from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.masks import decode_pair
-from beit_fast.data.sources.segmentation import SegmentationSource
+from beit_fast.data.sources.reading import Read, Reads
+from beit_fast.data.sources.segmentation import MaskedImage, SegmentationSource
 from beit_fast.labels import IGNORE
 from beit_fast.tasks.segment.config_evaluation import SlideConfig
 from beit_fast.tasks.segment.sliding import Statistics, segment_image
-from beit_fast.train.stop import Interrupted, heed_stop
+from beit_fast.train.stop import Interrupted, heeded
 from beit_fast.train.world import World
 
 PLACE = "while evaluating"
@@ -81,6 +84,7 @@ def evaluate_segmenter(
     precision: Literal["fp32", "bf16"],
     num_threads: int,
     world: World,
+    reads: ReadConfig = READS,
 ) -> Segmentation:
     """Measures of `model`, which is on the world's device, over `source`; every rank has them.
 
@@ -104,15 +108,19 @@ def evaluate_segmenter(
     began = time.perf_counter()
     failed = None
     try:
-        counted = _rank_images(
-            model,
-            read_ahead(
-                lambda index: read_pair(source, index, turned), range(first, last), num_threads
-            ),
-            lambda image: segment_image(model, image, slide, statistics, precision),
-            num_classes,
-            world.device,
-        )
+        with Reads(source, reads) as limited:
+            counted = _rank_images(
+                model,
+                read_ahead(
+                    lambda index: read_pair(source, index, turned, limited.run),
+                    range(first, last),
+                    num_threads,
+                    stop=limited.stop,
+                ),
+                lambda image: segment_image(model, image, slide, statistics, precision),
+                num_classes,
+                world.device,
+            )
     except Interrupted as stop:  # the other ranks wait for this one: all of them raise
         counted = stop.signum
     except Exception as error:
@@ -144,15 +152,23 @@ def confusion_of(labels: Tensor, called: Tensor, num_classes: int) -> Tensor:
 
 
 def read_pair(
-    source: SegmentationSource, index: int, turned: list[int] | None = None
+    source: SegmentationSource,
+    index: int,
+    turned: list[int] | None = None,
+    run: Callable[[Callable[[Read[MaskedImage]], Any]], Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Image uint8 (height, width, 3), labels (height, width). Raises ValueError that names it.
 
-    The index of an image that EXIF turns is added to `turned`.
+    The index of an image that EXIF turns is added to `turned`. run: of a `Reads`; None: there is no
+    limit of time.
     """
+
+    def look(read: Read[MaskedImage]) -> tuple[MaskedImage, tuple[np.ndarray, np.ndarray]]:
+        pair = read(index)
+        return pair, decode_pair(pair.image, pair.mask, source.labels)
+
     try:
-        pair = source.read(index)
-        image, labels = decode_pair(pair.image, pair.mask, source.labels)
+        pair, (image, labels) = look(source.read) if run is None else run(look)
     except (BadImageError, OSError) as error:
         raise ValueError(
             f"cannot use {source.name(index)} ({error}): repair or remove it; every image counts, "
@@ -164,9 +180,13 @@ def read_pair(
 
 
 def read_ahead(
-    read: Callable[[int], Any], indices: Sequence[int], num_threads: int
+    read: Callable[[int], Any],
+    indices: Sequence[int],
+    num_threads: int,
+    stop: Callable[[], None] = lambda: None,
 ) -> Iterator[Any]:
-    """`read` of each index, in order, by threads that are up to twice their number ahead."""
+    """`read` of each index, in order, by threads that are up to twice their number ahead. `stop`
+    is called at the end, before those that still read are waited for."""
     with ThreadPoolExecutor(num_threads) as pool:
         ahead: deque[Future[Any]] = deque()
         try:
@@ -177,6 +197,7 @@ def read_ahead(
             while ahead:
                 yield ahead.popleft().result()
         finally:
+            stop()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -193,8 +214,7 @@ def _rank_images(
     model.eval()
     try:
         with contextlib.closing(pairs):
-            for image, labels in pairs:
-                heed_stop(PLACE)
+            for image, labels in heeded(pairs, PLACE):
                 confusion += confusion_of(labels.to(device), segment(image), num_classes)
     finally:
         model.train(was_training)

@@ -10,7 +10,8 @@ from PIL import Image
 
 from beit_fast.data.sources.class_names import read_classes
 from beit_fast.data.sources.decode import BadImageError, decode_fast
-from beit_fast.data.sources.folder import read_image_file
+from beit_fast.data.sources.folder import ImageFiles
+from beit_fast.data.sources.reading import Reads
 from beit_fast.files import naming, new_file
 from beit_fast.tasks.evaluate.predict import find_images
 from beit_fast.tasks.segment.checkpoints import Segmenter, open_segmenter
@@ -93,9 +94,18 @@ def _predict(
     if segmenter.palette is not None:
         colours = np.array(segmenter.palette, np.uint8)
     output, bad = Path(config.output), []
-    read = read_ahead(lambda index: _read(files[index]), range(len(files)), config.num_threads)
-    with contextlib.closing(read):
-        for file, name, image in zip(files, names, read, strict=True):
+    with (
+        Reads(ImageFiles(files), config) as reads,
+        contextlib.closing(
+            read_ahead(
+                lambda index: _read(reads, index),
+                range(len(files)),
+                config.num_threads,
+                stop=reads.stop,
+            )
+        ) as images,
+    ):
+        for file, name, image in zip(files, names, images, strict=True):
             if isinstance(image, str):
                 bad.append(f"{file} ({image})")
                 continue
@@ -122,10 +132,10 @@ def _predict(
     return bad
 
 
-def _read(file: str) -> np.ndarray | str:
+def _read(reads: Reads[bytes], index: int) -> np.ndarray | str:
     """Pixels, or why there are none."""
     try:
-        return decode_fast(read_image_file(file))
+        return reads.run(lambda read: decode_fast(read(index)))
     except (BadImageError, OSError) as error:
         return str(error)
 

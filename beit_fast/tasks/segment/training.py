@@ -89,6 +89,7 @@ class SegmentTask:
             world_size=world.size,
             num_threads=data.num_threads,
             max_bad_share=data.max_bad_share,
+            reads=data,
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
         self.num_images = len(self.source)
@@ -163,6 +164,7 @@ class SegmentTask:
             "num_threads": data.num_threads,
             "world": self.world,
             "folder": Path(self.config.run.output),
+            "reads": data,
         }
         check_segmentation(self.source, "training", max_bad_share=data.max_bad_share, **shared)
         if self.test is not None:
@@ -179,6 +181,7 @@ class SegmentTask:
             precision=self._precision,
             num_threads=self.config.data.num_threads,
             world=self.world,
+            reads=self.config.data,
         )
 
     def evaluate(self, model: BeitForSemanticSegmentation) -> dict[str, float]:

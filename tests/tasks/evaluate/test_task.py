@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from beit_fast.cli import main
+from beit_fast.data.sources.folder import ImageFolder
+from beit_fast.tasks.evaluate.config import EvaluateConfig
+from beit_fast.tasks.evaluate.task import run_evaluation
 from beit_fast.train.state import save_checkpoint
 from beit_fast.weights.convert import convert
 from labelled_images import FOUR_COLOURS, write_class_folders
-from task_runs import TWO_RANKS
+from task_runs import TWO_RANKS, told_in_a_read
 from tiny_classifier import TINY_CLASSIFIER, tiny_classifier
 
 ALONE = ["--device", "cpu", "--precision", "fp32", "--num_threads", "2"]
@@ -144,6 +147,15 @@ def test_a_stop_signal_is_heeded_between_batches(
     assert len(batches) == 1
     assert not output.exists()
     assert "while evaluating" in capsys.readouterr().err
+
+
+@pytest.mark.promise("R17")
+def test_a_stop_signal_is_heeded_in_the_wait_for_a_read(run_folder, folder):
+    config = EvaluateConfig(
+        checkpoint=str(run_folder), folder=str(folder), device="cpu", num_threads=2
+    )
+    with told_in_a_read(ImageFolder, 5):
+        run_evaluation(config)
 
 
 def test_classes_with_any_name_are_printed_as_they_are(run_folder, folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.recipes.tokenizer import demo_tokenizer
 from beit_fast.tasks.pretrain import dvae
 from beit_fast.tasks.pretrain.dvae import DvaeTask, train_tokenizer
@@ -15,6 +16,7 @@ from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.train import preflight
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
 from beit_fast.train.stop import Interrupted
+from task_runs import steps_of, told_in_a_read
 
 
 @pytest.fixture
@@ -204,3 +206,14 @@ def test_a_summary_that_fails_takes_nothing_down(two_stages, monkeypatch, caplog
     assert "the summary failed" in caplog.text
     with pytest.raises(ValueError, match="no metrics"):
         run_pretraining(two_stages(run={"strict": True}))
+
+
+@pytest.mark.promise("R10", "R17")
+def test_a_stop_in_the_wait_for_a_read_is_heard_in_every_stage(two_stages, tmp_path):
+    config = two_stages(data={"num_threads": 1})
+    for number in (3, 40):  # of the first look, and of the tokenizer's codes or steps
+        with told_in_a_read(ImageFolder, number):
+            run_pretraining(config)
+        assert not steps_of(tmp_path / "run")
+    run_pretraining(config)
+    assert steps_of(tmp_path / "run")[-1] == 6

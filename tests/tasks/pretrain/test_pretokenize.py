@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from beit_fast import recipes
+from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.token_cache import TokenCache, TokenCacheError, read_manifest
 from beit_fast.tasks.pretrain import pretokenize
 from beit_fast.tasks.pretrain.pretokenize import run_pretokenize
@@ -21,7 +22,7 @@ from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.config import DvaeConfig
 from beit_fast.train.lock import sole_user
 from beit_fast.train.stop import Interrupted
-from task_runs import ALONE, TWO_RANKS
+from task_runs import ALONE, TWO_RANKS, told_in_a_read
 
 
 def contents(folder):
@@ -84,6 +85,15 @@ def test_a_signal_between_batches_ends_it_with_its_code(pretrain_config, cache_o
     assert stop.value.exit_code == 143
 
 
+@pytest.mark.promise("R17")
+def test_a_signal_in_the_wait_for_a_read_ends_it(pretrain_config, cache_of):
+    config = cache_of(pretrain_config())
+    with told_in_a_read(ImageFolder, 7):
+        run_pretokenize(config)
+    run_pretokenize(config)
+
+
+@pytest.mark.promise("R7")
 def test_a_full_disk_names_the_file_and_keeps_the_others(
     pretrain_config, cache_of, tmp_path, monkeypatch
 ):
