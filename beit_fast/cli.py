@@ -24,7 +24,9 @@ from beit_fast.errors import RunError, is_out_of_memory
 from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
 from beit_fast.parsing import add_removed, make, new_parser, read
+from beit_fast.replay_arguments import read_replay
 from beit_fast.tasks.evaluate.config import EvaluateConfig, PredictConfig
+from beit_fast.tasks.replay.config import Replay
 from beit_fast.tasks.segment.config_evaluation import (
     EvaluateSegmentationConfig,
     PredictSegmentationConfig,
@@ -51,6 +53,7 @@ USAGE = """usage: beit-fast <verb> ...
                          IoU of a segmenter on images with masks, class by class
   predict-segmentation CHECKPOINT IMAGE... --output FOLDER
                          the class of every pixel of images, as PNGs of ids and of colours
+  replay RUN STEP        a step of a run again: in which module it goes bad
   convert SRC DST --to unilm|timm|hf
                          a BEiT under other names: file, folder, run or published name
   convert-dalle          OpenAI's encoder.pkl and decoder.pkl -> one safetensors file
@@ -294,6 +297,16 @@ def parse_predict_segmentation(arguments: Sequence[str]) -> PredictSegmentationC
     return make(kind, read(parser, arguments, kind), arguments=("checkpoint", "images"))
 
 
+def parse_replay(arguments: Sequence[str]) -> Replay:
+    """`beit-fast replay` with these arguments."""
+
+    def parse_run(verb: str, flags: Sequence[str]) -> Any:
+        name, recipe = next(iter(VERBS[verb][0].items()))  # any: the flags say all
+        return parse(verb, name, recipe, flags)
+
+    return read_replay(arguments, parse_run)
+
+
 def _pretrain() -> Run:
     from beit_fast.tasks.pretrain.pipeline import run_pretraining
 
@@ -354,6 +367,12 @@ def _predict_segmentation() -> Run:
     return run_segmentation_prediction
 
 
+def _replay() -> Run:
+    from beit_fast.tasks.replay.task import run_replay
+
+    return run_replay
+
+
 def _convert() -> Run:
     from beit_fast.tasks.evaluate.checkpoints import statistics_of, write_image_processor
     from beit_fast.weights.convert import convert
@@ -388,6 +407,7 @@ WITHOUT_RECIPE: dict[str, tuple[Callable[[Sequence[str]], Any], Callable[[], Run
     "predict": (parse_predict, _predict),
     "evaluate-segmentation": (parse_evaluate_segmentation, _evaluate_segmentation),
     "predict-segmentation": (parse_predict_segmentation, _predict_segmentation),
+    "replay": (parse_replay, _replay),
     "convert": (parse_convert, _convert),
     "convert-dalle": (parse_convert_dalle, _convert_dalle),
 }

@@ -27,8 +27,9 @@ from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import TaskLoss
 from beit_fast.train.optim import Schedule, build_optimizer
+from beit_fast.train.sentinel import Sentinel
 from beit_fast.train.shares import shares_of
-from beit_fast.train.step import Sentinel, TrainStep
+from beit_fast.train.step import TrainStep
 from beit_fast.train.world import World
 from beit_fast.weights.layouts import from_house
 
@@ -103,7 +104,7 @@ class FinetuneStep:
         optim, run = config.optim, config.run
         optimizer = build_optimizer(self.task.param_groups(optim.weight_decay), optim, device)
         self._schedule = Schedule(optimizer, optim, num_steps=2**31, warmup=0, start=0)
-        sentinel = Sentinel(optimizer, world, 0)
+        sentinel = Sentinel(optimizer, world, run)
         shares = shares_of(self.task.count, run, world)
         self._take = TrainStep(
             *(TaskLoss(self.task), optimizer, sentinel),

@@ -28,8 +28,9 @@ from beit_fast.train.graph import graphed, preparation
 from beit_fast.train.loop import TaskLoss, compile_mode
 from beit_fast.train.optim import Schedule, build_optimizer
 from beit_fast.train.prefetch import device_batches
+from beit_fast.train.sentinel import Sentinel
 from beit_fast.train.shares import shares_of
-from beit_fast.train.step import Sentinel, TrainStep
+from beit_fast.train.step import TrainStep
 from beit_fast.train.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -105,7 +106,7 @@ class Ours:
         self.schedule = Schedule(self.optimizer, optim, num_steps=2**31, warmup=0, start=0)
         module = TaskLoss(self.task)
         world = World(0, 1, device)
-        sentinel = Sentinel(self.optimizer, world, 0)
+        sentinel = Sentinel(self.optimizer, world, run)
         shares = shares_of(self.task.count, run, world)
         take = TrainStep(
             module, self.optimizer, sentinel, shares=shares, optim=optim, run=run, device=device

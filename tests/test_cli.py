@@ -22,8 +22,8 @@ from beit_fast.data.loader import BadDataError
 from beit_fast.recipes import FINETUNE
 from beit_fast.tasks.pretrain.dvae import DvaeTask
 from beit_fast.tasks.pretrain.task import PretrainTask
+from beit_fast.train.bad_steps import NonFiniteLoss
 from beit_fast.train.graph import CaptureError
-from beit_fast.train.step import NonFiniteLoss
 
 TINY = [
     *["--run.steps", "2", "--run.log_every", "1", "--optim.warmup_steps", "1"],
@@ -174,6 +174,7 @@ def test_a_loss_that_is_not_finite_gives_one_line(tmp_path, capsys, monkeypatch)
 
     monkeypatch.setattr(PretrainTask, "loss", spoil)
     arguments = ["pretrain", "demo", *TINY, "--run.output", str(tmp_path / "demo")]
+    arguments += ["--run.bad_steps", "1"]
     assert main(arguments) == 1
     assert "not finite between steps 1 and 1, first at step 1" in capsys.readouterr().err
 
@@ -392,7 +393,7 @@ def test_a_tokenizer_is_told_its_flags_as_they_are_typed(section, tmp_path, caps
     with monkeypatch.context() as patch:
         loss = DvaeTask.loss
         patch.setattr(DvaeTask, "loss", lambda *a: (loss(*a)[0] * float("nan"), loss(*a)[1]))
-        refused("run.seed", "0", "optim.lr, lengthen the warm-up")
+        refused("run.bad_steps", "1", "optim.lr, lengthen the warm-up")
     assert main([*arguments, f"--{section}run.cuda_graph", "false"]) == 0
 
 

@@ -27,7 +27,9 @@ BASE = {
 KERNELS = {f"kernels.{room}" for room in ("attention", "residual", "head", "input", "conv")}
 DATA = {"data", "data.seeds", "data.sources", "data.views"}
 BELOW_TASKS = {"kernels", "model", "weights", "tokenizer", "train", "viz", "tasks"} | KERNELS | DATA
-TASKS = {f"tasks.{room}" for room in ("pretrain", "evaluate", "finetune", "probe", "segment")}
+TASKS = {
+    f"tasks.{room}" for room in ("pretrain", "evaluate", "finetune", "probe", "segment", "replay")
+}
 ALLOWED = {
     **{part: set() for part in sorted(BASE)},
     **{part: {"files"} for part in ("manifest", "seal")},
@@ -50,9 +52,13 @@ ALLOWED = {
     "tasks.finetune": BELOW_TASKS | {"tasks.evaluate"} | BASE,
     "tasks.probe": BELOW_TASKS | {"tasks.evaluate"} | BASE,
     "tasks.segment": BELOW_TASKS | {"tasks.evaluate"} | BASE,
+    "tasks.replay": BELOW_TASKS | {"tasks.pretrain", "tasks.finetune", "tasks.segment"} | BASE,
     "recipes": {"model", "tokenizer", "train", "data", "data.views"} | TASKS,
     "parsing": BASE,
-    "cli": {"parsing", "recipes", "weights", "tokenizer", "train"} | TASKS | BASE,
+    "replay_arguments": {"parsing", "train", "tasks.replay"} | BASE,
+    "cli": {"parsing", "replay_arguments", "recipes", "weights", "tokenizer", "train"}
+    | TASKS
+    | BASE,
 }
 
 
@@ -201,6 +207,7 @@ OF_THE_COMMAND_LINE = {
         ["evaluate-segmentation", "--help"],
         ["predict-segmentation", "--help"],
         ["predict-segmentation", "c.pth", "a.png", "--output", "out", "--stride", "0"],
+        ["replay", "--help"],
         ["convert", "--help"],
         ["convert-dalle", "--help"],
     ],

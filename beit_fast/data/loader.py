@@ -8,24 +8,28 @@ another, and so on. Batch k of rank r holds the samples
 of that stream. So the state of the loader is k; nothing is dropped at the end of a pass (a batch
 may hold the last samples of one and the first of the next, and a data set may be smaller than a
 batch); ranks never share a sample; and a step over the same number of samples holds the same ones
-however they are split over ranks and accumulation.
+however they are split over ranks and accumulation. Which image is which sample is said by
+passes.py, also for a run whose folder changed on the way.
 
 Order, shuffle, split and threads are Grain's, one element being one batch; a sample's crop and
-mask come from (seed, pass, index in the data set) alone.
+mask come from (seed, pass, place in the data set) alone.
 """
 
 import copy
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from beit_fast.data.grain import import_grain
+from beit_fast.data.passes import SampleOf
+from beit_fast.data.run_images import RunImages
 from beit_fast.data.samples import Sample
-from beit_fast.data.seeds import SampleSeed, counter_seed
+from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import Source
 from beit_fast.data.sources.limits import READS, ReadConfig
@@ -92,6 +96,7 @@ class Loader:
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.num_threads, self.reads = num_threads, reads
+        self.images = RunImages(source)
         self._bad = BadSamples(source, max_bad_share)
 
     @property
@@ -117,13 +122,10 @@ class Loader:
         """
         if start < 0:
             raise ValueError(f"start={start}: batches count from 0")
-        num_samples = len(self.source)
         samples = (
-            _import_grain()
-            .MapDataset.range(num_samples)
-            .shuffle(seed=counter_seed("order", self.seed) % 2**32)
-            .repeat(_STREAM_LENGTH // num_samples)
-            .map_with_index(lambda position, index: (position // num_samples, index))
+            import_grain()
+            .MapDataset.range(_STREAM_LENGTH)
+            .map(self.images.passes(self.seed).__getitem__)
             .batch(self.batch_size, batch_fn=list)[self.rank :: self.world_size]
         )
         return self._generate(samples, start)
@@ -131,10 +133,11 @@ class Loader:
     def batches_in_order(self, epoch: int, first: int, last: int) -> Iterator[dict[str, Tensor]]:
         """Batches of the images first .. last - 1 in the order of the data set, with the crops they
         have in pass `epoch`, whatever the rank. The last may be smaller. Otherwise as `batches`."""
+        images = range(len(self.source))
         samples = (
-            _import_grain()
+            import_grain()
             .MapDataset.range(first, last)
-            .map(lambda index: (epoch, index))
+            .map(lambda index: (epoch, index, images))
             .batch(self.batch_size, batch_fn=list)
         )
         return self._generate(samples, 0)
@@ -145,9 +148,15 @@ class Loader:
         loader.sample = sample
         return loader
 
+    def of_rank(self, rank: int, world_size: int) -> "Loader":
+        """This loader with the batches of another rank; what is known of bad files is shared."""
+        loader = copy.copy(self)
+        loader.rank, loader.world_size = rank, world_size
+        return loader
+
     def _generate(self, samples: Any, start: int) -> Iterator[dict[str, Tensor]]:
-        """samples: Grain's map data set of lists of (epoch, index in the data set)."""
-        grain = _import_grain()
+        """samples: Grain's map data set of lists of samples, as `Passes` says what each is."""
+        grain = import_grain()
         reader = _Reader(self)
         batches = samples.map(reader.read_batch)
         options = grain.ReadOptions(
@@ -176,8 +185,7 @@ class _Reader:
         self._threads: set[threading.Thread] = set()  # of Grain's
         self._makers: set[threading.Thread] = set()  # which those wait for
 
-    def read_batch(self, numbers: list[tuple[int, int]]) -> dict[str, np.ndarray]:
-        """numbers: (epoch, index in the data set) of each sample."""
+    def read_batch(self, numbers: Sequence[SampleOf]) -> dict[str, np.ndarray]:
         if self._threaded:
             self._threads.add(threading.current_thread())
         samples: list[dict[str, np.ndarray]] = []
@@ -198,20 +206,22 @@ class _Reader:
         self._reads.close()
 
     def _add_rest(
-        self, samples: list[dict[str, np.ndarray]], numbers: list[tuple[int, int]], read: Read
+        self, samples: list[dict[str, np.ndarray]], numbers: Sequence[SampleOf], read: Read
     ) -> None:
         """Make those samples of a batch that are not there yet."""
         self._makers.add(threading.current_thread())
-        for epoch, index in numbers[len(samples) :]:
-            sample, used = self._make(epoch, index, read)
+        for number in numbers[len(samples) :]:
+            sample, used = self._make(number, read)
             samples.append(sample | {"sample_index": np.int64(used)})
 
-    def _make(self, epoch: int, index: int, read: Read) -> tuple[dict[str, np.ndarray], int]:
-        """The sample and the index of the image in it: this one or the next that can be used."""
-        seed = SampleSeed(self._seed, epoch, index)
-        num_samples = len(self._source)
-        for candidate in ((index + offset) % num_samples for offset in range(num_samples)):
-            if self._bad.knows(candidate):
+    def _make(self, number: SampleOf, read: Read) -> tuple[dict[str, np.ndarray], int]:
+        """The sample and the number of the image in it: the one at its place of the list, or the
+        next that is not gone and can be used."""
+        epoch, place, images = number
+        seed = SampleSeed(self._seed, epoch, place)
+        num_images = len(images)
+        for candidate in (int(images[(place + k) % num_images]) for k in range(num_images)):
+            if candidate < 0 or self._bad.knows(candidate):
                 continue
             try:
                 return self._sample(read(candidate), seed), candidate
@@ -220,12 +230,12 @@ class _Reader:
             except (RunError, ReadsClosedError):
                 raise
             except Exception as error:
-                where = f"{self._source.name(candidate)} (sample {index}, pass {epoch})"
+                where = f"{self._source.name(candidate)} (sample {place}, pass {epoch})"
                 if isinstance(error, MemoryError | RuntimeError):
                     raise self._sample_error(where, error) from error
                 error.add_note(f"in {where}")  # a fault of ours
                 raise
-        raise BadDataError(f"none of the {num_samples} images can be used; see the log for each")
+        raise BadDataError(f"none of the {num_images} images can be used; see the log for each")
 
     def _sample_error(self, where: str, error: MemoryError | RuntimeError) -> SampleError:
         said = next(iter(str(error).splitlines()), "")
@@ -286,18 +296,3 @@ class BadSamples:
                 )
             if self._verdict:
                 raise BadDataError(self._verdict) from error
-
-
-def _import_grain():
-    """Grain, without what it does to logging: it warns of a missing jax through absl, which then
-    also installs a handler on the root logger."""
-    absl_logger = logging.getLogger("absl")
-    quiet, level = logging.NullHandler(), absl_logger.level
-    logging.root.addHandler(quiet)
-    absl_logger.setLevel(logging.ERROR)
-    try:
-        import grain
-    finally:
-        absl_logger.setLevel(level)
-        logging.root.removeHandler(quiet)
-    return grain

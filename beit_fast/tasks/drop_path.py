@@ -7,6 +7,7 @@ micro-batches: micro-batch a of rank r has (a R + r) B and the following, as in 
 However a step is split, a sample skips the same branches.
 """
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -32,6 +33,12 @@ class DropPathDraws:
         self._keep_rates = 1 - torch.tensor(rates, dtype=torch.float64)
         self._seed, self._accumulate = run.seed, run.accumulate
         self._batch_size, self._world = batch_size, world
+
+    def of_rank(self, world: World) -> "DropPathDraws":
+        """Those of another rank."""
+        draws = copy.copy(self)
+        draws._world = world
+        return draws
 
     def added_to(self, batches: Iterator[Batch], start: int) -> Iterator[Batch]:
         """`batches`, of which the first is this rank's micro-batch number `start`; closing this

@@ -20,6 +20,7 @@ from beit_fast.data.sources.folder import ImageFolder, ImageSource, Source
 from beit_fast.data.sources.scan import Found
 from beit_fast.data.sources.segmentation import MaskedFolder
 from beit_fast.data.sources.subset import Subset
+from beit_fast.flags import flag
 from beit_fast.train.world import World
 
 UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never gets there
@@ -82,6 +83,14 @@ def open_loader(data: DataConfig, sample: Sample, *, seed: int, world: World) ->
     )
 
 
+def held_out_anew() -> str:
+    """What to say where images are held out and a run would go on over others."""
+    return (
+        f"{flag('data.held_out')} then holds out other images, some of which were trained on: for "
+        f"an honest evaluation give {flag('data.test')} a folder of its own"
+    )
+
+
 def unseen_batches(
     loader: Loader, num_batches: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
@@ -96,7 +105,7 @@ def unseen_batches(
 
 def task_settings(config: Any) -> dict[str, Any]:
     """The settings of a task as plain data, without those of optimiser and run, which the loop adds
-    and then takes the habits out (train/resume.py)."""
+    and then takes the habits out (train/changes.py)."""
     settings = asdict(config)
     del settings["optim"], settings["run"]
     return settings

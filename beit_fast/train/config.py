@@ -96,6 +96,13 @@ class RunConfig:
     log_every: Count = 50  # steps between lines of metrics; the only host syncs
     save_every: Count = 1000  # steps between checkpoints; one more at the end
     keep: Count = 2  # newest checkpoints that stay
+    # A step whose loss or gradients are not finite is skipped, on all ranks; so many in a row end
+    # the run. 1: the first does.
+    bad_steps: Count = 3
+    # A loss so many deviations above its mean over the last `spike_window` good steps is such a
+    # step too, once there were as many; None: none is.
+    spike: Positive | None = None
+    spike_window: Count = 100
     # Training goes on while one is written, from a copy in host memory. False: it waits.
     save_async: bool = True
     failed_saves: Natural = 0  # so many in a row may fail, each with a warning; the last may not

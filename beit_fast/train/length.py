@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from beit_fast.train.changes import same_length
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import warmup_steps
-from beit_fast.train.resume import same_length
 
 if TYPE_CHECKING:
     from beit_fast.train.loop import Task
@@ -30,8 +30,8 @@ def run_length(
     """Of the run, or of the rest of the one that `manifest` is of.
 
     A pass over the data is a whole number of micro-batches, so their size and the number of ranks
-    have a say. A resume that splits its steps otherwise keeps the length that it had. Raises
-    ValueError for a warm-up that leaves no step.
+    have a say. A resume that splits its steps otherwise, or over other images, keeps the length
+    that it had. Raises ValueError for a warm-up that leaves no step.
     """
     batches_per_epoch, accumulate = task.batches_per_epoch, run.accumulate
     if manifest is not None and same_length(manifest, settings):

@@ -35,7 +35,7 @@ def plain_console(*, quiet: bool = False) -> Console:
 
 
 class Meter:
-    """Sums of metrics since the last reading, on the device.
+    """Sums of metrics since the last reading, on the device; steps that were skipped count apart.
 
     `state` and `load_state` carry an unread window through a checkpoint, so that a resumed run
     prints the numbers of a run that was never stopped.
@@ -43,47 +43,70 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._names: tuple[str, ...] = ()
+        self._sums = torch.zeros(0, dtype=torch.float64, device=device)  # of the names, in order
+        self._count = 0  # of all steps
+        self._skipped = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, **metrics: Tensor) -> None:
-        """Add one scalar tensor a name."""
-        for name, value in metrics.items():
-            value = value.detach().to(torch.float64)
-            if name in self._sums:
-                self._sums[name] += value
-                self._counts[name] += 1
-            else:
-                self._sums[name], self._counts[name] = value.clone(), 1
+    def add(self, lost: Tensor | None = None, **metrics: Tensor) -> None:
+        """Add one scalar tensor a name, the same names in each step of a window. lost: (), 1 for a
+        step that is skipped, whose metrics may be anything; None or 0 for others."""
+        if not self._count:
+            self._names = tuple(sorted(metrics))
+            self._sums = torch.zeros(len(metrics), dtype=torch.float64, device=self._device)
+        values = torch.stack([metrics[name].detach() for name in self._names]).double()
+        if lost is not None:
+            values = torch.where(lost > 0, 0.0, values)
+            self._skipped += lost
+        self._sums += values
+        self._count += 1
 
     def means(self) -> dict[str, Tensor]:
-        """The means on the device, without a sync; the window starts afresh."""
-        means = {name: self._sums[name] / self._counts[name] for name in sorted(self._sums)}
-        self._sums, self._counts = {}, {}
+        """The means on the device, and where steps were skipped how many, `skipped`. The window
+        starts afresh. No mean where all were. Syncs."""
+        skipped = int(self._skipped)
+        means = {}
+        if self._count > skipped:
+            quotients = self._sums / (self._count - skipped)
+            means = dict(zip(self._names, quotients.unbind(), strict=True))
+        if skipped:
+            means["skipped"] = self._skipped.clone()
+        self._count = 0
+        self._skipped.zero_()
         return means
+
+    def window(self) -> dict[str, float]:
+        """The sums of this rank. Syncs."""
+        return dict(zip(self._names, self._sums.tolist(), strict=True)) if self._count else {}
 
     def state(self, world: World) -> dict[str, Tensor]:
         """The window of all ranks: sums fp64 (R,), counts (). Called on every rank; syncs."""
-        of_ranks = world.gather({name: float(value) for name, value in self._sums.items()})
-        sums = {}
-        for name in self._sums:
+        of_ranks = world.gather(mine := self.window())
+        skipped, state = int(self._skipped), {}
+        for name in mine:
             of_each = [window[name] for window in of_ranks]
-            sums[f"meter_sum/{name}"] = torch.tensor(of_each, dtype=torch.float64)
-        return sums | {f"meter_count/{k}": torch.tensor(v) for k, v in self._counts.items()}
+            state[f"meter_sum/{name}"] = torch.tensor(of_each, dtype=torch.float64)
+            state[f"meter_count/{name}"] = torch.tensor(self._count - skipped)
+        return state | ({"meter_skipped": torch.tensor(skipped)} if skipped else {})
 
     def load_state(self, tensors: Mapping[str, Tensor], world: World) -> None:
         """This rank's part of what `state` gave; on another number of ranks each has the mean.
 
         A single number, of a version that kept the main rank's alone, is taken by all.
         """
+        skipped = int(tensors.get("meter_skipped", 0))
+        self._skipped.fill_(skipped)
+        sums = {}
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "meter_sum":
                 same = value.numel() == world.size
-                value = value.flatten()[world.rank] if same else value.mean()
-                self._sums[name] = value.to(self._device)
-            elif kind == "meter_count":
-                self._counts[name] = int(value)
+                sums[name] = value.flatten()[world.rank] if same else value.mean()
+            elif kind == "meter_count":  # the same for all
+                self._count = int(value) + skipped
+        self._names = tuple(sorted(sums))
+        values = [float(sums[name]) for name in self._names]
+        self._sums = torch.tensor(values, dtype=torch.float64, device=self._device)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

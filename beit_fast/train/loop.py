@@ -7,8 +7,6 @@ the same on whatever rank.
 """
 
 import contextlib
-import hashlib
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -21,8 +19,11 @@ from torch import Tensor, nn
 from beit_fast.train.agreement import flat
 from beit_fast.train.aside import Aside
 from beit_fast.train.average import Average
+from beit_fast.train.bad_steps import BadSteps
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import graphed, preparation
+from beit_fast.train.images import Images, follow
+from beit_fast.train.kept_config import write_config
 from beit_fast.train.length import Length, run_length
 from beit_fast.train.lock import sole_user
 from beit_fast.train.log import METRICS, Log, Meter, read_metrics
@@ -38,9 +39,11 @@ from beit_fast.train.progress import progress, unhurried
 from beit_fast.train.resume import Resume, find_resume
 from beit_fast.train.run_state import RunState
 from beit_fast.train.saving import Saver
+from beit_fast.train.seeds import step_seed
+from beit_fast.train.sentinel import Sentinel
 from beit_fast.train.settings import complete_settings, start_of
 from beit_fast.train.shares import shares_of
-from beit_fast.train.step import Sentinel, TrainStep
+from beit_fast.train.step import WATCHED, TrainStep
 from beit_fast.train.stop import Interrupted, stop_signals
 from beit_fast.train.world import World
 
@@ -60,6 +63,7 @@ class Task(Protocol):
     counters: dict[str, Tensor]
     blocks: Sequence[nn.Module]  # parts of the model that FSDP gathers one by one; (): all at once
     num_images: int  # in the data set
+    images: Images  # which, and how `batches` goes on where the folder changes
     batches_per_epoch: int  # micro-batches of one rank in one pass, rounded down
     images_per_batch: int
 
@@ -68,6 +72,12 @@ class Task(Protocol):
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         """Micro-batches of this rank from number `start` on, endless, on the CPU."""
+
+    def take_rank(self, world: World) -> None:
+        """Give the batches of this rank from now on, though there is one process: for a replay."""
+
+    def sample_name(self, index: int) -> str:
+        """What to call the image of this `sample_index` of a batch: the path of its file."""
 
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         """Have torch.compile make the large part of `loss`; `mode` is torch's. `by_block`: the
@@ -129,19 +139,22 @@ class TaskLoss(nn.Module):
         return self.loss(batch)
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of torch's generators for one step; its micro-batches draw one after another."""
-    digest = hashlib.blake2b(struct.pack("<3q", seed, step, rank), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def train(
-    task: Task, optim: OptimConfig, run: RunConfig, *, settings: Mapping[str, Any], world: World
+    task: Task,
+    optim: OptimConfig,
+    run: RunConfig,
+    *,
+    settings: Mapping[str, Any],
+    world: World,
+    config: Any = None,
 ) -> Outcome:
     """Train `task` to the end of `run` and save checkpoints, metrics and pictures below its output.
 
+    `config`, a dataclass, is what the command line made, if it did: it is kept as kept_config.py
+    says.
+
     `settings` is the whole resolved configuration of the task as plain data; it is saved with
-    every checkpoint, and a resume is refused under settings that make it another run (resume.py).
+    every checkpoint, and a resume is refused under settings that make it another run (changes.py).
     Evaluation, pictures and logs take nothing down (aside.py). Raises Interrupted after a stop
     signal, NonFiniteLoss, CaptureError, CheckpointError, ValueError.
     """
@@ -154,11 +167,14 @@ def train(
 
     with _claim(output, world) as lock, stop_signals() as stop, contextlib.ExitStack() as stack:
         stack.enter_context(world.watching(f"preparing the training of {task.name}", output))
-        resume = find_resume(output, run, settings, world)
+        resume = find_resume(output, run, settings, world, task.images)
         world.agree(start_of(resume, task))
+        if config is not None and world.is_main:
+            write_config(output, task.name, config)
         length = run_length(task, optim, run, settings, resume and resume.manifest)
         num_steps = length.num_steps
         task.to(device)
+        images = follow(task, resume, output, images_per_step, world)
         begin_alike(task.model, world)
         start = resume.checkpoint.step if resume else 0
         meter = Meter(device)
@@ -173,12 +189,17 @@ def train(
         if ema:
             ranks.share(ema.module)
         optimizer = build_optimizer(task.param_groups(optim.weight_decay), optim, device)
+        sentinel = Sentinel(optimizer, world, run)
         if resume:
-            state.load_rest(optimizer, resume.checkpoint.tensors)
+            state.load_rest(optimizer, sentinel, resume.checkpoint.tensors)
         schedule = Schedule(
             optimizer, optim, num_steps=num_steps, warmup=length.warmup_steps, start=start
         )
-        sentinel = Sentinel(optimizer, world, start)
+        bad_steps = BadSteps(
+            *(task, optimizer.param_groups, run, world, aside),
+            start=start,
+            row=int(sentinel.row),
+        )
         shares = shares_of(task.count, run, world)
         take = TrainStep(
             module, optimizer, sentinel, shares=shares, optim=optim, run=run, device=device
@@ -203,6 +224,7 @@ def train(
                 lock=lock,
                 schedule=asdict(length),
                 history=resume.history if resume else [],
+                images=images,
             )
         )
 
@@ -226,7 +248,7 @@ def train(
 
         def save(step: int) -> None:
             with log.aside(), unhurried("saving a checkpoint"):
-                saver.save(step, state.tensors(optimizer))
+                saver.save(step, state.tensors(optimizer, sentinel))
 
         def heed(done: int) -> None:
             """Leave on all ranks, saved, if one had a signal, or a save has failed."""
@@ -237,22 +259,27 @@ def train(
             if done == start:
                 raise Interrupted(signum, f"before step {done + 1}", SAVED if start else UNTRAINED)
             if not saver.has(done):
-                sentinel.check(saver, checked, done)
+                bad_steps.check(saver)
                 save(done)
             saver.finish()
             raise Interrupted(signum, f"after step {done}", SAVED)
 
         def falls_due(step: int) -> bool:
-            every, num_images = run.evaluate_every, task.num_images
-            return step < num_steps and _falls_due(every, step, images_per_step, num_images)
+            """Whether the last of `step` steps reached a multiple of `run.evaluate_every`."""
+            if run.evaluate_every is None or step >= num_steps:
+                return False
+            samples = ((step - 1) * images_per_step, step * images_per_step)
+            before, now = (int(task.images.epochs(s, run.evaluate_every)) for s in samples)
+            return now > before
 
         task.model.train()
         micro_batches = task.batches(start * run.accumulate) if start < num_steps else iter(())
+        micro_batches = bad_steps.noting(micro_batches, start * run.accumulate)
         micro_batches = stop.until_told(micro_batches)
         prepare = preparation(task, run, device)
         batches = device_batches(micro_batches, device, prepare, ahead=run.prepare_ahead)
         in_flight = InFlight(device)
-        checked = start
+        owed = False
         try:
             if start and falls_due(start) and _lacks_evaluation(output, start, world):
                 evaluate(start)  # it was left at a stop signal, or failed
@@ -265,7 +292,8 @@ def train(
                 torch.manual_seed(step_seed(run.seed, step, world.rank))
                 with sizes_told(step + 1, step_batches, run, images=task.images_per_batch):
                     scalars = take(step_batches)
-                meter.add(**scalars)
+                bad_steps.add(scalars.pop(WATCHED))
+                meter.add(sentinel.lost, **scalars)
                 schedule.step()
                 if ema:
                     ema.update(task.model)
@@ -277,10 +305,12 @@ def train(
                 evaluates = falls_due(done)
                 draws = run.picture_every and done % run.picture_every == 0
                 prints = done % run.log_every == 0 or done == num_steps or evaluates
-                saves = done % run.save_every == 0 or done == num_steps or evaluates
-                if prints or saves:
-                    sentinel.check(saver, checked, done)
-                    checked = done
+                saves = done == num_steps
+                owed = owed or done % run.save_every == 0 or evaluates
+                if prints or owed or bad_steps.is_full:
+                    bad_steps.check(saver)
+                # The last checkpoint of a run that bad steps end is from before their row.
+                saves, owed = saves or (owed and not bad_steps.in_row), owed and bad_steps.in_row
                 if prints:
                     means = meter.means()
                     of_all = task.report({k: world.sum(v) for k, v in task.counters.items()})
@@ -288,7 +318,7 @@ def train(
                     values = torch.stack([value.double() for value in values]).tolist()
                     line = dict(zip([*means, *of_all], values, strict=True))
                     line["lr"] = lr_at(step, optim, num_steps, length.warmup_steps)
-                    line["epoch"] = done * images_per_step / task.num_images
+                    line["epoch"] = task.images.epochs(done * images_per_step)
                     with aside.work("the log"):
                         log.line(done, line)
                 if saves:
@@ -322,6 +352,7 @@ def _say_resume(task: Task, resume: Resume, length: Length, log: Log) -> None:
     lines = [f"{task.name}: resumes from {path}"]
     if start < length.num_steps:
         lines += [f"{task.name}: from step {start} on, {change}" for change in resume.changes]
+        lines += [f"{task.name}: {task.images.note}"] if task.images.note else []
     elif resume.changes:
         told = "; ".join(map(str, resume.changes))
         lines.append(f"{task.name}: all {start} steps are done, what changed has no effect: {told}")
@@ -336,14 +367,6 @@ def _lacks_evaluation(output: Path, step: int, world: World) -> bool:
         names = {name for record in records if record["step"] == step for name in record}
         lacks = not any(name.startswith("test_") for name in names)
     return bool(world.any_of(int(lacks)))
-
-
-def _falls_due(every: float | None, done: int, images_per_step: int, num_images: int) -> bool:
-    """Whether the last of `done` steps reached a multiple of `every` epochs."""
-    if every is None:
-        return False
-    before, now = (int(step * images_per_step / (every * num_images)) for step in (done - 1, done))
-    return now > before
 
 
 def _evaluate(task: Task, models: list[nn.Module]) -> dict[str, float]:

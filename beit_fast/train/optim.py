@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from beit_fast.flags import flag
 from beit_fast.train.apex import apex_adamw
 from beit_fast.train.config import OptimConfig
-from beit_fast.train.parallel import part_like, whole
+from beit_fast.train.parallel import own_part, part_like, whole
 
 POLY_WARMUP_RATIO = 1e-6  # of the rate at the first step
 
@@ -144,13 +144,21 @@ class Schedule:
                 group["decay"].fill_(weight_decay_at(self._step, self._optim, self._num_steps))
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale the gradients to a global L2 norm of at most `max_norm`; the norm before, a scalar."""
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> tuple[Tensor, Tensor]:
+    """Scale the gradients to a global L2 norm of at most `max_norm`.
+
+    Returns the norm before, a scalar, and those that it is made of, (T,): of each parameter, or of
+    what this rank keeps of it; 0 for one without a gradient.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
+    norms = torch._foreach_norm(gradients, 2)  # as torch's `get_total_norm` goes about it
+    norm = whole(torch.linalg.vector_norm(torch.stack(norms), 2))
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-    return norm
+    found, none = iter(norms), torch.zeros_like(norm)
+    return norm, torch.stack(
+        [none if p.grad is None else own_part(next(found)) for p in parameters]
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def check_run(
     settings = complete_settings(task, optim, run, settings, world)
     _check_name(output)
     check_writable(output)
-    manifest = check_resume(output, run, settings, unknown)
+    manifest = check_resume(output, run, settings, unknown, task.images)
     length = run_length(task, optim, run, settings, manifest)
     check_parallel(run, optim, world)
     if run.cuda_graph:

@@ -11,6 +11,7 @@ from beit_fast.train.log import Meter
 from beit_fast.train.optim import load_optimizer_tensors, optimizer_tensors
 from beit_fast.train.parallel import whole
 from beit_fast.train.resume import Resume
+from beit_fast.train.sentinel import Sentinel
 from beit_fast.train.state import CheckpointError
 from beit_fast.train.world import World
 
@@ -31,7 +32,7 @@ class RunState:
     def __init__(self, task: "Task", meter: Meter, ema: Average | None, world: World) -> None:
         self._task, self._meter, self._ema, self._world = task, meter, ema, world
 
-    def tensors(self, optimizer: torch.optim.Optimizer) -> Tensors:
+    def tensors(self, optimizer: torch.optim.Optimizer, sentinel: Sentinel) -> Tensors:
         """Those of a checkpoint on the main rank, whole; called on every rank, none elsewhere.
 
         What is kept in parts is on the CPU, put together one tensor after the other; the rest is on
@@ -43,7 +44,7 @@ class RunState:
         tensors = {
             "model": task.model.state_dict(),
             "optimizer": optimizer_tensors(optimizer, task.model),
-            "run": meter | counters,
+            "run": meter | counters | sentinel.state(),
         }
         if self._ema is not None:
             tensors["ema"] = self._ema.module.state_dict()
@@ -62,8 +63,11 @@ class RunState:
         if self._ema is not None:  # without averages, they start at the weights of now
             _load_weights(self._ema.module, resume, tensors.get("ema", tensors["model"]))
 
-    def load_rest(self, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    def load_rest(
+        self, optimizer: torch.optim.Optimizer, sentinel: Sentinel, tensors: Tensors
+    ) -> None:
         """Optimiser and counts. Raises ValueError as `load_optimizer_tensors` does."""
+        sentinel.load_state(tensors["run"])
         load_optimizer_tensors(optimizer, self._task.model, tensors["optimizer"])
         self._meter.load_state(tensors["run"], self._world)
         for name, counter in self._task.counters.items():

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from beit_fast.train.board import digest_of
+from beit_fast.train.changes import without_habits
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.resume import Resume, without_habits
+from beit_fast.train.resume import Resume
 from beit_fast.train.world import World
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ def complete_settings(
         "images_per_batch": task.images_per_batch,
         "num_images": task.num_images,  # of whatever folder: data may move
     }
-    whole = without_habits({**settings, "optim": asdict(optim), "run": of_run})
+    # Which images, of whatever folder.
+    of_data = {**settings.get("data", {}), "images": task.images.digest}
+    parts = {"data": of_data, "optim": asdict(optim), "run": of_run}
+    whole = without_habits({**settings, **parts})
     return json.loads(json.dumps(whole))
 
 

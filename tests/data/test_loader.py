@@ -1,16 +1,20 @@
 import gc
 import itertools
+import random
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import pytest
 import torch
 
 from beit_fast.data.config import MaskingConfig
 from beit_fast.data.loader import Loader
+from beit_fast.data.masking import draw_mask
 from beit_fast.data.samples import PretrainSample, TokenizerSample
+from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.views.config import SingleViewConfig, ViewConfig
 from loaded import SAMPLE, Numbers, Seeds, assert_equal
@@ -42,6 +46,7 @@ def test_batches_hold_the_arrays_of_the_sample_as_tensors(image_folder):
     assert torch.equal(real.long(), batch["mask"].flatten().nonzero()[:, 0])
 
 
+@pytest.mark.promise("R1")
 @pytest.mark.parametrize("num_threads", [0, 1, 4])
 @pytest.mark.parametrize("start", [1, 6, 13], ids=["mid-pass", "pass-end", "second-pass"])
 def test_a_resumed_run_sees_the_batches_of_the_uninterrupted_one(image_folder, num_threads, start):
@@ -75,6 +80,7 @@ def test_each_pass_holds_every_image_once_in_another_order():
     assert epochs == [0] * 100 + [1] * 100 + [2] * 100
 
 
+@pytest.mark.promise("R25")
 def test_another_seed_gives_another_order_in_every_pass():
     def order(seed, start):
         return take_batches(Loader(Numbers(64), Seeds(), batch_size=64, seed=seed), 1, start)[0][
@@ -85,6 +91,7 @@ def test_another_seed_gives_another_order_in_every_pass():
     assert len(set(orders)) == 9
 
 
+@pytest.mark.promise("R2")
 @pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_a_global_batch_is_the_same_however_many_ranks_share_it(image_folder, world_size):
     source = ImageFolder(image_folder)
@@ -109,6 +116,7 @@ def test_a_global_batch_is_the_same_however_many_ranks_share_it(image_folder, wo
             assert torch.equal(torch.cat([rank[k][name] for rank in ranks]), batch[name])
 
 
+@pytest.mark.promise("R2")
 def test_accumulated_batches_of_one_process_are_those_of_two_ranks(image_folder):
     source = ImageFolder(image_folder)
     alone = take_batches(Loader(source, SAMPLE, batch_size=8), 40)
@@ -119,6 +127,7 @@ def test_accumulated_batches_of_one_process_are_those_of_two_ranks(image_folder)
     assert_equal([ranks[k % 2][k // 2] for k in range(40)], alone)
 
 
+@pytest.mark.promise("R25")
 def test_no_mask_and_no_crop_repeats_over_ranks_and_passes(image_folder):
     source = ImageFolder(image_folder)
     sample = PretrainSample(ViewConfig(size=112, token_size=56), MaskingConfig(), (14, 14))
@@ -131,13 +140,28 @@ def test_no_mask_and_no_crop_repeats_over_ranks_and_passes(image_folder):
     assert len(masks) == len(images) == 400
 
 
-def test_no_two_of_ten_thousand_samples_have_the_same_seed():
-    seeds = set()
+@pytest.mark.promise("R25")
+def test_no_two_of_ten_thousand_samples_have_the_same_seed_and_masks_repeat_by_chance_alone():
+    """Two ranks, two threads and two passes; against generators that nothing relates."""
+    grid, seeds, masks = (14, 14), set(), Counter()
+    by_chance = Counter(
+        draw_mask(grid, MaskingConfig(), random.Random(number)).tobytes()
+        for number in range(10_000)
+    )
     for rank in (0, 1):
-        loader = Loader(Numbers(2500), Seeds(), batch_size=250, rank=rank, world_size=2)
+        loader = Loader(
+            Numbers(5000), Seeds(), batch_size=250, rank=rank, world_size=2, num_threads=2
+        )
         for batch in take_batches(loader, 20):
             seeds.update(map(tuple, batch["seed"].tolist()))
     assert len(seeds) == 10_000
+    for seed in seeds:
+        masks[draw_mask(grid, MaskingConfig(), SampleSeed(*seed).rng("mask")).tobytes()] += 1
+    # 33 of these repeat another one; 35 and 36 of two sets from plain generators.
+    repeats, chance = (10_000 - len(found) for found in (masks, by_chance))
+    assert 0 < chance < 100
+    assert repeats < 2 * chance
+    assert max(masks.values()) <= 2 * max(by_chance.values())
 
 
 @pytest.mark.parametrize("num_images", [1, 3, 16])
@@ -247,8 +271,8 @@ def test_an_error_in_a_thread_reaches_the_consumer_and_names_the_image(num_threa
 
 def test_importing_grain_leaves_the_terminal_and_logging_alone(image_folder):
     code = (
-        "import logging; from beit_fast.data.loader import _import_grain; "
-        "_import_grain(); assert not logging.root.handlers; "
+        "import logging; from beit_fast.data.grain import import_grain; "
+        "import_grain(); assert not logging.root.handlers; "
         "assert logging.getLogger('absl').level == logging.NOTSET"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

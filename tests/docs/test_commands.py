@@ -24,6 +24,8 @@ from beit_fast.cli import (
     PredictSegmentationConfig,
     parse,
 )
+from beit_fast.tasks.replay.config import ReplayConfig
+from beit_fast.train.kept_config import write_config
 from pages import (
     PROGRAMS,
     README,
@@ -40,7 +42,7 @@ from pages import (
 FIRST_SCREEN = 25  # lines
 WITHOUT_RECIPE_CONFIGS = (
     *(EvaluateConfig, PredictConfig, ConvertConfig),
-    *(EvaluateSegmentationConfig, PredictSegmentationConfig),
+    *(EvaluateSegmentationConfig, PredictSegmentationConfig, ReplayConfig),
 )
 # Flags of torchrun and docker.
 FOREIGN = frozenset(
@@ -113,6 +115,10 @@ def test_a_command_parses(words, tmp_path, monkeypatch):
     if verb == "convert":
         check_convert(arguments)
         return
+    if verb == "replay":  # of a run's folder
+        folder = tmp_path / arguments[0]
+        folder.mkdir(parents=True)
+        write_config(folder, "tokenizer", VERBS["tokenizer"][0]["demo"]())
     if verb in WITHOUT_RECIPE:
         parse_verb, _ = WITHOUT_RECIPE[verb]
         parse_verb(arguments)
@@ -122,13 +128,17 @@ def test_a_command_parses(words, tmp_path, monkeypatch):
         return
     name, *rest = arguments
     assert name in known
-    if rest in (["--help"], ["--tokenizer_training.help"], ["--print_config"]):
+    if ">" in rest:
+        rest = rest[: rest.index(">")]
+    if rest[-1:] == ["--print_config"] or rest in (["--help"], ["--tokenizer_training.help"]):
         with pytest.raises(SystemExit) as done:
             parse(verb, name, known[name], rest)
         assert not done.value.code
         return
     if "--config" in rest:  # a file of the reader's
-        (tmp_path / rest[rest.index("--config") + 1]).write_text("{}\n", encoding="utf-8")
+        file = tmp_path / rest[rest.index("--config") + 1]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}\n", encoding="utf-8")
     parse(verb, name, known[name], rest)
 
 

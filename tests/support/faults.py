@@ -173,9 +173,9 @@ def raises_in_backward(error: BaseException) -> Callable[[Tensor], Tensor]:
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
 FULL_AT = (100, 1_000, 10_000, 100_000, 260_000)  # bytes
-# Places: "step" (its beginning), "batch" (waiting for that of a step), "loss" (a tensor), "save"
-# (writing the checkpoint of a step), "update" (the optimiser's step), "launch" (of a kernel, by its
-# name).
+# Places: "step" (its beginning), "batch" (waiting for that of a step), "save" (writing the
+# checkpoint of a step), "update" (the optimiser's step), "launch" (of a kernel, by its name); "loss",
+# "gradient" and "sample" (of an image's number) and "pixels", of which a tensor is the value.
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
@@ -207,4 +207,7 @@ FAULTS = {
     "memory": Fault("launch", raises(RuntimeError("CUDA error: an illegal memory access"))),
     "spike": Fault("loss", lambda loss: loss * 100),
     **{place: Fault(place, sends(signal.SIGKILL)) for place in KILLED_SAVES},
+    "nan_pixels": Fault("pixels", lambda pixels: pixels * torch.nan),
+    "huge": Fault("sample", lambda pixels: pixels * 1e30),
+    "nan_gradient": Fault("gradient", lambda gradient: gradient * torch.nan),
 }

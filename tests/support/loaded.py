@@ -31,6 +31,11 @@ class Numbers:
     def name(self, index):
         return f"image-{index}"
 
+    key = name
+
+    def size(self, index):
+        return 10 + index % 7
+
 
 class Seeds:
     """A sample that is its seed."""

@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from beit_fast.data.run_images import RunImages
 from beit_fast.train.batch_norm import synchronize_batch_norm
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import train
 from beit_fast.train.world import World, open_world
 from beit_fast_main import _end_rank
+from loaded import Numbers
 
 
 class NormedTask:
@@ -24,6 +26,7 @@ class NormedTask:
     def __init__(self, world: World, images: int) -> None:
         self.world, self.images_per_batch = world, images // world.size
         self.batches_per_epoch = self.num_images // images
+        self.images = RunImages(Numbers(self.num_images))
         torch.manual_seed(3)
         model = nn.Sequential(
             nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3)

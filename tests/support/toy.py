@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from beit_fast.data.run_images import RunImages
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.loop import train
 from beit_fast.train.stop import Interrupted
 from beit_fast.train.world import World
+from loaded import Numbers
 from task_runs import ALONE
 
 
@@ -31,6 +33,7 @@ class ToyTask:
     ) -> None:
         self.images_per_batch = images_per_batch
         self.batches_per_epoch = self.num_images // images_per_batch
+        self.images = RunImages(Numbers(self.num_images))
         torch.manual_seed(7)
         self.model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(dropout), nn.Linear(16, 1))
         self.blocks = (self.model[0],)
@@ -51,8 +54,18 @@ class ToyTask:
         while True:
             generator = torch.Generator().manual_seed(number * self.world.size + self.world.rank)
             self.fetched.append(number)
-            yield {"x": torch.randn(self.images_per_batch, 8, generator=generator)}
+            first = (number * self.world.size + self.world.rank) * self.images_per_batch
+            yield {
+                "x": torch.randn(self.images_per_batch, 8, generator=generator),
+                "sample_index": torch.arange(first, first + self.images_per_batch),
+            }
             number += 1
+
+    def take_rank(self, world: World) -> None:
+        self.world = world
+
+    def sample_name(self, index: int) -> str:
+        return f"image_{index}"
 
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         self.compiled = mode

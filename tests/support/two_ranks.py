@@ -42,8 +42,7 @@ def main(output: Path, fault: str) -> int:
     torch.set_num_threads(1)
     with open_world("cpu") as world:
         hit = world.rank == 1
-        task = ToyTask(bad_step=6 if hit and fault == "nan" else None, world=world, dropout=0.0)
-        task.bad_gradients = False
+        task = ToyTask(world=world, dropout=0.0)
         if hit and fault == "term":
             task.on_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None
         changes = {}

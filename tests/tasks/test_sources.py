@@ -10,7 +10,7 @@ from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.sources.subset import Subset
 from beit_fast.tasks.sources import describe_source, open_source, say, task_settings
-from beit_fast.train.resume import without_habits
+from beit_fast.train.changes import without_habits
 from beit_fast.train.world import World
 
 CPU = torch.device("cpu")

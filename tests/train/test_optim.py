@@ -122,8 +122,13 @@ def test_a_poly_schedule_may_end_before_the_run_and_a_cosine_has_no_power():
 
 def test_gradients_are_clipped_to_the_global_norm(model):
     model(torch.ones(2, 4)).sum().mul(100).backward()
-    norm = clip_gradients(list(model.parameters()), 1.0)
+    parameters = list(model.parameters())
+    whole = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    each = [0.0 if p.grad is None else float(p.grad.norm()) for p in parameters]
+    norm, norms = clip_gradients(parameters, 1.0)
     assert norm > 1
+    assert torch.equal(norm, whole)
+    assert norms.tolist() == pytest.approx(each)
     left = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     assert float(left) == pytest.approx(1.0, rel=1e-4)
 

@@ -72,14 +72,6 @@ def test_an_evaluation_that_fails_on_one_rank_ends_neither(tmp_path):
     assert load_checkpoint(checkpoint_paths(tmp_path / "strict")[-1]).step == 5
 
 
-def test_a_loss_that_is_bad_on_one_rank_alone_stops_both_and_neither_takes_the_step(tmp_path):
-    """Its gradients are finite."""
-    first, second, errors = two_ranks(tmp_path / "two", "nan")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert len(errors) == 2
-    assert all("first at step 7" in error for error in errors)
-
-
 @pytest.mark.promise("R7", "R8")
 def test_one_rank_saves_the_other_goes_on_and_saves_that_fail_beyond_what_is_borne_end_both(
     tmp_path,

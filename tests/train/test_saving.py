@@ -13,9 +13,9 @@ import torch
 
 from beit_fast.errors import RunError
 from beit_fast.train import saving, state
+from beit_fast.train.bad_steps import NonFiniteLoss
 from beit_fast.train.saving import FAILED, Saver
 from beit_fast.train.state import load_checkpoint, load_newest
-from beit_fast.train.step import NonFiniteLoss
 from beit_fast.train.stop import WRITER, Interrupted
 from beit_fast.train.world import World
 from task_runs import ALONE, assert_the_same_run, steps_of
@@ -253,7 +253,7 @@ def test_an_error_of_another_kind_is_told_beside_that_of_a_save(tmp_path, run_to
 def test_a_bad_loss_names_the_checkpoint_that_was_being_written(tmp_path, run_toy, toy_task, write):
     write(lambda step: time.sleep(0.3))
     with pytest.raises(NonFiniteLoss, match=r"The last good checkpoint is .*step_00000006"):
-        run_toy(tmp_path, toy_task(bad_step=6), save_every=6, log_every=1)
+        run_toy(tmp_path, toy_task(bad_step=6), save_every=6, log_every=1, bad_steps=1)
 
 
 def test_what_ends_a_run_waits_for_what_is_being_written(tmp_path, run_toy, write):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from beit_fast.data.run_images import RunImages
 from beit_fast.errors import RunError
 from beit_fast.kernels import _triton
 from beit_fast.kernels.arguments import triton_or_torch
@@ -15,7 +16,9 @@ from beit_fast.recipes import PRETRAIN
 from beit_fast.train import start
 from beit_fast.train.start import check_alike, check_shared, open_run
 from beit_fast.train.world import World
+from loaded import Numbers
 from task_runs import ALONE, with_fields
+from toy import ToyTask, train_toy
 
 
 class Played(World):
@@ -51,6 +54,7 @@ def on_ranks():
     return on_ranks
 
 
+@pytest.mark.promise("R20")
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -74,6 +78,7 @@ def test_ranks_whose_files_lie_elsewhere_start(on_ranks):
     assert on_ranks(lambda w: check_alike(config, w), lambda w: check_alike(other, w)) == [None] * 2
 
 
+@pytest.mark.promise("R20")
 def test_ranks_of_other_code_are_told_so(on_ranks, monkeypatch):
     config, digests = PRETRAIN["digits"](), iter(("abc", "def"))
     lock = threading.Lock()
@@ -140,3 +145,24 @@ def test_a_kernel_that_falls_back_ends_a_strict_run_and_no_other(falls_back, tmp
     config = replace(config, run=replace(config.run, strict=False))
     with pytest.warns(UserWarning, match="does not compile"), open_run(config, str(tmp_path)):
         falls_back()
+
+
+@pytest.mark.promise("R20")
+def test_ranks_with_other_images_of_the_same_number_do_not_start(tmp_path, on_ranks):
+    def begin(kind):
+        def run(world):
+            task = ToyTask(world=world)
+            task.images = RunImages(kind(task.num_images))
+            train_toy(tmp_path, task, world)
+
+        return run
+
+    class Renamed(Numbers):
+        def key(self, index):
+            return f"photo-{index}"
+
+    errors = on_ranks(begin(Numbers), begin(Renamed))
+    assert str(errors[0]) == str(errors[1])
+    ours, theirs = [RunImages(kind(ToyTask.num_images)).digest for kind in (Numbers, Renamed)]
+    assert f"data.images is '{ours}' on rank 0, '{theirs}' on rank 1. Give" in str(errors[0])
+    assert not list(tmp_path.iterdir())

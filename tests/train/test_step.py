@@ -6,8 +6,9 @@ from torch import nn
 
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import build_optimizer
+from beit_fast.train.sentinel import Sentinel
 from beit_fast.train.shares import shares_of
-from beit_fast.train.step import Sentinel, TrainStep
+from beit_fast.train.step import TrainStep
 from task_runs import ALONE
 
 CPU = torch.device("cpu")
@@ -27,8 +28,8 @@ class Squares(nn.Module):
 def step_of(module, **optim):
     optim = OptimConfig(lr=0.1, min_lr=0.1, warmup_steps=0, weight_decay=0.0, **optim)
     optimizer = build_optimizer([{"params": module.parameters()}], optim, CPU)
-    sentinel = Sentinel(optimizer, ALONE, 0)
-    run = RunConfig(output="x", steps=1, precision="fp32")
+    run = RunConfig(output="x", steps=1, precision="fp32", bad_steps=1)
+    sentinel = Sentinel(optimizer, ALONE, run)
     shares = shares_of(lambda batch: None, run, ALONE)
     return TrainStep(module, optimizer, sentinel, shares=shares, optim=optim, run=run, device=CPU)
 
@@ -55,11 +56,12 @@ def test_the_norm_that_is_reported_is_that_before_clipping():
 def test_a_step_leaves_no_gradients_and_a_bad_one_no_change():
     module = Squares()
     take = step_of(module)
-    take([{"x": torch.ones(1, 2)}])
+    fine = [{"x": torch.ones(1, 2)}] * 2
+    take(fine)
     assert module.weight.grad is None
     before = module.weight.detach().clone()
     scalars = take([{"x": torch.ones(1, 2)}, {"x": torch.full((1, 2), torch.inf)}])
     assert not torch.isfinite(scalars["loss"])
     assert torch.equal(module.weight, before)
-    take([{"x": torch.ones(1, 2)}])
+    take(fine)
     assert torch.equal(module.weight, before)  # nothing is learnt from there on

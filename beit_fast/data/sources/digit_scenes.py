@@ -87,6 +87,12 @@ class DigitScenes:
     def name(self, index: int) -> str:
         return f"{NAME}/{self._part}/{self._numbers[index]:04d}.png"
 
+    def key(self, index: int) -> str:
+        return self.name(index)
+
+    def size(self, index: int) -> None:
+        """They are made as they are read."""
+
     def digest(self) -> str:
         digest = hashlib.sha256()
         for index in range(len(self)):
@@ -114,6 +120,12 @@ class LabelledScenes:
 
     def name(self, index: int) -> str:
         return self._scenes.name(index)
+
+    def key(self, index: int) -> str:
+        return self._scenes.key(index)
+
+    def size(self, index: int) -> None:
+        """They are made as they are read."""
 
     def digest(self) -> str:
         """Of images and masks."""

@@ -56,6 +56,12 @@ class Digits:
     def name(self, index: int) -> str:
         return f"{NAME}/{int(self.labels[index])}/{self._rows[index]:04d}.png"
 
+    def key(self, index: int) -> str:
+        return self.name(index)
+
+    def size(self, index: int) -> int:
+        return len(self._files[index])
+
     def digest(self) -> str:
         digest = hashlib.sha256()
         for index in range(len(self)):

@@ -1,7 +1,7 @@
 """Where images come from: a protocol, and folders.
 
 A source is random access to encoded files; it decodes nothing. Shards of tar files can join behind
-the same four methods.
+the same methods.
 """
 
 import errno
@@ -16,7 +16,7 @@ from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.scan import EXTENSIONS, scan
 
 MAX_FILE_BYTES = 256 * 2**20  # no photograph is that large; the file would be read whole
-_SIZES_IN_DIGEST = 1024
+SIZES_IN_DIGEST = 1024
 
 
 Files = TypeVar("Files", covariant=True)  # of one image: bytes, or those of its mask too
@@ -33,6 +33,14 @@ class Source(Protocol[Files]):
 
     def name(self, index: int) -> str:
         """What to call it in a message: enough to find the file."""
+        ...
+
+    def key(self, index: int) -> str:
+        """Its name within the source, wherever that lies."""
+        ...
+
+    def size(self, index: int) -> int | None:
+        """Bytes of its files, None where it has none. Raises OSError if they cannot be had."""
         ...
 
     def digest(self) -> str:
@@ -90,6 +98,13 @@ class ImageFolder:
     def name(self, index: int) -> str:
         return os.path.join(self.root, self.paths[index])
 
+    def key(self, index: int) -> str:
+        path = self.paths[index]  # itself, where it can be: of millions, no copies
+        return path if os.sep == "/" else path.replace(os.sep, "/")
+
+    def size(self, index: int) -> int:
+        return os.stat(self.name(index)).st_size
+
     def digest(self) -> str:
         return digest_of_files(self.root, self.paths)
 
@@ -119,7 +134,7 @@ def digest_of_files(root: Path, paths: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(os.fsencode(path.replace(os.sep, "/")) + b"\0")
-    num_sizes = min(_SIZES_IN_DIGEST, len(paths))
+    num_sizes = min(SIZES_IN_DIGEST, len(paths))
     for number in range(num_sizes):
         path = paths[number * len(paths) // num_sizes]
         digest.update(b"%d\0" % os.stat(os.path.join(root, path)).st_size)

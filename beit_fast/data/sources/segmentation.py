@@ -110,6 +110,13 @@ class MaskedFolder:
     def name(self, index: int) -> str:
         return self.images.name(index)
 
+    def key(self, index: int) -> str:
+        return self.images.key(index)
+
+    def size(self, index: int) -> int:
+        """Of image and mask."""
+        return self.images.size(index) + os.stat(self.mask_name(index)).st_size
+
     def mask_name(self, index: int) -> str:
         return str(self.masks / self._masks[index])
 

@@ -25,6 +25,12 @@ class Subset:
     def name(self, index: int) -> str:
         return self.source.name(self._numbers[index])
 
+    def key(self, index: int) -> str:
+        return self.source.key(self._numbers[index])
+
+    def size(self, index: int) -> int | None:
+        return self.source.size(self._numbers[index])
+
     def digest(self) -> str:
         numbers = ",".join(map(str, self._numbers))
         return hashlib.sha256(f"{self.source.digest()} {numbers}".encode()).hexdigest()

@@ -36,7 +36,13 @@ from beit_fast.tasks.evaluate.evaluation import (
 from beit_fast.tasks.finetune.config import FinetuneConfig, LabelledDataConfig
 from beit_fast.tasks.finetune.init import starting_point
 from beit_fast.tasks.layer_decay import layer_decay_groups
-from beit_fast.tasks.sources import describe_source, say, task_settings, unseen_batches
+from beit_fast.tasks.sources import (
+    describe_source,
+    held_out_anew,
+    say,
+    task_settings,
+    unseen_batches,
+)
 from beit_fast.train.aside import Aside
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import SAVED, Outcome, train
@@ -109,7 +115,9 @@ class FinetuneTask:
             reads=data,
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
-        self.num_images = len(source)
+        self.num_images, self.images = len(source), self.loader.images
+        if data.held_out is not None:
+            self.images.caution = held_out_anew()
         self.images_per_batch = data.batch_size
         self._drop_path = DropPathDraws(self.model, config.run, data.batch_size, world)
 
@@ -121,6 +129,13 @@ class FinetuneTask:
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self._drop_path.added_to(self.loader.batches(start), start)
+
+    def take_rank(self, world: World) -> None:
+        self.loader = self.loader.of_rank(world.rank, world.size)
+        self._drop_path = self._drop_path.of_rank(world)
+
+    def sample_name(self, index: int) -> str:
+        return self.loader.source.name(index)
 
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         if by_block:
@@ -268,7 +283,7 @@ def run_finetuning(config: FinetuneConfig) -> FinetuneOutcome:
         run = (task, config.optim, config.run)
         check_run(*run, settings=settings_of(task), world=world)
         task.check_test_images()
-        outcome = train(*run, settings=settings_of(task), world=world)
+        outcome = train(*run, settings=settings_of(task), world=world, config=config)
         raw = ema = None
         if task.has_test:
             raw = _classified(task, outcome.trained, outcome)

@@ -33,10 +33,10 @@ from beit_fast.tokenizer.metrics import (
     reconstruction_error,
 )
 from beit_fast.train.aside import Aside
+from beit_fast.train.changes import changes
 from beit_fast.train.log import METRICS, plain_console, read_metrics
 from beit_fast.train.loop import train
 from beit_fast.train.preflight import check_run
-from beit_fast.train.resume import changes
 from beit_fast.train.start import open_run
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
 from beit_fast.train.stop import heeded, left_together, stop_signals
@@ -67,7 +67,7 @@ class DvaeTask:
             config.data, TokenizerSample(config.view), seed=config.run.seed, world=world
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
-        self.num_images = len(self.loader.source)
+        self.num_images, self.images = len(self.loader.source), self.loader.images
         self.images_per_batch = config.data.batch_size
 
     def to(self, device: torch.device) -> None:
@@ -88,6 +88,12 @@ class DvaeTask:
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self.loader.batches(start)
+
+    def take_rank(self, world: World) -> None:
+        self.loader = self.loader.of_rank(world.rank, world.size)
+
+    def sample_name(self, index: int) -> str:
+        return self.loader.source.name(index)
 
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         """All of the model: there are no blocks to make one by one."""
@@ -192,8 +198,10 @@ def finished_tokenizer(config: DvaeTrainingConfig) -> Path | None:
     theirs, ours = manifest["settings"], json.loads(json.dumps(whole))
     for name in ("num_images", "images_per_batch", "world_size"):  # known once images are read
         ours["run"][name] = theirs["run"].get(name)
-    for settings in (theirs, ours):  # of pixels, which are as many in every batch
-        settings["run"].pop("loss_mean", None)
+    # Pixels are as many in every batch, and no step is to come that could be skipped.
+    for name in ("loss_mean", "bad_steps", "spike", "spike_window"):
+        theirs["run"].pop(name, None)
+        ours["run"].pop(name, None)
     length = manifest.get("schedule", {"num_steps": run.steps})["num_steps"]
     if changes(theirs, ours) or length is None or manifest["step"] < length:
         return None
@@ -210,7 +218,7 @@ def train_tokenizer(config: DvaeTrainingConfig, world: World) -> Path:
     say(f"images of the tokenizer: {describe_source(task.loader.source)}", world)
     settings = task_settings(config)
     check_run(task, config.optim, config.run, settings=settings, world=world)
-    outcome = train(task, config.optim, config.run, settings=settings, world=world)
+    outcome = train(task, config.optim, config.run, settings=settings, world=world, config=config)
     output = Path(config.run.output)
     path = output / TOKENIZER
     if world.is_main:

@@ -79,7 +79,7 @@ def run_pretraining(config: PretrainConfig) -> Outcome:
             task.use(tokenizer)
         settings = settings_of(task, tokenizer)
         check_run(*run, settings=settings, world=world)
-        outcome = train(*run, settings=settings, world=world)
+        outcome = train(*run, settings=settings, world=world, config=config)
         if world.is_main:
             aside = Aside(world, strict=config.run.strict)
             with aside.work("the summary"):

@@ -22,6 +22,7 @@ from beit_fast.data.views.color_jitter import jitter_views
 from beit_fast.data.views.statistics import (
     STATISTICS,
 )
+from beit_fast.flags import flag
 from beit_fast.kernels.input.patches import normalized_patches
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForMaskedImageModeling
@@ -109,13 +110,17 @@ class PretrainTask:
         self._unseen_loader = self.loader
         if self.cache is not None:
             self._check_cache()
+            self.loader.images.fixed = (
+                "tokens of a cache are of one list of images: restore the folder and its "
+                f"{flag('token_cache')}, or give another {flag('run.output')}"
+            )
             name = self.loader.source.name
             cached = CachedSample(views, config.masking, model.grid, self.cache, name)
             self.loader = self.loader.with_sample(cached)
             if config.tokenizer is None:
                 self._unseen_loader = self.loader
         self.batches_per_epoch = self.loader.batches_per_epoch
-        self.num_images = len(self.loader.source)
+        self.num_images, self.images = len(self.loader.source), self.loader.images
         self.images_per_batch = config.data.batch_size
         self._drop_path = DropPathDraws(self.model, config.run, self.images_per_batch, world)
 
@@ -135,6 +140,13 @@ class PretrainTask:
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self._drop_path.added_to(self.loader.batches(start), start)
+
+    def take_rank(self, world: World) -> None:
+        self.loader = self.loader.of_rank(world.rank, world.size)
+        self._drop_path = self._drop_path.of_rank(world)
+
+    def sample_name(self, index: int) -> str:
+        return self.loader.source.name(index)
 
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         if by_block:

@@ -51,7 +51,7 @@ def run_segmentation(config: SegmentConfig) -> SegmentOutcome:
         run = (task, config.optim, config.run)
         check_run(*run, settings=settings_of(task), world=world)
         task.check_images()
-        outcome = train(*run, settings=settings_of(task), world=world)
+        outcome = train(*run, settings=settings_of(task), world=world, config=config)
         raw = ema = None
         if task.test is not None:
             raw = _segmented(task, outcome.trained, outcome)

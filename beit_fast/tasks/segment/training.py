@@ -31,7 +31,7 @@ from beit_fast.tasks.segment.data import open_masked
 from beit_fast.tasks.segment.evaluation import Segmentation, evaluate_segmenter, read_pair
 from beit_fast.tasks.segment.init import starting_point
 from beit_fast.tasks.segment.sliding import segment_image
-from beit_fast.tasks.sources import describe_source, task_settings
+from beit_fast.tasks.sources import describe_source, held_out_anew, task_settings
 from beit_fast.train.batch_norm import synchronize_batch_norm
 from beit_fast.train.parallel import compile_blocks
 from beit_fast.train.world import World
@@ -92,7 +92,9 @@ class SegmentTask:
             reads=data,
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
-        self.num_images = len(self.source)
+        self.num_images, self.images = len(self.source), self.loader.images
+        if data.held_out is not None:
+            self.images.caution = held_out_anew()
         self.images_per_batch = data.batch_size
         self._drop_path = DropPathDraws(model, config.run, data.batch_size, world)
 
@@ -103,6 +105,13 @@ class SegmentTask:
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         return self._drop_path.added_to(self.loader.batches(start), start)
+
+    def take_rank(self, world: World) -> None:
+        self.loader = self.loader.of_rank(world.rank, world.size)
+        self._drop_path = self._drop_path.of_rank(world)
+
+    def sample_name(self, index: int) -> str:
+        return self.source.name(index)
 
     def compile(self, mode: str, *, by_block: bool = False) -> None:
         """All of it; under several ranks the encoder, for their batch norms wait for one another

@@ -30,6 +30,7 @@ from task_runs import (
 )
 
 
+@pytest.mark.promise("R1")
 def test_two_epochs_that_are_stopped_and_resumed_are_bitwise_the_undisturbed_ones(
     finetune_config, tmp_path
 ):

@@ -47,6 +47,7 @@ def assert_the_same_batches_and_losses(config, folder, count):
     assert torch.equal(live.counters["token_counts"], ours.counters["token_counts"])
 
 
+@pytest.mark.promise("R1")
 def test_a_run_from_the_cache_is_bitwise_the_live_run(pretrain_config, cache_of, tmp_path):
     """Two passes and two thirds over twelve images, from three views of each."""
     config = pretrain_config(run={"steps": 8, "log_every": 1})

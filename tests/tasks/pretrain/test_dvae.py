@@ -95,6 +95,7 @@ def test_a_collapsed_codebook_is_reported(config, capsys):
     assert "COLLAPSED" in capsys.readouterr().out
 
 
+@pytest.mark.promise("R1")
 def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(config, tmp_path):
     changes = {"codebook_init": "kmeans", "encoder_lr_scale": 0.1}
     averaged = {"ema_decay": 0.9}

@@ -9,14 +9,14 @@ import pytest
 
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.recipes.tokenizer import demo_tokenizer
-from beit_fast.tasks.pretrain import dvae
+from beit_fast.tasks.pretrain import dvae, pipeline
 from beit_fast.tasks.pretrain.dvae import DvaeTask, train_tokenizer
 from beit_fast.tasks.pretrain.pipeline import run_pretraining
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.train import preflight
 from beit_fast.train.state import CheckpointError, checkpoint_paths, read_manifest
 from beit_fast.train.stop import Interrupted
-from task_runs import steps_of, told_in_a_read
+from task_runs import steps_of, stopped_in_step, told_in_a_read
 
 
 @pytest.fixture
@@ -123,6 +123,26 @@ def test_a_finished_tokenizer_is_taken_as_it_is(two_stages, tmp_path, monkeypatc
     assert "all 3 steps are done, what changed has no effect" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match=r"dvae\.encoder_width was 8, is 16"):
         run_pretraining(two_stages({"dvae": {"encoder_width": 16}}))
+
+
+def test_a_tokenizer_goes_on_over_other_images_by_a_flag_of_its_own(
+    two_stages, image_folder, tmp_path, monkeypatch
+):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    data = {"path": str(images)}
+    monkeypatch.setattr(DvaeTask, "picture", lambda self, model, path: path.touch())
+    with stopped_in_step(DvaeTask, 2):
+        run_pretraining(two_stages(data=data))
+    shutil.copy(images / "class_0/0.jpg", images / "class_0/00.jpg")
+    with pytest.raises(CheckpointError, match=r"1 image was added \(class_0/00\.jpg\)") as refused:
+        run_pretraining(two_stages(data=data))
+    assert str(refused.value).endswith("--tokenizer_training.run.resume_with '[data.images]'")
+    monkeypatch.setattr(PretrainTask, "picture", lambda self, model, path: path.touch())
+    monkeypatch.setattr(PretrainTask, "evaluate", lambda self, model: {"loss": 1.0})
+    monkeypatch.setattr(pipeline, "_summarise", lambda *_: None)
+    run_pretraining(two_stages({"run": {"resume_with": ("data.images",)}}, data=data))
+    assert len([*(tmp_path / "run/tokenizer/images").iterdir()]) == 2
+    assert len([*(tmp_path / "run/images").iterdir()]) == 1
 
 
 def test_a_tokenizer_that_beit_was_trained_with_is_not_written_over(two_stages, tmp_path):

@@ -70,6 +70,7 @@ def assert_the_same_numbers(ours: Path, theirs: Path) -> None:
         torch.testing.assert_close(other.tensors["model"][name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.promise("R1", "R2")
 def test_a_step_is_the_same_however_it_is_split(split_config, on_two_ranks, tmp_path):
     whole = run_split(split_config("one", ONE), ALONE)
     quarters = run_split(split_config("quarters", QUARTERS), ALONE)
@@ -121,6 +122,7 @@ def test_a_step_is_the_same_however_it_is_split(split_config, on_two_ranks, tmp_
     assert entry["changed"].keys() == {"data.batch_size", "run.images_per_batch", "run.world_size"}
 
 
+@pytest.mark.promise("R2")
 def test_another_number_of_images_a_step_is_refused_with_what_keeps_it(split_config):
     run_split(split_config("run", ONE), ALONE, stop=2)
     with pytest.raises(CheckpointError, match=r"run\.images_per_step was 4, is 2") as refused:

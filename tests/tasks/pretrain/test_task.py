@@ -35,12 +35,25 @@ def task_of(config):
     return PretrainTask(config, load_tokenizer(config.tokenizer), ALONE)
 
 
-def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(pretrain_config, tmp_path):
-    run_pretraining(pretrain_config(run={"output": str(tmp_path / "whole")}))
-    parts = pretrain_config(run={"output": str(tmp_path / "parts")})
-    with stopped_in_step(PretrainTask, 3):
+@pytest.mark.promise("R1")
+@pytest.mark.parametrize(
+    ("stop", "data", "run"),
+    [
+        (3, {}, {}),  # at the end of a pass
+        (4, {"num_threads": 1}, {"ema_decay": 0.9}),  # in a pass, and in a window of the log
+        (5, {"batch_size": 2}, {"accumulate": 2, "log_every": 4}),
+    ],
+    ids=["pass-end", "averages", "accumulation"],
+)
+def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(
+    pretrain_config, tmp_path, stop, data, run
+):
+    """With drop path, crops, jitter and masks."""
+    run_pretraining(pretrain_config(data=data, run=run | {"output": str(tmp_path / "whole")}))
+    parts = pretrain_config(data=data, run=run | {"output": str(tmp_path / "parts")})
+    with stopped_in_step(PretrainTask, stop):
         run_pretraining(parts)
-    assert load_checkpoint(checkpoint_paths(tmp_path / "parts")[-1]).step == 3
+    assert load_checkpoint(checkpoint_paths(tmp_path / "parts")[-1]).step == stop
     run_pretraining(parts)
     assert_the_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -79,7 +92,7 @@ def test_a_resume_follows_files_that_moved_and_refuses_another_tokenizer(
     with pytest.raises(CheckpointError, match="tokenizer was"):
         run_pretraining(pretrain_config(tokenizer=str(tmp_path / "moved.safetensors")))
     shutil.copy(tmp_path / "moved/class_0/0.jpg", tmp_path / "moved/class_0/new.jpg")
-    with pytest.raises(CheckpointError, match=r"run\.num_images was 12, is 13"):
+    with pytest.raises(CheckpointError, match=r"1 image was added \(class_0/new\.jpg\): restore"):
         run_pretraining(pretrain_config(**moved))
 
 

@@ -34,6 +34,7 @@ CLASSES = ["class 0", "class 1", "class 2"]
 WITHOUT_CHANCE = {"drop_path_rate": 0.0, "drop_rate": 0.0}
 
 
+@pytest.mark.promise("R1")
 def test_a_run_that_is_stopped_and_resumed_is_bitwise_the_undisturbed_one(segment_config, tmp_path):
     whole = run_segmentation(segment_config(run={"output": str(tmp_path / "whole")}))
     parts = segment_config(run={"output": str(tmp_path / "parts")})
