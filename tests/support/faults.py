@@ -174,8 +174,9 @@ def raises_in_backward(error: BaseException) -> Callable[[Tensor], Tensor]:
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
 FULL_AT = (100, 1_000, 10_000, 100_000, 260_000)  # bytes
 # Places: "step" (its beginning), "batch" (waiting for that of a step), "save" (writing the
-# checkpoint of a step), "update" (the optimiser's step), "launch" (of a kernel, by its name); "loss",
-# "gradient" and "sample" (of an image's number) and "pixels", of which a tensor is the value.
+# checkpoint of a step), "update" (the optimiser's step), "launch" (of a kernel, by its name);
+# "loss", "gradient" and "sample" (of an image's number) and "pixels", of which a tensor is the
+# value.
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
