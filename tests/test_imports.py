@@ -137,6 +137,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.promise("S9")
 def test_importing_prints_nothing_and_opens_no_device():
     said = run("""
         import socket, torch

@@ -157,6 +157,7 @@ def test_a_file_without_metadata_is_refused(tmp_path, tiny):
         load_tokenizer(tmp_path / "bare.safetensors")
 
 
+@pytest.mark.promise("S1")
 def test_a_pickle_is_refused_and_not_run(tmp_path):
     marker = tmp_path / "marker"
 

@@ -301,6 +301,7 @@ def test_sigterm_while_one_is_written_ends_the_run_with_both_whole(
     assert_the_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.promise("R23")
 def test_a_second_ctrl_c_does_not_wait_and_the_folder_is_not_free_yet(
     tmp_path, run_toy, toy_task, write
 ):

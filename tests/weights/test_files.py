@@ -71,6 +71,7 @@ def test_shards_are_read_by_folder_and_by_index(tmp_path):
     assert_read(read_weights(tmp_path).tensors)
 
 
+@pytest.mark.promise("S7")
 def test_a_shard_that_is_missing_outside_or_other_is_named(tmp_path):
     index = shards(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "c": "../x"}}))
@@ -95,6 +96,7 @@ class Planted:
         return os.system, (f"touch {self.marker}",)
 
 
+@pytest.mark.promise("S1")
 @pytest.mark.parametrize("legacy", [False, True])
 def test_no_code_of_a_pickle_runs(legacy, tmp_path):
     marker = tmp_path / "ran"
@@ -130,6 +132,7 @@ def test_other_contents_are_refused(content, key, message, tmp_path):
         read_weights(tmp_path / "w.pth", key=key)
 
 
+@pytest.mark.promise("S3")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of a pickle protocol it guesses
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_garbled_bytes_give_tensors_or_a_value_error(kind, tmp_path):

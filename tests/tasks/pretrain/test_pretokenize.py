@@ -164,6 +164,7 @@ def test_tokens_of_something_else_are_refused_before_a_tokenizer_is_trained(
         run_pretokenize(cache_of(pretrain_config(**changed, views={"token_size": 64})))
 
 
+@pytest.mark.promise("R23")
 def test_two_writers_do_not_share_a_folder(pretrain_config, cache_of, tmp_path):
     with (
         sole_user(tmp_path / "tokens"),
