@@ -67,8 +67,11 @@ def test_an_archive_is_refused_with_what_to_do_and_nothing_is_taken_out_of_it(
 ):
     path = tmp_path / name
     hostile_tar(path, mode)
-    for kind, command in reading(path, good).items():
-        refused(command, path, "" if kind in ("config", "data.classes_file") else "unpack")
+    commands = reading(path, good)
+    # All for one of them: the others differ by their first bytes alone.
+    kinds = commands if name == "d.tar" else ("images", "init", "tokenizer", "encoder")
+    for kind in kinds:
+        refused(commands[kind], path, "" if kind in ("config", "data.classes_file") else "unpack")
     (tmp_path / "shards").mkdir()
     path.rename(tmp_path / "shards" / "0.tar")
     for kind in ("data.path", "folder", "images"):
@@ -94,8 +97,11 @@ def test_what_is_no_path_is_taken_for_one_that_is_not_there(scheme, good, refuse
     for name in ("socket.getaddrinfo", "socket.socket.connect", "os.system", "subprocess.Popen"):
         monkeypatch.setattr(name, opened)
     given = scheme.format(good / "w.safetensors")
-    for command in reading(given, good).values():
-        refused(command, given.partition(":")[2].strip("/").partition(" ")[0])
+    commands = reading(given, good)
+    for kind in (
+        commands if scheme.startswith("file") else ("data.path", "images", "init", "config")
+    ):
+        refused(commands[kind], given.partition(":")[2].strip("/").partition(" ")[0])
 
 
 @pytest.mark.promise("S6")
@@ -134,8 +140,9 @@ def test_a_nul_is_told_with_its_flag_wherever_it_stands(good, refused):
 def test_long_names_and_loops_of_links_are_told_by_their_path(good, refused, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for path in ("n" * 300, "a/" * 3000, "loop", "loop/x"):
-        for command in reading(path, good).values():
-            refused(command, path[:60])
+        commands = reading(path, good)
+        for kind in commands if path == "loop" else ("data.path", "images", "source", "config"):
+            refused(commands[kind], path[:60])
     refused(["tokenizer", "demo", "--run.output", "loop"], "loop", "--run.output")
     refused(["evaluate", good / "w.safetensors", good / "images", "--output", "loop/x"], "loop")
 
