@@ -8,17 +8,74 @@ import argparse
 import dataclasses
 import difflib
 import itertools
+import math
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
 
 from beit_fast.checks import FieldError, allowed, hints
 from beit_fast.files import naming
 from beit_fast.flags import flags_of
+
+# What YAML may unfold to, far more than any configuration has: a few lines of aliases of aliases
+# are billions of values, and what is nested deeper than Python calls itself cannot be walked.
+MOST_VALUES, DEEPEST = 10_000, 32
+
+
+class _Unbounded(Exception):
+    """No error of YAML's, which jsonargparse would take for a value that is plain text."""
+
+
+def _load_yaml(text: str) -> Any:
+    """jsonargparse's own reading, of what has a bound. Raises _Unbounded."""
+    _check_bounds(text)
+    return _unchecked(text)
+
+
+def _check_bounds(text: str) -> None:
+    """Raise _Unbounded for what unfolds beyond reason, found in time linear in the text."""
+    open_: list[list[Any]] = []
+    done: dict[str, tuple[float, float]] = {}
+    # [anchor, values, levels] of collections; (values, levels) by anchor
+    try:
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            anchor, values, levels = getattr(event, "anchor", None), 1, 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_.append([anchor, 1, 1])
+                if anchor is not None:
+                    done[anchor] = math.inf, math.inf  # while it is open it would hold itself
+                continue
+            if isinstance(event, yaml.CollectionEndEvent):
+                anchor, values, levels = open_.pop()
+            elif isinstance(event, yaml.AliasEvent):
+                values, levels = done.get(anchor, (1, 1))  # that of none is YAML's error
+            elif isinstance(event, yaml.ScalarEvent):
+                if "*" in event.value and event.value != text:
+                    _check_bounds(event.value)  # may be read again, for the value of its field
+            else:
+                continue
+            if anchor is not None:
+                done[anchor] = values, levels
+            if open_:
+                open_[-1][1] += values
+                open_[-1][2] = max(open_[-1][2], levels + 1)
+            if values > MOST_VALUES or max(levels, len(open_)) > DEEPEST:
+                raise _Unbounded(
+                    f"its YAML has more than {MOST_VALUES} values or {DEEPEST} levels, what its "
+                    "aliases (*name) repeat counted: write out what is needed"
+                )
+    except yaml.YAMLError:
+        pass  # said by whoever reads it
+
+
+_unchecked = get_loader("yaml")
+_MODE = "bounded yaml"  # of our parsers: those of others read as they did
+set_loader(_MODE, _load_yaml, exceptions=(yaml.YAMLError,))
 
 
 class _HelpFormatter(DefaultHelpFormatter):
@@ -32,6 +89,7 @@ def new_parser(command: str, **options: Any) -> ArgumentParser:
     """jsonargparse's, for `read`. A flag is never guessed from its first letters."""
     return ArgumentParser(
         prog=command,
+        parser_mode=_MODE,
         exit_on_error=False,
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
@@ -66,6 +124,9 @@ def read(
     """
     kept, nulls = _without_nulls(arguments, config_type)
     try:
+        for flag, value in _pairs(arguments, config_type):
+            if "\0" in value or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+                raise ValueError(f"{flag} is {value!r:.80}: give the path of a file on a disk")
         chosen = parser.parse_args([argument.translate(_SHOWN) for argument in kept])
         for path in nulls:
             _set_null(chosen, path)
@@ -77,11 +138,13 @@ def read(
             with naming("standard output"):
                 raise
         raise
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
+    except (argparse.ArgumentError, ValueError, TypeError, _Unbounded) as error:
         line = _as_typed(_explain(str(error), parser, config_type))
         typed = any(name.split("=")[0] in arguments for name in re.findall(r"--[\w.]+", line))
         if not typed and (files := _files(arguments, config_type)):
             line = f"{', '.join(files)}: {line}"  # of a file of fields
+        elif isinstance(error, _Unbounded):
+            line = f"{_unbounded_flag(arguments)}: {line}"
         print(f"beit-fast: {line}; `{parser.prog} --help` has the flags", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -144,14 +207,31 @@ def _set_null(values: Namespace, path: str) -> None:
 
 def _files(arguments: Sequence[str], config_type: type | None) -> list[str]:
     """The flags whose values are files of fields, with them."""
+    pairs = _pairs(arguments, config_type)
+    return [f"{name} {file}" for name, file in pairs if os.path.exists(file)]
+
+
+def _pairs(arguments: Sequence[str], config_type: type | None) -> list[tuple[str, str]]:
+    """The flags whose values may be files of fields, with their values."""
     words = [word for a in arguments for word in (a.split("=", 1) if a[:2] == "--" else [a])]
     return [
-        f"{name} {file}"
-        for name, file in itertools.pairwise(words)
+        (name, value)
+        for name, value in itertools.pairwise(words)
         if (name == "--config" or section_type(_hint(name[2:], config_type)) is not None)
         and name[:2] == "--"
-        and os.path.exists(file)
     ]
+
+
+def _unbounded_flag(arguments: Sequence[str]) -> str:
+    """The flag whose value unfolds beyond reason; the value's beginning where it has none."""
+    for argument, after in itertools.zip_longest(arguments, arguments[1:]):
+        flag, _, value = argument.partition("=")
+        value = value or after or argument
+        try:
+            _check_bounds(value)
+        except _Unbounded:
+            return flag[:80]
+    return "a value"
 
 
 def _explain(message: str, parser: ArgumentParser, config_type: type | None) -> str:

@@ -7,6 +7,8 @@ tensors for a GPU that is not there (`pretend`), so what it compiles is what pro
 
 import contextlib
 import os
+import re
+import subprocess
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,8 +34,17 @@ except ImportError:
 
 HAS_TRITON = hasattr(triton, "compile")
 TensorDescriptor = None
+_COMPILE_ERRORS: tuple[type[Exception], ...] = (subprocess.CalledProcessError,)  # of gcc, ptxas
 if HAS_TRITON:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
     from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: F401  for launchers
+
+    _COMPILE_ERRORS += (CompilationError, OutOfResources, PTXASError)
+# What Triton raises as a RuntimeError before anything is launched.
+_COMPILE_MESSAGES = re.compile(
+    r"PassManager::run failed|C compiler|ptxas|is not a recognized processor|libcuda"
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,24 @@ class Launch:
     options: dict[str, int]
 
 
+class KernelError(ValueError):
+    """A kernel that cannot be compiled for a device: it was not launched, and wrote nothing."""
+
+    def __init__(self, kernel: str, device: torch.device, error: Exception) -> None:
+        on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        said = getattr(error, "error_message", None) or str(error)
+        said = " ".join(said.split())
+        said = said if len(said) <= 200 else f"{said[:197]}..."
+        super().__init__(
+            f"its kernel {kernel} does not compile for {on} ({type(error).__name__}: {said}); "
+            "another version of Triton or of the driver may do it"
+        )
+
+
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _warned: set[str] = set()
+_failed: dict[str, str] = {}  # operator -> why its kernels are not tried again in this process
 _pretended: list[Gpu] = []
 _recorded: list[list[Launch]] = []
 
@@ -132,8 +158,10 @@ def gpu_of(tensor: Tensor) -> Gpu:
     )
 
 
-def launch_obstacle(tensor: Tensor, *dtypes: torch.dtype) -> str | None:
-    """Why no kernel can take tensors like this one, of these dtypes, or None."""
+def launch_obstacle(tensor: Tensor, *dtypes: torch.dtype, operator: str = "") -> str | None:
+    """Why no kernel of the operator can take tensors like this one, of these dtypes, or None."""
+    if operator in _failed:
+        return _failed[operator]
     if not can_launch(tensor):
         return f"Triton has no kernels for {tensor.device.type} tensors"
     for dtype in dtypes:
@@ -148,8 +176,8 @@ def launch_obstacle(tensor: Tensor, *dtypes: torch.dtype) -> str | None:
 def warn_once(message: str, stacklevel: int = 4) -> None:
     """A fallback is never silent, and not told at every step either."""
     if message not in _warned:
-        _warned.add(message)
         warnings.warn(message, stacklevel=stacklevel)
+        _warned.add(message)  # and not of one that is an error: that ends every call
 
 
 def _capability_of(tensor: Tensor) -> tuple[int, int]:
@@ -172,7 +200,8 @@ def launch(
 ) -> None:
     """kernel[grid](**arguments) on the device of `on`; an empty grid launches nothing.
 
-    `maxnreg` caps the registers of a thread, for more CTAs on a multiprocessor.
+    `maxnreg` caps the registers of a thread, for more CTAs on a multiprocessor. Raises KernelError
+    where the kernel cannot be compiled.
     """
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if maxnreg is not None:
@@ -184,7 +213,16 @@ def launch(
         return
     guard = torch.cuda.device(on.device) if on.device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](**arguments, **options)
+        try:
+            _run(kernel, grid, arguments | options)
+        except (RuntimeError, *_COMPILE_ERRORS) as error:
+            if isinstance(error, _COMPILE_ERRORS) or _COMPILE_MESSAGES.search(str(error)):
+                raise KernelError(kernel.__name__, on.device, error) from error
+            raise  # what is wrong on the device, or with the arguments, no other path would mend
+
+
+def _run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    kernel[grid](**arguments)
 
 
 def contiguous_rows(tensor: Tensor | None) -> Tensor | None:

@@ -5,10 +5,15 @@
 Checks of shapes stay with the operator, whose shapes they are.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-from beit_fast.kernels._triton import TRITON_DTYPES, warn_once
+from beit_fast.kernels._triton import TRITON_DTYPES, KernelError, _failed, warn_once
+
+T = TypeVar("T")
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -95,3 +100,30 @@ def triton_or_torch(
         raise cannot_run(backend, obstacle)
     warn_once(f"{operator} runs on torch, {lost}: {obstacle}", stacklevel=5)
     return "torch"
+
+
+def run_or_torch(
+    operator: str,
+    on_kernels: Callable[[], T],
+    on_torch: Callable[[], T],
+    *,
+    backend: str | None = None,
+    lost: str = "slower",
+) -> T:
+    """What the kernels give; where one of them cannot be compiled what torch gives, in this process
+    from then on, which is said once.
+
+    Only what has written nothing of its inputs may run again. Raises KernelError inside the capture
+    of a CUDA graph, which holds what was launched before, and ValueError where `backend`, the
+    caller's wish, is "triton".
+    """
+    if operator in _failed and backend != "triton":
+        return on_torch()
+    try:
+        return on_kernels()
+    except KernelError as error:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise
+        triton_or_torch(operator, backend, str(error), lost)
+        _failed[operator] = str(error)
+        return on_torch()

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from beit_fast.files import (
     damage,
     describe,
     drop,
     naming,
-    order_metadata,
+    new_file,
+    open_no_link,
     refuse_other_kinds,
     replace_file,
+    replace_text,
 )
 from beit_fast.tasks.probe.features import _allocate
 from beit_fast.tokenizer.checkpoint import load_tokenizer, save_tokenizer
@@ -59,6 +59,63 @@ def test_a_file_is_replaced_whole_whatever_a_killed_process_left(tmp_path):
     replace_file(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def planted(folder):
+    """A link and what it points at."""
+    victim, link = folder / "victim", folder / "link"
+    victim.write_bytes(b"precious")
+    link.unlink(missing_ok=True)
+    link.symlink_to(victim)
+    return victim, link
+
+
+@pytest.mark.promise("S10")
+def test_what_takes_the_place_of_a_link_leaves_its_target(tmp_path):
+    def write_text(path):
+        replace_text(path, "ours")
+
+    def write_new(path):
+        with new_file(path) as file:
+            file.write(b"ours")
+
+    for write in (write_text, write_new):
+        for _ in range(2):  # of a link, of a file
+            victim, link = planted(tmp_path)
+            write(link)
+            assert (victim.read_bytes(), link.read_bytes()) == (b"precious", b"ours")
+            assert not link.is_symlink()
+        link.unlink()
+        write(link)  # and of nothing
+        assert link.read_bytes() == b"ours"
+    victim, link = planted(tmp_path)
+    _allocate(link, (2, 3))
+    assert victim.read_bytes() == b"precious"
+
+
+@pytest.mark.promise("S10")
+def test_metrics_are_written_through_no_link_and_without_it_they_are_written(tmp_path):
+    (tmp_path / "victim").write_text('{"step": 1}\n{"step": 2}\n')
+    for start in (0, 1):  # a new run, and one that cuts the lines past its checkpoint
+        (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "victim")
+        with pytest.raises(
+            OSError, match=r"metrics\.jsonl is a link, and what.*: remove it"
+        ) as info:
+            Log(tmp_path, title="train", start=start, num_steps=2)
+        assert describe(info.value).startswith(str(tmp_path / "metrics.jsonl"))
+        (tmp_path / "metrics.jsonl").unlink()
+        log = Log(tmp_path, title="train", start=start, num_steps=2)
+        (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "victim")
+        with pytest.raises(OSError, match="is a link"):  # one that is planted meanwhile
+            log.line(2, {"loss": 1.0})
+        (tmp_path / "metrics.jsonl").unlink()
+        log.line(2, {"loss": 1.0})
+        log.close()
+        assert '"loss": 1.0' in (tmp_path / "metrics.jsonl").read_text()
+        (tmp_path / "metrics.jsonl").unlink()
+    assert (tmp_path / "victim").read_text() == '{"step": 1}\n{"step": 2}\n'
+    with pytest.raises(FileNotFoundError):
+        open_no_link(tmp_path / "metrics.jsonl", os.O_RDONLY)
 
 
 @pytest.mark.parametrize(
@@ -118,24 +175,8 @@ def test_a_full_disk_is_named_by_every_writer(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_named_by_the_log(tmp_path, monkeypatch):
     log = Log(tmp_path, title="train", start=0, num_steps=2)
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(log, "_path", Path("/dev/full"))
     with pytest.raises(OSError, match="No space left") as raised:
         log.line(1, {"loss": 1.0})
     log.close()
-    assert describe(raised.value) == f"{tmp_path / 'metrics.jsonl'}: No space left on device"
-
-
-def test_metadata_is_in_one_order_whatever_the_names(tmp_path):
-    tensors = {"weight": torch.arange(6.0), 'a "name"\\ of\nä': torch.ones(2, dtype=torch.bfloat16)}
-    said = {"z": "1", 'ü "quoted"\t': "\\ \x7f\u2028 😀", **{f"key {n}": str(n) for n in range(20)}}
-    written = set()
-    for number in range(8):
-        path = tmp_path / f"{number}.safetensors"
-        save_file(tensors, path, metadata=said)
-        with path.open("rb+") as file:
-            order_metadata(file)
-        written.add(path.read_bytes())
-        with safe_open(path, framework="pt") as file:
-            assert file.metadata() == said
-            assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in tensors)
-    assert len(written) == 1
+    assert describe(raised.value).startswith("/dev/full: No space left on device")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from beit_fast import BeitForImageClassification, BeitForMaskedImageModeling, from_pretrained
 from beit_fast.cli import main
 from beit_fast.tasks.drop_path import DropPathDraws
+from beit_fast.train.state import checkpoint_paths
 
 WRITTEN = Path(__file__).parent / "written_before"
 EXPECTED = json.loads((WRITTEN / "expected.json").read_text())
@@ -44,6 +45,7 @@ def assert_steps(run: Path, expected: list[dict[str, float]]) -> None:
             assert got[name] == pytest.approx(wanted[name], rel=1e-4), (wanted["step"], name)
 
 
+@pytest.mark.promise("R26")
 def test_a_pretraining_goes_on_as_it_did(written, drawn_as_then):
     assert main(["pretrain", "digits", "--config", "pretrain.yaml", "--run.steps", "6"]) == 0
     assert_steps(written / "pretrained", EXPECTED["pretrain"])
@@ -57,11 +59,37 @@ def test_a_pretraining_goes_on_with_what_is_drawn_by_sample(written, capsys):
     assert now["loss"] != before["loss"]
 
 
+@pytest.mark.promise("R26")
+def test_a_pretraining_of_format_2_goes_on_as_it_did(written):
+    command = ["pretrain", "digits", "--config", "format_2/pretrain.yaml", "--run.steps", "6"]
+    assert main(command) == 0
+    assert_steps(written / "format_2" / "run", EXPECTED["format_2"])
+
+
+@pytest.mark.promise("R26")
+def test_both_formats_are_there_and_a_newer_one_is_refused_by_its_number(written, capsys):
+    runs = {1: (written / "pretrained", "pretrain.yaml")}
+    runs[2] = written / "format_2" / "run", "format_2/pretrain.yaml"
+    for version, (run, config) in runs.items():
+        path = checkpoint_paths(run)[-1] / "manifest.json"
+        manifest = json.loads(path.read_text())
+        assert manifest["format"] == version
+        path.write_text(json.dumps(manifest | {"format": 3}))
+        said = f"{path.relative_to(written)} has checkpoint format 3, this version reads 1 to 2"
+        for command in (
+            ["pretrain", "digits", "--config", config, "--run.steps", "6"],
+            ["convert", str(run.relative_to(written)), "out.pth", "--to", "unilm"],
+        ):
+            assert main(command) == 1
+            assert said in capsys.readouterr().err
+
+
 def test_a_finetuning_goes_on_as_it_did(written):
     assert main(["finetune", "digits", "--config", "finetune.yaml", "--run.steps", "6"]) == 0
     assert_steps(written / "finetuned", EXPECTED["finetune"])
 
 
+@pytest.mark.promise("R26")
 def test_a_token_cache_is_read_as_it_was(written, drawn_as_then):
     command = ["pretrain", "digits", "--config", "pretrain.yaml", "--run.steps", "3"]
     command += ["--run.output", "fresh", "--token_cache", "tokens", "--tokenizer_training", "null"]
@@ -91,6 +119,7 @@ def assert_same_tensors(before: Path, now: Path) -> None:
     assert all(torch.equal(before[name], now[name]) for name in before)
 
 
+@pytest.mark.promise("R26")
 def test_models_are_made_of_them():
     images = torch.zeros(2, 3, 16, 16)
     classifier = from_pretrained(WRITTEN / "finetuned", BeitForImageClassification)
@@ -99,6 +128,9 @@ def test_models_are_made_of_them():
     model = from_pretrained(WRITTEN / "pretrained", BeitForMaskedImageModeling)
     same = from_pretrained(WRITTEN / "as_hf", BeitForMaskedImageModeling)
     torch.testing.assert_close(model.forward_features(images), same.forward_features(images))
+    model = from_pretrained(WRITTEN / "format_2" / "run", BeitForMaskedImageModeling)
+    same = from_pretrained(WRITTEN / "format_2" / "unilm.safetensors", BeitForMaskedImageModeling)
+    assert torch.equal(model.forward_features(images), same.forward_features(images))
 
 
 def test_a_classifier_is_as_right_as_it_was(written):

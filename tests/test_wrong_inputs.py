@@ -305,6 +305,7 @@ CONFIGS = dict(CONTENTS) | {
 }
 
 
+@pytest.mark.promise("S8")
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_wrong_configuration_files(verb, tmp_path, refuse):
     # One parser reads them for all verbs: the largest ones, which take longest, see some.
@@ -319,6 +320,7 @@ def test_wrong_configuration_files(verb, tmp_path, refuse):
         refuse([verb, TINY[verb][0], "--config", path], [path])
 
 
+@pytest.mark.promise("S8")
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_wrong_words(verb, tmp_path, refuse):
     recipe = TINY[verb][0]

@@ -141,6 +141,11 @@ def check_made_from(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, 
 def read_manifest(folder: Path) -> Manifest:
     """Raises TokenCacheError where there is none, or one that cannot be read."""
     path = folder / MANIFEST
+    if folder.exists() and not folder.is_dir():
+        raise TokenCacheError(
+            f"{folder} is not a folder: give the one that `beit-fast pretokenize` wrote; an "
+            "archive has to be unpacked first"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values.pop("format")

@@ -13,7 +13,7 @@ from beit_fast.data.sources.folder import ImageSource, Source
 from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.masks import decode_pair
 from beit_fast.data.sources.segmentation import MaskedImage, SegmentationSource
-from beit_fast.files import naming
+from beit_fast.files import replace_text
 from beit_fast.flags import flag
 from beit_fast.train.stop import Interrupted, heeded
 from beit_fast.train.world import World
@@ -139,12 +139,11 @@ def _look_once(
         names = [source.name(index) for part in turned_parts for index in part]
         warn_of_turned(names, len(source), f"{kind} images")
         folder.mkdir(parents=True, exist_ok=True)
-        with naming(remembered):
-            remembered.write_text(json.dumps({"images": digest}), encoding="utf-8")
+        replace_text(remembered, json.dumps({"images": digest}))
 
 
 def _remembers(path: Path, digest: str) -> bool:
     try:
         return json.loads(path.read_text(encoding="utf-8")) == {"images": digest}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False

@@ -1,7 +1,8 @@
 """A trained tokenizer in one safetensors file: names, shapes and config, and nothing that can run.
 
 The metadata of the file holds the format's name, the config as JSON and where the weights came
-from. Reading checks every name and shape against the config before a single tensor is read.
+from. Reading checks the file against its seal, and every name and shape against the config, before
+a single tensor is read.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from beit_fast.files import refuse_other_kinds, replace_safetensors
+from beit_fast.files import refuse_long_header, refuse_other_kinds
+from beit_fast.seal import UNSEALED, check_seal, replace_safetensors
 from beit_fast.tokenizer.config import NUM_GROUPS, DvaeConfig
 from beit_fast.tokenizer.dvae import Dvae
 
@@ -36,6 +38,7 @@ def save_tokenizer(dvae: Dvae, path: str | Path, *, source: Mapping[str, str] = 
         "format": FORMAT,
         "config": json.dumps(dataclasses.asdict(dvae.config)),
         "source": json.dumps(dict(source)),
+        **UNSEALED,
     }
     replace_safetensors(path, save(tensors, metadata))
 
@@ -54,15 +57,18 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Dvae
             "or convert DALL-E's with `beit-fast convert-dalle`"
         )
     refuse_other_kinds(path, "a tokenizer")
+    refuse_long_header(path)
+    check_seal(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             config = _read_config(file.metadata(), path)
             names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            if config != infer_config(shapes):
+            inferred = _inferred(shapes, path)
+            if config != inferred:
                 raise ValueError(
-                    f"{path} says it holds {config}, but its tensors are those of "
-                    f"{infer_config(shapes)}: it is damaged, write it anew"
+                    f"{path} says it holds {config}, but its tensors are those of {inferred}: "
+                    "it is damaged, write it anew"
                 )
             state = {name: file.get_tensor(name) for name in shapes}
     except SafetensorError as error:
@@ -140,6 +146,13 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> DvaeConfig:
     return config
 
 
+def _inferred(shapes: Mapping[str, tuple[int, ...]], path: Path) -> DvaeConfig:
+    try:
+        return infer_config(shapes)
+    except ValueError as error:
+        raise ValueError(f"{path} is no whole tokenizer, write it anew: {error}") from error
+
+
 def _is_finite(tensor: Tensor) -> bool:
     # A sum is finite only if all are; it may also overflow.
     return bool(tensor.sum().isfinite() or tensor.isfinite().all())
@@ -149,12 +162,12 @@ def _read_config(metadata: dict[str, str] | None, path: Path) -> DvaeConfig:
     found = (metadata or {}).get("format")
     if found != FORMAT:
         raise ValueError(
-            f"{path} has the format {found!r}, a tokenizer has {FORMAT!r}: pass a file written by "
-            "save_tokenizer or convert_dalle"
+            f"{path} has the format {found!r:.80}, a tokenizer has {FORMAT!r}: pass a file "
+            "written by save_tokenizer or convert_dalle"
         )
     try:
         return DvaeConfig(**json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: its config cannot be read ({error}): write the file anew"
         ) from error

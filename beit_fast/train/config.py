@@ -108,7 +108,7 @@ class RunConfig:
     failed_saves: Natural = 0  # so many in a row may fail, each with a warning; the last may not
     picture_every: Count | None = None  # steps between pictures; one more at the end
     evaluate_every: Positive | None = None  # epochs between evaluations, the end not counted
-    strict: bool = False  # an evaluation, picture or log that fails ends the run
+    strict: bool = False  # an evaluation, picture, log or kernel that fails ends the run
     resume: Literal["auto", "must", "never"] = "auto"  # auto: from the newest checkpoint, if any
     resume_from: Steps | None = None  # step to go back to; later checkpoints are set aside
     # Settings by name that may differ from the checkpoint's though they make it another run.

@@ -1,16 +1,17 @@
 """Metrics stay on the device between log lines; a line goes to the terminal, JSON and TensorBoard.
 
 `metrics.jsonl` holds one object a line, an evaluation on a line of its own. After a resume the
-lines past the checkpoint are cut, so none is doubled.
+lines past the checkpoint are cut, so none is doubled, and damaged ones are in `metrics.damaged`.
 """
 
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from beit_fast.files import describe, naming, replace_file
+from beit_fast.files import describe, naming, open_no_link, replace_file
 from beit_fast.train.scalars import Scalars
 from beit_fast.train.world import World
 
-METRICS = "metrics.jsonl"
+METRICS, DAMAGED = "metrics.jsonl", "metrics.damaged"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+logger = logging.getLogger("beit_fast.train")
 
 
 def plain_console(*, quiet: bool = False) -> Console:
@@ -110,28 +112,51 @@ class Meter:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, one a step: a step's evaluation is a line of its own there.
 
-    A line cut short, by a crash or a full disk, is left out. Raises ValueError that names the file
-    and the line for one that is no step's metrics.
+    Lines that are damaged, or cut short by a crash or a full disk, are left out, with one warning
+    that names them.
     """
     records: list[dict[str, Any]] = []
-    for _, record in _records(path):
+    lines, damaged = _read_lines(path)
+    for _, record in lines:
         if records and records[-1]["step"] == record["step"]:
             records[-1] |= record
         else:
             records.append(record)
+    if damaged:
+        logger.warning("%s: %s, and left out", path, _are_damaged(damaged))
     return records
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The whole lines of a `metrics.jsonl`, each with what it holds."""
-    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+def _read_lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], dict[int, bytes]]:
+    """The lines of a `metrics.jsonl` with what they hold, and the damaged ones by number."""
+    lines, damaged = [], {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
             continue
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}, line {number} is of no step: remove it")
-        yield line, record
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            record = None
+        if _is_record(record):
+            lines.append((line, record))
+        else:
+            damaged[number] = line
+    return lines, damaged
+
+
+def _is_record(value: Any) -> bool:
+    """Whether it is the numbers of a step."""
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return False
+    return all(type(number) in (int, float) for number in value.values())
+
+
+def _are_damaged(lines: Iterable[int]) -> str:
+    numbers = [str(number) for number in lines]
+    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    if len(numbers) == 1:
+        return f"line {numbers[0]} is damaged"
+    return f"lines {', '.join(numbers[:5])}{more} are damaged"
 
 
 class Log:
@@ -148,6 +173,8 @@ class Log:
         self._progress = None
         if not enabled:
             return
+        with contextlib.suppress(FileNotFoundError):  # no link: a resume would replace it anyway
+            os.close(open_no_link(self._path, os.O_RDONLY))
         self._keep_lines_up_to(start)
         self._board = Scalars(output / "tensorboard", start)
         if self.console.is_terminal:
@@ -163,11 +190,18 @@ class Log:
             self._progress.start()
 
     def _keep_lines_up_to(self, step: int) -> None:
+        """Cut what comes after that step. Damaged lines, which may be of any, are set aside."""
         if not self._path.exists():
             return
-        kept = [line for line, record in _records(self._path) if record["step"] <= step]
-        text = "".join(f"{line}\n" for line in kept)
-        replace_file(self._path, lambda file: file.write(text.encode()))
+        lines, damaged = _read_lines(self._path)
+        if damaged:
+            aside = self._path.with_name(DAMAGED)
+            with naming(aside), open(aside, "ab", opener=open_no_link) as file:
+                file.writelines(line + b"\n" for line in damaged.values())
+            said = _are_damaged(damaged)
+            logger.warning("%s: %s: moved to %s, the others count", self._path, said, aside.name)
+        text = b"".join(line + b"\n" for line, record in lines if record["step"] <= step)
+        replace_file(self._path, lambda file: file.write(text))
 
     def tick(self, num_images: int) -> None:
         """One optimiser step over `num_images` images has been launched."""
@@ -231,7 +265,7 @@ class Log:
 
     def _append(self, step: int, values: Mapping[str, float]) -> None:
         """A line of its own, also behind one that a full disk cut short."""
-        with naming(self._path), self._path.open("ab+") as file:
+        with naming(self._path), open(self._path, "ab+", opener=open_no_link) as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":

@@ -25,6 +25,7 @@ from beit_fast.train.graph import graphed, preparation
 from beit_fast.train.images import Images, follow
 from beit_fast.train.kept_config import write_config
 from beit_fast.train.length import Length, run_length
+from beit_fast.train.lock import sole_user
 from beit_fast.train.log import METRICS, Log, Meter, read_metrics
 from beit_fast.train.memory import sizes_told
 from beit_fast.train.optim import (
@@ -43,7 +44,7 @@ from beit_fast.train.sentinel import Sentinel
 from beit_fast.train.settings import complete_settings, start_of
 from beit_fast.train.shares import shares_of
 from beit_fast.train.step import WATCHED, TrainStep
-from beit_fast.train.stop import Interrupted, sole_user, stop_signals
+from beit_fast.train.stop import Interrupted, stop_signals
 from beit_fast.train.world import World
 
 SAVED = "the checkpoint is saved"

@@ -22,7 +22,12 @@ from torch import Tensor
 from beit_fast.errors import RunError, ToldElsewhere
 from beit_fast.flags import flag
 from beit_fast.train.progress import unhurried
-from beit_fast.train.state import checkpoint_paths, metadata_of, save_checkpoint
+from beit_fast.train.state import (
+    checkpoint_paths,
+    metadata_of,
+    remove_leftovers,
+    save_checkpoint,
+)
 from beit_fast.train.stop import WRITER
 from beit_fast.train.world import World
 
@@ -61,6 +66,8 @@ class Saver:
         self._written = threading.Event()
         self._error: Exception | None = None  # of the last one
         self._in_a_row, self._saved = 0, -1  # failures; the step that is on the disk
+        if world.is_main:
+            remove_leftovers(output)
 
     @property
     def failed(self) -> int:

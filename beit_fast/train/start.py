@@ -2,13 +2,16 @@
 
 import contextlib
 import os
+import re
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from beit_fast.errors import RunError
 from beit_fast.files import drop
 from beit_fast.flags import flag
 from beit_fast.train.agreement import code_digest, settings_of_all
@@ -16,6 +19,9 @@ from beit_fast.train.requeue import requeued
 from beit_fast.train.state import versions
 from beit_fast.train.world import World, open_world
 
+# What kernels warn of as they leave the work to torch: a device that they are not for, or a kernel
+# that does not compile.
+FALLS_BACK = r"\w+ runs on \w+, slower"
 VISIBLE = 10.0  # seconds after which a file must be seen on another node
 
 
@@ -24,11 +30,13 @@ def open_run(config: Any, output: str, *, named: str = "run.output") -> Iterator
     """The world of a run whose settings are `config.run` among others, once its ranks agree.
 
     output: the folder that all of them write to or read from; named: its setting. Raises as
-    `open_world` and `requeued` do, and ValueError for ranks that differ or do not see the folder.
+    `open_world` and `requeued` do, ValueError for ranks that differ or do not see the folder, and
+    RunError where a kernel falls back inside and `config.run.strict` is true.
     """
     run = config.run
     with (
         requeued(run),
+        _strict(run.strict),
         open_world(
             run.device,
             run.cpu_threads,
@@ -41,6 +49,20 @@ def open_run(config: Any, output: str, *, named: str = "run.output") -> Iterator
             check_shared(Path(output), world, named)
             world.watch.folder = Path(output)  # of the whole run
         yield world
+
+
+@contextlib.contextmanager
+def _strict(strict: bool) -> Iterator[None]:
+    """Inside, where it is, a kernel that gives way to something slower ends the run."""
+    with warnings.catch_warnings():
+        if strict:
+            warnings.filterwarnings("error", message=FALLS_BACK)
+        try:
+            yield
+        except UserWarning as error:
+            if not (strict and re.match(FALLS_BACK, str(error))):
+                raise
+            raise RunError(f"{error}. {flag('run.strict')} false goes on like that") from error
 
 
 def check_alike(config: Any, world: World) -> None:
@@ -56,7 +78,7 @@ def check_shared(folder: Path, world: World, named: str) -> None:
     try:
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            file.touch()
+            file.touch(exist_ok=False)
     except OSError as error:
         problem = f"nothing can be written to {folder} ({error.strerror or error})"
     try:

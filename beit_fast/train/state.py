@@ -2,20 +2,22 @@
 
     <output>/checkpoints/step_00001000/
         model.safetensors  optimizer.safetensors  [ema.safetensors]  run.safetensors
-        manifest.json      format, step, settings, versions, commit, SHA-256 of every file; of a
-                           run also its length (`schedule`) and what resumes changed (`history`)
+        manifest.json      step, settings, versions, commit, SHA-256 of every file and of itself; of
+                           a run also its length (`schedule`) and what resumes changed (`history`)
 
-Written under a temporary name, flushed to the disk, then renamed: a crash leaves a folder that
-does not count. Nothing is pickled. Every byte that is read is checked against its digest first,
-because a flipped bit in a weight file otherwise loads as a wrong number without any error.
+Written under a temporary name, flushed to the disk, read again, then renamed: a crash leaves a
+folder that does not count. Nothing is pickled. Every byte that is read is checked against its
+digest first, because a flipped bit in a weight file otherwise loads as a wrong number without any
+error.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -24,17 +26,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from beit_fast.files import flush_folder, order_metadata
+from beit_fast.files import file_digest, flush_folder
 from beit_fast.flags import flag
+from beit_fast.manifest import (
+    MANIFEST,
+    STEP_NAME,
+    CheckpointError,
+    manifest_text,
+    read_manifest,
+)
+from beit_fast.seal import UNSEALED, seal
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 # Keys in the metadata of weight files, as `beit_fast.weights.description` reads them, and settings.
 DESCRIBED = {
     "beit_fast.config": "model",
@@ -43,10 +52,6 @@ DESCRIBED = {
     "beit_fast.crop_pct": "crop_pct",
 }
 logger = logging.getLogger("beit_fast.train")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, incomplete, foreign, or of another run."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def checkpoint_paths(output: Path) -> list[Path]:
     folder = output / "checkpoints"
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"step_\d{8}", p.name))
+    return sorted(p for p in folder.iterdir() if p.is_dir() and STEP_NAME.fullmatch(p.name))
 
 
 def save_checkpoint(
@@ -87,8 +92,9 @@ def save_checkpoint(
     """
     folder = output / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".step_*"):
-        shutil.rmtree(stale, ignore_errors=True)  # left by a run that died while it wrote
+    for stale in _leftovers(output):
+        with contextlib.suppress(OSError):
+            _remove(stale)  # in the way
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}"
     try:
@@ -96,16 +102,9 @@ def save_checkpoint(
         digests = {}
         for stem, values in tensors.items():
             path = temporary / f"{stem}.safetensors"
-            content = {k: v.detach().cpu().contiguous() for k, v in values.items()}
-            save_file(content, path, metadata={"format": "pt", **metadata})
-            with path.open("rb+") as file:
-                order_metadata(file)
-            # safetensors makes files only their owner can read. Asking for the umask would set it,
-            # under the feet of other threads.
-            path.chmod(temporary.stat().st_mode & 0o666)
-            digests[path.name] = _flush(path)
+            _write_tensors(path, values, metadata)
+            digests[path.name] = file_digest(path)
         manifest = {
-            "format": FORMAT,
             "step": step,
             "files": digests,
             "settings": settings,
@@ -113,13 +112,14 @@ def save_checkpoint(
             **more,
         }
         path = temporary / MANIFEST
-        path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        path.write_text(manifest_text(manifest), encoding="utf-8")
         _flush(path)
+        read_manifest(temporary)
         if final.exists():
             _discard(final)
         temporary.rename(final)
         flush_folder(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CheckpointError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**20
         raise OSError(
@@ -133,11 +133,74 @@ def save_checkpoint(
     return final
 
 
+def _write_tensors(path: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A sealed file that is on the disk, and holds what the tensors hold.
+
+    Raises OSError, and SafetensorError of the same meaning.
+    """
+    content = {name: value.detach().cpu().contiguous() for name, value in values.items()}
+    save_file(content, path, metadata={"format": "pt", **metadata, **UNSEALED})
+    with path.open("rb+") as file:
+        head = seal(file, lambda name, *_: [_bytes(content[name])])
+    # safetensors makes files only their owner can read. Asking for the umask would set it, under
+    # the feet of other threads.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    _flush(path)
+    if not _holds(path, head, content):
+        raise OSError(f"{path} does not read as it was written: look at the disk")
+
+
+def _holds(path: Path, head: bytes, content: Mapping[str, Tensor]) -> bool:
+    """Whether a file reads as these first bytes and tensors."""
+    with path.open("rb") as file:
+        if file.read(len(head)) != head:
+            return False
+    try:
+        read = load_file(path)
+    except SafetensorError:
+        return False
+    return all(_same(_bytes(read[name]), _bytes(content[name])) for name in content)
+
+
+def _same(some: np.ndarray, other: np.ndarray) -> bool:
+    """Both uint8 (N,). By eight, which is six times as fast."""
+    words = len(some) // 8 * 8
+    by_eight = (part[:words].view(np.uint64) for part in (some, other))
+    return np.array_equal(*by_eight) and np.array_equal(some[words:], other[words:])
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.flatten().view(torch.uint8).numpy()
+
+
+def remove_leftovers(output: Path) -> None:
+    """Drop what a run left half written, or half deleted, that was killed; and say so."""
+    for path in _leftovers(output):
+        try:
+            _remove(path)
+        except OSError as error:
+            logger.warning("%s, left by a run that was killed, was not deleted: %s", path, error)
+        else:
+            logger.warning("%s, left by a run that was killed while it saved, is deleted", path)
+
+
+def _leftovers(output: Path) -> list[Path]:
+    return sorted((output / "checkpoints").glob(".step_*"))
+
+
 def _discard(path: Path) -> None:
     """Delete a checkpoint, under a name that does not count: half of one is none."""
     hidden = path.with_name(f".{path.name}.old")
     path.rename(hidden)
-    shutil.rmtree(hidden)
+    _remove(hidden)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it. Of a link the link goes, not what it points at; so does a file."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def metadata_of(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -152,11 +215,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     tensors = {}
     for name, digest in manifest["files"].items():
         file = path / name
-        if Path(name).name != name or file.suffix != ".safetensors":
-            raise CheckpointError(f"{path / MANIFEST} lists {name!r}, which is no weight file")
         try:
             content = file.read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a NUL in its name
             raise CheckpointError(f"{file} cannot be read: {error}") from error
         if hashlib.sha256(content).hexdigest() != digest:
             raise CheckpointError(
@@ -167,25 +228,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         except SafetensorError as error:
             raise CheckpointError(f"{file} is no safetensors file: {error}") from error
     return Checkpoint(path, manifest["step"], tensors, manifest)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of one checkpoint; `step`, `files` and `settings` are there. Raises
-    CheckpointError."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, settings = manifest["format"], dict(manifest["settings"])
-        manifest |= {"step": int(manifest["step"]), "files": dict(manifest["files"])}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path / MANIFEST} is missing: no complete checkpoint") from error
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from error
-    if version != FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {version}, this version reads {FORMAT}: load it with "
-            "the beit_fast that wrote it"
-        )
-    return manifest | {"settings": settings}
 
 
 def load_newest(output: Path, *, fallback: bool = False) -> Checkpoint | None:
@@ -231,8 +273,10 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@functools.cache
 def environment() -> dict[str, str | None]:
-    """Versions, commit (None outside a checkout) and machine that a result depends on."""
+    """Versions, commit (None outside a checkout) and machine that a result depends on: of this
+    process, so that a commit which is made while it runs is not taken for its code."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         **versions(),
@@ -259,8 +303,7 @@ def _commit() -> str | None:
     return answer.stdout.strip()
 
 
-def _flush(path: Path) -> str:
-    """Force a file to the disk; its SHA-256."""
+def _flush(path: Path) -> None:
+    """Force a file to the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()

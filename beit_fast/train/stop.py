@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 end a run after the step; two runs never share a folder.
+"""SIGTERM, SIGINT and SIGUSR1 end a run after the step.
 
 The handler notes the signal, and ends a wait for what is read (`StopFlag.until_told`), which may
 never come. The loop saves and raises `Interrupted`; longer work that can be left at any point
@@ -7,15 +7,11 @@ the last checkpoint is whole, because checkpoints are renamed into place.
 """
 
 import contextlib
-import fcntl
-import os
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from beit_fast.flags import flag
 from beit_fast.train.progress import tick
 
 if TYPE_CHECKING:
@@ -144,26 +140,3 @@ def left_together(world: "World", place: str) -> Iterator[None]:
         told = stop.signum
     if signum := world.any_of(told):
         raise Interrupted(signum, place)
-
-
-@contextlib.contextmanager
-def sole_user(folder: Path, named: str = "run.output") -> Iterator[TextIO]:
-    """Hold the lock of an output folder, the open file that it gives: whoever has a duplicate of
-    its handle holds it too. Raises ValueError, with the pid, if another run does.
-
-    named: the setting that names the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise ValueError(
-                f"{folder} is in use by process {file.read().strip() or 'unknown'}: give another "
-                f"{flag(named)}, or end that run"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield file  # the lock goes with its handle, also when the process is killed

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from beit_fast.files import new_file
 from beit_fast.train.agreement import names
 from beit_fast.train.board import Board
 from beit_fast.train.progress import Note, note, tick
@@ -270,7 +271,7 @@ class Watch:
         """The stacks of all threads, in a file; by a thread, for its disk may be what hangs."""
 
         def write() -> None:
-            with contextlib.suppress(OSError), path.open("w") as file:
+            with contextlib.suppress(OSError), new_file(path) as file:
                 faulthandler.dump_traceback(file=file, all_threads=True)
 
         writer = threading.Thread(target=write, daemon=True)

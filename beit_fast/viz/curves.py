@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from beit_fast.files import naming
+from beit_fast.files import replace_file
 from beit_fast.flags import flag
 
 
@@ -29,9 +29,10 @@ def draw_curves(
         lines = [record for record in records if name in record]  # not every one is of the test
         steps = [line["step"] for line in lines]
         axes.plot(steps, [line[name] for line in lines], label=name)
-        if name == "loss" and "marginal_entropy" in records[-1]:
+        lines = [line for line in lines if "marginal_entropy" in line]
+        if name == "loss" and lines:
             axes.plot(
-                steps,
+                [line["step"] for line in lines],
                 [line["marginal_entropy"] for line in lines],
                 linestyle="--",
                 label="entropy of the token marginals",
@@ -43,6 +44,5 @@ def draw_curves(
         axes.set_title(name)
         if len(axes.get_lines()) > 1:
             axes.legend()
-    with naming(path):
-        figure.savefig(path, dpi=120)
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
     return path

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from beit_fast.files import naming
+from beit_fast.files import replace_file
 
 
 def draw_layers(
@@ -23,6 +23,5 @@ def draw_layers(
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path):
-        figure.savefig(path, dpi=120)
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
     return path

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from beit_fast.files import naming
+from beit_fast.files import replace_file
 
 
 def hide_patches(images: Tensor, mask: Tensor, grid: tuple[int, int], fill: float = 0.5) -> Tensor:
@@ -31,6 +31,5 @@ def draw_columns(columns: Mapping[str, Tensor], path: Path) -> Path:
             grid[row][column].imshow(pixels[row], interpolation="nearest")
             grid[row][column].axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path):
-        figure.savefig(path, dpi=110)
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
     return path

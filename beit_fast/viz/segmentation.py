@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from beit_fast.files import naming
+from beit_fast.files import naming, new_file
 from beit_fast.labels import IGNORE
 
 Colours = np.ndarray  # uint8 (C, 3)
@@ -201,8 +201,8 @@ def _beside(parts: Sequence[Image.Image], gap: int) -> Image.Image:
 
 def _save(board: Image.Image, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path):
-        board.save(path, "PNG")
+    with naming(path), new_file(path) as file:
+        board.save(file, "PNG")
     return path
 
 

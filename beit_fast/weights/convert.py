@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from beit_fast.manifest import read_manifest
 from beit_fast.model.config import BeitConfig
-from beit_fast.weights.description import MANIFEST, Statistics, read_json, step_of
+from beit_fast.weights.description import Statistics, step_of
 from beit_fast.weights.hf_config import transformers_differs
 from beit_fast.weights.layouts import SEGMENTATION, by_part
 from beit_fast.weights.read import Source, Task, read_checkpoint
@@ -113,8 +114,7 @@ def convert(
 def _stays(source: Source) -> tuple[str, ...]:
     """What a run says of how its segmenter is run, for which no layout has a place."""
     step = None if isinstance(source, Mapping) else step_of(Path(source))
-    settings = {} if step is None else read_json(step / MANIFEST).get("settings")
-    said = settings.get("evaluation") if isinstance(settings, dict) else None
+    said = None if step is None else read_manifest(step)["settings"].get("evaluation")
     said = said if isinstance(said, dict) else {}
     flags = [
         f"--{name} {json.dumps(said[name], separators=(',', ':'))}"

@@ -12,14 +12,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from beit_fast.files import refuse_other_kinds
+from beit_fast.files import refuse_long_header, refuse_other_kinds
+from beit_fast.manifest import MANIFEST, STEP_NAME, read_manifest
 
 # In a file's metadata, each a JSON text. `beit_fast.train.state` writes the same into checkpoints.
 CONFIG_KEY = "beit_fast.config"
 CLASSES_KEY = "beit_fast.classes"
 STATISTICS_KEY = "beit_fast.statistics"
 CROP_KEY = "beit_fast.crop_pct"
-MANIFEST = "manifest.json"
 
 NAMED = ("half", "imagenet")
 # One of these names, or mean and std of pixels in 0..1.
@@ -84,13 +84,14 @@ def description_of(path: Path) -> Description:
     Raises ValueError for a file that is damaged.
     """
     if (step := step_of(path)) is not None:
-        settings = read_json(step / MANIFEST).get("settings")
-        is_ours = isinstance(settings, dict)
-        return description_of_settings(settings, step / MANIFEST) if is_ours else Description()
+        if not _is_ours(read_json(step / MANIFEST)):
+            return Description()
+        return description_of_settings(read_manifest(step)["settings"], step / MANIFEST)
     path = path / "model.safetensors" if path.is_dir() else path
     if path.suffix != ".safetensors" or not path.is_file():
         return Description()
     refuse_other_kinds(path, "weights")
+    refuse_long_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             return description_of_metadata(file.metadata(), path)
@@ -108,13 +109,16 @@ def step_of(path: Path) -> Path | None:
         return max(path.glob("checkpoints/step_" + "[0-9]" * 8), default=None)
     if path.suffix != ".safetensors" or not (path.parent / MANIFEST).is_file():
         return None
+    is_step = STEP_NAME.fullmatch(path.parent.name)
     try:
-        manifest = read_json(path.parent / MANIFEST)
+        manifest = read_manifest(path.parent) if is_step else read_json(path.parent / MANIFEST)
     except ValueError:
-        return None  # a file of that name has many makers
-    files, settings = manifest.get("files"), manifest.get("settings")
-    ours = isinstance(files, dict) and path.name in files and isinstance(settings, dict)
-    return path.parent if ours else None
+        return path.parent if is_step else None  # a file of that name has many makers
+    return path.parent if _is_ours(manifest) and path.name in manifest["files"] else None
+
+
+def _is_ours(manifest: dict[str, Any]) -> bool:
+    return all(isinstance(manifest.get(name), dict) for name in ("files", "settings"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

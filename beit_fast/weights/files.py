@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from beit_fast.files import file_digest, refuse_other_kinds, replace_file, replace_safetensors
+from beit_fast.files import file_digest, refuse_long_header, refuse_other_kinds, replace_file
+from beit_fast.manifest import MANIFEST, read_manifest
+from beit_fast.seal import UNSEALED, check_seal, replace_safetensors
 from beit_fast.weights.description import (
-    MANIFEST,
     Description,
     description_of_metadata,
     description_of_settings,
@@ -62,6 +63,7 @@ def read_weights(path: str | Path, *, key: str | None = None) -> WeightFile:
     A file is .safetensors, an index of shards (.index.json), or anything `torch.save` wrote; one
     of a run's step is read with the manifest beside it. A folder is one of transformers or timm
     (config.json), a step of a run of ours, or the run's output, of which the newest step is taken.
+    A file with a seal (`beit_fast.seal`) is checked against it, shards too.
     `key` chooses the weights in a file that has more than one set, "model_ema" in unilm's, "ema" in
     a run's; without it "model", "module" or "state_dict", or the root. Values are as they are
     stored, NaN too.
@@ -84,6 +86,8 @@ def read_weights(path: str | Path, *, key: str | None = None) -> WeightFile:
         raise ValueError(f"{path} holds one set of weights: pass no key ({key!r})")
     if (step := step_of(path)) is not None:
         return _read_run_step(step, path.stem)
+    refuse_long_header(path)
+    check_seal(path)
     return _read_safetensors(path)
 
 
@@ -97,7 +101,8 @@ def write_weights(
     path = Path(path)
     if path.suffix == ".safetensors":
         flat = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        replace_safetensors(path, save(_unshare(flat), {"format": "pt", **metadata}))
+        content = save(_unshare(flat), {"format": "pt", **metadata, **UNSEALED})
+        replace_safetensors(path, content)
     else:
         replace_file(path, lambda file: torch.save(tensors, file))
 
@@ -122,19 +127,16 @@ def _read_run_step(path: Path, key: str) -> WeightFile:
 
     The optimiser's file, twice as large, stays unread.
     """
-    manifest = read_json(path / MANIFEST)
-    settings, files = manifest.get("settings"), manifest.get("files")
-    name = f"{key}.safetensors"
-    if manifest.get("format") != 1 or not isinstance(files, dict) or not isinstance(settings, dict):
-        raise ValueError(f"{path / MANIFEST} is of another format: no step of a run of ours")
-    if name not in files or Path(name).name != name:
+    manifest = read_manifest(path)
+    files, name = manifest["files"], f"{key}.safetensors"
+    if name not in files:
         raise ValueError(f"{path} has {', '.join(sorted(files))}, no {name}: pass another key")
     if not (path / name).is_file():
         raise ValueError(f"{path / name} is missing, manifest.json lists it: copy the step anew")
     if file_digest(path / name) != files[name]:
         raise ValueError(f"{path / name} is damaged: its SHA-256 is not the one it was saved with")
     weights = _read_safetensors(path / name)
-    said = description_of_settings(settings, path / MANIFEST)
+    said = description_of_settings(manifest["settings"], path / MANIFEST)
     return WeightFile(weights.tensors, said, path=path)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels._triton import exporting, launch_obstacle, warn_once
+from beit_fast.kernels._triton import _failed, exporting, launch_obstacle, warn_once
 from beit_fast.kernels.arguments import cannot_run, check_backend
 
 BACKENDS = ("triton", "cpu", "sdpa", "xformers", "reference")
@@ -93,12 +93,12 @@ def triton_obstacle(q: Tensor) -> str | None:
     """Why the Triton kernels cannot take these queries, or None."""
     if q.shape[3] > WIDEST_HEAD:
         return f"the kernels take heads of up to {WIDEST_HEAD} channels, not {q.shape[3]}"
-    return launch_obstacle(q, q.dtype)
+    return launch_obstacle(q, q.dtype, operator="attention")
 
 
 def warn_of_fallback(choice: Choice) -> None:
     """Say once for each reason that something slower runs."""
-    if choice.fallback is not None:
+    if choice.fallback is not None and choice.fallback != _failed.get("attention"):  # said then
         warn_once(
             f"attention runs on {choice.backend}, slower and not deterministic: {choice.fallback}"
         )

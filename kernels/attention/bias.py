@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, launch, tl, triton
+from beit_fast.kernels.arguments import run_or_torch
 from beit_fast.kernels.attention.rel_pos_bias import expand_table
 from beit_fast.kernels.registration import implement
 
@@ -201,7 +202,16 @@ def pad_dense(bias: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
 torch.library.define(
     "beit_fast::pad_bias", "(Tensor bias, ScalarType dtype, float scale) -> Tensor"
 )
-implement("pad_bias", pad_dense)
+
+
+def _pad_bias(bias: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    def on_torch() -> Tensor:
+        return pad_bias_reference(bias if bias.ndim == 4 else bias[None], scale, dtype)
+
+    return run_or_torch("pad_bias", lambda: pad_dense(bias, dtype, scale), on_torch)
+
+
+implement("pad_bias", _pad_bias)
 
 
 @torch.library.register_fake("beit_fast::pad_bias")

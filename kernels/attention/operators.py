@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from beit_fast.kernels._triton import contiguous_rows
+from beit_fast.kernels.arguments import run_or_torch
 from beit_fast.kernels.attention.backward import attention_backward
 from beit_fast.kernels.attention.bias import pad_bias, sum_partials
-from beit_fast.kernels.attention.cpu import attention_cpu, attention_cpu_backward
+from beit_fast.kernels.attention.cpu import attention_cpu, attention_cpu_backward, lse_of_bias
 from beit_fast.kernels.attention.forward import attention_forward
 from beit_fast.kernels.attention.rel_pos_bias import reduce_to_table, reduce_to_table_cpu
 from beit_fast.kernels.first_order import first_order
@@ -24,6 +25,7 @@ from beit_fast.kernels.registration import implement, or_empty
 # of the bias. The others come back empty. `padded` is the bias as the kernels read it, from where
 # several layers share it; where it is None they pad the bias themselves. `lse` is what backward
 # wants, of `_natural` what users do.
+_LOST = "slower and not deterministic"
 _OPTIONS = "Tensor? rng, SymInt[] grid, float scale, float dropout_p, str backend, Tensor? padded"
 torch.library.define(
     "beit_fast::attention",
@@ -50,26 +52,37 @@ def _attention(q, k, v, bias, rng, grid, scale, dropout_p, backend, padded=None)
     lse_BHN = _empty_lse(q)
     if 0 in q.shape or k.shape[1] == 0:
         return q.new_zeros(B, N, H, K), lse_BHN.fill_(torch.inf)
-    if backend == "cpu":
+
+    def on_torch() -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            bias = dense_bias(bias, grid)
-            out_BNHK = attention_cpu(q, k, v, bias, rng, scale, dropout_p, lse=lse_BHN)
-        return out_BNHK, lse_BHN
-    out_BNHK = q.new_empty(B, N, H, K)
-    q, k, v = (contiguous_rows(t) for t in (q, k, v))
-    attention_forward(
-        q,
-        k,
-        v,
-        pad_bias(bias, grid, q, k.shape[1], scale) if padded is None else padded,
-        scale=scale,
-        dropout_p=dropout_p,
-        rng=rng,
-        tf32=_takes_tf32(),
-        out=out_BNHK,
-        lse=lse_BHN,
-    )
-    return out_BNHK, lse_BHN
+            dense = dense_bias(bias, grid)
+            return attention_cpu(q, k, v, dense, rng, scale, dropout_p, lse=lse_BHN)
+
+    def on_torch_for_kernels() -> Tensor:
+        """With the log-sum-exp as the kernels write it."""
+        out_BNHK = on_torch()
+        lse_BHN.copy_(lse_of_bias(lse_BHN, dense_bias(bias, grid)) * math.log2(math.e))
+        lse_BHN.masked_fill_(lse_BHN == -torch.inf, torch.inf)
+        return out_BNHK
+
+    def on_kernels() -> Tensor:
+        out_BNHK = q.new_empty(B, N, H, K)
+        rows = (contiguous_rows(t) for t in (q, k, v))
+        attention_forward(
+            *rows,
+            pad_bias(bias, grid, q, k.shape[1], scale) if padded is None else padded,
+            scale=scale,
+            dropout_p=dropout_p,
+            rng=rng,
+            tf32=_takes_tf32(),
+            out=out_BNHK,
+            lse=lse_BHN,
+        )
+        return out_BNHK
+
+    if backend == "cpu":
+        return on_torch(), lse_BHN
+    return run_or_torch("attention", on_kernels, on_torch_for_kernels, lost=_LOST), lse_BHN
 
 
 def _attention_qkvpacked(qkv, bias, rng, grid, scale, dropout_p, backend, padded=None):
@@ -110,7 +123,8 @@ def _differentiate(
             if gradient is not None:
                 gradient.zero_()
         return torch.zeros_like(bias, memory_format=torch.contiguous_format) if trained else None
-    if backend == "cpu":
+
+    def on_torch(lse: Tensor, dlse: Tensor | None) -> Tensor | None:
         with torch.autocast(q.device.type, enabled=False):
             dense = dense_bias(bias, grid)
             arguments = (dout, q, k, v, dense, lse, dlse, rng, scale, dropout_p)
@@ -120,31 +134,42 @@ def _differentiate(
             if grid:
                 return reduce_to_table_cpu(dbias[0], grid, bias.dtype)
             return dbias.to(bias.dtype).view(bias.shape)
-    q, k, v, dout = (contiguous_rows(t) for t in (q, k, v, dout))
-    partials = attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        pad_bias(bias, grid, q, M, scale) if padded is None else padded,
-        out,
-        lse,
-        # That of the natural logarithm, from that of the one to base 2.
-        None if dlse is None else (dlse * math.log2(math.e)).contiguous(),
-        scale=scale,
-        dropout_p=dropout_p,
-        rng=rng,
-        tf32=_takes_tf32(),
-        dq=dq,
-        dk=dk,
-        dv=dv,
-        trains_bias=trained,
-    )
-    if partials is None:
-        return None
-    if grid:
-        return reduce_to_table(partials[:, 0], tuple(grid), bias.dtype)
-    return sum_partials(partials, N, M, bias.dtype).view(bias.shape)
+
+    # Of the natural logarithm, from that of the one to base 2 that the kernels give.
+    natural = None if dlse is None or backend == "cpu" else (dlse * math.log2(math.e)).contiguous()
+
+    def on_torch_for_kernels() -> Tensor | None:
+        own = _empty_lse(q)  # not that of the kernels: of another base, and of the bias as it is
+        with torch.autocast(q.device.type, enabled=False):
+            attention_cpu(q, k, v, dense_bias(bias, grid), rng, scale, dropout_p, lse=own)
+        return on_torch(own, natural)
+
+    def on_kernels() -> Tensor | None:
+        rows = (contiguous_rows(t) for t in (dout, q, k, v))
+        partials = attention_backward(
+            *rows,
+            pad_bias(bias, grid, q, M, scale) if padded is None else padded,
+            out,
+            lse,
+            natural,
+            scale=scale,
+            dropout_p=dropout_p,
+            rng=rng,
+            tf32=_takes_tf32(),
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            trains_bias=trained,
+        )
+        if partials is None:
+            return None
+        if grid:
+            return reduce_to_table(partials[:, 0], tuple(grid), bias.dtype)
+        return sum_partials(partials, N, M, bias.dtype).view(bias.shape)
+
+    if backend == "cpu":
+        return on_torch(lse, dlse)
+    return run_or_torch("attention", on_kernels, on_torch_for_kernels, lost=_LOST)
 
 
 implement("attention", _attention)

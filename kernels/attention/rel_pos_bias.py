@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import HAS_TRITON, cdiv, exporting, launch, tl, triton
-from beit_fast.kernels.arguments import check_floating
+from beit_fast.kernels.arguments import check_floating, run_or_torch
 
 
 def relative_position_index(grid: tuple[int, int]) -> Tensor:
@@ -223,16 +223,26 @@ torch.library.define(
 
 @torch.library.impl("beit_fast::rel_pos_bias", ("CPU", "CUDA"))
 def _rel_pos_bias(table: Tensor, grid: list[int]) -> Tensor:
-    if table.device.type == "cuda" and HAS_TRITON and table.dtype != torch.float64:
-        return expand_table(table, grid)
+    if _takes_kernels(table):
+        return run_or_torch(
+            "rel_pos_bias", lambda: expand_table(table, grid), lambda: _expand_cpu(table, grid)
+        )
     return _expand_cpu(table, grid)
 
 
 @torch.library.impl("beit_fast::rel_pos_bias_backward", ("CPU", "CUDA"))
 def _rel_pos_bias_backward(dbias: Tensor, grid: list[int], dtype: torch.dtype) -> Tensor:
-    if dbias.device.type == "cuda" and HAS_TRITON and dbias.dtype != torch.float64:
-        return reduce_to_table(dbias.contiguous()[None], grid, dtype)
+    if _takes_kernels(dbias):
+        return run_or_torch(
+            "rel_pos_bias",
+            lambda: reduce_to_table(dbias.contiguous()[None], grid, dtype),
+            lambda: reduce_to_table_cpu(dbias, grid, dtype),
+        )
     return reduce_to_table_cpu(dbias, grid, dtype)
+
+
+def _takes_kernels(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" and HAS_TRITON and tensor.dtype != torch.float64
 
 
 @torch.library.register_fake("beit_fast::rel_pos_bias")

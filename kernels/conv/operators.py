@@ -28,7 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.kernels._triton import launch_obstacle, warn_once
-from beit_fast.kernels.arguments import cannot_run, check_backend, check_floating
+from beit_fast.kernels.arguments import (
+    cannot_run,
+    check_backend,
+    check_floating,
+    run_or_torch,
+)
 from beit_fast.kernels.conv.implicit_gemm import conv_triton
 from beit_fast.kernels.exact_fp32 import exact_fp32
 from beit_fast.kernels.registration import implement
@@ -122,25 +127,39 @@ def _conv(x, weight, bias, residual, relu_input, relu, pool, backend):
     if out.numel() == 0:
         return out
     x, weight = x.contiguous(), weight.contiguous()
-    if backend == "triton":
-        residual = None if residual is None else residual.contiguous()
-        conv_triton(x, weight, bias, residual, relu_input, relu, out)
+
+    def by_torch(chosen: str) -> Tensor:
+        kept = None if residual is None else residual.clone(memory_format=torch.contiguous_format)
+        with torch.autocast(x.device.type, enabled=False), exact_fp32():
+            out = conv_torch(x, weight, bias, kept, relu_input, relu, chosen)
+            return (_pool(out) if pool else out).contiguous()
+
+    def by_kernel() -> Tensor:
+        added = None if residual is None else residual.contiguous()
+        conv_triton(x, weight, bias, added, relu_input, relu, out)
         return out
-    residual = None if residual is None else residual.clone(memory_format=torch.contiguous_format)
-    with torch.autocast(x.device.type, enabled=False), exact_fp32():
-        out = conv_torch(x, weight, bias, residual, relu_input, relu, backend)
-        return (_pool(out) if pool else out).contiguous()
+
+    if backend != "triton":
+        return by_torch(backend)
+    return run_or_torch("conv", by_kernel, lambda: by_torch("torch"))
 
 
 def _conv_add_(x, weight, bias, out, relu_input, relu, backend):
     if out.numel() == 0:
         return
     x, weight = x.contiguous(), weight.contiguous()
-    if backend == "triton":
+
+    def by_torch(chosen: str) -> None:
+        with torch.autocast(x.device.type, enabled=False), exact_fp32():
+            conv_torch(x, weight, bias, out, relu_input, relu, chosen)
+
+    def by_kernel() -> None:
         conv_triton(x, weight, bias, out, relu_input, relu, out)
-        return
-    with torch.autocast(x.device.type, enabled=False), exact_fp32():
-        conv_torch(x, weight, bias, out, relu_input, relu, backend)
+
+    if backend == "triton":
+        run_or_torch("conv", by_kernel, lambda: by_torch("torch"))
+    else:
+        by_torch(backend)
 
 
 implement("conv", _conv)
@@ -229,7 +248,7 @@ def conv_obstacle(backend: str, x: Tensor, weight: Tensor) -> str | None:
         return f"the kernel takes float16 and bfloat16, not {x.dtype}"
     if x.shape[-1] % 8 or len(weight) % 8:
         return f"the kernel takes channels in multiples of 8, not {x.shape[-1]} to {len(weight)}"
-    return launch_obstacle(x, x.dtype)
+    return launch_obstacle(x, x.dtype, operator="conv")
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, pool: bool) -> None:

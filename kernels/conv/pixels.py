@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, gpu_of, launch, launch_obstacle, tl, triton
-from beit_fast.kernels.arguments import check_backend, check_floating, triton_or_torch
+from beit_fast.kernels.arguments import check_backend, check_floating, run_or_torch, triton_or_torch
 from beit_fast.kernels.exact_fp32 import exact_fp32
 from beit_fast.kernels.registration import implement
 
@@ -157,8 +157,14 @@ def _conv_pixels(pixels, weight, bias, scale, fill, backend):
     out = weight.new_empty((*pixels.shape[:3], len(weight)))
     if out.numel() == 0:
         return out
-    run = conv_pixels_triton if backend == "triton" else conv_pixels_torch
-    return run(pixels.contiguous(), weight.contiguous(), bias, scale, fill)
+    arguments = (pixels.contiguous(), weight.contiguous(), bias, scale, fill)
+    if backend == "torch":
+        return conv_pixels_torch(*arguments)
+    return run_or_torch(
+        "conv_pixels",
+        lambda: conv_pixels_triton(*arguments),
+        lambda: conv_pixels_torch(*arguments),
+    )
 
 
 implement("conv_pixels", _conv_pixels)
@@ -209,7 +215,7 @@ def conv_pixels_backend(pixels: Tensor, weight: Tensor, backend: str | None = No
     check_backend(backend, BACKENDS)
     if backend == "torch" or (backend is None and pixels.device.type == "cpu"):
         return "torch"
-    obstacle = launch_obstacle(pixels, weight.dtype)
+    obstacle = launch_obstacle(pixels, weight.dtype, operator="conv_pixels")
     if weight.dtype not in (torch.float16, torch.bfloat16):
         obstacle = f"the kernel takes float16 and bfloat16 weights, not {weight.dtype}"
     elif len(weight) % 8:

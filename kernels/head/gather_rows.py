@@ -21,6 +21,7 @@ from beit_fast.kernels.arguments import (
     check_floating,
     check_index,
     check_index_values,
+    run_or_torch,
     triton_or_torch,
 )
 from beit_fast.kernels.head.gather_norm import (
@@ -33,6 +34,7 @@ from beit_fast.kernels.head.scatter_norm import scatter_norm_backward, scatter_n
 from beit_fast.kernels.registration import implement
 
 BACKENDS = ("triton", "torch")
+_LOST = "slower and not deterministic"
 
 
 def gather_rows_reference(x: Tensor, index: Tensor) -> Tensor:
@@ -53,16 +55,30 @@ torch.library.define(
 def _forward(x: Tensor, index: Tensor, backend: str) -> Tensor:
     if x.device.type == "cpu" and backend == "torch":
         check_index_values(index, x.shape[0] * x.shape[1])
-    gather = gather_norm if backend == "triton" else gather_norm_torch
-    return gather(x, index, None, None, 0.0, x.dtype)[0]
+    arguments = (x, index, None, None, 0.0, x.dtype)
+    if backend == "torch":
+        return gather_norm_torch(*arguments)[0]
+    return run_or_torch(
+        "gather_rows",
+        lambda: gather_norm(*arguments),
+        lambda: gather_norm_torch(*arguments),
+        lost=_LOST,
+    )[0]
 
 
 def _backward(dout: Tensor, index: Tensor, shape: list[int], backend: str) -> Tensor:
-    scatter = scatter_norm_backward if backend == "triton" else scatter_norm_backward_torch
     like_x = dout.new_empty((1, 1, shape[2])).expand(shape)  # without a norm no value is read
     ones = torch.ones(1, dtype=torch.promote_types(dout.dtype, torch.float32), device=dout.device)
     wanted = {"needs_x": True, "needs_weight": False, "needs_bias": False}
-    return scatter(dout, index, ones, like_x, dout.new_empty(2, 0), None, **wanted)[0]
+    arguments = (dout, index, ones, like_x, dout.new_empty(2, 0), None)
+    if backend == "torch":
+        return scatter_norm_backward_torch(*arguments, **wanted)[0]
+    return run_or_torch(
+        "gather_rows",
+        lambda: scatter_norm_backward(*arguments, **wanted),
+        lambda: scatter_norm_backward_torch(*arguments, **wanted),
+        lost=_LOST,
+    )[0]
 
 
 implement("gather_rows", _forward)
@@ -131,7 +147,7 @@ def _resolve(x: Tensor, backend: str | None) -> str:
     check_backend(backend, BACKENDS)
     if backend == "torch" or (backend is None and x.device.type != "cuda"):
         return "torch"
-    obstacle = launch_obstacle(x, x.dtype)
+    obstacle = launch_obstacle(x, x.dtype, operator="gather_rows")
     if x.shape[2] > WIDEST:
         obstacle = f"the kernels take up to {WIDEST} channels, not {x.shape[2]}"
-    return triton_or_torch("gather_rows", backend, obstacle, "slower and not deterministic")
+    return triton_or_torch("gather_rows", backend, obstacle, _LOST)

@@ -24,6 +24,8 @@ Cost      2 I V D operations; the scores of a tile of 128 x 128 leave one value 
 Source    dall_e `encoder.py` scores all positions in fp32 and stores 32 KB for each of them
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +44,7 @@ from beit_fast.kernels.arguments import (
     check_floating,
     check_index,
     check_index_values,
+    run_or_torch,
     triton_or_torch,
 )
 from beit_fast.kernels.exact_fp32 import exact_fp32
@@ -301,15 +304,24 @@ def _linear_argmax(x, weight, bias, index, precision, backend, rest=None):
     shape = x.shape[:-1] if index is None else index.shape
     if 0 in x.shape:
         return x.new_full(shape, -1, dtype=torch.int64)
-    if _resolve(backend, x) == "triton":
+    arguments = (x, weight, bias, index, precision, rest)
+    if _resolve(backend, x) == "torch":
+        return _by_torch(*arguments).view(shape)
+
+    def on_kernels() -> Tensor:
         rows, listed = _as_matrix(x, index)
-        weight = contiguous_rows(weight)
-        return linear_argmax_triton(rows, weight, bias, listed, precision, rest).view(shape)
+        return linear_argmax_triton(rows, contiguous_rows(weight), bias, listed, precision, rest)
+
+    on_torch = functools.partial(_by_torch, *arguments)
+    return run_or_torch("linear_argmax", on_kernels, on_torch, backend=backend).view(shape)
+
+
+def _by_torch(x, weight, bias, index, precision, rest):
     if x.device.type == "cpu" and index is not None:
         check_index_values(index, x[..., 0].numel())
     with torch.autocast(x.device.type, enabled=False), exact_fp32():
         rows, listed = _as_matrix(x, index)
-        return linear_argmax_torch(rows, weight, bias, listed, precision, rest).view(shape)
+        return linear_argmax_torch(rows, weight, bias, listed, precision, rest)
 
 
 implement("linear_argmax", _linear_argmax)
@@ -390,4 +402,6 @@ def _resolve(backend: str, x: Tensor) -> str:
     """The one place that decides, and says once for each reason where something slower runs."""
     if backend == "torch" or (backend == "" and x.device.type == "cpu"):
         return "torch"
-    return triton_or_torch("linear_argmax", backend, launch_obstacle(x, x.dtype))
+    return triton_or_torch(
+        "linear_argmax", backend, launch_obstacle(x, x.dtype, operator="linear_argmax")
+    )

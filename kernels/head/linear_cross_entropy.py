@@ -37,6 +37,7 @@ from beit_fast.kernels.arguments import (
     check_floating,
     check_index,
     check_index_values,
+    run_or_torch,
     triton_or_torch,
 )
 from beit_fast.kernels.first_order import first_order
@@ -46,6 +47,7 @@ from beit_fast.kernels.head.scatter_norm import scatter_norm_backward, scatter_n
 from beit_fast.kernels.registration import implement, or_empty
 
 BACKENDS = ("triton", "torch", "reference")
+_LOST = "slower and not deterministic"
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -109,13 +111,13 @@ def _forward(
     x, index, target, weight, bias, norm_weight, norm_bias,
     norm_eps, label_smoothing, z_loss, reduction, dtype, chunk_rows, check, backend, needs,
 ):  # fmt: skip
-    backend = _resolve(backend, x, dtype)
+    wish, backend = backend, _resolve(backend, x, dtype)
     if check or (backend == "torch" and x.device.type == "cpu"):
         _check_values(x, index, target, weight)
     later = reduction == "none"  # then the backward needs dloss first
-    loss_I, correct_I, *kept = run_chunks(
-        x, index, target, weight, bias, norm_weight, norm_bias, norm_eps, label_smoothing, z_loss,
-        dtype, chunk_rows, backend, None, [False] * 5 if later else needs,
+    loss_I, correct_I, *kept = _chunks(
+        wish, backend, x, index, target, weight, bias, norm_weight, norm_bias, norm_eps,
+        label_smoothing, z_loss, dtype, chunk_rows, None, [False] * 5 if later else needs,
     )  # fmt: skip
     factor = torch.ones(1, dtype=loss_I.dtype, device=x.device)
     if reduction == "mean":
@@ -130,22 +132,26 @@ def _backward(
     norm_eps, label_smoothing, z_loss, reduction, dtype, chunk_rows, check, backend,
     weight_dtype, bias_dtype, needs,
 ):  # fmt: skip
-    backend = _resolve(backend, x, dtype)
+    wish, backend = backend, _resolve(backend, x, dtype)
     needs_x, needs_weight, needs_bias, *needs_norm = needs
     if reduction == "none":
-        _, _, drows, stats, dweight, dbias = run_chunks(
-            x, index, target, weight, bias, norm_weight, norm_bias, norm_eps, label_smoothing,
-            z_loss, dtype, chunk_rows, backend, dloss.to(factor.dtype).contiguous(), needs,
+        _, _, drows, stats, dweight, dbias = _chunks(
+            wish, backend, x, index, target, weight, bias, norm_weight, norm_bias, norm_eps,
+            label_smoothing, z_loss, dtype, chunk_rows, dloss.to(factor.dtype).contiguous(), needs,
         )  # fmt: skip
     else:
         factor = dloss.to(factor.dtype) * factor
     gradients = [None] * 5
     if needs_x or any(needs_norm):
-        scatter = scatter_norm_backward if backend == "triton" else scatter_norm_backward_torch
-        dx, *dnorm = scatter(
-            drows, index, factor, x, stats, norm_weight,
-            needs_x=needs_x, needs_weight=needs_norm[0], needs_bias=needs_norm[1],
-        )  # fmt: skip
+        arguments = (drows, index, factor, x, stats, norm_weight)
+        names = ("needs_x", "needs_weight", "needs_bias")
+        wanted = dict(zip(names, (needs_x, *needs_norm), strict=True))
+        dx, *dnorm = _run(
+            wish,
+            backend,
+            lambda: scatter_norm_backward(*arguments, **wanted),
+            lambda: scatter_norm_backward_torch(*arguments, **wanted),
+        )
         gradients[0] = dx
         for number, (dvector, vector) in enumerate(
             zip(dnorm, (norm_weight, norm_bias), strict=True)
@@ -156,6 +162,23 @@ def _backward(
     if needs_bias:
         gradients[2] = (dbias * factor).to(bias_dtype)
     return or_empty(x, gradients)
+
+
+def _chunks(wish, backend, *arguments):
+    """`run_chunks` of that back end, which is the last but two of its arguments."""
+    *first, dloss, needs = arguments
+
+    def on(chosen: str) -> tuple:
+        return run_chunks(*first, chosen, dloss, needs)
+
+    return _run(wish, backend, lambda: on("triton"), lambda: on("torch"))
+
+
+def _run(wish, backend, on_kernels, on_torch):
+    if backend == "torch":
+        return on_torch()
+    name = "masked_linear_cross_entropy"
+    return run_or_torch(name, on_kernels, on_torch, backend=wish, lost=_LOST)
 
 
 implement("masked_linear_cross_entropy", _forward)
@@ -315,15 +338,15 @@ def triton_obstacle(x: Tensor, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot take this x with products in dtype, or None."""
     if x.shape[2] > WIDEST:
         return f"the kernels take up to {WIDEST} channels, not {x.shape[2]}"
-    return launch_obstacle(x, x.dtype, dtype)
+    return launch_obstacle(x, x.dtype, dtype, operator="masked_linear_cross_entropy")
 
 
 def _resolve(backend: str, x: Tensor, dtype: torch.dtype) -> str:
     """The one place that decides, and says once for each reason where something slower runs."""
     if backend == "torch" or (backend == "" and x.device.type == "cpu"):
         return "torch"
-    name, lost = "masked_linear_cross_entropy", "slower and not deterministic"
-    return triton_or_torch(name, backend, triton_obstacle(x, dtype), lost)
+    obstacle = triton_obstacle(x, dtype)
+    return triton_or_torch("masked_linear_cross_entropy", backend, obstacle, _LOST)
 
 
 def _check_values(x: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import exporting, launch_obstacle
-from beit_fast.kernels.arguments import check_backend, check_floating, triton_or_torch
+from beit_fast.kernels.arguments import check_backend, check_floating, run_or_torch, triton_or_torch
 from beit_fast.kernels.input.mask_embed_kernels import mask_embed_backward, mask_embed_forward
 from beit_fast.kernels.registration import or_empty
 
@@ -116,17 +116,30 @@ torch.library.define(
 
 @torch.library.impl("beit_fast::mask_embed", "default")
 def _mask_embed(patches, cls_token, mask_token, mask, pos, dtype, backend):
-    on_triton = _resolve(backend, patches, dtype) == "triton"
-    function = mask_embed_forward if on_triton else mask_embed_torch
-    return function(patches, cls_token, mask_token, mask, pos, dtype)
+    arguments = (patches, cls_token, mask_token, mask, pos, dtype)
+    if _resolve(backend, patches, dtype) == "torch":
+        return mask_embed_torch(*arguments)
+    return run_or_torch(
+        "mask_embed",
+        lambda: mask_embed_forward(*arguments),
+        lambda: mask_embed_torch(*arguments),
+        backend=backend,
+    )
 
 
 @torch.library.impl("beit_fast::mask_embed_backward", "default")
 def _mask_embed_backward(dout, mask, dtype, needs, backend):
-    on_triton = _resolve(backend, dout, dtype) == "triton"
-    function = mask_embed_backward if on_triton else mask_embed_backward_torch
+    arguments = (dout, mask, dtype, needs)
     with torch.autocast(dout.device.type, enabled=False):
-        return or_empty(dout, function(dout, mask, dtype, needs))
+        if _resolve(backend, dout, dtype) == "torch":
+            return or_empty(dout, mask_embed_backward_torch(*arguments))
+        gradients = run_or_torch(
+            "mask_embed",
+            lambda: mask_embed_backward(*arguments),
+            lambda: mask_embed_backward_torch(*arguments),
+            backend=backend,
+        )
+        return or_empty(dout, gradients)
 
 
 @torch.library.register_fake("beit_fast::mask_embed")
@@ -231,7 +244,7 @@ def _resolve(backend: str, x: Tensor, dtype: torch.dtype) -> str:
     """The wish, or the kernels on a GPU if they can, with a warning if they cannot."""
     if backend == "torch" or (backend == "" and x.device.type == "cpu"):
         return "torch"
-    obstacle = launch_obstacle(x, x.dtype, dtype)
+    obstacle = launch_obstacle(x, x.dtype, dtype, operator="mask_embed")
     if x.shape[2] > WIDEST:
         obstacle = f"the kernels take rows of up to {WIDEST} channels, not {x.shape[2]}"
     if x.shape[0] * (x.shape[1] + 1) >= MOST_ROWS:

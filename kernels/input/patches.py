@@ -28,6 +28,7 @@ from beit_fast.kernels.arguments import (
     check_backend,
     check_index,
     check_index_values,
+    run_or_torch,
     triton_or_torch,
 )
 
@@ -317,12 +318,19 @@ torch.library.define(
 def _normalized_patches(images, patch_pixels, mean, std, index, dtype, backend):
     num_patches = len(images) * _num_patches(images, patch_pixels)
     on_triton = _resolve(backend, images, num_patches, dtype) == "triton"
-    function = normalized_patches_triton if on_triton else normalized_patches_torch
     if index is not None:
         index = index.contiguous()
         if index.device.type == "cpu" and not on_triton:
             check_index_values(index, num_patches, "the images have {} patches")
-    return function(images, tuple(patch_pixels), tuple(mean), tuple(std), index, dtype)
+    arguments = (images, tuple(patch_pixels), tuple(mean), tuple(std), index, dtype)
+    if not on_triton:
+        return normalized_patches_torch(*arguments)
+    return run_or_torch(
+        "normalized_patches",
+        lambda: normalized_patches_triton(*arguments),
+        lambda: normalized_patches_torch(*arguments),
+        backend=backend,
+    )
 
 
 @torch.library.register_fake("beit_fast::normalized_patches")
@@ -366,7 +374,7 @@ def _resolve(backend: str, images: Tensor, num_patches: int, dtype: torch.dtype)
     """The wish, or the kernels on a GPU if they can, with a warning if they cannot."""
     if backend == "torch" or (backend == "" and images.device.type == "cpu"):
         return "torch"
-    obstacle = launch_obstacle(images, dtype)
+    obstacle = launch_obstacle(images, dtype, operator="normalized_patches")
     if num_patches >= MOST_PATCHES:
         obstacle = f"the kernels take fewer than {MOST_PATCHES} patches, not {num_patches}"
     return triton_or_torch("normalized_patches", backend, obstacle)

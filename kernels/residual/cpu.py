@@ -38,7 +38,7 @@ def _triton_obstacle(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
         return f"the kernels take rows of up to {WIDEST} channels, not {x.shape[2]}"
     if x.shape[0] * x.shape[1] >= MOST_ROWS:
         return f"the kernels take fewer than {MOST_ROWS} rows, not {x.shape[0] * x.shape[1]}"
-    return launch_obstacle(x, *dtypes)
+    return launch_obstacle(x, *dtypes, operator="scale_residual")
 
 
 def scale_residual_torch(

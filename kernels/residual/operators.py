@@ -4,10 +4,13 @@ Its schema, what it runs, what the compiler is told of it, and its gradient. Wha
 `reference.py`; what checks the arguments: `functional.py`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from beit_fast.kernels._triton import contiguous_rows, interpreting
+from beit_fast.kernels.arguments import run_or_torch
 from beit_fast.kernels.first_order import first_order
 from beit_fast.kernels.registration import implement, or_empty
 from beit_fast.kernels.residual.backward import scale_residual_backward
@@ -50,13 +53,14 @@ def _forward(
 ):  # fmt: skip
     outputs = _empty_outputs(x, branch, num_normed, eps, dtype, norm_dtype)
     options = {"dropout_p": dropout_p, "drop_path_p": drop_path_p, "rng": rng}
-    if _takes_reference(x):
-        with torch.autocast("cpu", enabled=False):
+
+    def on_torch() -> None:
+        with torch.autocast(x.device.type, enabled=False):
             normed = x
             if branch is not None:
                 kept = _kept(branch_slots, len(branch))
-                options |= {"bias": bias, "kept": kept, "dtype": dtype}
-                normed = scale_residual_reference(x, branch, gamma, keep, **options)
+                more = {"bias": bias, "kept": kept, "dtype": dtype}
+                normed = scale_residual_reference(x, branch, gamma, keep, **options, **more)
                 outputs[0].copy_(normed)
             if eps is not None:
                 kept = _kept(norm_slots, num_normed)
@@ -66,26 +70,29 @@ def _forward(
                 ln = layer_norm_reference(normed, norm_weight, norm_bias, **norm)
                 for output, value in zip(outputs[1:], (ln, mean, rstd), strict=True):
                     output.copy_(value.view(output.shape))
-        return or_empty(x, outputs)
-    out, ln, mean, rstd = outputs
-    scale_residual_forward(
-        contiguous_rows(x),
-        contiguous_rows(branch),
-        bias,
-        gamma,
-        keep,
-        branch_slots,
-        norm_weight,
-        norm_bias,
-        norm_slots,
-        scale=1.0 if branch_slots is None else len(x) / max(len(branch), 1),
-        eps=0.0 if eps is None else eps,
-        out=out,
-        ln=ln,
-        mean=mean,
-        rstd=rstd,
-        **options,
-    )
+
+    def on_kernels() -> None:
+        out, ln, mean, rstd = outputs
+        scale_residual_forward(
+            contiguous_rows(x),
+            contiguous_rows(branch),
+            bias,
+            gamma,
+            keep,
+            branch_slots,
+            norm_weight,
+            norm_bias,
+            norm_slots,
+            scale=1.0 if branch_slots is None else len(x) / max(len(branch), 1),
+            eps=0.0 if eps is None else eps,
+            out=out,
+            ln=ln,
+            mean=mean,
+            rstd=rstd,
+            **options,
+        )
+
+    _run(x, on_kernels, on_torch)
     return or_empty(x, outputs)
 
 
@@ -96,8 +103,9 @@ def _backward(
     like = dln if dout is None else dout
     outputs = _empty_gradients(like, shape, num_kept, dtype, branch_dtype, needs)
     options = {"dropout_p": dropout_p, "drop_path_p": drop_path_p, "rng": rng}
-    if _takes_reference(like):
-        with torch.autocast("cpu", enabled=False):
+
+    def on_torch() -> None:
+        with torch.autocast(like.device.type, enabled=False):
             norm_kept = None if dln is None else _kept(norm_slots, len(dln))
             values = scale_residual_backward_torch(
                 dout,
@@ -119,26 +127,29 @@ def _backward(
             for output, value in zip(outputs, values, strict=True):
                 if output is not None:
                     output.copy_(value)
-        return or_empty(like, outputs)
-    names = ("dx", "dbranch", "dbias", "dgamma", "dnorm_weight", "dnorm_bias")
-    scale_residual_backward(
-        contiguous_rows(dout),
-        contiguous_rows(dln),
-        contiguous_rows(normed),
-        mean,
-        rstd,
-        norm_weight,
-        norm_slots,
-        contiguous_rows(branch),
-        bias,
-        gamma,
-        keep,
-        branch_slots,
-        shape=tuple(shape),
-        scale=1.0 if branch_slots is None else shape[0] / max(num_kept, 1),
-        **dict(zip(names, outputs, strict=True)),
-        **options,
-    )
+
+    def on_kernels() -> None:
+        names = ("dx", "dbranch", "dbias", "dgamma", "dnorm_weight", "dnorm_bias")
+        scale_residual_backward(
+            contiguous_rows(dout),
+            contiguous_rows(dln),
+            contiguous_rows(normed),
+            mean,
+            rstd,
+            norm_weight,
+            norm_slots,
+            contiguous_rows(branch),
+            bias,
+            gamma,
+            keep,
+            branch_slots,
+            shape=tuple(shape),
+            scale=1.0 if branch_slots is None else shape[0] / max(num_kept, 1),
+            **dict(zip(names, outputs, strict=True)),
+            **options,
+        )
+
+    _run(like, on_kernels, on_torch)
     return or_empty(like, outputs)
 
 
@@ -166,6 +177,13 @@ def _empty_gradients(like, shape, num_kept, dtype, branch_dtype, needs) -> list[
 
 def _kept(slots: Tensor | None, count: int) -> KeptSamples | None:
     return None if slots is None else KeptSamples(slots.argsort()[len(slots) - count :], slots)
+
+
+def _run(tensor: Tensor, on_kernels: Callable[[], None], on_torch: Callable[[], None]) -> None:
+    if _takes_reference(tensor):
+        on_torch()
+    else:
+        run_or_torch("scale_residual", on_kernels, on_torch)
 
 
 def _takes_reference(tensor: Tensor) -> bool:

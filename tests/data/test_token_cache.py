@@ -168,6 +168,7 @@ def test_a_missing_and_a_cut_file_are_named(made):
         TokenCache(folder)
 
 
+@pytest.mark.promise("S1")
 def test_nothing_is_unpickled(made, tmp_path):
     folder = made[0]
     manifest = read_manifest(folder)
@@ -198,6 +199,7 @@ def test_an_array_of_another_kind_is_refused(made):
             TokenCache(folder)
 
 
+@pytest.mark.promise("S7")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

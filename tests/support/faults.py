@@ -9,6 +9,7 @@ is a file of the output folder, so it stays so for a run that is started again, 
 that asserts it: none passes because its fault never came.
 """
 
+import ast
 import ctypes
 import errno
 import os
@@ -147,6 +148,26 @@ def raises(error: BaseException) -> Callable[[object], object]:
     return act
 
 
+def fails_to_compile(_: object) -> object:
+    from triton.compiler.errors import CompilationError
+
+    raise CompilationError(None, ast.Pass(), "unsupported\nconstruct")
+
+
+def asks_too_much(_: object) -> object:
+    from triton.runtime.errors import OutOfResources
+
+    raise OutOfResources(300_000, 232_448, "shared memory")
+
+
+# Moments of a save, in their order, at which killed_saves.py kills: each fault is its own place.
+KILLED_SAVES = (
+    *("save_begins", "folder_is_empty", "half_a_file", "file_has_no_seal"),
+    *("file_is_not_read_again", "no_manifest", "half_a_manifest", "before_the_rename"),
+    *("after_the_rename", "before_it_deletes", "half_deleted"),
+)
+
+
 def raises_in_backward(error: BaseException) -> Callable[[Tensor], Tensor]:
     """Where the gradient of the loss has come to be, a tensor."""
 
@@ -161,9 +182,9 @@ def raises_in_backward(error: BaseException) -> Callable[[Tensor], Tensor]:
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
 FULL_AT = (100, 1_000, 10_000, 100_000, 260_000)  # bytes
 # Places: "step" (its beginning), "batch" (waiting for that of a step), "save" (writing the
-# checkpoint of a step), "update" (the optimiser's step); "loss", "gradient", "pixels" and "sample"
-# (of an image's number), of which a tensor is the value; "read" (the files of the image with the
-# number STEP).
+# checkpoint of a step), "update" (the optimiser's step), "launch" (of a kernel, by its name);
+# "loss", "gradient", "pixels" and "sample" (of an image's number), of which a tensor is the value;
+# "read" (the files of the image with the number STEP).
 FAULTS = {
     "kill": Fault("step", sends(signal.SIGKILL)),
     "term": Fault("step", sends(signal.SIGTERM)),
@@ -196,7 +217,12 @@ FAULTS = {
     "denied": Fault("read", raises(OSError(errno.EACCES, "Permission denied"))),
     "torch": Fault("read", raises(RuntimeError("a kernel failed\nand how"))),
     "memory": Fault("read", raises(MemoryError())),
+    "compile": Fault("launch", fails_to_compile),
+    "resources": Fault("launch", asks_too_much),
+    "passes": Fault("launch", raises(RuntimeError("PassManager::run failed"))),
+    "access": Fault("launch", raises(RuntimeError("CUDA error: an illegal memory access"))),
     "spike": Fault("loss", lambda loss: loss * 100),
+    **{place: Fault(place, sends(signal.SIGKILL)) for place in KILLED_SAVES},
     "nan_pixels": Fault("pixels", lambda pixels: pixels * torch.nan),
     "huge": Fault("sample", lambda pixels: pixels * 1e30),
     "nan_gradient": Fault("gradient", lambda gradient: gradient * torch.nan),

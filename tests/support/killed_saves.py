@@ -4,6 +4,7 @@ Every run is a fork of this process, which has imported all and computed nothing
 folder for each run; printed is one line of JSON of what became of each.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -15,15 +16,19 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import tensorboard.summary.writer.record_writer  # noqa: F401  (for the forks: it takes a second)
+# For the forks: these take seconds.
+import tensorboard.compat.proto.event_pb2
+import tensorboard.summary.writer.record_writer  # noqa: F401
+import torch._dynamo  # noqa: F401
 
 from beit_fast.train import saving, state
 from beit_fast.train.saving import Saver
 from beit_fast.train.state import checkpoint_paths
+from faults import KILLED_SAVES, Injector, fired
 from toy import ALONE, train_toy
 
-RANDOM_KILLS = 8
-MARK = "fault"  # file that a fault leaves before it kills
+RANDOM_KILLS = 20
+SAVES = (3, 6)  # of six. In the third the first checkpoint is the first to be deleted
 
 
 def fork(run: Callable[[], object], *, orderly: bool = False) -> int:
@@ -52,89 +57,65 @@ def train(output: Path) -> None:
     train_toy(output, save_every=2, log_every=1)
 
 
-# --- aimed: each fault is in the third save, when the first checkpoint is about to be deleted -----
+class Places:
+    """Has an injector met at each of KILLED_SAVES, the number of the save being its step."""
+
+    def __init__(self, injector: Injector) -> None:
+        self._injector, self._save, self._calls = injector, 0, {}
+        save, remove = saving.save_checkpoint, shutil.rmtree
+
+        def begin(*arguments: object, **more: object) -> Path:
+            self._save, self._calls = self._save + 1, {}
+            self._meet("save_begins")
+            return save(*arguments, **more)
+
+        def remove_half(path: Path, **more: object) -> None:
+            if path.name.endswith(".old"):
+                next(path.iterdir()).unlink()
+                self._meet("half_deleted")
+            remove(path, **more)
+
+        saving.save_checkpoint = begin
+        state.shutil.rmtree = remove_half
+        # Four files of weights, in this order; `_flush` is of those and of the manifest.
+        self._before("_write_tensors", 1, "folder_is_empty")
+        self._before("_flush", 2, "half_a_file", half=True)
+        self._before("seal", 3, "file_has_no_seal")
+        self._before("load_file", 4, "file_is_not_read_again")
+        self._before("manifest_text", 1, "no_manifest")
+        self._before("_flush", 5, "half_a_manifest", half=True)
+        self._before("read_manifest", 1, "before_the_rename")
+        self._before("flush_folder", 1, "after_the_rename")
+        self._before("_discard", 1, "before_it_deletes")
+
+    def _meet(self, place: str) -> None:
+        self._injector.meet(place, self._save)
+
+    def _before(self, name: str, number: int, place: str, *, half: bool = False) -> None:
+        """That call of a save to a function of `state`. half: its file is first cut in half."""
+        usual = getattr(state, name)
+
+        def call(*arguments: object, **more: object) -> object:
+            self._calls[name] = self._calls.get(name, 0) + 1
+            if self._calls[name] == number:
+                whole = arguments[0].read_bytes() if half else b""
+                if half:
+                    os.truncate(arguments[0], len(whole) // 2)
+                self._meet(place)
+                if half:
+                    arguments[0].write_bytes(whole)
+            return usual(*arguments, **more)
+
+        setattr(state, name, call)
 
 
-def before_it_writes(kill: Callable[[], None]) -> None:
-    saving.save_checkpoint = in_third(saving.save_checkpoint, kill)
-
-
-def half_a_file(kill: Callable[[], None]) -> None:
-    real = state.save_file
-
-    def half(tensors: dict, path: Path, **more: object) -> None:
-        real(tensors, path, **more)
-        os.truncate(path, path.stat().st_size // 2)
-        kill()
-
-    # Each of four files is a call, and the fault is in the second of the third save.
-    state.save_file = nth(10, real, half)
-
-
-def before_the_manifest(kill: Callable[[], None]) -> None:
-    state.environment = in_third(state.environment, kill)
-
-
-def before_the_rename(kill: Callable[[], None]) -> None:
-    real = state._flush
-
-    def flush(path: Path) -> str:
-        digest = real(path)
-        kill()
-        return digest
-
-    state._flush = nth(15, real, flush)  # the manifest's, after four files, in the third save
-
-
-def after_the_rename(kill: Callable[[], None]) -> None:
-    state.flush_folder = in_third(state.flush_folder, kill)
-
-
-def while_it_deletes(kill: Callable[[], None]) -> None:
-    real = shutil.rmtree
-
-    def half(path: Path, **more: object) -> None:
-        if path.name.endswith("1.old") or path.name.endswith("2.old"):
-            next(path.iterdir()).unlink()
-            kill()
-        real(path, **more)
-
-    state.shutil.rmtree = half
-
-
-def nth(number: int, usual: Callable, other: Callable) -> Callable:
-    calls = iter(range(1, 1000))
-    return lambda *a, **k: (other if next(calls) == number else usual)(*a, **k)
-
-
-def in_third(usual: Callable, kill: Callable[[], None]) -> Callable:
-    return nth(3, usual, lambda *_, **__: kill())
-
-
-AIMED = {
-    fault.__name__: fault
-    for fault in (
-        before_it_writes,
-        half_a_file,
-        before_the_manifest,
-        before_the_rename,
-        after_the_rename,
-        while_it_deletes,
-    )
-}
-
-
-def aimed(output: Path, fault: Callable[[Callable[[], None]], None]) -> str:
+def aimed(output: Path, fault: str) -> str:
     def run() -> None:
-        def kill() -> None:
-            (output / MARK).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        fault(kill)
+        output.mkdir()
+        Places(Injector(output, [fault]))
         train(output)
 
-    how = ended(fork(run))
-    return how if (output / MARK).exists() else f"{how}, and the fault did not fire"
+    return ended(fork(run))
 
 
 def at_random(output: Path, seconds: float) -> str:
@@ -144,11 +125,23 @@ def at_random(output: Path, seconds: float) -> str:
         while not (output / "checkpoints").exists():
             time.sleep(0.001)
         time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
         if (how := ended(pid)) == "killed":
             return how
         shutil.rmtree(output)
         seconds /= 2
+
+
+def unreadable(metrics: Path) -> list[str]:
+    """Lines that are no JSON, but the last."""
+    found = []
+    for line in metrics.read_text().split("\n")[:-1] if metrics.exists() else []:
+        try:
+            json.loads(line)
+        except ValueError:
+            found.append(line)
+    return found
 
 
 def main(output: Path, seed: int) -> int:
@@ -157,13 +150,21 @@ def main(output: Path, seed: int) -> int:
     took, rng = time.perf_counter() - began, random.Random(seed)
 
     def try_(name: str, how: str) -> None:
-        paths = [path.name for path in checkpoint_paths(output / name)]
-        again = ended(fork(lambda: train(output / name)))
-        rests = [path.name for path in (output / name / "checkpoints").glob(".*")]
-        results[name] = {"ended": how, "kept": paths, "again": again, "rests": rests}
+        folder = output / name
+        left = {
+            "ended": how,
+            "fired": dict(fired(folder)),
+            "kept": [path.name for path in checkpoint_paths(folder)],
+            "bad_lines": unreadable(folder / "metrics.jsonl"),
+        }
+        again = ended(fork(lambda: train(folder)))
+        rests = [path.name for path in (folder / "checkpoints").glob(".*")]
+        results[name] = {**left, "again": again, "rests": rests}
 
-    for name, fault in AIMED.items():
-        try_(name, aimed(output / name, fault))
+    for place in KILLED_SAVES:
+        for save in SAVES:
+            fault = f"0:{save}:{place}"
+            try_(fault, aimed(output / fault, fault))
     for number in range(RANDOM_KILLS):
         name = f"random_{number}"
         try_(name, at_random(output / name, rng.uniform(0, took)))
@@ -174,7 +175,7 @@ def main(output: Path, seed: int) -> int:
         Saver(output / "left", {}, keep=1, world=ALONE).save(1, {"model": {}})
 
     results["left"] = {"ended": ended(fork(leave_it_writing, orderly=True))}
-    print(json.dumps(results))
+    print(json.dumps({"seed": seed, "runs": results}))
     return 0
 
 

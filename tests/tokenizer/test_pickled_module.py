@@ -8,6 +8,8 @@ from torch import nn
 
 from beit_fast.tokenizer.pickled_module import read_pickled_module
 
+pytestmark = pytest.mark.promise("S2")
+
 SEQUENTIAL, LINEAR = "torch.nn.modules.container.Sequential", "torch.nn.modules.linear.Linear"
 NUM_DAMAGED = 300
 RELU = "torch.nn.modules.activation.ReLU"

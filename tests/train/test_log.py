@@ -1,39 +1,82 @@
-"""metrics.jsonl: what is left out, what is refused."""
+"""metrics.jsonl: what is read, and what is left out and said."""
 
 import pytest
 import torch
 
-from beit_fast.train.log import METRICS, Log, Meter, read_metrics
+from beit_fast.train.log import METRICS, Log, Meter, _read_lines, read_metrics
 from beit_fast.train.world import World
+from damaged import flipped
 
 CPU = torch.device("cpu")
 
 
-def test_a_last_line_cut_short_is_left_out(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1, "loss": 0.5}\n{"step": 2, "lo\xff')
-    assert read_metrics(path) == [{"step": 1, "loss": 0.5}]
+LINES = [
+    b'{"step": 1, "loss": 1.0}',
+    b'{"step": 1, "test_loss": 2.0}',
+    b'{"step": 3, "loss": 0.5}',
+    b'{"step": 4, "loss": NaN, "lr": 1}',
+]
+DAMAGED_LINES = [
+    b'{"step": 2, "lo',
+    b'{"step": 2, "lo\xffs": 0.5}',
+    b'{"step": 2, "loss": 0.5 }}',
+    b"3",
+    b"[]",
+    b"{}",
+    b"null",
+    b'{"step": "2"}',
+    b'{"step": true}',
+    b'{"step": 2.5}',
+    b'{"step": 2, "loss": "0.5"}',
+    b'{"step": 2, "loss": [0.5]}',
+    b"[" * 100_000,
+    b'{"step": 1' + b"0" * 5000 + b"}",
+]
 
 
-@pytest.mark.parametrize("line", ["3", "[]", "{}", '{"step": "x"}'])
-def test_a_line_of_something_else_is_named_and_removing_it_helps(line, tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is of no step: remove it"):
-        read_metrics(path)
-    path.write_text('{"step": 1}\n{"step": 3}\n')
-    assert [record["step"] for record in read_metrics(path)] == [1, 3]
-
-
-def test_a_resume_keeps_lines_as_they_are_and_those_after_a_broken_one(tmp_path):
-    lines = ['{"step": 1, "loss": 1.0}', '{"step": 1, "test_loss": 2.0}', '{"step": 2, "lo']
-    lines += ['{"step": 3, "loss": 0.5}', '{"step": 4, "loss": 0.4}']
+@pytest.mark.promise("R24")
+@pytest.mark.parametrize("damaged", DAMAGED_LINES, ids=lambda line: repr(line[:24]))
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_a_damaged_line_is_named_once_and_the_others_count(damaged, number, tmp_path, caplog):
     path = tmp_path / METRICS
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_bytes(b"\n".join([*LINES[: number - 1], damaged, *LINES[number - 1 :], b""]))
     assert [record["step"] for record in read_metrics(path)] == [1, 3, 4]
+    assert caplog.messages == [f"{path}: line {number} is damaged, and left out"]
+    caplog.clear()
+    # A resume keeps the others as they are, but for those past its step, and the damaged aside.
     Log(tmp_path, title="run", start=3, num_steps=5).close()
-    kept = path.read_text(encoding="utf-8").splitlines()
-    assert kept == [lines[0], lines[1], lines[3]]
+    assert path.read_bytes() == b"\n".join([*LINES[:3], b""])
+    assert (tmp_path / "metrics.damaged").read_bytes() == damaged + b"\n"
+    said = f"{path}: line {number} is damaged: moved to metrics.damaged, the others count"
+    assert caplog.messages == [said]
+    caplog.clear()
+    assert [record["step"] for record in read_metrics(path)] == [1, 3]
+    Log(tmp_path, title="run", start=3, num_steps=5).close()
+    assert (tmp_path / "metrics.damaged").read_bytes() == damaged + b"\n"
+    assert not caplog.messages
+
+
+@pytest.mark.promise("R24")
+def test_every_flipped_bit_costs_a_line_at_most(tmp_path):
+    path = tmp_path / METRICS
+    path.write_bytes(b"\n".join([*LINES, b""]))
+    for place in range(path.stat().st_size):
+        for bit in range(8):
+            with flipped(path, place, bit):
+                lines, damaged = _read_lines(path)
+                kept = {line for line, _ in lines}
+                assert kept | {*damaged.values(), b""} == {*path.read_bytes().split(b"\n"), b""}
+                # A flipped end of a line makes one damaged line of two.
+                assert len(kept & set(LINES)) >= len(LINES) - 2, (place, bit)
+                assert len(damaged) <= 2, (place, bit)
+
+
+@pytest.mark.promise("R24")
+def test_many_damaged_lines_are_one_warning_and_blank_ones_none(tmp_path, caplog):
+    path = tmp_path / METRICS
+    path.write_bytes(b"\n\n" + LINES[0] + b"\n\n" + b"x\n" * 9 + LINES[2])
+    assert [record["step"] for record in read_metrics(path)] == [1, 3]
+    assert caplog.messages == [f"{path}: lines 5, 6, 7, 8, 9 and 4 more are damaged, and left out"]
 
 
 def test_a_line_behind_one_cut_short_is_its_own(tmp_path):

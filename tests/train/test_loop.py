@@ -146,6 +146,7 @@ def test_a_second_interrupt_ends_the_run_at_once(tmp_path, run_toy, toy_task):
         run_toy(tmp_path, task)
 
 
+@pytest.mark.promise("R23")
 def test_two_runs_do_not_share_a_folder(tmp_path, run_toy, toy_task):
     task = toy_task()
     errors = []

@@ -58,7 +58,8 @@ def test_what_is_saved_is_the_copy_whatever_is_trained_meanwhile(tmp_path, write
         },
         "run": {"seen": torch.tensor(2, dtype=torch.int64)},
     }
-    with Saver(tmp_path, {"a": 1}, keep=3, world=ALONE, schedule={"num_steps": 9}) as saver:
+    length = {"num_steps": 9, "warmup_steps": 0}
+    with Saver(tmp_path, {"a": 1}, keep=3, world=ALONE, schedule=length) as saver:
         for step in (1, 2):
             trained.clear()
             wanted = {s: {n: v.clone() for n, v in vs.items()} for s, vs in tensors.items()}
@@ -69,7 +70,7 @@ def test_what_is_saved_is_the_copy_whatever_is_trained_meanwhile(tmp_path, write
             trained.set()
             saved = load_checkpoint(saver.wait()[-1])
             assert saved.step == step
-            assert saved.manifest["schedule"] == {"num_steps": 9}
+            assert saved.manifest["schedule"] == length
             for stem, values in wanted.items():
                 assert saved.tensors[stem].keys() == values.keys()
                 for name, value in values.items():
@@ -307,7 +308,7 @@ def test_sigterm_while_one_is_written_ends_the_run_with_both_whole(
     assert_the_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-@pytest.mark.promise("R11")
+@pytest.mark.promise("R11", "R23")
 def test_a_second_ctrl_c_does_not_wait_and_the_folder_is_not_free_yet(
     tmp_path, run_toy, toy_task, write
 ):

@@ -3,13 +3,18 @@
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from beit_fast.data.run_images import RunImages
+from beit_fast.errors import RunError
+from beit_fast.kernels import _triton
+from beit_fast.kernels.arguments import triton_or_torch
+from beit_fast.kernels.attention.backends import Choice, warn_of_fallback
 from beit_fast.recipes import PRETRAIN
 from beit_fast.train import start
-from beit_fast.train.start import check_alike, check_shared
+from beit_fast.train.start import check_alike, check_shared, open_run
 from beit_fast.train.world import World
 from loaded import Numbers
 from task_runs import ALONE, with_fields
@@ -121,6 +126,27 @@ def test_a_folder_that_rank_0_cannot_write_is_an_error_of_all(tmp_path, on_ranks
     assert all(isinstance(error, OSError) for error in errors)
     said = f"nothing can be written to {folder} (Not a directory): give another --run.output"
     assert [str(error) for error in errors] == [said] * 2
+
+
+@pytest.mark.promise("R22")
+@pytest.mark.parametrize(
+    "falls_back",
+    [
+        lambda: triton_or_torch("mask_embed", None, "its kernel k does not compile"),
+        lambda: warn_of_fallback(Choice("sdpa", fallback="its kernel k does not compile")),
+    ],
+    ids=["torch", "sdpa"],
+)
+def test_a_kernel_that_falls_back_ends_a_strict_run_and_no_other(falls_back, tmp_path, monkeypatch):
+    monkeypatch.setattr(_triton, "_warned", set())
+    config = PRETRAIN["digits"]()
+    config = replace(config, run=replace(config.run, strict=True, device="cpu", cpu_threads=1))
+    said = r"runs on \w+, slower.*: its kernel k does not compile\. --run\.strict false goes on"
+    with pytest.raises(RunError, match=said), open_run(config, str(tmp_path)):
+        falls_back()
+    config = replace(config, run=replace(config.run, strict=False))
+    with pytest.warns(UserWarning, match="does not compile"), open_run(config, str(tmp_path)):
+        falls_back()
 
 
 @pytest.mark.promise("R20")

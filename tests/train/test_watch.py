@@ -132,6 +132,7 @@ def until(condition, seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.promise("S10", "R19")
 def test_a_loader_that_hangs_ends_one_process_too(alone, run_toy, toy_task, tmp_path):
     open_alone, ends = alone
 
@@ -143,6 +144,9 @@ def test_a_loader_that_hangs_ends_one_process_too(alone, run_toy, toy_task, tmp_
                     raise ConnectionError("what the test is ended by")
                 yield batch
 
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("as it was")
+    (tmp_path / "run" / "stacks_rank0.txt").symlink_to(tmp_path / "precious")
     world = open_alone(0.5)
     with pytest.raises(ConnectionError):
         run_toy(tmp_path / "run", Hanging(dropout=0.0), world, accumulate=1)
@@ -152,6 +156,7 @@ def test_a_loader_that_hangs_ends_one_process_too(alone, run_toy, toy_task, tmp_
         f"Stacks: {stacks}. Look."
     )
     assert "in until\n" in stacks.read_text()
+    assert (tmp_path / "precious").read_text() == "as it was"
 
 
 def test_outside_of_training_one_process_may_take_its_time(alone):

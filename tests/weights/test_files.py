@@ -4,12 +4,16 @@ import argparse
 import json
 import os
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from beit_fast.train.state import save_checkpoint
 from beit_fast.weights.files import read_weights, write_weights
+from damaged import damages, not_refused
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 
@@ -67,6 +71,7 @@ def test_shards_are_read_by_folder_and_by_index(tmp_path):
     assert_read(read_weights(tmp_path).tensors)
 
 
+@pytest.mark.promise("S7")
 def test_a_shard_that_is_missing_outside_or_other_is_named(tmp_path):
     index = shards(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "c": "../x"}}))
@@ -91,6 +96,7 @@ class Planted:
         return os.system, (f"touch {self.marker}",)
 
 
+@pytest.mark.promise("S1")
 @pytest.mark.parametrize("legacy", [False, True])
 def test_no_code_of_a_pickle_runs(legacy, tmp_path):
     marker = tmp_path / "ran"
@@ -126,6 +132,7 @@ def test_other_contents_are_refused(content, key, message, tmp_path):
         read_weights(tmp_path / "w.pth", key=key)
 
 
+@pytest.mark.promise("S3")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of a pickle protocol it guesses
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_garbled_bytes_give_tensors_or_a_value_error(kind, tmp_path):
@@ -165,9 +172,33 @@ def test_a_place_without_weights_is_an_error(tmp_path):
         read_weights(tmp_path)
 
 
-def test_a_step_of_a_run_is_read_against_its_digest(tmp_path):
-    from beit_fast.train.state import save_checkpoint
+@pytest.mark.promise("R5")
+def test_a_damaged_file_of_a_step_is_refused_with_its_manifest_and_without(tmp_path):
+    settings = {"model": {"depth": 2}}
+    step = save_checkpoint(tmp_path, 1, {"model": TENSORS}, settings, keep=1)
+    moved = Path(shutil.copy(step / "model.safetensors", tmp_path / "moved.safetensors"))
+    for path in (step / "model.safetensors", moved):
+        assert not_refused(path, damages(path, flips=100, zeroed=20), read_weights) == []
+        assert_read(read_weights(path).tensors)
+    manifest = step / "manifest.json"
+    read = [lambda _: read_weights(step), lambda _: read_weights(step / "model.safetensors")]
+    for load in read:
+        assert not_refused(manifest, damages(manifest, flips=60, zeroed=10), load) == []
 
+
+@pytest.mark.promise("R5")
+def test_a_damaged_shard_of_ours_is_refused_by_name(tmp_path):
+    index = shards(tmp_path)
+    for home in ("model-1.safetensors", "model-2.safetensors"):
+        tensors = read_weights(tmp_path / home).tensors
+        write_weights(tmp_path / home, tensors)
+        path = tmp_path / home
+        flips = damages(path, flips=40, zeroed=10)
+        assert not_refused(path, flips, lambda _: read_weights(index)) == []
+    assert_read(read_weights(tmp_path).tensors)
+
+
+def test_a_step_of_a_run_is_read_against_its_digest(tmp_path):
     old = {n: t + 1 for n, t in TENSORS.items()}
     settings = {"model": {"depth": 2}}
     save_checkpoint(tmp_path, 1, {"model": old}, settings, keep=3)
@@ -187,6 +218,6 @@ def test_a_step_of_a_run_is_read_against_its_digest(tmp_path):
     (step / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
         read_weights(step)
-    (step / "manifest.json").write_text('{"format": 2}')
-    with pytest.raises(ValueError, match="another format"):
+    (step / "manifest.json").write_text('{"made by": "others"}')
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: .* it is of no checkpoint"):
         read_weights(step)

@@ -9,6 +9,7 @@ from beit_fast.weights.convert import convert
 from beit_fast.weights.load import from_pretrained
 from beit_fast.weights.read import read_checkpoint
 from beit_fast.weights.save import push_to_hub, save_pretrained
+from damaged import damages, not_refused
 from tiny_models import PER_BLOCK, VANILLA, assert_identical
 
 
@@ -121,3 +122,19 @@ def test_push_to_hub_sends_the_folder(classifier, monkeypatch, tmp_path):
     assert push_to_hub(classifier, "me/beit", private=True) == "https://hub/me/beit"
     assert (sent["private"], sent["exist_ok"]) == (True, True)
     assert_identical(sent["state"], classifier.state_dict())
+
+
+@pytest.mark.promise("R5")
+def test_a_damaged_file_of_what_was_saved_or_converted_is_refused(classifier, tmp_path):
+    save_pretrained(classifier, tmp_path / "folder", labels=[f"kind {i}" for i in range(5)])
+    convert(tmp_path / "folder", tmp_path / "timm.safetensors", to="timm")
+    convert(tmp_path / "folder", tmp_path / "unilm.safetensors", to="unilm")
+    convert(tmp_path / "unilm.safetensors", tmp_path / "again", to="hf")
+    saved = (tmp_path / "folder" / "model.safetensors", tmp_path / "folder")
+    files = [(tmp_path / f"{name}.safetensors",) * 2 for name in ("timm", "unilm")]
+    for file, source in (saved, *files):
+        flips = damages(file, flips=100, zeroed=20)
+        assert not_refused(file, flips, lambda _, source=source: read_checkpoint(source)) == []
+        assert_identical(from_pretrained(source).state_dict(), classifier.state_dict())
+    again = tmp_path / "again" / "model.safetensors"
+    assert again.read_bytes() == (tmp_path / "folder" / "model.safetensors").read_bytes()

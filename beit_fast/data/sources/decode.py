@@ -35,6 +35,7 @@ from PIL import (
 )
 
 from beit_fast.data.sources.limits import MAX_PIXELS
+from beit_fast.files import is_archive
 
 _SCAN, _MAX_SCANS = b"\xff\xda", 100  # a marker; libjpeg's own tools write at most that many
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
@@ -182,6 +183,8 @@ def _open(data: bytes) -> Image.Image:
     for signature, image_file in _FORMATS:
         if data.startswith(signature):
             return image_file(io.BytesIO(data))
+    if is_archive(data):
+        raise BadImageError("an archive: unpack it, and give the folder that comes of it")
     raise BadImageError("not a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image")
 
 

@@ -69,7 +69,10 @@ class ImageFolder:
         if not self.root.exists():
             raise ValueError(f"the image folder {self.root} does not exist: check the path")
         if not self.root.is_dir():
-            raise ValueError(f"{self.root} is not a folder: give the folder the images are in")
+            raise ValueError(
+                f"{self.root} is not a folder: give the folder the images are in; an archive has "
+                "to be unpacked first"
+            )
         self.paths, self.found = scan(self.root, follow_links)
         if not self.paths:
             said = f" ({left})" if (left := self.found.left_out()) else ""
@@ -79,6 +82,8 @@ class ImageFolder:
                     "; to follow links pass --data.follow_links true, or --follow_links true where "
                     "that is the flag"
                 )
+            if ".tar" in said:
+                remedy += "; archives have to be unpacked first"
             raise ValueError(
                 f"no images under {self.root}{said}: expected files ending in "
                 f"{' '.join(sorted(EXTENSIONS))}{remedy}"

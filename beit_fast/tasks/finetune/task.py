@@ -22,7 +22,7 @@ from beit_fast.data.views.augment import AugmentedSample
 from beit_fast.data.views.mixing import erase_boxes, mix, mixed_loss
 from beit_fast.data.views.statistics import STATISTICS
 from beit_fast.data.views.two_views import normalize
-from beit_fast.files import naming
+from beit_fast.files import replace_text
 from beit_fast.model.fp8 import use_fp8
 from beit_fast.model.heads import BeitForImageClassification
 from beit_fast.tasks.check_images import check_test_images
@@ -365,8 +365,7 @@ def _write_result(task: FinetuneTask, result: FinetuneOutcome) -> None:
     plain = {name: _plain(value) for name, value in _found(result).items()}
     content = {"classes": result.classes, "num_steps": result.train.num_steps, **plain}
     path = Path(task.config.run.output) / RESULT
-    with naming(path):
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    replace_text(path, json.dumps(content, indent=1))
 
 
 def _summarise(task: FinetuneTask, result: FinetuneOutcome, console: Console) -> None:

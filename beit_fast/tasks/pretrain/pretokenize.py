@@ -56,11 +56,12 @@ from beit_fast.tasks.sources import describe_source, open_loader, say
 from beit_fast.tokenizer.checkpoint import tokenizer_digest
 from beit_fast.tokenizer.protocol import Tokenizer
 from beit_fast.train.agreement import flat
+from beit_fast.train.lock import sole_user
 from beit_fast.train.log import plain_console
 from beit_fast.train.preflight import check_writable
 from beit_fast.train.start import open_run
 from beit_fast.train.state import environment
-from beit_fast.train.stop import Interrupted, StopFlag, sole_user, stop_signals
+from beit_fast.train.stop import Interrupted, StopFlag, stop_signals
 from beit_fast.train.world import World
 
 logger = logging.getLogger("beit_fast.data")

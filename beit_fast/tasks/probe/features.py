@@ -30,7 +30,7 @@ from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.views.centre_view import centre_view
-from beit_fast.files import drop, naming
+from beit_fast.files import drop, naming, new_file, replace_text
 from beit_fast.kernels.input.patches import normalized_patches
 from beit_fast.model.beit import Beit
 from beit_fast.train.stop import heeded
@@ -154,11 +154,10 @@ def cached_features(
         model.train(was_training)
     with naming(folder):
         temporary.rename(folder / FEATURES)
-        np.save(folder / LABELS, labels.numpy()[kept], allow_pickle=False)
-        written = folder / f".{MANIFEST}"
+        with new_file(folder / LABELS) as file:
+            np.save(file, labels.numpy()[kept], allow_pickle=False)
         content = {"format": FORMAT, "made_from": made_from, "left_out": reasons}
-        written.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        written.rename(folder / MANIFEST)
+        replace_text(folder / MANIFEST, json.dumps(content, indent=1))
     return _open(folder, made_from, shape, bad)
 
 
@@ -169,6 +168,7 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """
     try:
         with naming(path):
+            drop(path)  # a link there would be written through
             array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
             with path.open("rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -181,6 +181,7 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 def _keep_rows(path: Path, array: np.ndarray, kept: np.ndarray) -> None:
     """Replace the file of `array`, a map of it, by one of these rows."""
     short = path.with_name(f"{path.name}.kept")
+    drop(short)
     try:
         rows = np.lib.format.open_memmap(short, "w+", array.dtype, (len(kept), *array.shape[1:]))
         for first in range(0, len(kept), _ROWS):
@@ -214,7 +215,7 @@ def _open(
         shape = (shape[0] - len(reasons), *shape[1:])
         features = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / LABELS, allow_pickle=False)
-    except (OSError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, EOFError, RecursionError) as error:
         raise ValueError(f"the features in {folder} are damaged ({error!r}): {remedy}") from error
     except ValueError as error:
         if str(error).startswith("the features in"):

@@ -26,7 +26,7 @@ from torch import Tensor
 from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.data.sources.subset import split
 from beit_fast.data.views.statistics import STATISTICS
-from beit_fast.files import naming
+from beit_fast.files import replace_text
 from beit_fast.model.beit import Beit
 from beit_fast.tasks.evaluate.checkpoints import (
     UNSTATED,
@@ -145,8 +145,7 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
         "environment": environment(),
     }
     output = Path(config.output)
-    with naming(output / "probe.json"):
-        (output / "probe.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    replace_text(output / "probe.json", json.dumps(result, indent=1))
     curves = {"linear, [CLS] and mean": [row["linear"] for row in result["layers"]]}
     k = result["chosen"]["knn"]["k"]
     for pool in POOLS:

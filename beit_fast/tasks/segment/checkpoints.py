@@ -12,11 +12,12 @@ from typing import Any
 from beit_fast.data.sources import ade20k
 from beit_fast.data.sources.class_names import Colour
 from beit_fast.data.views.statistics import STATISTICS
+from beit_fast.manifest import read_manifest
 from beit_fast.model.segmenter import BeitForSemanticSegmentation
 from beit_fast.tasks.evaluate.checkpoints import open_weights, opened_path, statistics_of
 from beit_fast.tasks.segment.config_evaluation import SegmenterSourceConfig, SlideConfig
 from beit_fast.tasks.segment.sliding import Statistics
-from beit_fast.weights.description import MANIFEST, read_json, step_of
+from beit_fast.weights.description import step_of
 from beit_fast.weights.load import load_pretrained
 from beit_fast.weights.published import PUBLISHED
 
@@ -96,8 +97,7 @@ def open_segmenter(config: SegmenterSourceConfig) -> Segmenter:
 def _settings(source: str) -> dict[str, Any]:
     """Of the run that a checkpoint is of; of all else nothing."""
     step = step_of(Path(source))
-    settings = {} if step is None else read_json(step / MANIFEST).get("settings")
-    return settings if isinstance(settings, dict) else {}
+    return {} if step is None else read_manifest(step)["settings"]
 
 
 def _stated_slide(settings: dict[str, Any], source: str) -> SlideConfig:

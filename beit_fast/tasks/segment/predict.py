@@ -12,7 +12,7 @@ from beit_fast.data.sources.class_names import read_classes
 from beit_fast.data.sources.decode import BadImageError, decode_fast
 from beit_fast.data.sources.folder import ImageFiles
 from beit_fast.data.sources.reading import Reads
-from beit_fast.files import naming
+from beit_fast.files import naming, new_file
 from beit_fast.tasks.evaluate.predict import find_images
 from beit_fast.tasks.segment.checkpoints import Segmenter, open_segmenter
 from beit_fast.tasks.segment.config_evaluation import PredictSegmentationConfig
@@ -81,8 +81,8 @@ def output_names(files: list[str]) -> list[str]:
 def save_ids(ids: np.ndarray, num_classes: int, path: Path) -> None:
     """Integers (height, width) as a grey PNG: 8 bits up to 256 classes, 16 beyond."""
     kind = np.uint8 if num_classes <= 256 else np.uint16
-    with naming(path):
-        Image.fromarray(ids.astype(kind)).save(path, "PNG")
+    with naming(path), new_file(path) as file:
+        Image.fromarray(ids.astype(kind)).save(file, "PNG")
 
 
 def _predict(

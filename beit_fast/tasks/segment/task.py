@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from beit_fast.files import naming
+from beit_fast.files import replace_text
 from beit_fast.model.segmenter import BeitForSemanticSegmentation
 from beit_fast.tasks.segment.config import SegmentConfig
 from beit_fast.tasks.segment.evaluation import Segmentation
@@ -88,8 +88,7 @@ def _write_result(task: SegmentTask, result: SegmentOutcome) -> None:
     plain = {name: plain_of(value) for name, value in _found(result).items()}
     content = {"classes": result.classes, "num_steps": result.train.num_steps, **plain}
     path = Path(task.config.run.output) / RESULT
-    with naming(path):
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    replace_text(path, json.dumps(content, indent=1))
 
 
 def plain_of(found: Segmentation) -> dict[str, Any]:

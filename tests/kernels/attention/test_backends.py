@@ -36,6 +36,7 @@ def test_an_unknown_back_end_is_refused_with_the_known_ones():
         choose_backend(*qkv(), None, 0.0, "flash")
 
 
+@pytest.mark.promise("R22")
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [({"dtype": torch.float64}, "not torch.float64"), ({"K": 136}, "up to 128 channels, not 136")],
@@ -46,11 +47,13 @@ def test_triton_where_it_cannot_run_is_refused_with_the_reason(wrong, reason, de
         choose_backend(*qkv(**wrong, device=device), None, 0.0, "triton")
 
 
+@pytest.mark.promise("R22")
 def test_an_old_gpu_is_refused_with_the_reason(device):
     with pretend(Gpu((7, 5), 40, 4 << 20)), pytest.raises(ValueError, match=r"capability 8\.0"):
         choose_backend(*qkv(device=device), None, 0.0, "triton")
 
 
+@pytest.mark.promise("R22")
 def test_a_fallback_is_told_once_for_each_reason(monkeypatch):
     monkeypatch.setattr(_triton, "_warned", set())
     choice = Choice("sdpa", fallback="the kernels take heads of up to 128 channels, not 136")

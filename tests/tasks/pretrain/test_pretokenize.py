@@ -20,7 +20,8 @@ from beit_fast.tasks.pretrain import pretokenize
 from beit_fast.tasks.pretrain.pretokenize import run_pretokenize
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.config import DvaeConfig
-from beit_fast.train.stop import Interrupted, sole_user
+from beit_fast.train.lock import sole_user
+from beit_fast.train.stop import Interrupted
 from task_runs import ALONE, TWO_RANKS, told_in_a_read
 
 
@@ -165,6 +166,7 @@ def test_tokens_of_something_else_are_refused_before_a_tokenizer_is_trained(
         run_pretokenize(cache_of(pretrain_config(**changed, views={"token_size": 64})))
 
 
+@pytest.mark.promise("R23")
 def test_two_writers_do_not_share_a_folder(pretrain_config, cache_of, tmp_path):
     with (
         sole_user(tmp_path / "tokens"),
