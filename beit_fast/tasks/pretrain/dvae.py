@@ -191,9 +191,9 @@ def finished_tokenizer(config: DvaeTrainingConfig) -> Path | None:
     whole = {**task_settings(config), "optim": asdict(config.optim), "run": asdict(run)}
     theirs, ours = manifest["settings"], json.loads(json.dumps(whole))
     for name in ("num_images", "images_per_batch", "world_size"):  # known once images are read
-        ours["run"][name] = theirs["run"].get(name)
+        ours["run"][name] = theirs.get("run", {}).get(name)
     for settings in (theirs, ours):  # of pixels, which are as many in every batch
-        settings["run"].pop("loss_mean", None)
+        settings.get("run", {}).pop("loss_mean", None)
     length = manifest.get("schedule", {"num_steps": run.steps})["num_steps"]
     if changes(theirs, ours) or length is None or manifest["step"] < length:
         return None
