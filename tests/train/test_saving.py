@@ -179,10 +179,10 @@ def test_a_failed_save_ends_the_run_at_the_next_step(
     task = toy_task()
 
     def on_step(step):
-        if step == 5:
-            monkeypatch.setattr(state, "save_file", full_disk)
         for thread in writers():  # what it met is known at the end of the step
             thread.join()
+        if step == 5:
+            monkeypatch.setattr(state, "save_file", full_disk)
 
     task.on_step = on_step
     with pytest.raises(OSError, match=r"step 6 not written .* MiB free.*No space left"):
@@ -198,10 +198,10 @@ def test_a_file_that_grows_over_its_limit_ends_the_run_so_too(tmp_path, run_toy,
     task.counters["large"] = torch.zeros(100_000)
 
     def on_step(step):
-        if step == 5:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         for thread in writers():
             thread.join()
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
 
     task.on_step = on_step
     try:
