@@ -89,6 +89,9 @@ def _check(manifest: Any) -> None:
             raise ValueError(f"it lists {_shown(name)}, which is no weight file")
         if not isinstance(digest, str):
             raise ValueError(f"of {_shown(name)} it has no digest")
+    for name in ("run", "optim"):
+        if type(value := manifest["settings"].get(name, {})) is not dict:
+            raise ValueError(f"its settings have {_shown(value)} as {name}")
     if not all(isinstance(entry, dict) for entry in manifest.get("history", [])):
         raise ValueError("its history is no list of objects")
     length = manifest.get("schedule", dict.fromkeys(_LENGTH, 0))

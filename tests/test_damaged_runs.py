@@ -8,6 +8,7 @@ import pytest
 
 from beit_fast.cli import main
 from beit_fast.manifest import manifest_text
+from beit_fast.train.log import read_metrics
 from task_runs import steps_of
 
 pytestmark = pytest.mark.promise("R6")
@@ -95,6 +96,24 @@ def test_a_damaged_checkpoint_is_one_line_and_never_a_fresh_start(damage, newest
     assert "step 1/6" not in said.out
     assert steps_of(run) == [2, 4]
     assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.promise("R24")
+def test_a_damaged_line_of_the_metrics_is_said_and_the_others_count_at_a_resume(newest, caplog):
+    run = newest.parent.parent
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([b"\xff" + lines[0], *lines[1:3], lines[3][:9], b""]))
+    assert main([*COMMAND[:-1], "5"]) == 0
+    (said,) = [line for line in caplog.messages if "metrics" in line]
+    assert "metrics.jsonl: lines 1, 4 are damaged: moved to metrics.damaged, the others" in said
+    assert path.read_bytes().splitlines()[:2] == lines[1:3]
+    assert [record["step"] for record in read_metrics(path)] == [2, 3, 5]
+    aside = (run / "metrics.damaged").read_bytes()
+    assert aside.splitlines() == [b"\xff" + lines[0], lines[3][:9]]
+    caplog.clear()
+    assert main([*COMMAND[:-1], "5"]) == 0
+    assert not [line for line in caplog.messages if "metrics" in line]
 
 
 def test_the_remedy_goes_on_from_the_checkpoint_before(newest, capsys):

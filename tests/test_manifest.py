@@ -1,6 +1,8 @@
 """A manifest is what was written, or refused in a line that names it."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from damaged import flipped
 
 pytestmark = pytest.mark.promise("R5", "R6")
 
+OF_A_RUN = Path(__file__).parent / "written_before/format_2/run/checkpoints/step_00000004"
 CONTENT = {
     "step": 4,
     "files": {"model.safetensors": "ab" * 32},
@@ -55,7 +58,10 @@ def test_what_is_read_is_what_was_written(folder):
     assert json.dumps(read) == json.dumps({"format": FORMAT, **CONTENT})
 
 
-def test_every_single_bit_is_seen_or_changes_nothing(folder):
+@pytest.mark.parametrize("of", ["these tests", "a run"])
+def test_every_single_bit_is_seen_or_changes_nothing(of, folder):
+    if of == "a run":
+        shutil.copy(OF_A_RUN / MANIFEST, folder)
     path, whole = folder / MANIFEST, repr(read_manifest(folder))
     size, refusals, same = path.stat().st_size, [], 0
     for place in range(size):

@@ -24,6 +24,7 @@ them. Reading maps them into memory: ranks and workers share the pages. Nothing 
 import functools
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -45,6 +46,7 @@ from beit_fast.files import file_digest, flush_folder, replace_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_SHARD_NAME = re.compile(r"view_(?P<view>\d{3,})_image_(?P<first>\d{8,})\.npy", re.ASCII)
 _PROBES = ("cat.jpg", "macaw.jpg")
 
 
@@ -79,6 +81,21 @@ class Manifest:
         for view in range(self.num_views):
             for first in range(0, num_images, self.images_per_shard):
                 yield Shard(view, first, min(first + self.images_per_shard, num_images))
+
+    @property
+    def num_shards(self) -> int:
+        num_images = self.made_from["data"]["num_images"]
+        return self.num_views * -(-num_images // self.images_per_shard)
+
+    def has(self, name: str) -> bool:
+        """Whether a file of that name is one of `shards`, which may be told to be any number."""
+        if (found := _SHARD_NAME.fullmatch(name)) is None:
+            return False
+        view, first = int(found["view"]), int(found["first"])
+        num_images = self.made_from["data"]["num_images"]
+        is_place = view < self.num_views and first < num_images
+        is_first = first % self.images_per_shard == 0
+        return is_place and is_first and Shard(view, first, first).name == name
 
     @property
     def dtype(self) -> np.dtype:
@@ -157,16 +174,22 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**values)
         if min(manifest.num_views, manifest.images_per_shard, *manifest.made_from["grid"]) < 1:
             raise ValueError("a size in it is below 1")
-        names = {shard.name for shard in manifest.shards()}
-        if foreign := sorted(manifest.files.keys() - names):
+        if foreign := sorted(name for name in manifest.files if not manifest.has(name)):
             raise ValueError(f"{foreign[0]!r} is no file of it")
+        sizes = manifest.num_views, manifest.images_per_shard, manifest.num_shards
+        if not all(type(size) is int for size in sizes):
+            raise TypeError(f"{sizes} are sizes of it")
+        manifest.dtype  # noqa: B018  (a grid that has one)
     except TokenCacheError:
         raise
     except FileNotFoundError as error:
         raise TokenCacheError(
             f"{path} is missing: make the tokens with `beit-fast pretokenize`"
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+    except (
+        *(ValueError, TypeError, KeyError, AttributeError, ArithmeticError),
+        *(RecursionError, OSError),
+    ) as error:
         raise TokenCacheError(f"{path} is damaged: {damage_of(error)}") from error
     return manifest
 
@@ -215,15 +238,14 @@ class TokenCache:
         self.folder = Path(folder)
         self.manifest = manifest = read_manifest(self.folder)
         self.num_views = manifest.num_views
-        shards = list(manifest.shards())
-        if len(manifest.files) < len(shards):
+        if len(manifest.files) < manifest.num_shards:
             raise TokenCacheError(
-                f"{self.folder} has {len(manifest.files)} of {len(shards)} files: run the same "
-                "`beit-fast pretokenize` again, which makes the rest"
+                f"{self.folder} has {len(manifest.files)} of {manifest.num_shards} files: run the "
+                "same `beit-fast pretokenize` again, which makes the rest"
             )
         again = "run the same `beit-fast pretokenize` again, which makes that file anew"
         self._records: list[list[np.ndarray]] = [[] for _ in range(self.num_views)]
-        for number, shard in enumerate(shards):
+        for number, shard in enumerate(manifest.shards()):
             if number % parts == part:
                 wrong = damage(self.folder, shard.name, manifest.files[shard.name])
                 if wrong is not None:

@@ -29,8 +29,8 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
         self.gamma_1 = self.gamma_2 = None
         if config.init_values:
-            self.gamma_1 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
-            self.gamma_2 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
+            self.gamma_1 = nn.Parameter(torch.full((config.embed_dim,), float(config.init_values)))
+            self.gamma_2 = nn.Parameter(torch.full((config.embed_dim,), float(config.init_values)))
 
     def forward(
         self,

@@ -82,6 +82,10 @@ def test_without_layer_scale_a_block_has_no_gamma(tiny, init_values):
     assert not [name for name in names if "gamma" in name]
 
 
+def test_layer_scale_may_begin_at_a_whole_number(tiny):
+    assert torch.equal(Block(tiny(init_values=2), 0.0).gamma_1, torch.full((32,), 2.0))
+
+
 def test_drop_path_keeps_the_share_and_the_mean(tiny):
     block, x = Block(tiny(), 0.3), torch.zeros(20_000, 1, 1)
     keep = block.draw_keep(x)

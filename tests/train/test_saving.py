@@ -206,10 +206,10 @@ def test_a_file_that_grows_over_its_limit_ends_the_run_so_too(tmp_path, run_toy,
     task.counters["large"] = torch.zeros(100_000)
 
     def on_step(step):
-        if step == 5:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         for thread in writers():
             thread.join()
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
 
     task.on_step = on_step
     try:

@@ -36,6 +36,7 @@ def test_a_checkpoint_reads_back_what_was_saved(tmp_path):
             assert torch.equal(read.tensors[stem][name], value)
 
 
+@pytest.mark.promise("R9")
 def test_only_the_newest_stay(tmp_path):
     for step in (1, 2, 3, 4):
         save(tmp_path, step, keep=2)
@@ -62,6 +63,7 @@ def test_200_damages_of_all_files_are_refused_and_the_file_named(tmp_path):
     load_checkpoint(path)
 
 
+@pytest.mark.promise("R5", "R6")
 @pytest.mark.parametrize("damage", ["cut", "missing", "empty", "manifest", "traversal", "format"])
 def test_a_damaged_checkpoint_names_the_file_and_falls_back_only_when_told(tmp_path, damage):
     save(tmp_path, 1)
@@ -91,6 +93,7 @@ def test_a_damaged_checkpoint_names_the_file_and_falls_back_only_when_told(tmp_p
         load_newest(tmp_path, fallback=True)
 
 
+@pytest.mark.promise("R4")
 def test_a_folder_that_a_crash_left_does_not_count_and_is_removed(tmp_path):
     save(tmp_path, 1)
     stale = tmp_path / "checkpoints" / ".step_00000002"

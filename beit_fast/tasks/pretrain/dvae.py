@@ -197,11 +197,11 @@ def finished_tokenizer(config: DvaeTrainingConfig) -> Path | None:
     whole = {**task_settings(config), "optim": asdict(config.optim), "run": asdict(run)}
     theirs, ours = manifest["settings"], json.loads(json.dumps(whole))
     for name in ("num_images", "images_per_batch", "world_size"):  # known once images are read
-        ours["run"][name] = theirs["run"].get(name)
+        ours["run"][name] = theirs.get("run", {}).get(name)
     # Pixels are as many in every batch, and no step is to come that could be skipped.
-    for name in ("loss_mean", "bad_steps", "spike", "spike_window"):
-        theirs["run"].pop(name, None)
-        ours["run"].pop(name, None)
+    for settings in (theirs, ours):
+        for name in ("loss_mean", "bad_steps", "spike", "spike_window"):
+            settings.get("run", {}).pop(name, None)
     length = manifest.get("schedule", {"num_steps": run.steps})["num_steps"]
     if changes(theirs, ours) or length is None or manifest["step"] < length:
         return None

@@ -152,7 +152,7 @@ def keep_tokenizer(stage: DvaeTrainingConfig, config: PretrainConfig) -> None:
     if stage.run.steps is not None:
         more = more or before["step"] < stage.run.steps
     else:
-        more = more or before["settings"]["run"].get("epochs") != stage.run.epochs
+        more = more or before["settings"].get("run", {}).get("epochs") != stage.run.epochs
     if more and tokenizer_digest(load_tokenizer(file)) == trained["settings"].get("tokenizer"):
         raise CheckpointError(
             f"{file} would be trained on and written over, and the checkpoints in "
