@@ -24,7 +24,7 @@ STEP_NAME = re.compile(r"step_(\d{8})", re.ASCII)
 _DIGEST = "sha256"
 # What an entry has to be; the later ones may be absent.
 _NEEDED = {"step": int, "files": dict, "settings": dict}
-_OPTIONAL = {"environment": dict, "schedule": dict, "history": list}
+_OPTIONAL = {"environment": dict, "schedule": dict, "history": list, "images": list}
 _LENGTH = {"num_steps", "warmup_steps"}
 
 
