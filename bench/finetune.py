@@ -25,11 +25,11 @@ from beit_fast.tasks.finetune.config import FinetuneConfig, LabelledDataConfig
 from beit_fast.tasks.finetune.task import FinetuneTask
 from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.loop import TaskLoss
 from beit_fast.train.optim import Schedule, build_optimizer
 from beit_fast.train.sentinel import Sentinel
 from beit_fast.train.shares import shares_of
 from beit_fast.train.step import TrainStep
+from beit_fast.train.task import TaskLoss
 from beit_fast.train.world import World
 from beit_fast.weights.layouts import from_house
 

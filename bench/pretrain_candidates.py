@@ -25,12 +25,13 @@ from beit_fast.tokenizer.config import STRIDE, DvaeConfig
 from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import graphed, preparation
-from beit_fast.train.loop import TaskLoss, compile_mode
+from beit_fast.train.loop import compile_mode
 from beit_fast.train.optim import Schedule, build_optimizer
 from beit_fast.train.prefetch import device_batches
 from beit_fast.train.sentinel import Sentinel
 from beit_fast.train.shares import shares_of
 from beit_fast.train.step import TrainStep
+from beit_fast.train.task import TaskLoss
 from beit_fast.train.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,8 @@ from beit_fast.train.saving import Saver
 from beit_fast.train.seeds import step_seed
 from beit_fast.train.sentinel import Noted, read_note
 from beit_fast.train.state import checkpoint_paths, environment
+from beit_fast.train.task import Task
 from beit_fast.train.world import World
-
-if TYPE_CHECKING:
-    from beit_fast.train.loop import Task
 
 FOLDER = "bad_steps"
 FORMAT = 1
@@ -93,7 +91,7 @@ class BadSteps:
 
     def __init__(
         self,
-        task: "Task",
+        task: Task,
         groups: Sequence[Mapping[str, Any]],
         run: RunConfig,
         world: World,

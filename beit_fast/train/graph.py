@@ -14,7 +14,6 @@ Source: PyTorch's notes on CUDA graphs, "whole-network capture"
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,10 +22,8 @@ from beit_fast.flags import flag
 from beit_fast.train.config import RunConfig
 from beit_fast.train.prefetch import Batch
 from beit_fast.train.step import TrainStep, autocast
+from beit_fast.train.task import Task
 from beit_fast.train.world import World
-
-if TYPE_CHECKING:
-    from beit_fast.train.loop import Task
 
 EAGER_STEPS = 3  # before the capture, as PyTorch's notes have it
 logger = logging.getLogger("beit_fast.train")
@@ -63,7 +60,7 @@ def check_graphs(device: torch.device) -> None:
         )
 
 
-def preparation(task: "Task", run: RunConfig, device: torch.device) -> Callable[[Batch], Batch]:
+def preparation(task: Task, run: RunConfig, device: torch.device) -> Callable[[Batch], Batch]:
     """`task.prepare` in the run's precision, and as a CUDA graph where the run has them."""
     prepare = autocast(run, device)(task.prepare)
     if not run.cuda_graph:

@@ -16,8 +16,8 @@ from beit_fast.train.state import MANIFEST, CheckpointError
 from beit_fast.train.world import World
 
 if TYPE_CHECKING:
-    from beit_fast.train.loop import Task
     from beit_fast.train.resume import Resume
+    from beit_fast.train.task import Task
 
 FOLDER = "images"
 Parts = list[dict[str, Any]]  # of a run's stream of samples, as a manifest holds them

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from beit_fast.manifest import CheckpointError
 from beit_fast.train.changes import same_length
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.optim import warmup_steps
-
-if TYPE_CHECKING:
-    from beit_fast.train.loop import Task
+from beit_fast.train.task import Task
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Length:
 
 
 def run_length(
-    task: "Task",
+    task: Task,
     optim: OptimConfig,
     run: RunConfig,
     settings: Mapping[str, Any],

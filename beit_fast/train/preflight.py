@@ -15,13 +15,13 @@ from beit_fast.train.apex import check_apex
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.graph import check_graphs
 from beit_fast.train.length import run_length
-from beit_fast.train.loop import Task
 from beit_fast.train.parallel import check_parallel
 from beit_fast.train.resume import check_resume
 from beit_fast.train.settings import complete_settings
 from beit_fast.train.state import checkpoint_paths
 from beit_fast.train.step import autocast
 from beit_fast.train.stop import heeded, left_together
+from beit_fast.train.task import Task
 from beit_fast.train.world import World
 
 BYTES_PER_VALUE = 4  # weights, moments and averages are fp32

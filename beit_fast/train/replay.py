@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,8 @@ from beit_fast.train.shares import shares_of
 from beit_fast.train.state import Checkpoint, checkpoint_paths, load_checkpoint
 from beit_fast.train.step import TrainStep, autocast
 from beit_fast.train.stop import heed_stop
+from beit_fast.train.task import Task, TaskLoss
 from beit_fast.train.world import World
-
-if TYPE_CHECKING:
-    from beit_fast.train.loop import Task
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ class Replay:
 
     def __init__(
         self,
-        task: "Task",
+        task: Task,
         optim: OptimConfig,
         run: RunConfig,
         checkpoint: Checkpoint | None,
@@ -152,8 +150,6 @@ class Replay:
         world: World,
         length: Length,
     ) -> None:
-        from beit_fast.train.loop import TaskLoss
-
         self._task, self._world, self._ranks = task, world, ranks
         self._run = replace(run, compile="off", cuda_graph=False, prepare_ahead=False)
         self.start = 0 if checkpoint is None else checkpoint.step

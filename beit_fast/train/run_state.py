@@ -1,7 +1,5 @@
 """What a checkpoint holds of a run, besides its settings: weights, averages, optimiser, counts."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -13,10 +11,8 @@ from beit_fast.train.parallel import whole
 from beit_fast.train.resume import Resume
 from beit_fast.train.sentinel import Sentinel
 from beit_fast.train.state import CheckpointError
+from beit_fast.train.task import Task
 from beit_fast.train.world import World
-
-if TYPE_CHECKING:
-    from beit_fast.train.loop import Task
 
 Tensors = dict[str, dict[str, Tensor]]  # of a checkpoint: file stem, name
 
@@ -29,7 +25,7 @@ class RunState:
     and each rank's unread metrics beside one another: both mean the same on any number of ranks.
     """
 
-    def __init__(self, task: "Task", meter: Meter, ema: Average | None, world: World) -> None:
+    def __init__(self, task: Task, meter: Meter, ema: Average | None, world: World) -> None:
         self._task, self._meter, self._ema, self._world = task, meter, ema, world
 
     def tensors(self, optimizer: torch.optim.Optimizer, sentinel: Sentinel) -> Tensors:

@@ -3,20 +3,18 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from beit_fast.train.board import digest_of
 from beit_fast.train.changes import without_habits
 from beit_fast.train.config import OptimConfig, RunConfig
 from beit_fast.train.resume import Resume
+from beit_fast.train.task import Task
 from beit_fast.train.world import World
-
-if TYPE_CHECKING:
-    from beit_fast.train.loop import Task
 
 
 def complete_settings(
-    task: "Task", optim: OptimConfig, run: RunConfig, settings: Mapping[str, Any], world: World
+    task: Task, optim: OptimConfig, run: RunConfig, settings: Mapping[str, Any], world: World
 ) -> dict[str, Any]:
     """A task's settings with those of optimiser and run, without habits, as a manifest holds them.
 
@@ -34,7 +32,7 @@ def complete_settings(
     return json.loads(json.dumps(whole))
 
 
-def start_of(resume: Resume | None, task: "Task") -> dict[str, Any]:
+def start_of(resume: Resume | None, task: Task) -> dict[str, Any]:
     """What ranks must have alike besides settings, with the checkpoint that each would go on from:
     every one reads it by itself."""
     manifest = None if resume is None else digest_of(resume.manifest)

@@ -19,7 +19,8 @@ from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer
 from beit_fast.tokenizer.dvae import Dvae
 from beit_fast.train.config import OptimConfig
-from beit_fast.train.loop import step_seed, train
+from beit_fast.train.loop import train
+from beit_fast.train.seeds import step_seed
 from task_runs import ALONE
 
 STEPS = 12

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit_fast.train.bad_steps import NonFiniteLoss
 from beit_fast.train.log import read_metrics
-from beit_fast.train.loop import step_seed
+from beit_fast.train.seeds import step_seed
 from beit_fast.train.state import CheckpointError, checkpoint_paths, load_checkpoint
 from beit_fast.train.stop import Interrupted
 from task_runs import assert_the_same_run, records_of

@@ -22,11 +22,11 @@ from beit_fast.train.config import RunConfig
 from beit_fast.train.images import follow_again
 from beit_fast.train.length import Length
 from beit_fast.train.log import METRICS, plain_console, read_metrics
-from beit_fast.train.loop import Task
 from beit_fast.train.optim import warmup_steps
 from beit_fast.train.replay import Replay, Replayed, newest_before
 from beit_fast.train.state import Checkpoint, CheckpointError, newest_manifest
 from beit_fast.train.stop import stop_signals
+from beit_fast.train.task import Task
 from beit_fast.train.world import World, open_world
 
 SHOWN = 8  # samples in a line

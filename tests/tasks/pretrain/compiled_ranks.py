@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from beit_fast.tasks.pretrain.config import PretrainConfig
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer
-from beit_fast.train.loop import TaskLoss
 from beit_fast.train.parallel import Replicas
+from beit_fast.train.task import TaskLoss
 from beit_fast.train.world import World, open_world
 from beit_fast_main import _end_rank
 
