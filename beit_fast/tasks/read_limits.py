@@ -21,7 +21,7 @@ def within(run: RunConfig, data: Data) -> Data:
     if data.read_timeout <= READS.read_timeout:
         return replace(data, read_timeout=run.timeout / 2)
     raise ValueError(
-        f"{flag('data.read_timeout')} is {data.read_timeout:g} s and --run.timeout "
+        f"{flag('data.read_timeout')} is {data.read_timeout:g} s and {flag('run.timeout')} "
         f"{run.timeout:g} s: a file that hangs would end the run before it is replaced; pass "
-        f"a {flag('data.read_timeout')} below {run.timeout:g}, or a larger --run.timeout"
+        f"a {flag('data.read_timeout')} below {run.timeout:g}, or a larger {flag('run.timeout')}"
     )

@@ -83,7 +83,7 @@ def test_a_list_that_is_damaged_or_gone_is_named(folder, tmp_path):
 
 def test_reading_a_list_takes_memory_for_what_is_there(folder, tmp_path):
     """Not for as many of the longest names as a manifest says there are."""
-    listing = Listing.of(ImageFolder(folder))
+    listing = listed(folder())
     listing.keep(tmp_path / "kept")
     tracemalloc.start()
     try:

@@ -85,8 +85,9 @@ def test_the_time_out_of_a_run_holds_in_its_tokenizer_too():
     config = with_fields(pretrain.demo(), run={"timeout": 9.0})
     assert config.tokenizer_training.data.read_timeout == 4.5
     data = replace(config.tokenizer_training.data, read_timeout=70.0)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="before it is replaced") as error:
         with_fields(config, tokenizer_training={"data": data}, run={"timeout": 65.0})
     message = str(error.value)
     assert message.startswith("--tokenizer_training.data.read_timeout is 70 s and --run.timeout 65")
-    with_fields(config, tokenizer_training={"data": replace(data, read_timeout=64.0)})
+    data = replace(data, read_timeout=64.0)
+    with_fields(config, tokenizer_training={"data": data}, run={"timeout": 65.0})

@@ -84,7 +84,7 @@ class PretrainConfig:
         check_fields(self)
         object.__setattr__(self, "data", within(self.run, self.data))
         if (stage := self.tokenizer_training) is not None:  # this run's limit holds in it too
-            with flags_of("tokenizer_training"):
+            with flags_of("tokenizer_training", {"run.timeout"}):
                 stage = replace(stage, data=within(self.run, stage.data))
             object.__setattr__(self, "tokenizer_training", stage)
         sources = (self.tokenizer is not None) + (self.tokenizer_training is not None)
