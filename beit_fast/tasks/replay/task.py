@@ -53,15 +53,10 @@ def run_replay(wanted: Wanted) -> dict[str, Any]:
     console = plain_console()
     with open_world(run.device, run.cpu_threads) as world, stop_signals():
         task, as_one = _task(wanted.verb, config, checkpoint, ranks, world)
-        if checkpoint is not None:
-            images_per_step = task.images_per_batch * (1 if as_one else ranks) * accumulate
-            follow_again(
-                task,
-                checkpoint.manifest,
-                output,
-                checkpoint.step * images_per_step,
-                run.resume_with,
-            )
+        if manifest is not None:  # of the run's beginning too, whose images a later one knows
+            done = 0 if checkpoint is None else checkpoint.step
+            sample = done * task.images_per_batch * (1 if as_one else ranks) * accumulate
+            follow_again(task, manifest, output, sample, run.resume_with)
         length = _length(task, config, checkpoint, ranks, as_one)
         if step > length.num_steps:
             raise ValueError(f"step {step} of a run of {length.num_steps}: give one that it took")

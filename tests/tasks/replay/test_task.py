@@ -178,7 +178,8 @@ def test_flags_of_the_run_change_what_is_replayed(runs, image_folder, tmp_path):
 def test_a_step_after_a_change_of_the_folder_is_replayed_over_both_lists(
     runs, commands, image_folder, tmp_path
 ):
-    """From a checkpoint of before it: step 3 ends the old pass, and step 4 begins the new one."""
+    """From a checkpoint of before it, or where that is gone from the run's beginning: step 3 ends
+    the old pass, and step 4 begins the new one."""
     run, grown = tmp_path / "pretrain", tmp_path / "grown"
     shutil.copytree(runs / "pretrain", run)
     shutil.rmtree(run / "checkpoints/step_00000004")
@@ -190,6 +191,9 @@ def test_a_step_after_a_change_of_the_folder_is_replayed_over_both_lists(
     for step in (3, 4):
         found = replayed(run, step)
         assert found["loss"] == logged(run, step)["loss"]
+    shutil.rmtree(run / "checkpoints/step_00000002")
+    for step in (3, 4):
+        assert replayed(run, step)["loss"] == logged(run, step)["loss"]
 
 
 def test_what_cannot_be_replayed_says_why(runs, tmp_path, image_folder, capsys):
