@@ -104,6 +104,19 @@ def test_a_step_of_two_ranks_is_replayed_on_one_process(runs_of_two, verb):
     assert len({tuple(batch["samples"]) for batch in found["micro_batches"]}) == len(ranks)
 
 
+def test_a_step_of_a_run_that_went_on_split_otherwise_is_replayed_as_its_checkpoint_says(
+    runs_of_two, commands, tmp_path
+):
+    """Two ranks with 2 x 2 images became one with 2 x 4, which the kept configuration has."""
+    run = tmp_path / "pretrain"
+    shutil.copytree(runs_of_two / "pretrain", run)
+    assert main([*commands("pretrain", run), "--run.steps", "5"]) == 0
+    found = replayed(run, 5)
+    assert found["checkpoint"].endswith("step_00000004")
+    assert [batch["rank"] for batch in found["micro_batches"]] == [0, 0, 1, 1]
+    assert found["loss"] == pytest.approx(logged(run, 5)["loss"], rel=1e-5)
+
+
 def test_the_image_that_overflows_on_a_rank_is_found_on_one_process(
     runs_of_two, monkeypatch, capsys
 ):
