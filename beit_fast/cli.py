@@ -97,8 +97,9 @@ def main(
                     config = parse(verb, rest[0], known[rest[0]], rest[1:])
             run = load()
         run(config)
-        with naming("standard output"):
-            sys.stdout.flush()  # at exit it would be too late to say so
+        if sys.stdout is not None:  # it may be closed
+            with naming("standard output"):
+                sys.stdout.flush()  # at exit it would be too late to say so
     except Interrupted as stop:
         say_once(f"beit-fast: {stop}", stop)
         return stop.exit_code

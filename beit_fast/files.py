@@ -20,7 +20,9 @@ def naming(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is not None:  # others have a message of ours
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
+            if error.filename2 is not None:
+                del error.filename2  # with None, the text would have "-> None"
         raise
 
 

@@ -17,7 +17,7 @@ import yaml
 
 import beit_fast.data
 from beit_fast import recipes
-from beit_fast.cli import VERBS, main, parse
+from beit_fast.cli import VERBS, WITHOUT_RECIPE, main, parse
 from beit_fast.data.loader import BadDataError
 from beit_fast.recipes import FINETUNE
 from beit_fast.tasks.pretrain.dvae import DvaeTask
@@ -444,3 +444,11 @@ def test_a_configuration_that_cannot_be_printed_is_told_of_the_output(monkeypatc
     monkeypatch.setattr(sys.stdout, "write", full)
     assert main(["pretrain", "demo", "--print_config"]) == 1
     assert capsys.readouterr().err == "beit-fast: standard output: No space left on device\n"
+
+
+def test_a_command_whose_output_is_closed_does_its_work(monkeypatch):
+    done = []
+    monkeypatch.setitem(WITHOUT_RECIPE, "convert", (list, lambda: done.append))
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["convert", "this"]) == 0
+    assert done == [["this"]]

@@ -26,6 +26,7 @@ from beit_fast.files import damage, flush_folder, replace_file
 
 SHOWN = 3  # names in a message
 _AT_ONCE = 4096  # names in one piece of the content
+_PIECE = 1 << 20  # bytes of the content that are read at once
 _LONGEST_NAME = 4096  # bytes, as file systems allow: a list that unfolds to more is none
 
 
@@ -120,7 +121,7 @@ class Listing:
         path = path_of(folder, digest)
         try:
             with gzip.open(path, "rb") as file:
-                content = file.read(limit := (count + 1) * (_LONGEST_NAME + 1))
+                content = _read(file, limit := (count + 1) * (_LONGEST_NAME + 1))
             if hashlib.sha256(content).hexdigest() != digest or len(content) == limit:
                 raise ListingError(f"{path} is damaged: its SHA-256 is not the one it is named by")
             header, _, names = content.partition(b"\n")
@@ -176,6 +177,15 @@ class Listing:
 def path_of(folder: Path, digest: str) -> Path:
     """Where the list of that digest is kept."""
     return folder / f"{digest}.txt.gz"
+
+
+def _read(file: BinaryIO, limit: int) -> bytes:
+    """At most so many bytes. In pieces: a read takes memory for all that it is asked for, here
+    for millions of names as long as names can be."""
+    content = bytearray()
+    while len(content) < limit and (piece := file.read(min(_PIECE, limit - len(content)))):
+        content += piece
+    return bytes(content)
 
 
 def _size(source: Source, number: int) -> int | None:

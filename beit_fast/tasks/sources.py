@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 import beit_fast.data
@@ -21,6 +20,7 @@ from beit_fast.data.sources.scan import Found
 from beit_fast.data.sources.segmentation import MaskedFolder
 from beit_fast.data.sources.subset import Subset
 from beit_fast.flags import flag
+from beit_fast.train.log import plain_console
 from beit_fast.train.world import World
 
 UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never gets there
@@ -63,9 +63,7 @@ def describe_source(source: Source, classes: Sequence[str] | None = None) -> str
 
 def say(line: str, world: World) -> None:
     """Print a line on the main rank as it is: no bracket in a path is markup."""
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    if world.is_main:
-        console.print(line)
+    plain_console(quiet=not world.is_main).print(line)
 
 
 def open_loader(data: DataConfig, sample: Sample, *, seed: int, world: World) -> Loader:

@@ -254,11 +254,12 @@ class BadSteps:
         )
         back = f"go back with {flag('run.resume_from')} ({_steps(kept)}), or "
         back = back if len(kept) > 1 else ""
+        bear = f", or let it pass ({flag('run.spike')} larger or null)" if finite else ""
         return text + (
             f"The same command meets the same numbers: lower {flag('optim.lr')}, lengthen the "
-            f"warm-up ({flag('optim.warmup_steps')}) or clip harder ({flag('optim.clip_grad')}), "
-            "and it goes on from there. Where that ends here again, the weights had gone off "
-            f"before: {back}start over in another {flag('run.output')}"
+            f"warm-up ({flag('optim.warmup_steps')}) or clip harder ({flag('optim.clip_grad')})"
+            f"{bear}, and it goes on from there. Where that ends here again, the weights had gone "
+            f"off before: {back}start over in another {flag('run.output')}"
         )
 
 

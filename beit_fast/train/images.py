@@ -114,8 +114,8 @@ def follow(
 def follow_again(
     task: "Task", manifest: Mapping[str, Any], output: Path, sample: int, accepted: Sequence[str]
 ) -> None:
-    """The batches of `task` are from now on those of the run whose next sample, at the checkpoint
-    of that manifest, was `sample`. Nothing is kept.
+    """The batches of `task` are from now on those of the run of that manifest, from `sample` on,
+    which is its next one or an earlier one. Nothing is kept.
 
     accepted: settings that the run went on with. Raises ValueError for images that neither it nor
     what it went on with has.

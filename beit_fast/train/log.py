@@ -29,9 +29,22 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = logging.getLogger("beit_fast.train")
 
 
+class _Plain(Console):
+    """Whose errors are standard output's, that nobody reads any more among them: rich would end the
+    process then, without a word and with what was trained unsaved."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with naming("standard output"):
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True  # told once
+        raise
+
+
 def plain_console(*, quiet: bool = False) -> Console:
     """A terminal that gets text as it is: in paths and names, brackets and colons are no markup."""
-    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=quiet)
+    return _Plain(highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=quiet)
 
 
 class Meter:
@@ -260,8 +273,7 @@ class Log:
         raise OSError(f"{describe(failed[0])} ({free:.0f} MiB free): make room") from failed[0]
 
     def _say(self, step: int, text: str) -> None:
-        with naming("standard output"):
-            self.console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True)
+        self.console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True)
 
     def _append(self, step: int, values: Mapping[str, float]) -> None:
         """A line of its own, also behind one that a full disk cut short."""

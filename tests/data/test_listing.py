@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import tracemalloc
 
 import pytest
 
@@ -78,6 +79,19 @@ def test_a_list_that_is_damaged_or_gone_is_named(folder, tmp_path):
     path.write_bytes(whole)
     with pytest.raises(ListingError, match="has 4 images, and 5 were wanted"):
         Listing.kept(tmp_path, ours.digest, 5)
+
+
+def test_reading_a_list_takes_memory_for_what_is_there(folder, tmp_path):
+    """Not for as many of the longest names as a manifest says there are."""
+    listing = listed(folder())
+    listing.keep(tmp_path / "kept")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ListingError, match="and 200000 were wanted"):
+            Listing.kept(tmp_path / "kept", listing.digest, 200_000)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_difference_counts_and_names(folder, tmp_path):

@@ -1,6 +1,7 @@
 """Whoever reads many images has a limit of time for each, and passes it on."""
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,5 +70,24 @@ def test_a_limit_that_outlasts_the_run_is_refused_and_both_remedies_work(recipe)
     assert "pass a --data.read_timeout below 300, or a larger --run.timeout" in message
     with_fields(config, data={"read_timeout": 299.0})
     with_fields(config, data={"read_timeout": 300.0}, run={"timeout": 301.0})
-    with pytest.raises(ValueError, match=r"--data.read_timeout is 60 s and --run.timeout 9 s"):
-        with_fields(config, run={"timeout": 9.0})
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_whoever_sets_the_time_out_alone_gets_a_limit_below_it(recipe):
+    assert with_fields(recipe(), run={"timeout": 9.0}).data.read_timeout == 4.5
+    assert with_fields(recipe(), run={"timeout": 60.0}).data.read_timeout == 30
+    assert with_fields(recipe(), run={"timeout": 61.0}).data.read_timeout == 60
+    given = with_fields(recipe(), data={"read_timeout": 5.0}, run={"timeout": 9.0})
+    assert given.data.read_timeout == 5
+
+
+def test_the_time_out_of_a_run_holds_in_its_tokenizer_too():
+    config = with_fields(pretrain.demo(), run={"timeout": 9.0})
+    assert config.tokenizer_training.data.read_timeout == 4.5
+    data = replace(config.tokenizer_training.data, read_timeout=70.0)
+    with pytest.raises(ValueError, match="before it is replaced") as error:
+        with_fields(config, tokenizer_training={"data": data}, run={"timeout": 65.0})
+    message = str(error.value)
+    assert message.startswith("--tokenizer_training.data.read_timeout is 70 s and --run.timeout 65")
+    data = replace(data, read_timeout=64.0)
+    with_fields(config, tokenizer_training={"data": data}, run={"timeout": 65.0})

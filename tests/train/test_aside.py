@@ -1,7 +1,9 @@
 """Evaluation, pictures and logs come after the save, and take nothing down."""
 
+import contextlib
 import os
 import signal
+import sys
 
 import pytest
 
@@ -53,6 +55,25 @@ def test_pictures_and_logs_that_fail_are_told(tmp_path, run_toy, toy_task, monke
         *("picture.png", "closing the log"),
     ]
     assert caplog.text.count("training goes on") == 7
+
+
+@pytest.mark.promise("R7")
+def test_a_reader_of_the_log_that_goes_away_is_told_once_and_training_goes_on(
+    tmp_path, run_toy, monkeypatch, caplog
+):
+    reading, writing = os.pipe()
+    os.close(reading)
+    nobody = os.fdopen(writing, "w")
+    monkeypatch.setattr(sys, "stdout", nobody)
+    _, outcome = run_toy(tmp_path)
+    monkeypatch.undo()
+    with contextlib.suppress(BrokenPipeError):
+        nobody.close()
+    assert load_checkpoint(outcome.checkpoint).step == 12
+    (failed,) = outcome.failed
+    assert failed == "the log (BrokenPipeError: [Errno 32] Broken pipe: 'standard output')"
+    assert caplog.text.count("the log failed, and training goes on") == 1
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 12
 
 
 @pytest.mark.promise("R10")

@@ -74,6 +74,15 @@ def test_a_non_finite_loss_stops_the_run_names_the_steps_and_spares_the_weights(
     assert all(v.isfinite().all() for v in load_checkpoint(kept[-1]).tensors["model"].values())
 
 
+@pytest.mark.promise("R12")
+def test_a_run_that_spikes_end_says_how_to_let_them_pass(tmp_path, run_toy):
+    with pytest.raises(NonFiniteLoss, match=r"loss is a spike between steps") as error:
+        run_toy(tmp_path, bad_steps=1, spike=1.0, spike_window=1)  # whatever is above the last
+    assert "or let it pass (--run.spike larger or null), and it goes on" in str(error.value)
+    _, outcome = run_toy(tmp_path, bad_steps=1, spike=None, spike_window=1)
+    assert outcome.num_steps == 12
+
+
 def test_nothing_is_learnt_from_a_bad_step_on(tmp_path, run_toy, toy_task):
     good, bad = toy_task(), toy_task(bad_step=6)
     states = {}

@@ -18,7 +18,7 @@ from beit_fast.data.sources.limits import ReadConfig
 from beit_fast.data.views.config import AugmentConfig
 from beit_fast.flags import flag
 from beit_fast.model.config import BeitConfig
-from beit_fast.tasks.read_limits import check_reads
+from beit_fast.tasks.read_limits import within
 from beit_fast.train.config import OptimConfig, RunConfig
 
 
@@ -66,4 +66,4 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_reads(self.data, self.run)
+        object.__setattr__(self, "data", within(self.run, self.data))

@@ -1,14 +1,14 @@
 """What pre-training depends on, a tokenizer's training, and the tokens written for it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from beit_fast.checks import Count, Filled, Positive, check_fields
 from beit_fast.data.config import MAX_VOCAB, DataConfig, MaskingConfig
 from beit_fast.data.views.config import SingleViewConfig, ViewConfig
-from beit_fast.flags import flag
+from beit_fast.flags import flag, flags_of
 from beit_fast.model.config import BeitConfig
-from beit_fast.tasks.read_limits import check_reads
+from beit_fast.tasks.read_limits import within
 from beit_fast.tokenizer.config import STRIDE, CosineSchedule, DvaeConfig
 from beit_fast.train.config import OptimConfig, RunConfig
 
@@ -34,7 +34,7 @@ class DvaeTrainingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_reads(self.data, self.run)
+        object.__setattr__(self, "data", within(self.run, self.data))
         if self.view.size % STRIDE:
             raise ValueError(
                 f"{flag('view.size')} is {self.view.size} px: the dVAE needs a multiple of "
@@ -82,7 +82,11 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_reads(self.data, self.run)
+        object.__setattr__(self, "data", within(self.run, self.data))
+        if (stage := self.tokenizer_training) is not None:  # this run's limit holds in it too
+            with flags_of("tokenizer_training", {"run.timeout"}):
+                stage = replace(stage, data=within(self.run, stage.data))
+            object.__setattr__(self, "tokenizer_training", stage)
         sources = (self.tokenizer is not None) + (self.tokenizer_training is not None)
         if self.token_cache is not None:
             if self.model.predict == "pixels" or self.tokenizer_training is not None:

@@ -45,24 +45,21 @@ def run_replay(wanted: Wanted) -> dict[str, Any]:
     record = _record_of(output, step)
     manifest = newest_manifest(output) if checkpoint is None else checkpoint.manifest
     of_run = {} if manifest is None else manifest["settings"]["run"]
-    said = (wanted.wanted.ranks, record.get("world_size"), of_run.get("world_size"), 1)
-    ranks = next(number for number in said if number is not None)
-    accumulate = record.get("accumulate") or config.run.accumulate
-    config = replace(config, run=replace(config.run, accumulate=accumulate))
+    ranks, accumulate, batch_size = _split(wanted.wanted.ranks, record, of_run, config)
+    config = replace(
+        config,
+        data=replace(config.data, batch_size=batch_size),
+        run=replace(config.run, accumulate=accumulate),
+    )
     run = config.run
     console = plain_console()
     with open_world(run.device, run.cpu_threads) as world, stop_signals():
         task, as_one = _task(wanted.verb, config, checkpoint, ranks, world)
-        if checkpoint is not None:
-            images_per_step = task.images_per_batch * (1 if as_one else ranks) * accumulate
-            follow_again(
-                task,
-                checkpoint.manifest,
-                output,
-                checkpoint.step * images_per_step,
-                run.resume_with,
-            )
-        length = _length(task, config, checkpoint, ranks, as_one)
+        if manifest is not None:  # of the run's beginning too, whose images a later one knows
+            done = 0 if checkpoint is None else checkpoint.step
+            sample = done * task.images_per_batch * (1 if as_one else ranks) * accumulate
+            follow_again(task, manifest, output, sample, run.resume_with)
+        length = _length(task, config, checkpoint, step, ranks, as_one)
         if step > length.num_steps:
             raise ValueError(f"step {step} of a run of {length.num_steps}: give one that it took")
         replay = Replay(
@@ -106,6 +103,24 @@ def _record_of(output: Path, step: int) -> dict[str, Any]:
             kept = {name: line[name] for name in ("loss", "grad_norm") if name in line}
             return kept | {"from": str(output / METRICS)}
     return {}
+
+
+def _split(
+    given: int | None, record: Mapping[str, Any], of_run: Mapping[str, Any], config: Any
+) -> tuple[int, int, int]:
+    """Ranks, micro-batches and their images, which belong together: of the step, else of the
+    checkpoint. Another split, as the configuration may have since, would be other steps."""
+    size = of_run.get("images_per_batch")
+    if "world_size" in record:
+        of_run = record
+        batches = [batch for rank in record["ranks"] for batch in rank["micro_batches"]]
+        size = max((len(batch["samples"]) for batch in batches if batch["samples"]), default=size)
+    ranks = given or of_run.get("world_size") or 1
+    return (
+        ranks,
+        of_run.get("accumulate") or config.run.accumulate,
+        size or config.data.batch_size,
+    )
 
 
 def _task(
@@ -152,11 +167,14 @@ def _tokenizer(config: Any, settings: Mapping[str, Any] | None) -> Any:
 
 
 def _length(
-    task: Task, config: Any, checkpoint: Checkpoint | None, ranks: int, as_one: bool
+    task: Task, config: Any, checkpoint: Checkpoint | None, step: int, ranks: int, as_one: bool
 ) -> Length:
-    if checkpoint is not None and "schedule" in checkpoint.manifest:
-        return Length(**checkpoint.manifest["schedule"])
+    """Of the checkpoint, unless the run was made longer there and step `step` came by that."""
     run: RunConfig = config.run
+    if checkpoint is not None and "schedule" in checkpoint.manifest:
+        length = Length(**checkpoint.manifest["schedule"])
+        if step <= length.num_steps:
+            return length
     size = task.images_per_batch * (1 if as_one else ranks)
     batches = max(1, task.num_images // size)
     num_steps = run.num_steps(batches)

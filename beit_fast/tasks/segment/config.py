@@ -20,7 +20,7 @@ from beit_fast.data.sources.limits import ReadConfig
 from beit_fast.data.views.config import SegmentationViewConfig
 from beit_fast.flags import flag
 from beit_fast.model.config import SegmenterConfig
-from beit_fast.tasks.read_limits import check_reads
+from beit_fast.tasks.read_limits import within
 from beit_fast.tasks.segment.config_evaluation import SlideConfig
 from beit_fast.train.config import OptimConfig, RunConfig
 
@@ -90,4 +90,4 @@ class SegmentConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_reads(self.data, self.run)
+        object.__setattr__(self, "data", within(self.run, self.data))

@@ -104,6 +104,19 @@ def test_a_step_of_two_ranks_is_replayed_on_one_process(runs_of_two, verb):
     assert len({tuple(batch["samples"]) for batch in found["micro_batches"]}) == len(ranks)
 
 
+def test_a_step_of_a_run_that_went_on_split_otherwise_is_replayed_as_its_checkpoint_says(
+    runs_of_two, commands, tmp_path
+):
+    """Two ranks with 2 x 2 images became one with 2 x 4, which the kept configuration has."""
+    run = tmp_path / "pretrain"
+    shutil.copytree(runs_of_two / "pretrain", run)
+    assert main([*commands("pretrain", run), "--run.steps", "5"]) == 0
+    found = replayed(run, 5)
+    assert found["checkpoint"].endswith("step_00000004")
+    assert [batch["rank"] for batch in found["micro_batches"]] == [0, 0, 1, 1]
+    assert found["loss"] == pytest.approx(logged(run, 5)["loss"], rel=1e-5)
+
+
 def test_the_image_that_overflows_on_a_rank_is_found_on_one_process(
     runs_of_two, monkeypatch, capsys
 ):
@@ -178,7 +191,8 @@ def test_flags_of_the_run_change_what_is_replayed(runs, image_folder, tmp_path):
 def test_a_step_after_a_change_of_the_folder_is_replayed_over_both_lists(
     runs, commands, image_folder, tmp_path
 ):
-    """From a checkpoint of before it: step 3 ends the old pass, and step 4 begins the new one."""
+    """From a checkpoint of before it, or where that is gone from the run's beginning: step 3 ends
+    the old pass, and step 4 begins the new one."""
     run, grown = tmp_path / "pretrain", tmp_path / "grown"
     shutil.copytree(runs / "pretrain", run)
     shutil.rmtree(run / "checkpoints/step_00000004")
@@ -190,6 +204,9 @@ def test_a_step_after_a_change_of_the_folder_is_replayed_over_both_lists(
     for step in (3, 4):
         found = replayed(run, step)
         assert found["loss"] == logged(run, step)["loss"]
+    shutil.rmtree(run / "checkpoints/step_00000002")
+    for step in (3, 4):
+        assert replayed(run, step)["loss"] == logged(run, step)["loss"]
 
 
 def test_what_cannot_be_replayed_says_why(runs, tmp_path, image_folder, capsys):
