@@ -92,7 +92,7 @@ def test_a_resume_follows_files_that_moved_and_refuses_another_tokenizer(
     with pytest.raises(CheckpointError, match="tokenizer was"):
         run_pretraining(pretrain_config(tokenizer=str(tmp_path / "moved.safetensors")))
     shutil.copy(tmp_path / "moved/class_0/0.jpg", tmp_path / "moved/class_0/new.jpg")
-    with pytest.raises(CheckpointError, match=r"1 image was added \(class_0/new\.jpg\): restore"):
+    with pytest.raises(CheckpointError, match=r"1 image was added \(class_0/new\.jpg\)\): restore"):
         run_pretraining(pretrain_config(**moved))
 
 
