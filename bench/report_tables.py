@@ -390,7 +390,7 @@ def checkpoint_table(results: dict[str, list[Row]]) -> str:
             f"{_measured_by(name, shown)}, load {' and '.join(loads)}."
         )
         heads = ("state", "`save_async false`, ms", "`true`, ms", "the copy, ms", "writing, s")
-        lines += ["", *_table((*heads, "of it SHA-256, s"), cells), ""]
+        lines += ["", *_table((*heads, "one SHA-256 of it, s"), cells), ""]
     name = "checkpoint-ranks-cpu"
     if name not in results:
         return "\n".join([*lines, _not_measured(name)])
