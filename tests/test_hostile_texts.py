@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from beit_fast.data.token_cache import MANIFEST, TokenCacheError, read_manifest
 from beit_fast.tasks.probe.features import _open as open_features
 from beit_fast.tokenizer.checkpoint import FORMAT, load_tokenizer
 from beit_fast.weights.files import read_weights
-from refusals import reading, refusal, write_good
+from refusals import reading, refused_in, write_good
 
 
 @pytest.fixture(scope="module")
@@ -22,25 +21,11 @@ def good(tmp_path_factory):
     return write_good(tmp_path_factory.mktemp("good"))
 
 
-def files_of(folder):
-    """All but outputs of the recipes, which are made first: those of a refused run are empty."""
-    return sorted(path for path in folder.rglob("*") if "runs" not in path.parts)
-
-
 @pytest.fixture
 def refused(capsys, tmp_path, monkeypatch):
-    """`refused(arguments, *names)`: one line with the names, and no new file. CPU seconds."""
+    """`refused(arguments, *names)`: as `refused_in` says, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-    def check(arguments, *names):
-        before, begun = files_of(tmp_path), time.process_time()
-        line = refusal(arguments, capsys)
-        seconds = time.process_time() - begun
-        assert [name for name in names if str(name) not in line] == [], line
-        assert files_of(tmp_path) == before
-        return seconds
-
-    return check
+    return refused_in(tmp_path, capsys)
 
 
 LAUGHS = "".join(

@@ -1,6 +1,8 @@
 """Commands that read a file in every place, and the one line of a refusal."""
 
 import re
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,3 +67,23 @@ def refusal(arguments: list, capsys) -> str:
     assert lines[0].startswith("beit-fast: ")
     assert "Traceback" not in said.out + said.err
     return lines[0]
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All but outputs of the recipes, which are made first: those of a refused run are empty."""
+    return sorted(path for path in folder.rglob("*") if "runs" not in path.parts)
+
+
+def refused_in(folder: Path, capsys) -> Callable[..., float]:
+    """`check(arguments, *names)`: one line with the names, and no new file in `folder`, which is
+    the working directory. CPU seconds."""
+
+    def check(arguments: list, *names: object) -> float:
+        before, begun = files_of(folder), time.process_time()
+        line = refusal(arguments, capsys)
+        seconds = time.process_time() - begun
+        assert [name for name in names if str(name) not in line] == [], line
+        assert files_of(folder) == before
+        return seconds
+
+    return check
