@@ -31,7 +31,7 @@ from beit_fast.data.run_images import RunImages
 from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import BadImageError
-from beit_fast.data.sources.folder import Source
+from beit_fast.data.sources.folder import Source, damage_of, read_ahead
 from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.reading import HungReadError, Read, Reads, ReadsClosedError
 from beit_fast.errors import RunError
@@ -191,6 +191,8 @@ class _Reader:
     def read_batch(self, numbers: Sequence[SampleOf]) -> dict[str, np.ndarray]:
         if self._threaded:
             self._threads.add(threading.current_thread())
+        wanted = (int(images[place]) for _, place, images in numbers)
+        read_ahead(self._source, [n for n in wanted if n >= 0 and not self._bad.knows(n)])
         samples: list[dict[str, np.ndarray]] = []
         while len(samples) < len(numbers):
             try:
@@ -264,13 +266,15 @@ class BadSamples:
         self._flag = flag(setting)  # threads meet the bad files
         small = min(_TOLERATED, int(_TOLERATED_SHARE * len(source))) if max_share else 0
         self._allowed = max(int(max_share * len(source)), small)
-        self._reasons: dict[int, str] = {}
+        self._reasons: dict[int, tuple[str, str]] = {}  # name and reason; of damage below 0
         self._verdict = ""  # what to say of the file that was one too many
         self._lock = threading.Lock()
+        for number, (name, why) in enumerate(damage_of(source).items(), 1):
+            self._add(-number, name, why, "what is left of it is used")
 
     def by_name(self) -> dict[str, str]:
         with self._lock:
-            return {self._source.name(index): why for index, why in sorted(self._reasons.items())}
+            return dict(said for _, said in sorted(self._reasons.items()))
 
     def knows(self, index: int) -> bool:
         """Whether the file was met before. Raises BadDataError if it was and there are too many:
@@ -285,11 +289,15 @@ class BadSamples:
     def add(self, index: int, error: Exception) -> None:
         """Raises BadDataError once there are more than allowed."""
         reason = " ".join(str(error).split())
-        name = self._source.name(index)
+        self._add(index, self._source.name(index), reason, self._outcome, error)
+
+    def _add(
+        self, index: int, name: str, reason: str, outcome: str, error: Exception | None = None
+    ) -> None:
         with self._lock:
             if index not in self._reasons:
-                self._reasons[index] = reason
-                logger.warning("cannot use %s (%s): %s", name, reason, self._outcome)
+                self._reasons[index] = name, reason
+                logger.warning("cannot use %s (%s): %s", name, reason, outcome)
             count = len(self._reasons)
             if count > self._allowed and not self._verdict:
                 self._verdict = (

@@ -14,8 +14,9 @@ from beit_fast.data.loader import Loader
 from beit_fast.data.samples import Sample
 from beit_fast.data.sources.class_folders import called_as_parts
 from beit_fast.data.sources.digit_scenes import DigitScenes, is_digit_scenes
-from beit_fast.data.sources.digits import Digits, is_digits
 from beit_fast.data.sources.folder import ImageFolder, ImageSource, Source
+from beit_fast.data.sources.limits import READS, ReadConfig
+from beit_fast.data.sources.opening import open_images
 from beit_fast.data.sources.scan import Found
 from beit_fast.data.sources.segmentation import MaskedFolder
 from beit_fast.data.sources.subset import Subset
@@ -26,16 +27,15 @@ from beit_fast.train.world import World
 UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never gets there
 
 
-def open_source(path: str, *, follow_links: bool = True) -> ImageSource:
-    """The images below `path`. Raises ValueError for a folder that is missing or has none, and as
-    `Digits` and `DigitScenes` do."""
+def open_source(path: str, *, follow_links: bool = True, reads: ReadConfig = READS) -> ImageSource:
+    """The images that `path` names. Raises ValueError as `open_images` and `DigitScenes` do."""
     if not path:
         raise ValueError("no images were named: pass --data.path with a folder of images")
     if path == PHOTOGRAPHS:
         return ImageFolder(Path(beit_fast.data.__file__).parent / PHOTOGRAPHS)
     if is_digit_scenes(path):
         return DigitScenes(path)
-    return Digits(path) if is_digits(path) else ImageFolder(path, follow_links=follow_links)
+    return open_images(path, follow_links=follow_links, reads=reads)
 
 
 def describe_source(source: Source, classes: Sequence[str] | None = None) -> str:
@@ -57,6 +57,8 @@ def describe_source(source: Source, classes: Sequence[str] | None = None) -> str
     said += filter(None, [found.left_out()])
     if num_masks_left:
         said.append(f"{num_masks_left} mask{'s' * (num_masks_left != 1)} without an image left out")
+    if hasattr(source, "left_out"):  # of shards, tables and stores
+        said += filter(None, [source.left_out()])
     path = source.root if isinstance(source, ImageFolder) else source.path
     return f"{path}: {', '.join(said)}".encode(errors="backslashreplace").decode()
 
@@ -69,7 +71,7 @@ def say(line: str, world: World) -> None:
 def open_loader(data: DataConfig, sample: Sample, *, seed: int, world: World) -> Loader:
     """Batches of this rank. Raises ValueError as `open_source` and `Loader` do."""
     return Loader(
-        open_source(data.path, follow_links=data.follow_links),
+        open_source(data.path, follow_links=data.follow_links, reads=data),
         sample,
         batch_size=data.batch_size,
         seed=seed,

@@ -28,7 +28,7 @@ HABITS = frozenset(
         *("run.log_every", "run.save_every", "run.keep", "run.save_async"),
         *("run.failed_saves", "run.requeue"),
         *("run.picture_every", "run.evaluate_every", "run.strict", "data.num_threads"),
-        *("data.read_timeout", "data.read_retries"),
+        *("data.read_timeout", "data.read_retries", "data.cache", "data.cache_size"),
         # how a resume is made
         *("run.resume", "run.resume_from", "run.resume_with", "run.fallback"),
         # other rounding, and on another device or compiled other random numbers

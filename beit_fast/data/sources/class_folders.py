@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from beit_fast.data.sources.digits import is_digits, labelled_digits
 from beit_fast.data.sources.folder import ImageFolder, ImageSource
 
 # Names of the parts of a data set, which are not taken for classes where folders lie in them.
@@ -24,15 +23,13 @@ def class_folders(
 ) -> tuple[ImageSource, Tensor, list[str]]:
     """Images below `path`, their labels int64 (n,), and the classes: its sub-folders by name.
 
-    `path` may also name scikit-learn's digits, see digits.py. Links are followed as `ImageFolder`
-    does it: a linked folder is a class, and an image that two classes link to counts in both.
+    Links are followed as `ImageFolder` does it: a linked folder is a class, and an image that two
+    classes link to counts in both.
 
     Raises ValueError for an image outside the sub-folders, a class without images, fewer classes
     than `fewest`, and for the parts of a data set (train, val) in place of classes; in the last two
     cases it names the folder to pass, where there is one.
     """
-    if is_digits(path):
-        return labelled_digits(str(path))
     source = ImageFolder(path, follow_links=follow_links)
     if stray := next((name for name in source.paths if os.sep not in name), None):
         raise ValueError(

@@ -1,14 +1,13 @@
 """Where images come from: a protocol, and folders.
 
-A source is random access to encoded files; it decodes nothing. Shards of tar files can join behind
-the same methods.
+A source is random access to encoded files; it decodes nothing.
 """
 
 import errno
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -50,6 +49,17 @@ class Source(Protocol[Files]):
 
 class ImageSource(Source[bytes], Protocol):
     """Of images alone."""
+
+
+def read_ahead(source: Source, indices: Sequence[int]) -> None:
+    """Say that these will be read soon to a source that can use it: it has `ahead(indices)`."""
+    if ahead := getattr(source, "ahead", None):
+        ahead(indices)
+
+
+def damage_of(source: Source) -> Mapping[str, str]:
+    """What of a source is lost besides single images, name -> what is wrong: it has `damage`."""
+    return getattr(source, "damage", {})
 
 
 class ImageFolder:

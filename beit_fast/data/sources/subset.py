@@ -1,13 +1,13 @@
 """A part of a source of images, as a source: to hold images out of training."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from beit_fast.data.sources.folder import ImageSource
+from beit_fast.data.sources.folder import ImageSource, damage_of, read_ahead
 
 
 class Subset:
@@ -30,6 +30,13 @@ class Subset:
 
     def size(self, index: int) -> int | None:
         return self.source.size(self._numbers[index])
+
+    def ahead(self, indices: Sequence[int]) -> None:
+        read_ahead(self.source, [self._numbers[index] for index in indices])
+
+    @property
+    def damage(self) -> Mapping[str, str]:
+        return damage_of(self.source)
 
     def digest(self) -> str:
         numbers = ",".join(map(str, self._numbers))

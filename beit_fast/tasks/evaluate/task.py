@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from beit_fast.data.sources.class_folders import class_folders
+from beit_fast.data.sources.opening import labelled_images
 from beit_fast.files import naming
 from beit_fast.tasks.evaluate.checkpoints import open_classifier
 from beit_fast.tasks.evaluate.classes import describe_class, match_classes
@@ -36,8 +36,8 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
         console = plain_console(quiet=not world.is_main)
         classifier = open_classifier(config)
         view = classifier.view
-        source, labels, folders = class_folders(
-            config.folder, follow_links=config.follow_links, fewest=1
+        source, labels, folders = labelled_images(
+            config.folder, follow_links=config.follow_links, fewest=1, reads=config
         )
         num_classes = classifier.model.config.num_classes
         class_of, names, how = match_classes(

@@ -15,8 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from beit_fast.data.loader import Loader
-from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.data.sources.folder import ImageSource
+from beit_fast.data.sources.opening import labelled_images
 from beit_fast.data.sources.subset import Subset, split
 from beit_fast.data.views.augment import AugmentedSample
 from beit_fast.data.views.mixing import erase_boxes, mix, mixed_loss
@@ -323,14 +323,14 @@ def open_labelled(
     """Images to train on, their labels (n,), the classes, and images and labels to test on.
 
     Which images are held out depends on them alone, so runs of other seeds compare. Raises
-    ValueError as `class_folders` does, and for folders of other classes.
+    ValueError as `labelled_images` does, and for folders of other classes.
     """
     if not data.path:
         raise ValueError("no images were named: pass --data.path with a folder of classes")
-    source, labels, classes = class_folders(data.path, follow_links=data.follow_links)
+    source, labels, classes = labelled_images(data.path, follow_links=data.follow_links, reads=data)
     if data.test:
-        test, test_labels, test_classes = class_folders(
-            data.test, follow_links=data.follow_links, fewest=1
+        test, test_labels, test_classes = labelled_images(
+            data.test, follow_links=data.follow_links, fewest=1, reads=data
         )
         if different := sorted(set(classes) ^ set(test_classes)):
             raise ValueError(

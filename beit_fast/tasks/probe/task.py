@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from beit_fast.data.sources.class_folders import class_folders
+from beit_fast.data.sources.opening import labelled_images
 from beit_fast.data.sources.subset import split
 from beit_fast.data.views.statistics import STATISTICS
 from beit_fast.files import replace_text
@@ -79,7 +79,9 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
         )
     model.to(world.device)
     data = {
-        name: class_folders(getattr(config, name), follow_links=config.follow_links, fewest=fewest)
+        name: labelled_images(
+            getattr(config, name), follow_links=config.follow_links, fewest=fewest, reads=config
+        )
         # Test images are read before anything is computed.
         for name, fewest in (("test", 1), ("train", 2))
     }

@@ -10,9 +10,9 @@ from sklearn.datasets import load_digits
 
 from beit_fast.cli import main
 from beit_fast.data.sources import digits as digits_module
-from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.data.sources.decode import decode_pillow
 from beit_fast.data.sources.digits import Digits, write_digits
+from beit_fast.data.sources.opening import labelled_images
 from beit_fast.tasks.sources import open_source
 
 SIZES = {"train": 997, "valid": 300, "test": 500}
@@ -67,9 +67,9 @@ def test_a_name_of_no_digits_is_refused(name, message):
 
 
 def test_they_stand_for_a_folder_where_one_is_named(tmp_path):
-    source, labels, names = class_folders("digits:test")
+    source, labels, names = labelled_images("digits:test")
     write_digits(tmp_path)
-    written, same_labels, same_names = class_folders(tmp_path / "test")
+    written, same_labels, same_names = labelled_images(tmp_path / "test")
     assert names == same_names == [str(digit) for digit in range(10)]
     assert sorted(labels.tolist()) == same_labels.tolist()
     read = {source.read(index) for index in range(500)}
