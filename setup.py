@@ -39,6 +39,11 @@ setup(
     extras_require={
         "fp8": ["torchao>=0.18"],  # run.precision fp8
         "onnx": ["onnxscript>=0.7"],  # torch.onnx.export; 0.8 MB, brings onnx (9 MB)
+        "cloud": [
+            "obstore>=0.9",  # S3, GCS, Azure, HTTP: many requests at once from few threads
+            "fsspec",  # the schemes that obstore lacks
+        ],
+        "tables": ["pyarrow"],  # Parquet and Arrow files of images
         "test": [
             "pytest",
             "pytest-benchmark",  # bench/test_kernels.py
@@ -50,6 +55,10 @@ setup(
             "transformers>=5.17",  # numerical peer, as is timm
             "torchao>=0.18",  # the extra fp8
             "onnxscript>=0.7",  # the extra onnx, whose evaluator is the peer
+            "obstore>=0.9",  # the extra cloud
+            "fsspec",
+            "pyarrow",  # the extra tables
+            "webdataset",  # reads the shards that we write
         ],
     },
     entry_points={"console_scripts": ["beit-fast=beit_fast_main:main"]},

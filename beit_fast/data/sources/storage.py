@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from beit_fast.data.sources.limits import READS, ReadConfig
+from beit_fast.data.sources.places import is_url
+
 MOST_OPEN = 128  # files of a local storage at once
 
 
@@ -46,6 +49,15 @@ class Storage(Protocol):
         then waits for its own. What is never read is forgotten. Raises nothing."""
         ...
 
+    def windowed(self, num_files: int) -> None:
+        """From now on files are read a window of so many at a time: no more need be open, or kept,
+        and of those a store copies the whole."""
+        ...
+
+    def files_ahead(self, names: Sequence[str]) -> None:
+        """The files of the next window. As `ahead`."""
+        ...
+
     def close(self) -> None:
         """Let go of connections, files and whatever was asked for ahead. Waits for nothing."""
         ...
@@ -81,6 +93,12 @@ class LocalStorage:
         return data
 
     def ahead(self, parts: Sequence[FilePart]) -> None:
+        """A disk is near."""
+
+    def windowed(self, num_files: int) -> None:
+        self._most_open = num_files
+
+    def files_ahead(self, names: Sequence[str]) -> None:
         """A disk is near."""
 
     def close(self) -> None:
@@ -125,3 +143,10 @@ class LocalStorage:
 class _OpenFile:
     def __init__(self, descriptor: int) -> None:
         self.descriptor, self.num_readers, self.is_dropped = descriptor, 0, False
+
+
+def open_storage(root: str, reads: ReadConfig = READS) -> Storage:
+    """The storage of a folder, or of the prefix that a URL names."""
+    if is_url(root):
+        raise NotImplementedError
+    return LocalStorage(root)
