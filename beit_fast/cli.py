@@ -25,7 +25,9 @@ from beit_fast.files import describe, naming
 from beit_fast.flags import section_of
 from beit_fast.parsing import add_removed, make, new_parser, read
 from beit_fast.replay_arguments import read_replay
+from beit_fast.tasks.check.config import CheckConfig
 from beit_fast.tasks.evaluate.config import EvaluateConfig, PredictConfig
+from beit_fast.tasks.pack.config import PackConfig
 from beit_fast.tasks.replay.config import Replay
 from beit_fast.tasks.segment.config_evaluation import (
     EvaluateSegmentationConfig,
@@ -54,6 +56,8 @@ USAGE = """usage: beit-fast <verb> ...
   predict-segmentation CHECKPOINT IMAGE... --output FOLDER
                          the class of every pixel of images, as PNGs of ids and of colours
   replay RUN STEP        a step of a run again: in which module it goes bad
+  check IMAGES           read and decode every image once: what is broken, doubled, small
+  pack IMAGES SHARDS     images as tar shards, checked on the way
   convert SRC DST --to unilm|timm|hf
                          a BEiT under other names: file, folder, run or published name
   convert-dalle          OpenAI's encoder.pkl and decoder.pkl -> one safetensors file
@@ -298,6 +302,23 @@ def parse_predict_segmentation(arguments: Sequence[str]) -> PredictSegmentationC
     return make(kind, read(parser, arguments, kind), arguments=("checkpoint", "images"))
 
 
+def parse_check(arguments: Sequence[str]) -> CheckConfig:
+    """`beit-fast check` with these arguments."""
+    parser = new_parser("beit-fast check", description=inspect.getdoc(CheckConfig))
+    parser.add_argument("images", help="folder, shards, tables or store, as --data.path takes them")
+    parser.add_class_arguments(CheckConfig, skip={"images"})
+    return make(CheckConfig, read(parser, arguments, CheckConfig), arguments=("images",))
+
+
+def parse_pack(arguments: Sequence[str]) -> PackConfig:
+    """`beit-fast pack` with these arguments."""
+    parser = new_parser("beit-fast pack", description=inspect.getdoc(PackConfig))
+    parser.add_argument("images", help="folder, shards, tables or store, as --data.path takes them")
+    parser.add_argument("shards", help="folder to write: empty, or of the same command")
+    parser.add_class_arguments(PackConfig, skip={"images", "shards"})
+    return make(PackConfig, read(parser, arguments, PackConfig), arguments=("images", "shards"))
+
+
 def parse_replay(arguments: Sequence[str]) -> Replay:
     """`beit-fast replay` with these arguments."""
 
@@ -374,6 +395,18 @@ def _replay() -> Run:
     return run_replay
 
 
+def _check() -> Run:
+    from beit_fast.tasks.check.task import run_check
+
+    return run_check
+
+
+def _pack() -> Run:
+    from beit_fast.tasks.pack.task import run_pack
+
+    return run_pack
+
+
 def _convert() -> Run:
     from beit_fast.tasks.evaluate.checkpoints import statistics_of, write_image_processor
     from beit_fast.weights.convert import convert
@@ -409,6 +442,8 @@ WITHOUT_RECIPE: dict[str, tuple[Callable[[Sequence[str]], Any], Callable[[], Run
     "evaluate-segmentation": (parse_evaluate_segmentation, _evaluate_segmentation),
     "predict-segmentation": (parse_predict_segmentation, _predict_segmentation),
     "replay": (parse_replay, _replay),
+    "check": (parse_check, _check),
+    "pack": (parse_pack, _pack),
     "convert": (parse_convert, _convert),
     "convert-dalle": (parse_convert_dalle, _convert_dalle),
 }

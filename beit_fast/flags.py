@@ -17,8 +17,11 @@ _stage: ContextVar[tuple[str, frozenset[str]]] = ContextVar("stage", default=(""
 def flag(name: str) -> str:
     """The flag of the setting `name`, "run.output", of the task that is running.
 
-    Threads do not know of `flags_of`: make what they say before they start.
+    One in capitals, "SHARDS", has no flag and is called by its place. Threads do not know of
+    `flags_of`: make what they say before they start.
     """
+    if name.isupper():
+        return name
     section, outer = _stage.get()
     return f"--{name}" if name in outer else f"--{section}{name}"
 

@@ -28,7 +28,11 @@ KERNELS = {f"kernels.{room}" for room in ("attention", "residual", "head", "inpu
 DATA = {"data", "data.seeds", "data.sources", "data.views"}
 BELOW_TASKS = {"kernels", "model", "weights", "tokenizer", "train", "viz", "tasks"} | KERNELS | DATA
 TASKS = {
-    f"tasks.{room}" for room in ("pretrain", "evaluate", "finetune", "probe", "segment", "replay")
+    f"tasks.{room}"
+    for room in (
+        *("pretrain", "evaluate", "finetune", "probe", "segment", "replay"),
+        *("pack", "check"),
+    )
 }
 ALLOWED = {
     **{part: set() for part in sorted(BASE)},
@@ -53,6 +57,8 @@ ALLOWED = {
     "tasks.probe": BELOW_TASKS | {"tasks.evaluate"} | BASE,
     "tasks.segment": BELOW_TASKS | {"tasks.evaluate"} | BASE,
     "tasks.replay": BELOW_TASKS | {"tasks.pretrain", "tasks.finetune", "tasks.segment"} | BASE,
+    "tasks.pack": {"data", "data.sources", "train", "tasks"} | BASE,
+    "tasks.check": {"data", "data.sources", "train", "tasks"} | BASE,
     "recipes": {"model", "tokenizer", "train", "data", "data.views"} | TASKS,
     "parsing": BASE,
     "replay_arguments": {"parsing", "train", "tasks.replay"} | BASE,
@@ -209,6 +215,8 @@ OF_THE_COMMAND_LINE = {
         ["predict-segmentation", "--help"],
         ["predict-segmentation", "c.pth", "a.png", "--output", "out", "--stride", "0"],
         ["replay", "--help"],
+        ["check", "--help"],
+        ["pack", "--help"],
         ["convert", "--help"],
         ["convert-dalle", "--help"],
     ],

@@ -1,5 +1,7 @@
 """Every image once, in order, as one batch of views after another: how anything is counted."""
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -9,14 +11,69 @@ import torch
 from torch import Tensor
 
 from beit_fast.data.sources.decode import BadImageError, decode_fast
-from beit_fast.data.sources.folder import ImageSource, Source
+from beit_fast.data.sources.folder import ImageSource, Source, read_ahead
 from beit_fast.data.sources.limits import READS, ReadConfig
-from beit_fast.data.sources.reading import Reads
+from beit_fast.data.sources.reading import HungReadError, Read, Reads
 
 Files = TypeVar("Files")  # of one image: bytes, or those of its mask too
+Looked = TypeVar("Looked")  # what is made of them
 
 _AT_ONCE = 1024  # images handed to the threads
+_PART = 4  # of them in one piece, as handing over takes time too
 _NAMED = 5  # images in an error
+
+
+def each_in_order(
+    source: Source[Files],
+    indices: Sequence[int],
+    look: Callable[[int, Files], Looked],
+    *,
+    num_threads: int,
+    reads: ReadConfig = READS,
+    at_once: int = _AT_ONCE,
+) -> Iterator[tuple[int, Looked | BadImageError | OSError]]:
+    """Each index with what `look(index, files)` gave, in order, read and looked at by threads.
+
+    Where the image cannot be read, within the limits of `reads`, or `look` raises BadImageError or
+    OSError, the error comes in its place; any other error is raised when its image is due.
+
+    at_once: images read ahead of the one that is due, or a few more. Closing it waits for no read.
+    """
+
+    def look_at(part: Sequence[int]) -> list[Looked | BadImageError | OSError]:
+        found: list[Looked | BadImageError | OSError] = []
+
+        def look_at_rest(read: Read[Files]) -> None:
+            for index in part[len(found) :]:
+                try:
+                    found.append(look(index, read(index)))
+                except (BadImageError, OSError) as error:
+                    found.append(error)
+
+        while len(found) < len(part):
+            try:
+                limited.run(look_at_rest)
+            except HungReadError as error:
+                found.append(error)
+        return found
+
+    starts = range(0, len(indices), _PART)
+    parts = (list(map(int, indices[first : first + _PART])) for first in starts)
+    with Reads(source, reads) as limited, ThreadPoolExecutor(num_threads) as pool:
+
+        def submit(part: Sequence[int]) -> tuple[Sequence[int], Future]:
+            read_ahead(source, part)
+            return part, pool.submit(look_at, part)
+
+        waiting = deque(map(submit, itertools.islice(parts, -(-at_once // _PART))))
+        try:
+            while waiting:
+                part, future = waiting.popleft()
+                yield from zip(part, future.result(), strict=True)
+                waiting.extend(map(submit, itertools.islice(parts, 1)))
+        finally:
+            limited.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def unusable_images(
@@ -24,36 +81,25 @@ def unusable_images(
     indices: Sequence[int] | None = None,
     *,
     num_threads: int,
-    look: Callable[[Files], object] = decode_fast,
+    look: Callable[[Files], Looked] = decode_fast,
     each: Callable[[Iterator[Any]], Iterator[Any]] = iter,
-    seen: Callable[[int, Any], None] = lambda index, looked: None,
+    seen: Callable[[int, Looked], None] = lambda index, looked: None,
     reads: ReadConfig = READS,
 ) -> dict[str, str]:
     """Name -> reason of the images of `source` (of those with `indices`) that cannot be read and
     decoded; `look` does that, and raises BadImageError. A read that exceeds the limits of `reads`
-    is a reason too. `seen` gets the index of each other image, and what `look` gave. What becomes
-    of the images goes through `each`, one after another: it may raise to leave."""
-
-    def reason(index: int) -> str | None:
-        try:
-            looked = limited.run(lambda read: look(read(index)))
-        except (BadImageError, OSError) as error:
-            return " ".join(str(error).split())
-        seen(index, looked)
-        return None
-
+    is a reason too. `seen` gets the index of each other image, and what `look` gave, in a thread.
+    What becomes of the images goes through `each`, one after another: it may raise to leave."""
     found = {}
     indices = range(len(source)) if indices is None else indices
-    with Reads(source, reads) as limited, ThreadPoolExecutor(num_threads) as pool:
-        try:
-            for first in range(0, len(indices), _AT_ONCE):
-                part = indices[first : first + _AT_ONCE]
-                for index, why in each(zip(part, pool.map(reason, part), strict=True)):
-                    if why is not None:
-                        found[source.name(index)] = why
-        finally:
-            limited.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
+
+    def look_at(index: int, files: Files) -> None:
+        seen(index, look(files))  # which is large, if pixels
+
+    looked_at = each_in_order(source, indices, look_at, num_threads=num_threads, reads=reads)
+    for index, looked in each(looked_at):
+        if looked is not None:
+            found[source.name(index)] = " ".join(str(looked).split())
     return found
 
 

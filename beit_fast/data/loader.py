@@ -251,6 +251,12 @@ class _Reader:
         )
 
 
+def num_bad_borne(num_images: int, max_share: float) -> int:
+    """How many files of a data set may be bad, see `Loader`."""
+    small = min(_TOLERATED, int(_TOLERATED_SHARE * num_images)) if max_share else 0
+    return max(int(max_share * num_images), small)
+
+
 class BadSamples:
     """The files that cannot be used, shared by the threads that read them; `outcome` says in the
     log what becomes of one, `setting` is the share's. How many are borne: see `Loader`."""
@@ -264,8 +270,7 @@ class BadSamples:
     ):
         self._source, self._max_share, self._outcome = source, max_share, outcome
         self._flag = flag(setting)  # threads meet the bad files
-        small = min(_TOLERATED, int(_TOLERATED_SHARE * len(source))) if max_share else 0
-        self._allowed = max(int(max_share * len(source)), small)
+        self._allowed = num_bad_borne(len(source), max_share)
         self._reasons: dict[int, tuple[str, str]] = {}  # name and reason; of damage below 0
         self._verdict = ""  # what to say of the file that was one too many
         self._lock = threading.Lock()

@@ -20,6 +20,7 @@ What is decided here, the same for both:
 import functools
 import io
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +82,28 @@ def decode_png(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, 
     image = _decode(data, max_pixels, lambda image: image.copy())
     depth, colour_type = data[24:26]  # of its header, which comes first
     return image, depth, colour_type
+
+
+class Header(NamedTuple):
+    """What a file says of its image; its pixels may be damaged."""
+
+    format: str  # JPEG, PNG, WEBP, GIF, BMP, TIFF or PPM
+    mode: str  # Pillow's, of the pixels as they are stored: RGB, L, CMYK, P ...
+    width: int
+    height: int
+
+
+def read_header(data: bytes) -> Header:
+    """Without decoding: 20 us for a JPEG. Raises BadImageError, but for size and scans."""
+    if data.startswith(_JPEG):
+        data, _, _ = _without_app1(data)
+    try:
+        with _open(data) as image:
+            return Header(image.format, image.mode, *image.size)
+    except (BadImageError, MemoryError):
+        raise
+    except Exception as error:  # as in `_decode`
+        raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 
 def exif_orientation(data: bytes) -> int:

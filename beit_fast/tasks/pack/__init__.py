@@ -1,0 +1,1 @@
+"""Images -> tar shards that webdataset, timm and this package read."""
