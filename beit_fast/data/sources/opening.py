@@ -30,7 +30,8 @@ def open_images(
 ) -> ImageSource:
     """The images of a folder, of shards or tables on disk or behind a URL, or digits.
 
-    progress: told of, every tenth of a second, while shards are indexed. Raises ValueError for what is missing or has none, each as its own class does.
+    progress: is told of shards that are indexed, every tenth of a second. Raises ValueError for
+    what is missing or has none, each as its own class does.
     """
     if is_digits(path):
         return Digits(str(path))
