@@ -10,7 +10,7 @@ _WIDTH = 18
 def lines_of(report: Mapping[str, Any]) -> list[str]:
     """What was found, a line each; examples are indented, and at most five."""
     bad, damage, count = report["cannot_be_used"], report["damage"], report["images"]
-    lines = [_row("decoded", f"{report['usable']} of {count}, {report['bytes'] / 1e9:.3f} GB")]
+    lines = [_row("decoded", f"{report['usable']} of {count}, {_size(report['bytes'])}")]
     said = str(len(bad))
     if report["unread"]:
         said += f", of which {report['unread']} could not be read"
@@ -27,12 +27,21 @@ def lines_of(report: Mapping[str, Any]) -> list[str]:
     lines += _named("of one colour", report["blank"])
     lines += _named("turned by EXIF", report["turned_by_exif"], "used as they are stored")
     lines += _named("other format", report["named_as_another_format"], "than the name says")
-    lines += _duplicates(report["duplicates"]) + _classes(report["classes"])
+    lines += _duplicates(report["duplicates"])
+    if report["classes"] is None:
+        lines.append(_row("classes", f"none: {report['no_classes']}"))
+    else:
+        lines += _classes(report["classes"])
     return [line.encode(errors="backslashreplace").decode() for line in lines]
 
 
 def _row(name: str, said: str) -> str:
     return f"  {name:{_WIDTH}} {said}"
+
+
+def _size(num_bytes: int) -> str:
+    unit, power = ("GB", 9) if num_bytes >= 1e9 else ("MB", 6) if num_bytes >= 1e6 else ("kB", 3)
+    return f"{num_bytes / 10**power:.1f} {unit}"
 
 
 def _some(examples: Sequence[str]) -> list[str]:
@@ -74,9 +83,7 @@ def _few(names: Sequence[str]) -> list[str]:
     return [*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]
 
 
-def _classes(classes: Mapping[str, Any] | None) -> list[str]:
-    if classes is None:
-        return [_row("classes", "none")]
+def _classes(classes: Mapping[str, Any]) -> list[str]:
     by_size = sorted(classes["images"].items(), key=lambda item: (item[1], item[0]))
     sizes = [number for _, number in by_size]
     said = f"{classes['count']}; images of each: min {sizes[0]} ({by_size[0][0]}), "

@@ -16,7 +16,7 @@ from beit_fast.tasks.check.config import CheckConfig
 from beit_fast.tasks.check.findings import Findings, Look, look_at
 from beit_fast.tasks.check.table import lines_of
 from beit_fast.tasks.long_work import alone, progress_bar, threads
-from beit_fast.tasks.sources import describe_source, open_source
+from beit_fast.tasks.sources import describe_source, indexing, open_source
 from beit_fast.train.log import plain_console
 from beit_fast.train.preflight import check_output_file
 from beit_fast.train.stop import Interrupted, heeded, stop_signals
@@ -39,7 +39,8 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
         output, console = Path(config.output), plain_console()
         check_output_file(output)
         source, labels, classes, why_none = _open(config)
-        console.print(f"images: {describe_source(source, classes)}")
+        described = describe_source(source, classes)
+        console.print(f"images: {described}")
         findings = Findings(source, labels, classes)
         start, num_threads = time.perf_counter(), threads(config.num_threads)
         looks = each_in_order(
@@ -63,7 +64,7 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
                 stop.signum, _PLACE, f"{said}: the same command begins anew"
             ) from None
         seconds = time.perf_counter() - start
-    report = {"path": config.images, **findings.report(config), "no_classes": why_none}
+    report = {"source": described, **findings.report(config), "no_classes": why_none}
     report |= {"seconds": seconds, "num_threads": num_threads}
     for line in lines_of(report):
         console.print(line)
@@ -84,7 +85,9 @@ def _open(
     """Images, labels, classes, and why there are none of these."""
     options: dict[str, Any] = {"follow_links": config.follow_links, "reads": config}
     try:
-        source, labels, classes = labelled_images(config.images, fewest=1, **options)
+        source, labels, classes = labelled_images(
+            config.images, fewest=1, progress=indexing(), **options
+        )
     except ValueError as error:  # of no classes; if of no images, it comes again
         return open_source(config.images, **options), None, None, str(error)
     return source, labels.numpy(), classes, None

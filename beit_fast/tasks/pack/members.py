@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from beit_fast.data.sources.decode import decode_fast, decode_pillow, read_header
+from beit_fast.data.sources.decode import BadImageError, decode_fast, decode_pillow, read_header
+from beit_fast.data.sources.tar_index import MOST_IMAGE_BYTES
 from beit_fast.tasks.pack.config import QUALITY, PackConfig
 
 BLOCK = 512
@@ -57,6 +58,11 @@ class Packer:
             height, width, _ = image.shape
         if is_resized:
             width, height = image.size
+        if len(data) > MOST_IMAGE_BYTES:
+            raise BadImageError(
+                f"the file has {len(data)} bytes, and of shards {MOST_IMAGE_BYTES} are read: pass "
+                "--short_side, or shrink it"
+            )
         told |= {"width": width, "height": height}
         name = f"{place:08d}_{stem(key)}"
         blocks = member(f"{name}.{ending}", data)
