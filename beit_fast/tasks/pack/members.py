@@ -29,7 +29,7 @@ ENDING = {
     "PPM": "ppm",
 }
 _LONGEST_STEM = 80  # letters: with number and ending a name has 100 at most, as ustar's
-_OURS = re.compile(r"\d{8,}_")
+_OURS = re.compile(r"^\d{8,}_")
 
 
 class Packer:

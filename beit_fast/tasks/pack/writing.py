@@ -1,12 +1,11 @@
 """The work of `pack`: threads make the images, one writes shards, one reads them again."""
 
-import functools
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import numpy as np
@@ -105,9 +104,13 @@ class Writer:
             finishing: dict[str, Future[Record]] = {}
             for number in missing:
                 name = plan.names[number]
-                finish = self._write(name, plan.places(number), images, tick)
-                made |= {name: future.result() for name, future in finishing.items()}
-                finishing = {name: finisher.submit(finish)}
+                shard = ShardFile(self.folder, name)
+                with ExitStack() as unless_handed_over:
+                    unless_handed_over.callback(shard.close)
+                    counts = self._write(shard, plan.places(number), images, tick)
+                    made |= {name: future.result() for name, future in finishing.items()}
+                    unless_handed_over.pop_all()
+                finishing = {name: finisher.submit(_finish, shard, *counts)}
             made |= {name: future.result() for name, future in finishing.items()}
         self._rate = len(places) / (time.perf_counter() - start)
         return {name: made[name] for name in plan.names}
@@ -163,34 +166,30 @@ class Writer:
 
     def _write(
         self,
-        name: str,
+        shard: ShardFile,
         places: range,
         images: Iterator[tuple[int, Any]],
         tick: Callable[[int], None],
-    ) -> Callable[[], Record]:
-        """The images of one shard into its file; what it gives makes the file whole."""
-        shard = ShardFile(self.folder, name)
-        try:
-            left_out, num_resized = {}, 0
-            for place in places:
-                index, packed = next(images)
-                if isinstance(packed, BadImageError):
-                    self._bad.add(index, packed)
-                    left_out[str(place)] = " ".join(str(packed).split())
-                elif isinstance(packed, OSError):
-                    raise PackError(
-                        f"{self._source.name(index)} cannot be read ({describe(packed)}): see that "
-                        "it can, or remove it from the images, and give the same command again"
-                    ) from packed
-                else:
-                    blocks, is_resized = packed
-                    shard.add(blocks)
-                    num_resized += is_resized
-                tick(1)
-        except BaseException:
-            shard.close()
-            raise
-        return functools.partial(_finish, shard, len(places), num_resized, left_out)
+    ) -> tuple[int, int, dict[str, str]]:
+        """Its images into its file; gives their number, how many were made smaller, and which were
+        left out."""
+        left_out, num_resized = {}, 0
+        for place in places:
+            index, packed = next(images)
+            if isinstance(packed, BadImageError):
+                self._bad.add(index, packed)
+                left_out[str(place)] = " ".join(str(packed).split())
+            elif isinstance(packed, OSError):
+                raise PackError(
+                    f"{self._source.name(index)} cannot be read ({describe(packed)}): see that it "
+                    "can, or remove it from the images, and give the same command again"
+                ) from packed
+            else:
+                blocks, is_resized = packed
+                shard.add(blocks)
+                num_resized += is_resized
+            tick(1)
+        return len(places) - len(left_out), num_resized, left_out
 
     def _check_space(self, num_images: int) -> None:
         """Warn where the disk seems too small. Of files that are copied: by some of their sizes."""
@@ -214,9 +213,10 @@ class Writer:
 
 
 def _finish(
-    shard: ShardFile, num_places: int, num_resized: int, left_out: dict[str, str]
+    shard: ShardFile, num_images: int, num_resized: int, left_out: dict[str, str]
 ) -> Record:
+    """In a thread."""
     try:
-        return shard.finish(num_places - len(left_out), num_resized, left_out)
+        return shard.finish(num_images, num_resized, left_out)
     finally:
         shard.close()
