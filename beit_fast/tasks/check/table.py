@@ -32,11 +32,17 @@ def lines_of(report: Mapping[str, Any]) -> list[str]:
         lines.append(_row("classes", f"none: {report['no_classes']}"))
     else:
         lines += _classes(report["classes"])
-    return [line.encode(errors="backslashreplace").decode() for line in lines]
+    return [_printable(line) for line in lines]
 
 
 def _row(name: str, said: str) -> str:
     return f"  {name:{_WIDTH}} {said}"
+
+
+def _printable(line: str) -> str:
+    """What a name has of line ends, codes of a terminal and bytes that are no text, escaped."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return "".join(shown)
 
 
 def _size(num_bytes: int) -> str:
