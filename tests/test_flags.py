@@ -15,6 +15,12 @@ def test_a_flag_is_that_of_the_running_task():
     assert flag("run.seed") == "--run.seed"
 
 
+def test_an_argument_without_a_flag_is_called_by_its_place():
+    assert flag("SHARDS") == "SHARDS"
+    with flags_of("outer"):
+        assert flag("SHARDS") == "SHARDS"
+
+
 def test_an_error_knows_the_section_it_comes_from():
     with pytest.raises(MemoryError) as raised, flags_of("outer"), flags_of("inner"):
         raise MemoryError

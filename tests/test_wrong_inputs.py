@@ -153,6 +153,7 @@ def test_wrong_tokenizers(good, tmp_path, refuse):
 
 
 CLASSIFIES = ("evaluate", "predict")
+LOOKS = ("pack", "check")  # at images alone
 FOLDER_FLAGS = {
     "pretrain": ["--data.path"],
     "tokenizer": ["--data.path"],
@@ -170,6 +171,10 @@ def command(verb, good, tmp_path):
             return [verb, good / "w.pth", good / "images", "--device", "cpu", "--output", out]
         case "predict":
             return [verb, good / "w.pth", good / "images", "--device", "cpu"]
+        case "pack":
+            return [verb, good / "images", out]
+        case "check":
+            return [verb, good / "images", "--output", f"{out}.json"]
         case "convert":
             return [verb, good / "w.pth", tmp_path / "out.safetensors", "--to", "timm"]
         case "convert-dalle":
@@ -183,7 +188,7 @@ def command(verb, good, tmp_path):
     return [verb, *TINY[verb], "--run.output", out]
 
 
-@pytest.mark.parametrize("verb", [*FOLDER_FLAGS, "evaluate", "predict"])
+@pytest.mark.parametrize("verb", [*FOLDER_FLAGS, *CLASSIFIES, *LOOKS])
 def test_wrong_folders_of_images(verb, good, tmp_path, refuse):
     (tmp_path / "hollow").mkdir()
     (tmp_path / "text").mkdir()
@@ -194,6 +199,9 @@ def test_wrong_folders_of_images(verb, good, tmp_path, refuse):
         if verb in CLASSIFIES:
             refuse([verb, good / "w.pth", path, "--device", "cpu"], [path])
             continue
+        if verb in LOOKS:
+            refuse([verb, path, *command(verb, good, tmp_path)[2:]], [path])
+            continue
         for flag in FOLDER_FLAGS[verb]:
             if flag == "--data.test":
                 refuse([*command(verb, good, tmp_path), flag, path, "--init", "null"], [path])
@@ -201,7 +209,7 @@ def test_wrong_folders_of_images(verb, good, tmp_path, refuse):
                 refuse([*command(verb, good, tmp_path), flag, path], [path])
 
 
-@pytest.mark.parametrize("verb", [*FOLDER_FLAGS, "evaluate", "predict"])
+@pytest.mark.parametrize("verb", [*FOLDER_FLAGS, *CLASSIFIES, *LOOKS])
 def test_wrong_images(verb, good, tmp_path, refuse):
     for kind, content in CONTENTS.items():
         for name in ("a", "b"):
@@ -216,6 +224,8 @@ def test_wrong_images(verb, good, tmp_path, refuse):
     elif verb == "predict":
         for path in sorted((folder / "a").iterdir()):
             refuse([verb, good / "w.pth", path, "--device", "cpu"], [path])
+    elif verb in LOOKS:
+        refuse([verb, folder, *arguments[2:]], [folder])
     elif verb == "probe":
         refuse([*arguments, "--train", folder, "--test", folder], [folder])
     else:
@@ -226,14 +236,14 @@ def _init(verb):
     return ["--init", "null"] if verb == "finetune" else []
 
 
-@pytest.mark.parametrize("verb", [*FOLDER_FLAGS, "evaluate", "convert"])
+@pytest.mark.parametrize("verb", [*FOLDER_FLAGS, "evaluate", "convert", *LOOKS])
 def test_wrong_places_to_write(verb, good, tmp_path, refuse):
     file = tmp_path / "a file"
     file.write_bytes(b"x")
     folder = tmp_path / "a folder"
     (folder / "below").mkdir(parents=True)
     places = [file / "below", file / "below" / "it"]
-    places += [file] if verb not in ("evaluate", "convert") else [folder]
+    places += [file] if verb not in ("evaluate", "convert", "check") else [folder]
     for place in places:
         arguments = command(verb, good, tmp_path)
         if verb == "convert":
@@ -242,7 +252,9 @@ def test_wrong_places_to_write(verb, good, tmp_path, refuse):
                     refuse([verb, good / "w.pth", place, "--to", to], [place, file])
         elif verb == "pretrain":
             refuse([*arguments, "--run.output", place], [place, file])
-        elif verb in ("pretokenize", "evaluate", "probe"):
+        elif verb == "pack":
+            refuse([*arguments[:2], place, "--name", "a"], [place, file])
+        elif verb in ("pretokenize", "evaluate", "probe", "check"):
             refuse([*arguments, "--output", place], [place, file])
         else:
             refuse([*arguments, "--run.output", place, *_init(verb)], [place, file])
@@ -359,6 +371,19 @@ def test_wrong_words_without_a_recipe(good, tmp_path, refuse):
             refuse([*arguments[:3], f"--{flag}", word], [f"--{flag}"])
         refuse([verb], ["checkpoint"])
         refuse([verb, "", ""], ["CHECKPOINT"])
+    for verb, flag, word in (
+        *(("pack", "short_side", "0"), ("pack", "quality", "101"), ("pack", "quality", "80")),
+        *(("pack", "seed", "-1"), ("pack", "seed", "4294967296"), ("pack", "name", "a/b")),
+        *(("pack", "images_per_shard", "0"), ("pack", "num_threads", "0")),
+        *(("check", "img_size", "0"), ("check", "num_threads", "2000"), ("check", "output", "")),
+        *(("pack", "max_bad_share", "2"), ("check", "max_pixels", "0")),
+    ):
+        refuse([*command(verb, good, tmp_path), f"--{flag}", word], [f"--{flag}"])
+    refuse(["pack"], ["images"])
+    refuse(["pack", good / "images"], ["shards"])
+    refuse(["pack", "", ""], ["IMAGES"])
+    refuse(["pack", good / "images", ""], ["SHARDS"])
+    refuse(["check", ""], ["IMAGES"])
     refuse(["convert", good / "w.pth", tmp_path / "x.pth"], ["to"])
     refuse(["convert", good / "w.pth", tmp_path / "x.pth", "--to", "keras"], ["--to"])
     refuse(["convert", good / "w.pth", tmp_path / "x.pth", "--to", "hf", "--key", "ema"], ["ema"])

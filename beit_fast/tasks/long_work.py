@@ -1,4 +1,4 @@
-"""Verbs that go through many images in one process: their threads, and a bar that says how far."""
+"""Verbs that go through many images once: their threads, and a bar that says how far they are."""
 
 import os
 import time

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from beit_fast.data import in_order
-from beit_fast.data.in_order import batches_in_order, unusable_images
+from beit_fast.data.in_order import batches_in_order, each_in_order, unusable_images
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.limits import ReadConfig
 from faults import LET_GO, Injector, fired
@@ -116,3 +116,72 @@ def test_images_that_cannot_be_used_are_all_found(make_image, make_file, monkeyp
     found = unusable_images(Files(), num_threads=2)
     assert list(found) == ["number 0", "number 3", "number 6"]
     assert found["number 3"] == "disk error"
+
+
+@pytest.mark.parametrize("num_threads", [1, 5])
+def test_each_image_comes_once_and_in_order_with_what_was_made_of_it_or_the_error(num_threads):
+    indices = [5, 7, 0, 4, 6, 2, 1, 9, 8, 3]
+    looks = each_in_order(
+        Numbers(), indices, lambda index, data: (index, data[0]), num_threads=num_threads
+    )
+    for wanted, (index, looked) in zip(indices, looks, strict=True):
+        assert index == wanted
+        if index == 7:
+            assert isinstance(looked, BadImageError)
+        else:
+            assert looked == (index, index)
+
+
+def test_no_more_images_are_read_ahead_than_was_said():
+    source, most = Numbers(), 0
+    looks = each_in_order(source, [1] * 200, lambda *_: None, num_threads=4, at_once=20)
+    for number, _ in enumerate(looks, 1):
+        time.sleep(0.001)
+        most = max(most, len(source.reads) - number)
+    assert most <= 20 + in_order._PART
+    assert len(source.reads) == 200
+
+
+def test_a_source_is_told_of_every_image_before_it_is_read():
+    class Far(Numbers):
+        told = ()
+
+        def ahead(self, indices):
+            self.told = (*self.told, *indices)
+
+        def read(self, index):
+            assert index in self.told
+            return super().read(index)
+
+    source, indices = Far(), [3, 1, 2, 7, 0, 6]
+    list(each_in_order(source, indices, lambda *_: None, num_threads=2))
+    assert [*source.told] == indices
+
+
+def test_an_error_of_another_kind_comes_when_its_image_is_due():
+    def look(index, data):
+        return 1 // (index - 3)
+
+    looks = each_in_order(Numbers(), [0, 1, 2, 4, 5, 6, 3, 8], look, num_threads=2)
+    assert [index for index, _ in (next(looks) for _ in range(4))] == [0, 1, 2, 4]
+    with pytest.raises(ZeroDivisionError):
+        list(looks)
+
+
+def test_of_a_part_with_an_image_that_hangs_the_others_are_looked_at():
+    class Hangs(Numbers):
+        def read(self, index):
+            if index == 2:
+                time.sleep(0.5)
+            return super().read(index)
+
+    looks = each_in_order(
+        Hangs(),
+        range(6),
+        lambda _, data: data[0],
+        num_threads=1,
+        reads=ReadConfig(read_timeout=0.2),
+    )
+    found = dict(looks)
+    assert isinstance(found.pop(2), TimeoutError)
+    assert found == {index: index for index in (0, 1, 3, 4, 5)}

@@ -24,6 +24,8 @@ from beit_fast.cli import (
     PredictSegmentationConfig,
     parse,
 )
+from beit_fast.tasks.check.config import CheckConfig
+from beit_fast.tasks.pack.config import PackConfig
 from beit_fast.tasks.replay.config import ReplayConfig
 from beit_fast.train.kept_config import write_config
 from pages import (
@@ -43,6 +45,7 @@ FIRST_SCREEN = 25  # lines
 WITHOUT_RECIPE_CONFIGS = (
     *(EvaluateConfig, PredictConfig, ConvertConfig),
     *(EvaluateSegmentationConfig, PredictSegmentationConfig, ReplayConfig),
+    *(CheckConfig, PackConfig),
 )
 # Flags of torchrun and docker.
 FOREIGN = frozenset(

@@ -76,8 +76,8 @@ def _target(config: PackConfig) -> tuple[Path, str]:
     name = config.name or folder.resolve().name
     if not set(name) <= _NAME or name.startswith(".") or len(name) > 100 or not name:
         raise PackError(
-            f"shards would be called {name}-0000.tar: pass --name with letters, digits, dots, "
-            "hyphens and underscores, --name train for example"
+            f"shards would be called {name}-0000.tar, which not every reader takes: pass --name "
+            "with letters, digits, dots, hyphens and underscores, --name train for example"
         )
     if not is_url(config.images):
         place = split_place(config.images)  # files of a pattern lie in no folder below

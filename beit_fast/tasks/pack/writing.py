@@ -77,8 +77,8 @@ class Writer:
 
     def finish(self, records: dict[str, Record]) -> dict[str, Record]:
         """All records in order, those of the shards made now among them."""
-        plan, source = self.folder.plan, self._source
-        missing = [number for number, name in enumerate(plan.names) if name not in records]
+        plan, source, names = self.folder.plan, self._source, self.folder.plan.names
+        missing = [number for number, name in enumerate(names) if name not in records]
         if not missing:
             return records
         places = np.concatenate([plan.places(number) for number in missing])
@@ -103,17 +103,16 @@ class Writer:
         ):
             finishing: dict[str, Future[Record]] = {}
             for number in missing:
-                name = plan.names[number]
-                shard = ShardFile(self.folder, name)
+                shard = ShardFile(self.folder, names[number])
                 with ExitStack() as unless_handed_over:
                     unless_handed_over.callback(shard.close)
                     counts = self._write(shard, plan.places(number), images, tick)
                     made |= {name: future.result() for name, future in finishing.items()}
                     unless_handed_over.pop_all()
-                finishing = {name: finisher.submit(_finish, shard, *counts)}
+                finishing = {names[number]: finisher.submit(_finish, shard, *counts)}
             made |= {name: future.result() for name, future in finishing.items()}
         self._rate = len(places) / (time.perf_counter() - start)
-        return {name: made[name] for name in plan.names}
+        return {name: made[name] for name in names}
 
     def index_at(self, place: int | str) -> int:
         """Of the image at a place of the order."""
@@ -125,15 +124,14 @@ class Writer:
         That an image's bytes are right each shard's SHA-256 has said. Raises PackError.
         """
         shards = TarShards(str(self.folder.path), reads=self._config, progress=indexing())
-        wanted: list[Any] = [[r.num_images for r in records.values() if r.num_images], {}]
-        found: list[Any] = [[*shards.shard_sizes], dict(shards.damage)]
-        if self._labels is not None:
-            left_out = {int(place) for record in records.values() for place in record.left_out}
-            kept = np.delete(self._order, sorted(left_out))
+        sizes = [record.num_images for record in records.values() if record.num_images]
+        is_right = [*shards.shard_sizes] == sizes and not shards.damage
+        if is_right and self._labels is not None:
+            left_out = [int(place) for record in records.values() for place in record.left_out]
             labels, names = shards.labelled(1)
-            wanted += [self._labels[kept].tolist(), classes]
-            found += [labels.tolist(), names]
-        if found != wanted:
+            wanted = self._labels[np.delete(self._order, left_out)]
+            is_right = np.array_equal(labels.numpy(), wanted) and names == classes
+        if not is_right:
             raise PackError(
                 f"the shards in {self.folder.path} read otherwise than they were written: is "
                 "another process at work there? Remove the folder and give the same command again"

@@ -17,15 +17,13 @@ checked and kept.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from beit_fast.data.loader import Loader
@@ -43,6 +41,7 @@ from beit_fast.data.token_cache import (
     write_shard,
 )
 from beit_fast.data.views.color_jitter import jitter_views
+from beit_fast.tasks.long_work import progress_bar
 from beit_fast.tasks.pretrain.config import PretokenizeConfig
 from beit_fast.tasks.pretrain.pipeline import open_tokenizer
 from beit_fast.tasks.pretrain.task import (
@@ -160,7 +159,8 @@ class _Writer:
         if files:
             console.print(f"tokens: {len(files)} finished files are whole and kept", style="green")
         start, todo = time.perf_counter(), sum(shard.last - shard.first for shard in missing)
-        with _progress(console, num_views * num_images, done=num_views * num_images - todo) as tick:
+        total = num_views * num_images
+        with progress_bar(console, "pretokenize", "views", total, done=total - todo) as tick:
             for first in range(0, len(missing), world.size):
                 part = missing[first : first + world.size]
                 # All take as many turns as the largest file has batches: they stop together.
@@ -218,18 +218,3 @@ class _Writer:
         rest = views[:1].expand(self.loader.batch_size - len(views), -1, -1, -1)
         tokens = visual_tokens(self.tokenizer, torch.cat([views, rest]))
         return tokens[: len(views)].flatten(1).int()
-
-
-@contextmanager
-def _progress(console: Console, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A bar of views; `tick(count)` moves it."""
-    columns = (
-        TextColumn("pretokenize"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("views"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=console.quiet) as bar:
-        task = bar.add_task("views", total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
