@@ -174,7 +174,7 @@ class TarShards(ImageSource):
         said = [f"{text} left out"] if (text := ", ".join(filter(None, parts))) else []
         damaged = [f"{name}: {why}" for name, why in self.damage.items()]
         said.append(counted(len(damaged), "damaged shard", "damaged shards", damaged))
-        said.append(self._not_there())
+        said += [self._not_there(), self._parts_said()]
         return ", ".join(filter(None, said))
 
     def _find(self, index: int) -> tuple[ShardIndex, int]:
@@ -192,6 +192,11 @@ class TarShards(ImageSource):
                 yield path, f"{index.damage}; {_images(len(index))} before that are used"
             elif len(index) < said:
                 yield path, f"it has {_images(len(index))} of the {said} that it should"
+
+    def _parts_said(self) -> str:
+        parts = filter(None, parts_of([index.shard for index in self._indices], self._splits))
+        said = ", ".join(parts)
+        return f"all of {said} (pass the shards of one to read those alone)" if said else ""
 
     def _not_there(self) -> str:
         """Shards that `_info.json` names besides those of a folder, or of a pattern with stars."""
