@@ -37,9 +37,10 @@ def unusable_images(
     reads: ReadConfig = READS,
 ) -> dict[str, str]:
     """Name -> reason of the images of `source` (of those with `indices`) that cannot be read and
-    decoded, and of what is `lost` where all are looked at; `look` does that, and raises BadImageError. A read that exceeds the limits of `reads`
-    is a reason too. `seen` gets the index of each other image, and what `look` gave. What becomes
-    of the images goes through `each`, one after another: it may raise to leave."""
+    decoded, and of what is `lost` where all are looked at; `look` does that, and raises
+    BadImageError. A read that exceeds the limits of `reads` is a reason too. `seen` gets the index
+    of each other image, and what `look` gave. What becomes of the images goes through `each`, one
+    after another: it may raise to leave."""
 
     def reason(index: int) -> str | None:
         try:
@@ -92,8 +93,9 @@ def batches_in_order(
     """(which of `indices`, uint8 (B, height, width, 3)), the next batch being read meanwhile.
 
     `view` makes pixels of one size from an image's bytes. An image that cannot be used or, by the
-    limits of `reads`, not be read is a ValueError that names it, for each counts; `replace_bad` is
-    told its index and the reason, in a thread, and gives pixels in its place. So is what is `lost`.
+    limits of `reads`, not be read is a ValueError that names it, for each counts, and so is what is
+    `lost`; `replace_bad` is told its index and the reason, in a thread, and gives pixels in its
+    place.
     """
     if replace_bad is None and (bad := lost(source)):
         raise ValueError(name_unusable(bad, len(source)))

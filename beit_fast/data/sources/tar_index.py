@@ -166,7 +166,7 @@ def from_bytes(data: bytes, shard: str, state: FileState) -> ShardIndex | None:
             endings=said["endings"],
         )
         return index if _can_be(index, count) else None
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
