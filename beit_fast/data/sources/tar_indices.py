@@ -18,7 +18,6 @@ from beit_fast.data.sources.reading import Read, Reads, ReadsClosedError
 from beit_fast.data.sources.storage import FilePart, FileState, Storage
 from beit_fast.data.sources.tar_index import ShardIndex, index_shard
 from beit_fast.data.sources.tar_keeping import Keeping
-from beit_fast.files import describe
 
 Progress = Callable[[int, int], None]  # shards that are done, of how many; it may raise
 
@@ -132,9 +131,8 @@ class _Making:
         except FileNotFoundError as error:
             raise ValueError(f"the shard {path} does not exist: check the path") from error
         except OSError as error:
-            error.filename = None
             raise ValueError(
-                f"the shard {path} cannot be read ({describe(error)}): make it readable, or move "
+                f"the shard {path} cannot be read ({error.strerror or error}): make it readable, or move "
                 "it out of the way and give the same command again"
             ) from error
 
