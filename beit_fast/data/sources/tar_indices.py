@@ -132,8 +132,8 @@ class _Making:
             raise ValueError(f"the shard {path} does not exist: check the path") from error
         except OSError as error:
             raise ValueError(
-                f"the shard {path} cannot be read ({error.strerror or error}): make it readable, or move "
-                "it out of the way and give the same command again"
+                f"the shard {path} cannot be read ({error.strerror or error}): make it readable, "
+                "or move it out of the way and give the same command again"
             ) from error
 
     def _run(self, work: Callable[[int], bool], say: Callable[[], None], num_threads: int) -> None:

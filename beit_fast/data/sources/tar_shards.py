@@ -25,7 +25,7 @@ from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.places import split_place
 from beit_fast.data.sources.scan import counted
 from beit_fast.data.sources.storage import FilePart, open_storage
-from beit_fast.data.sources.tar_index import NO_LABEL, ShardIndex
+from beit_fast.data.sources.tar_index import LEFT_OUT, NO_LABEL, ShardIndex
 from beit_fast.data.sources.tar_indices import Progress, shard_indices
 from beit_fast.data.sources.tar_members import BLOCK
 from beit_fast.data.sources.tar_sets import (
@@ -168,9 +168,9 @@ class TarShards(ImageSource):
         for index in self._indices:
             left.update(index.left)
             endings.update(index.endings)
-        commonest = [f"{count} {ending}" for ending, count in _commonest(endings)]
+        commonest = [f"{count} {ending}" for ending, count in endings.most_common()]
         parts = [counted(sum(endings.values()), "other file", "other files", commonest)]
-        parts += [f"{count} {kind}" for kind, count in _commonest(left)]
+        parts += [counted(left[kind], *called) for kind, called in LEFT_OUT.items()]
         said = [f"{text} left out"] if (text := ", ".join(filter(None, parts))) else []
         damaged = [f"{name}: {why}" for name, why in self.damage.items()]
         said.append(counted(len(damaged), "damaged shard", "damaged shards", damaged))
@@ -222,10 +222,6 @@ def _numbers(path: str, found: np.ndarray) -> list[str]:
             "from 0 on: number the classes anew"
         )
     return [str(number) for number in range(count)]
-
-
-def _commonest(counts: Counter[str]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _images(count: int) -> str:

@@ -103,13 +103,7 @@ def test_members_made_to_do_harm_are_left_out_and_counted(monkeypatch):
     index = index_shard(SHARD, FileState(len(data), ""), reading)
     assert names(index) == ["whole.jpg"]
     assert data[index.first[0] :][:5] == b"first"
-    assert index.left == {
-        "name that leads elsewhere": 5,
-        "link or device": 4,
-        "hidden name": 1,
-        "name that was there before": 1,
-        "image of more than 64 MiB": 1,
-    }
+    assert index.left == {"stray": 5, "links": 4, "hidden": 1, "twice": 1, "large": 1}
     assert index.endings == {".pkl": 1, ".pt": 1, ".pyd": 1, "without ending": 1}
     bodies = {first for first, count in read if count != 512}
     assert len(bodies) == 1  # the row of zeros at the end: of no member the content
@@ -205,7 +199,8 @@ FORGED = {
     "with an empty name": {"names": INDEX.names.replace(b"0.jpg", b"")},
     "with a name without end": {"names": INDEX.names[:-1] + b"x"},
     "with damage of no kind": {"header": {"damage": 7}},
-    "with members of no number": {"header": {"left": {"a": "b"}}},
+    "with members of no number": {"header": {"left": {"links": "b"}}},
+    "with members of no kind": {"header": {"left": {"a": 1}}},
     "with nothing left out": {"header": {"left": None}},
     "of another format": {"header": {"format": 2}},
 }
