@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from beit_fast.data.sources.decode import BadImageError, decode_fast
-from beit_fast.data.sources.folder import ImageSource, Source, read_ahead
+from beit_fast.data.sources.folder import ImageSource, Source, damage_of, read_ahead
 from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.reading import HungReadError, Read, Reads
+from beit_fast.data.sources.subset import Subset
 
 Files = TypeVar("Files")  # of one image: bytes, or those of its mask too
 Looked = TypeVar("Looked")  # what is made of them
@@ -76,6 +77,12 @@ def each_in_order(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def lost(source: Source) -> dict[str, str]:
+    """Name -> reason of what is missing of images that all count: a damaged shard. Of those that
+    were held out of others nothing is."""
+    return {} if isinstance(source, Subset) else dict(damage_of(source))
+
+
 def unusable_images(
     source: Source[Files],
     indices: Sequence[int] | None = None,
@@ -87,10 +94,11 @@ def unusable_images(
     reads: ReadConfig = READS,
 ) -> dict[str, str]:
     """Name -> reason of the images of `source` (of those with `indices`) that cannot be read and
-    decoded; `look` does that, and raises BadImageError. A read that exceeds the limits of `reads`
-    is a reason too. `seen` gets the index of each other image, and what `look` gave, in a thread.
-    What becomes of the images goes through `each`, one after another: it may raise to leave."""
-    found = {}
+    decoded, and of what is `lost` where all are looked at; `look` does that, and raises
+    BadImageError. A read that exceeds the limits of `reads` is a reason too. `seen` gets the index
+    of each other image, and what `look` gave, in a thread. What becomes of the images goes through
+    `each`, one after another: it may raise to leave."""
+    found = lost(source) if indices is None else {}
     indices = range(len(source)) if indices is None else indices
 
     def look_at(index: int, files: Files) -> None:
@@ -131,9 +139,12 @@ def batches_in_order(
     """(which of `indices`, uint8 (B, height, width, 3)), the next batch being read meanwhile.
 
     `view` makes pixels of one size from an image's bytes. An image that cannot be used or, by the
-    limits of `reads`, not be read is a ValueError that names it, for each counts; `replace_bad` is
-    told its index and the reason, in a thread, and gives pixels in its place.
+    limits of `reads`, not be read is a ValueError that names it, for each counts, and so is what is
+    `lost`; `replace_bad` is told its index and the reason, in a thread, and gives pixels in its
+    place.
     """
+    if replace_bad is None and (bad := lost(source)):
+        raise ValueError(name_unusable(bad, len(source)))
 
     def read(index: int) -> np.ndarray:
         try:
