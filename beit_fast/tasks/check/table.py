@@ -75,9 +75,9 @@ def _named(name: str, images: Sequence[str], means: str = "") -> list[str]:
 
 def _duplicates(sets: Sequence[Mapping[str, Any]]) -> list[str]:
     across = [one for one in sets if one["in_several_classes"]]
-    said = f"{sum(len(one['images']) - 1 for one in sets)}, the same file under another name"
+    said = f"{sum(len(one['images']) - 1 for one in sets)}, equal to another file to the last byte"
     if across:
-        said += f"; {len(across)} files are in more than one class"
+        said += f"; files with several classes: {len(across)}"
     shown = [*across, *(one for one in sets if not one["in_several_classes"])]
     return [
         _row("duplicates", said if sets else "0"),

@@ -140,7 +140,7 @@ def test_the_table_says_the_same(planted, capsys, monkeypatch, tmp_path):
     assert rows["formats"] == "7 JPEG, 6 PNG, 1 GIF"
     assert rows["below 40 px"] == "1, enlarged by training"
     assert rows["duplicates"] == (
-        "3, the same file under another name; 1 files are in more than one class"
+        "3, equal to another file to the last byte; files with several classes: 1"
     )
     assert rows["classes"] == "2; images of each: min 5 (a), median 13, max 13 (b)"
     assert f"{planted / 'b/empty.jpg'} (the file is empty)" in said.out
