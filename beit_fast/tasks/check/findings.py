@@ -11,6 +11,7 @@ import numpy as np
 from beit_fast.data.loader import num_bad_borne
 from beit_fast.data.sources.decode import decode_fast, exif_orientation, read_header
 from beit_fast.data.sources.folder import ImageSource, damage_of
+from beit_fast.tasks.check.complaints import Complaints
 from beit_fast.tasks.check.config import CheckConfig
 
 _DIGEST = 16  # bytes of SHA-256 that are kept: no two of 2^40 images agree by chance
@@ -38,11 +39,13 @@ class Look(NamedTuple):
     digest: bytes
     is_turned: bool  # by EXIF, which is not applied
     is_blank: bool  # all pixels are equal
+    is_suspect: bool  # the library may have complained of it, see complaints.py
 
 
-def look_at(data: bytes, max_pixels: int) -> Look:
+def look_at(data: bytes, max_pixels: int, complaints: Complaints) -> Look:
     """Decodes it as training does. Raises BadImageError where that would."""
     header = read_header(data)
+    before = complaints.place()
     pixels = decode_fast(data, max_pixels)
     height, width, _ = pixels.shape
     return Look(
@@ -50,6 +53,7 @@ def look_at(data: bytes, max_pixels: int) -> Look:
         hashlib.sha256(data).digest()[:_DIGEST],
         exif_orientation(data) > 1,
         _is_blank(pixels),
+        complaints.place() > before,
     )
 
 
@@ -76,6 +80,8 @@ class Findings:
         self._misnamed: list[int] = []
         self._formats: Counter[str] = Counter()
         self._modes: Counter[str] = Counter()
+        self.suspects: list[int] = []
+        self.complaints: dict[int, str] = {}
         self.unusable: dict[int, str] = {}
         self.num_unread = 0  # of these: it could not be read, so nobody knows whether it is whole
 
@@ -90,6 +96,8 @@ class Findings:
         self._digests[index] = np.frombuffer(look.digest, np.uint8)
         self._formats[look.format] += 1
         self._modes[look.mode] += 1
+        if look.is_suspect:
+            self.suspects.append(index)
         if look.is_turned:
             self._turned.append(index)
         if look.is_blank:
@@ -109,6 +117,7 @@ class Findings:
             "usable": len(usable),
             "unread": self.num_unread,
             "cannot_be_used": self._by_name(self.unusable),
+            "decoded_with_a_warning": self._by_name(self.complaints),
             "damage": dict(damage_of(source)),
             "borne_by_training": num_bad_borne(len(source), config.max_bad_share),
             "bytes": int(self._bytes.sum()),

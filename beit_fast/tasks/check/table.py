@@ -15,6 +15,9 @@ def lines_of(report: Mapping[str, Any]) -> list[str]:
     if report["unread"]:
         said += f", of which {report['unread']} could not be read"
     lines += [_row("cannot be used", said), *_some([_why(e["image"], e["why"]) for e in bad])]
+    if warned := report["decoded_with_a_warning"]:
+        lines.append(_row("with a warning", f"{len(warned)}, damaged and used all the same"))
+        lines += _some([_why(entry["image"], entry["why"]) for entry in warned])
     if damage:
         lines.append(_row("damaged", f"{len(damage)}, of which what is left is used"))
         lines += _some([_why(name, why) for name, why in damage.items()])

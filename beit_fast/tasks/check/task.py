@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from beit_fast.data.in_order import each_in_order, name_unusable
+from beit_fast.data.sources.decode import decode_fast
 from beit_fast.data.sources.folder import ImageSource, damage_of
 from beit_fast.data.sources.opening import labelled_images
 from beit_fast.files import replace_text
+from beit_fast.tasks.check.complaints import Complaints
 from beit_fast.tasks.check.config import CheckConfig
 from beit_fast.tasks.check.findings import Findings, Look, look_at
 from beit_fast.tasks.check.table import lines_of
@@ -43,26 +47,7 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
         console.print(f"images: {described}")
         findings = Findings(source, labels, classes)
         start, num_threads = time.perf_counter(), threads(config.num_threads)
-        looks = each_in_order(
-            source,
-            range(len(source)),
-            functools.partial(_look, config.max_pixels),
-            num_threads=num_threads,
-            reads=config,
-        )
-        done = 0
-        try:
-            with progress_bar(console, "check", "images", len(source)) as tick:
-                for done, (index, look) in enumerate(heeded(looks, _PLACE), 1):  # noqa: B007
-                    findings.add(index, look)
-                    if isinstance(look, Exception):
-                        _tell(findings, source.name(index), findings.unusable[index])
-                    tick(1)
-        except Interrupted as stop:
-            said = f"{done} of {len(source)} images were looked at and nothing is written"
-            raise Interrupted(
-                stop.signum, _PLACE, f"{said}: the same command begins anew"
-            ) from None
+        _look_at_all(config, findings, source, num_threads, console)
         seconds = time.perf_counter() - start
     report = {"source": described, **findings.report(config), "no_classes": why_none}
     report |= {"seconds": seconds, "num_threads": num_threads}
@@ -75,8 +60,48 @@ def run_check(config: CheckConfig) -> dict[str, Any]:
     return report
 
 
-def _look(max_pixels: int, index: int, data: bytes) -> Look:
-    return look_at(data, max_pixels)
+def _look_at_all(
+    config: CheckConfig,
+    findings: Findings,
+    source: ImageSource,
+    num_threads: int,
+    console: Console,
+) -> None:
+    """Every image into the findings. Raises Interrupted."""
+    each, done = functools.partial(each_in_order, source, reads=config), 0
+    try:
+        with (
+            Complaints() as complaints,
+            progress_bar(console, "check", "images", len(source)) as tick,
+        ):
+            look = functools.partial(_look, config.max_pixels, complaints)
+            looks = each(range(len(source)), look, num_threads=num_threads)
+            for index, found in heeded(looks, _PLACE):
+                findings.add(index, found)
+                if isinstance(found, Exception):
+                    _tell(findings, source.name(index), findings.unusable[index])
+                complaints.pass_on()
+                done += 1
+                tick(1)
+            said = functools.partial(_said, config.max_pixels, complaints)
+            for index, found in heeded(each(findings.suspects, said, num_threads=1), _PLACE):
+                if isinstance(found, str) and found:
+                    findings.complaints[index] = found
+    except Interrupted as stop:
+        seen = f"{done} of {len(source)} images were looked at"
+        saved = f"{seen} and nothing is written: the same command begins anew"
+        raise Interrupted(stop.signum, _PLACE, saved) from None
+
+
+def _look(max_pixels: int, complaints: Complaints, index: int, data: bytes) -> Look:
+    return look_at(data, max_pixels, complaints)
+
+
+def _said(max_pixels: int, complaints: Complaints, index: int, data: bytes) -> str:
+    """What the library complains of, while no other image is decoded."""
+    before = complaints.place()
+    decode_fast(data, max_pixels)
+    return complaints.since(before)
 
 
 def _open(

@@ -13,9 +13,10 @@ from PIL import Image
 
 from beit_fast import cli
 from beit_fast.data.loader import BadDataError, Loader
-from beit_fast.data.sources.decode import BadImageError
+from beit_fast.data.sources.decode import BadImageError, decode_fast
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.tasks.check import task
+from beit_fast.tasks.check.complaints import Complaints
 from beit_fast.tasks.check.config import CheckConfig
 from beit_fast.tasks.check.findings import look_at
 from beit_fast.tasks.check.task import run_check
@@ -164,7 +165,7 @@ def test_a_whole_set_ends_with_0_and_nothing_is_changed(tmp_path, capsys, monkey
 def test_what_it_says_of_training_is_what_training_does(planted, check):
     class Pixels:
         def __call__(self, data, seed):
-            return {"size": np.int64(look_at(data, 10**9).num_bytes)}
+            return {"size": np.int64(len(decode_fast(data)) * 0)}
 
         def collate(self, samples):
             return {k: np.stack([sample[k] for sample in samples]) for k in samples[0]}
@@ -341,7 +342,8 @@ def test_an_image_of_one_colour_but_for_a_pixel_is_not_blank():
         pixels[37, 41, 2] = change
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
-        assert look_at(file.getvalue(), 10**9).is_blank == is_blank
+        with Complaints() as complaints:
+            assert look_at(file.getvalue(), 10**9, complaints).is_blank == is_blank
 
 
 def test_equal_files_are_found_among_many(check, tmp_path):
@@ -357,3 +359,65 @@ def test_equal_files_are_found_among_many(check, tmp_path):
     shutil.copy(folder / "a" / "30.jpg", folder / "b")
     (found,) = (one for one in check(folder)["duplicates"] if one["in_several_classes"])
     assert [os.path.basename(name) for name in found["images"]] == ["30.jpg", "30.jpg"]
+
+
+def with_a_hole(number):
+    """A JPEG that misses some bytes in the middle; it decodes."""
+    data = encoded(200, 150, "JPEG", seed=number, quality=95)
+    return data[: 900 + 13 * number] + data[940 + 13 * number :]
+
+
+@pytest.mark.parametrize("num_threads", [1, 6])
+def test_what_the_library_complains_of_has_a_name_and_nothing_else_is_lost(
+    tmp_path, capfd, num_threads
+):
+    folder, wanted = tmp_path / "images", {}
+    for number in range(60):
+        path = folder / "ab"[number % 2] / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(with_a_hole(number) if number % 3 == 0 else picture(number))
+        decode_fast(path.read_bytes())  # alone, it says what it has to say here
+        if said := capfd.readouterr().err:
+            wanted[str(path)] = said.rstrip("\n")
+    assert len(wanted) > 10
+    (folder / "a" / "00.jpg").write_bytes(b"broken")
+    wanted.pop(str(folder / "a" / "00.jpg"), None)
+    output = tmp_path / "check.json"
+    arguments = ["--num_threads", str(num_threads), "--output", str(output)]
+    assert cli.main(["check", str(folder), *arguments]) == 1
+    report = json.loads(output.read_text())
+    found = {entry["image"]: entry["why"] for entry in report["decoded_with_a_warning"]}
+    assert found == wanted
+    said = capfd.readouterr()
+    assert f"with a warning     {len(wanted)}, damaged and used all the same" in said.out
+    assert "Corrupt JPEG data" not in said.err
+    assert "beit-fast: 1 of 60 images cannot be used" in said.err
+
+
+def test_what_others_write_meanwhile_goes_where_it_would_have_gone(capfd):
+    with Complaints() as complaints:
+        place = complaints.place()
+        os.write(2, b"first\nCorrupt JPEG data: 3 extraneous bytes before marker 0xd9\nsec")
+        complaints.pass_on()
+        assert capfd.readouterr().err == "first\n"
+        assert complaints.since(place).startswith("Corrupt JPEG data: 3 extraneous")
+        os.write(2, b"ond\nno end")
+        complaints.pass_on()
+        assert capfd.readouterr().err == "second\n"
+    assert capfd.readouterr().err == "no end"
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "after\n"
+
+
+def test_standard_error_that_is_closed_stays_so():
+    kept = os.dup(2)
+    os.close(2)
+    try:
+        with Complaints() as complaints:
+            os.write(2, b"Corrupt JPEG data: premature end of data segment\n")
+            assert complaints.since(0) == "Corrupt JPEG data: premature end of data segment"
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(2)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
