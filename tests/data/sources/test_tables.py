@@ -228,11 +228,6 @@ def test_tables_of_several_parts_are_told_apart(tmp_path):
     for pattern in str(refused.value).rsplit("pass one of them, ", 1)[1].split(" or "):
         source, _, _ = labelled_images(pattern)
         assert len(source) == 12
-    data = LabelledDataConfig(
-        path=f"{tmp_path}/train-*", test=f"{tmp_path}/validation-*.parquet", shuffle="window"
-    )
-    with pytest.raises(ValueError, match="does not exist"):
-        open_labelled(data)
 
 
 def test_fine_tuning_holds_images_out_of_tables(parquet):
