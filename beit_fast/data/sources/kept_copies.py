@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from beit_fast.data.sources.limits import ReadConfig
 from beit_fast.data.sources.storage import FileState
 
 logger = logging.getLogger("beit_fast.data")
@@ -52,21 +51,6 @@ class Copy:
 
     def __del__(self) -> None:
         os.close(self._descriptor)
-
-
-def cache_folder(reads: ReadConfig) -> Path:
-    """Where copies and indices are kept that lie nowhere else: the setting's, or the user's.
-
-    Raises OSError for a user without a home.
-    """
-    if reads.cache:
-        return Path(reads.cache)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # so the XDG specification says
-        base = os.path.expanduser("~/.cache")
-    if not os.path.isabs(base):
-        raise OSError(errno.ENOENT, "the user has no home folder", base)
-    return Path(base) / "beit_fast"
 
 
 class KeptCopies:

@@ -8,19 +8,14 @@ time, in requests of some megabytes. What is not there yet is read from the stor
 import collections
 import errno
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 
-from beit_fast.data.sources.kept_copies import (
-    BusyError,
-    Copy,
-    KeptCopies,
-    NoRoomError,
-    cache_folder,
-)
+from beit_fast.data.sources.kept import user_cache
+from beit_fast.data.sources.kept_copies import BusyError, Copy, KeptCopies, NoRoomError
 from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.remote import RemoteStorage
 from beit_fast.data.sources.storage import FilePart, FileState
@@ -56,11 +51,11 @@ class CachedStorage(RemoteStorage):
         self._num_held = 2 * num_files  # this window and the next
         if self._kept is not None:
             return
+        folder = Path(self._reads.cache) if self._reads.cache else user_cache()
         try:
-            folder = cache_folder(self._reads)
             self._kept = KeptCopies(folder, int(self._reads.cache_size * 2**30))
         except OSError as error:
-            said = f"{error.filename} cannot be written ({os.strerror(error.errno or errno.EIO)})"
+            said = f"{folder} cannot be written ({error.strerror})"
             if self._reads.cache:
                 raise ValueError(
                     f"{self._cache_flag[0]} {said}: give a folder that can be"
@@ -123,7 +118,7 @@ class CachedStorage(RemoteStorage):
                 time.sleep(_POLL / 10 if others else _POLL)
             except NoRoomError:
                 self._tell(
-                    f"no room for {self.place}/{name} in {cache_folder(self._reads)}, of which "
+                    f"no room for {self.place}/{name} in the cache, of which "
                     f"{self._reads.cache_size:g} GiB may be used and others may be using them: "
                     f"raise {self._cache_flag[1]}"
                 )
