@@ -73,15 +73,18 @@ class ObjectServer:
         return Counter((r.method, r.key) for r in self.requests)[method, key]
 
     def close(self) -> None:
-        def stop() -> None:
-            for connection in list(self._open):
-                connection.transport.abort()
-            self._loop.stop()
-
-        self._loop.call_soon_threadsafe(stop)
+        asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._server.close()
         self._loop.close()
+
+    async def _hang_up(self) -> None:
+        self._server.close()
+        while self._open:
+            for connection in self._open:
+                connection.transport.abort()
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # sockets are closed a turn after they are told to be lost
 
     def fault(self, key: str) -> str:
         faults = self._faults[key]

@@ -59,14 +59,14 @@ class InFlight:
                 size = max(part.count, 0)
                 full = self._num_bytes + size > self._most_bytes or len(self._asked) >= MOST_PARTS
                 if self._is_closed or full:
-                    return
+                    break
                 if part in self._asked:
                     continue
                 answer: Future[bytes] = Future()
                 self._asked[part] = _Asked(now, answer)
                 self._num_bytes += size
                 self._queue.put((part, answer))
-            wanted = min(self._most_requests, len(self._asked))
+            wanted = 0 if self._is_closed else min(self._most_requests, len(self._asked))
             for _ in range(self._num_threads, wanted):
                 self._num_threads += 1
                 threading.Thread(target=self._serve, name="beit_fast store", daemon=True).start()

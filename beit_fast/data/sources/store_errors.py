@@ -47,9 +47,7 @@ def _meaning(error: Exception) -> tuple[int, str]:
     answer = f"the store answers {status}" + (f" {m[1]}" if (m := _CODE.search(text)) else "")
     if isinstance(error, FileNotFoundError) or kind == "NotFoundError":
         return errno.ENOENT, os.strerror(errno.ENOENT)
-    if isinstance(error, PermissionError) or kind in (
-        *("PermissionDeniedError", "UnauthenticatedError"),
-    ):
+    if isinstance(error, PermissionError) or status in ("401", "403"):
         return errno.EACCES, f"{answer if status else 'the store refuses'}: {_CREDENTIALS}"
     if kind == "NotSupportedError":
         return errno.EOPNOTSUPP, "the server sends no parts of files (it heeds no Range)"
@@ -57,6 +55,8 @@ def _meaning(error: Exception) -> tuple[int, str]:
         return errno.EINVAL, "its name, or another one there, is none that a path can have"
     if any(address in text for address in _METADATA):
         return errno.EACCES, f"no credentials were found: {_CREDENTIALS}"
+    if status == "404":  # of a bucket
+        return errno.ENOENT, answer
     if status:
         passes = status in ("408", "425", "429") or status.startswith("5")
         return errno.EAGAIN if passes else errno.EINVAL, answer
