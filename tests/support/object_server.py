@@ -80,11 +80,10 @@ class ObjectServer:
 
     async def _hang_up(self) -> None:
         self._server.close()
-        while self._open:
+        while self._open or len(asyncio.all_tasks()) > 1:  # a task takes a connection
             for connection in self._open:
                 connection.transport.abort()
-            await asyncio.sleep(0)
-        await asyncio.sleep(0)  # sockets are closed a turn after they are told to be lost
+            await asyncio.sleep(0.001)
 
     def fault(self, key: str) -> str:
         faults = self._faults[key]

@@ -7,6 +7,7 @@ else. obstore's calls hold no lock while they wait: 256 threads took 180 us of C
 245 us and got 2,500 (two cores, a server on loopback; bench/stores.py).
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -20,6 +21,7 @@ from beit_fast.data.sources.storage import FilePart
 MOST_REQUESTS = 256  # at once, and threads that wait for them
 MOST_BYTES = 2**30  # asked for and not taken yet
 MOST_PARTS = 16384
+_IDLE = 5.0  # seconds after which a thread without work ends
 
 
 class _Asked(NamedTuple):
@@ -47,7 +49,7 @@ class InFlight:
         self._asked: OrderedDict[FilePart, _Asked] = OrderedDict()  # by when they were
         self._num_bytes = 0
         self._queue: queue.SimpleQueue[tuple[FilePart, Future[bytes]] | None] = queue.SimpleQueue()
-        self._num_threads = self._num_idle = 0
+        self._num_threads = 0
         self._is_closed, self._lock = False, threading.Lock()
 
     def ask(self, parts: Sequence[FilePart]) -> None:
@@ -107,8 +109,18 @@ class InFlight:
             del self._asked[part]
             self._num_bytes -= max(part.count, 0)
 
+    def _next(self) -> tuple[FilePart, Future[bytes]] | None:
+        """None for a thread that has nothing to do any more."""
+        with contextlib.suppress(queue.Empty):
+            return self._queue.get(timeout=_IDLE)
+        with self._lock:  # who asks counts threads under it
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get_nowait()
+            self._num_threads -= 1
+            return None
+
     def _serve(self) -> None:
-        while (work := self._queue.get()) is not None:
+        while (work := self._next()) is not None:
             part, answer = work
             if answer.set_running_or_notify_cancel():
                 try:

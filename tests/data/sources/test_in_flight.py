@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from beit_fast.data.sources import in_flight
 from beit_fast.data.sources.in_flight import InFlight
 from beit_fast.data.sources.storage import FilePart
 
@@ -88,12 +89,27 @@ def test_what_is_never_taken_is_forgotten_and_gives_its_room_back(store):
     flights.close()
 
 
-def test_closing_waits_for_nothing_and_frees_who_waits(store):
+def test_closing_waits_for_nothing_and_ends_its_threads(store):
+    before = set(threading.enumerate())
     flights = InFlight(store.fetch, 60, most_requests=2)
     flights.ask(PARTS[:8])
     until(lambda: len(store.asked) == 2)
     flights.close()
     flights.ask(PARTS[10:])  # of which nothing comes
     store.go.set()
-    until(lambda: not [t for t in threading.enumerate() if t.name == "beit_fast store"])
+    until(lambda: not set(threading.enumerate()) - before)
     assert len(store.asked) == 2
+
+
+def test_threads_without_work_end_and_come_again(store, monkeypatch):
+    monkeypatch.setattr(in_flight, "_IDLE", 0.05)
+    store.go.set()
+    before = set(threading.enumerate())
+    flights = InFlight(store.fetch, 60, most_requests=2)
+    for parts in (PARTS[:3], PARTS[10:20]):
+        flights.ask(parts)
+        until(lambda: store.asked[-1:] == [parts[-1].name])  # noqa: B023
+        until(lambda: not set(threading.enumerate()) - before)
+    assert [flights.take(part) for part in PARTS[10:20]] == [b"%d" % n for n in range(10, 20)]
+    assert len(store.asked) == 13
+    flights.close()
