@@ -87,7 +87,7 @@ def test_a_window_is_copied_once_and_read_from_the_copy(opened, server):
     check(storage, "0.tar", "1.tar")
     assert len(server.requests) == asked
     whole = [r for r in server.requests if r.key == "set/0.tar" and r.count == 300]
-    assert [request.first for request in whole] == [0, 300, 600]
+    assert sorted(request.first for request in whole) == [0, 300, 600]
     again = opened()  # as the next run does
     again.windowed(2)
     again.files_ahead(["1.tar", "0.tar"])
