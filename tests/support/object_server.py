@@ -6,15 +6,21 @@
         server.meets("images/a.jpg", "500", "reset")     its next two requests fail so
 
 GET with Range, HEAD and, below /bucket, ListObjectsV2 with pages of `page` keys. It runs in a
-thread of its own.
+thread of its own. In a process of its own, with the files of a folder, for as long as its input is
+open:
+
+    python tests/support/object_server.py FOLDER LATENCY
 """
 
 import asyncio
 import contextlib
+import functools
 import hashlib
+import sys
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote
 from xml.sax.saxutils import escape
@@ -154,7 +160,7 @@ class _Connection(asyncio.Protocol):
             self._send_object(method, server.objects[key], first, count, fault)
 
     def _send_object(self, method: str, data: bytes, first: int, count: int, fault: str) -> None:
-        tag = {"ETag": f'"{hashlib.md5(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        tag = {"ETag": _tag(data), "Accept-Ranges": "bytes"}
         tag["Last-Modified"] = "Sat, 01 Jan 2022 00:00:00 GMT"
         part, status = data, 200
         if count and fault != "whole":
@@ -220,9 +226,14 @@ class _Connection(asyncio.Protocol):
             parts.append(
                 f"<Contents><Key>{escape(entry)}</Key><Size>{len(data)}</Size>"
                 "<LastModified>2022-01-01T00:00:00.000Z</LastModified>"
-                f'<ETag>"{hashlib.md5(data).hexdigest()}"</ETag></Contents>'
+                f"<ETag>{_tag(data)}</ETag></Contents>"
             )
         return "".join([*parts, "</ListBucketResult>"]).encode()
+
+
+@functools.cache
+def _tag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
 
 
 def _range_of(said: str) -> tuple[int, int]:
@@ -240,3 +251,16 @@ def serving(objects: dict[str, bytes], **options: float) -> Iterator[ObjectServe
         yield server
     finally:
         server.close()
+
+
+def main() -> None:
+    folder, latency = Path(sys.argv[1]), float(sys.argv[2])
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    objects = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    with serving(objects, latency=latency) as server:
+        print(server.url, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
