@@ -80,8 +80,8 @@ class ImageFolder:
             raise ValueError(f"the image folder {self.root} does not exist: check the path")
         if not self.root.is_dir():
             raise ValueError(
-                f"{self.root} is not a folder: give the folder the images are in; an archive has "
-                "to be unpacked first"
+                f"{self.root} is not a folder: give the folder the images are in, or tar shards, "
+                "whose names end in .tar; any other archive has to be unpacked first"
             )
         self.paths, self.found = scan(self.root, follow_links)
         if not self.paths:
@@ -93,7 +93,10 @@ class ImageFolder:
                     "that is the flag"
                 )
             if ".tar" in said:
-                remedy += "; archives have to be unpacked first"
+                remedy += (
+                    "; of tar shards give the folder that they lie in, where nothing else lies, or "
+                    f"a pattern like {os.path.join(self.root, '*.tar')}"
+                )
             raise ValueError(
                 f"no images under {self.root}{said}: expected files ending in "
                 f"{' '.join(sorted(EXTENSIONS))}{remedy}"

@@ -34,9 +34,14 @@ _MOST_ENDINGS = 32  # that are counted by name
 _KINDS = {"first": "<i8", "size": "<i4", "check": "<u4", "label": "<i4"}
 _DIGEST = 32
 _APART = re.compile(rb"[/\\]")
-# Of what is left out.
-LINKS, STRAY, HIDDEN = "link or device", "name that leads elsewhere", "hidden name"
-LARGE, TWICE = "image of more than 64 MiB", "name that was there before"
+LINKS, STRAY, HIDDEN, LARGE, TWICE = "links", "stray", "hidden", "large", "twice"
+LEFT_OUT = {  # what they are called
+    LINKS: ("link or device", "links or devices"),
+    STRAY: ("name that leads elsewhere", "names that lead elsewhere"),
+    HIDDEN: ("hidden name", "hidden names"),
+    LARGE: ("image of more than 64 MiB", "images of more than 64 MiB"),
+    TWICE: ("name that was there before", "names that were there before"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +171,7 @@ def from_bytes(data: bytes, shard: str, state: FileState) -> ShardIndex | None:
             endings=said["endings"],
         )
         return index if _can_be(index, count) else None
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -176,6 +181,7 @@ def _can_be(index: ShardIndex, count: int) -> bool:
     ends, counts = index.ends, [*index.left.values(), *index.endings.values()]
     return bool(
         type(index.damage) is str
+        and index.left.keys() <= LEFT_OUT.keys()
         and all(type(number) is int and number > 0 for number in counts)
         and len(ends) == count
         and (not index.names or index.names.endswith(b"\0"))

@@ -18,11 +18,11 @@ from beit_fast.data.sources.reading import Read, Reads, ReadsClosedError
 from beit_fast.data.sources.storage import FilePart, FileState, Storage
 from beit_fast.data.sources.tar_index import ShardIndex, index_shard
 from beit_fast.data.sources.tar_keeping import Keeping
-from beit_fast.files import describe
 
 Progress = Callable[[int, int], None]  # shards that are done, of how many; it may raise
 
 _THREADS = 8  # of them most wait for the disk: a process works at one at a time
+_ASKING = 32  # of a store, each for the size of a shard
 # Bytes read at once. A disk is asked for what lies between two images, a store for everything: it
 # takes as long to answer as to send a mebibyte.
 _NEAR, _FAR = 4096, 8 * 2**20
@@ -70,13 +70,13 @@ class _Making:
 
         def load(number: int) -> bool:
             with self._told(number):
-                self._states[number] = self._storage.state(self._shards[number])
+                self._states[number] = self._reads.run(lambda read: read(number))
             self.found[number] = self._load(number)
             if self.found[number] is None:
                 missing.append(number)
             return True
 
-        self._run(load, lambda: None)
+        self._run(load, lambda: None, _ASKING if self._is_far else _THREADS)
         self.waiting.extend(sorted(missing))
 
     def make(self, progress: Progress) -> None:
@@ -98,7 +98,7 @@ class _Making:
         def say() -> None:
             progress(sum(self.found[number] is not None for number in wanted), total)
 
-        self._run(make, say)
+        self._run(make, say, _THREADS)
 
     def _load(self, number: int) -> ShardIndex | None:
         return self._keeping.load(self._shards[number], self._states[number])
@@ -112,12 +112,14 @@ class _Making:
                 return read(number)
 
             ahead = self._storage.ahead if self._is_far else None
-            return index_shard(shard, state, _Window(shard, state.size, read_part, ahead).read)
+            index = index_shard(shard, state, _Window(shard, state.size, read_part, ahead).read)
+            self._parts.wanted[number] = None
+            if read(number) != state:
+                raise OSError(errno.EBUSY, "it changes while it is read")
+            return index
 
         with self._told(number):
             index = self._reads.run(work)
-            if self._storage.state(shard) != state:
-                raise OSError(errno.EBUSY, "it changes while it is read")
         self._keeping.keep(index)
         return index
 
@@ -129,13 +131,12 @@ class _Making:
         except FileNotFoundError as error:
             raise ValueError(f"the shard {path} does not exist: check the path") from error
         except OSError as error:
-            error.filename = None
             raise ValueError(
-                f"the shard {path} cannot be read ({describe(error)}): make it readable, or move "
-                "it out of the way and give the same command again"
+                f"the shard {path} cannot be read ({error.strerror or error}): make it readable, "
+                "or move it out of the way and give the same command again"
             ) from error
 
-    def _run(self, work: Callable[[int], bool], say: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[int], bool], say: Callable[[], None], num_threads: int) -> None:
         """`work` on every shard that waits, again where it returns False, in threads; `say` in this
         one. Raises what either does."""
         lock, num_left = threading.Lock(), len(self.waiting)
@@ -164,7 +165,7 @@ class _Making:
                 if not done:
                     self._stopping.wait(_PAUSE)
 
-        for _ in range(min(_THREADS, num_left)):
+        for _ in range(min(num_threads, num_left)):
             threading.Thread(target=serve, name="beit_fast index", daemon=True).start()
         while num_left and self._error is None:
             say()
@@ -176,14 +177,18 @@ class _Making:
 
 
 class _Parts:
-    """What `Reads` reads, by the number of the shard: the part that is wanted of it."""
+    """What `Reads` reads, by the number of the shard: the part that is wanted of it, else what is
+    known of it without reading any."""
 
     def __init__(self, storage: Storage, shards: Sequence[str]) -> None:
         self._storage, self._shards = storage, shards
         self.wanted: list[FilePart | None] = [None] * len(shards)
 
-    def read(self, number: int) -> bytes:
-        return self._storage.read(self.wanted[number])
+    def read(self, number: int) -> bytes | FileState:
+        part = self.wanted[number]
+        return (
+            self._storage.state(self._shards[number]) if part is None else self._storage.read(part)
+        )
 
     def name(self, number: int) -> str:
         return os.path.join(self._storage.place, self._shards[number])

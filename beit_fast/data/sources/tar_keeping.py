@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import stat
+import threading
 import zlib
 from pathlib import Path
 
@@ -33,11 +34,15 @@ class Keeping:
 
     def __init__(self, place: str, cache: str, *, is_far: bool) -> None:
         own = place if is_far else os.path.realpath(place)
-        self._folders = [kept_folder(own, cache, "indices")]
-        if not (cache or is_far):
-            self._folders.insert(0, Path(place, HIDDEN))
+        self._folders = [] if cache or is_far else [Path(place, HIDDEN)]
+        self._failed: OSError | None = None
+        try:
+            self._folders.append(kept_folder(own, cache, "indices"))
+        except OSError as error:
+            self._failed = error
         self._folder: Path | None = None
         self._lock: int | None = None
+        self._warning = threading.Lock()
         self._remedy = (  # said in threads too
             f"make room, or pass a folder that can be written to with {flag('data.cache')}, or "
             "--cache where that is the flag"
@@ -54,17 +59,16 @@ class Keeping:
 
     def open(self) -> None:
         """From now on indices are made."""
-        failed: OSError | None = None
         for folder in self._folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._lock = open_no_link(folder / _LOCK, os.O_RDWR | os.O_CREAT)
             except OSError as error:
-                failed = error
+                self._failed = error
             else:
                 self._folder = folder
                 return
-        self._warn(failed)
+        self._warn()
 
     def take(self, shard: str) -> bool:
         """Whether this process is to make the index; what has no locks lets all of them make it."""
@@ -82,24 +86,26 @@ class Keeping:
                 fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, _place(shard))
 
     def keep(self, index: ShardIndex) -> None:
-        if self._folder is None:
+        folder, data = self._folder, to_bytes(index)
+        if folder is None:
             return
-        data = to_bytes(index)
         try:
-            replace_file(self._folder / _name(index.shard), lambda file: file.write(data))
+            replace_file(folder / _name(index.shard), lambda file: file.write(data))
         except OSError as error:
-            self._folder = None
-            self._warn(error)
+            with self._warning:
+                if self._folder is not None:
+                    self._folder, self._failed = None, error
+                    self._warn()
 
     def close(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def _warn(self, error: OSError | None) -> None:
+    def _warn(self) -> None:
         logger.warning(
             "the indices of the shards cannot be kept (%s), and are made anew by every command: %s",
-            *(describe(error), self._remedy),
+            *(describe(self._failed), self._remedy),
         )
 
 

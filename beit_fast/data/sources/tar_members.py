@@ -83,6 +83,8 @@ def members(read: Read, size: int) -> Iterator[Member]:
         is_folder = kind == _FOLDER or name.endswith(b"/")
         yield Member(name, first, count, is_file, is_folder, zlib.crc32(header))
         name = length = None
+    if place > size:  # what fills up the last block is missing
+        raise DamagedTarError(f"it is cut: it ends at byte {size}, within a block")
 
 
 def _check_sum(header: bytes, place: int) -> None:

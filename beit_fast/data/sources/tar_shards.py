@@ -25,7 +25,7 @@ from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.places import split_place
 from beit_fast.data.sources.scan import counted
 from beit_fast.data.sources.storage import FilePart, open_storage
-from beit_fast.data.sources.tar_index import NO_LABEL, ShardIndex
+from beit_fast.data.sources.tar_index import LEFT_OUT, NO_LABEL, ShardIndex
 from beit_fast.data.sources.tar_indices import Progress, shard_indices
 from beit_fast.data.sources.tar_members import BLOCK
 from beit_fast.data.sources.tar_sets import (
@@ -168,13 +168,13 @@ class TarShards(ImageSource):
         for index in self._indices:
             left.update(index.left)
             endings.update(index.endings)
-        commonest = [f"{count} {ending}" for ending, count in _commonest(endings)]
+        commonest = [f"{count} {ending}" for ending, count in endings.most_common()]
         parts = [counted(sum(endings.values()), "other file", "other files", commonest)]
-        parts += [f"{count} {kind}" for kind, count in _commonest(left)]
+        parts += [counted(left[kind], *called) for kind, called in LEFT_OUT.items()]
         said = [f"{text} left out"] if (text := ", ".join(filter(None, parts))) else []
         damaged = [f"{name}: {why}" for name, why in self.damage.items()]
         said.append(counted(len(damaged), "damaged shard", "damaged shards", damaged))
-        said.append(self._not_there())
+        said += [self._not_there(), self._parts_said()]
         return ", ".join(filter(None, said))
 
     def _find(self, index: int) -> tuple[ShardIndex, int]:
@@ -189,9 +189,14 @@ class TarShards(ImageSource):
             path = os.path.join(self._storage.place, index.shard)
             said = lengths.get(index.shard) or 0
             if index.damage:
-                yield path, f"{index.damage}; {_images(len(index))} before that are used"
+                yield path, f"{index.damage}; {_images(len(index))} come before that"
             elif len(index) < said:
                 yield path, f"it has {_images(len(index))} of the {said} that it should"
+
+    def _parts_said(self) -> str:
+        parts = filter(None, parts_of([index.shard for index in self._indices], self._splits))
+        said = ", ".join(parts)
+        return f"all of {said} (pass the shards of one to read those alone)" if said else ""
 
     def _not_there(self) -> str:
         """Shards that `_info.json` names besides those of a folder, or of a pattern with stars."""
@@ -217,10 +222,6 @@ def _numbers(path: str, found: np.ndarray) -> list[str]:
             "from 0 on: number the classes anew"
         )
     return [str(number) for number in range(count)]
-
-
-def _commonest(counts: Counter[str]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _images(count: int) -> str:
