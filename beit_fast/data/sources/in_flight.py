@@ -2,9 +2,8 @@
 
 A store answers in 20 to 100 ms, and a thread that waits for each in turn gets 10 to 50 images a
 second. So what a batch will read is asked for when the batch begins, by threads that do nothing
-else. obstore's calls hold no lock while they wait: 256 threads took 180 us of CPU an image of
-100 KB and were answered 3,800 times a second with 50 ms to an answer, where its coroutines took
-245 us and got 2,500 (two cores, a server on loopback; bench/stores.py).
+else. obstore's calls hold no lock of the interpreter while they wait: threads in them got more
+answers for less CPU than as many of its coroutines (bench/stores.py).
 """
 
 import contextlib
