@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -162,14 +162,27 @@ def digest_of_files(root: Path, paths: Sequence[str]) -> str:
     Not of every size: asking a network disk for 14 million takes hours, for the names of
     14 million no time beyond the scan. Raises OSError for a file that is gone.
     """
+    sizes = (
+        os.stat(os.path.join(root, paths[number])).st_size
+        for number in numbers_in_digest(len(paths))
+    )
+    return digest_of_sizes(paths, sizes)
+
+
+def digest_of_sizes(paths: Sequence[str], sizes: Iterable[int]) -> str:
+    """SHA-256 of paths, and of the sizes of those whose numbers `numbers_in_digest` gives."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(os.fsencode(path.replace(os.sep, "/")) + b"\0")
-    num_sizes = min(SIZES_IN_DIGEST, len(paths))
-    for number in range(num_sizes):
-        path = paths[number * len(paths) // num_sizes]
-        digest.update(b"%d\0" % os.stat(os.path.join(root, path)).st_size)
+    for size in sizes:
+        digest.update(b"%d\0" % size)
     return digest.hexdigest()
+
+
+def numbers_in_digest(num_files: int) -> list[int]:
+    """Of the files whose sizes count, spread evenly."""
+    num_sizes = min(SIZES_IN_DIGEST, num_files)
+    return [number * num_files // num_sizes for number in range(num_sizes)]
 
 
 def read_image_file(path: str | Path) -> bytes:
