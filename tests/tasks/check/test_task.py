@@ -22,7 +22,9 @@ from beit_fast.tasks.check.findings import look_at
 from beit_fast.tasks.check.task import run_check
 from beit_fast.train.stop import Interrupted
 from labelled_images import write_class_folders
+from object_server import serving
 from shards import picture, write_shards
+from tables import row, write_table
 
 
 def encoded(width, height, kind, mode="RGB", seed=0, **options):
@@ -209,6 +211,24 @@ def test_shards_are_checked_and_a_damaged_one_is_told(check, tmp_path):
     report = json.loads((tmp_path / "reports" / "check.json").read_text())
     assert list(report["damage"]) == [str(path)]
     assert report["cannot_be_used"] == []
+
+
+def test_tables_and_stores_are_checked_too(check, tmp_path, monkeypatch):
+    table = write_table(tmp_path / "tables" / "a.parquet", [row(number) for number in range(7)])
+    report = check(table)
+    assert (report["usable"], report["formats"]) == (7, {"JPEG": 7})
+    assert report["classes"]["images"] == {"cat": 3, "dog": 2, "owl": 2}
+    objects = {f"set/{'ab'[n % 2]}/{n}.jpg": picture(n) for n in range(9)}
+    objects["set/b/9.jpg"] = b"broken"
+    with serving(objects) as server:
+        for name, value in server.s3().items():
+            monkeypatch.setenv(name, value)
+        server.meets("set/a/2.jpg", "500", "reset")
+        with pytest.raises(ValueError, match="1 of 10 images cannot be used: s3://bucket/set/b/9"):
+            check("s3://bucket/set")
+    report = json.loads((tmp_path / "reports" / "check.json").read_text())
+    assert (report["usable"], report["unread"]) == (9, 0)
+    assert report["classes"]["images"] == {"a": 5, "b": 5}
 
 
 def test_without_classes_it_says_why(check, tmp_path, capsys):

@@ -23,13 +23,17 @@ from beit_fast.data.loader import BadDataError
 from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.sources.opening import labelled_images, open_images
-from beit_fast.tasks.pack import shards, writing
+from beit_fast.tasks.pack import shards as shard_files
+from beit_fast.tasks.pack import writing
 from beit_fast.tasks.pack.config import PackConfig
 from beit_fast.tasks.pack.shards import PackError
 from beit_fast.tasks.pack.task import run_pack
 from beit_fast.train.stop import Interrupted
 from killed_saves import ended, fork
 from labelled_images import COLOURS, write_class_folders
+from object_server import serving
+from shards import picture
+from tables import row, write_table
 
 OURS = (".pack", "_info.json", "classes.json")
 
@@ -176,6 +180,20 @@ def test_shards_are_packed_again_and_flat_folders_without_classes(folder, pack, 
     assert len(open_images(out)) == 6
 
 
+def test_tables_and_stores_are_packed_too(pack, tmp_path, monkeypatch):
+    table = write_table(tmp_path / "tables" / "a.parquet", [row(number) for number in range(7)])
+    out = pack(table)
+    assert by_content(*labelled_images(out)) == by_content(*labelled_images(table))
+    objects = {f"set/{'ab'[n % 2]}/{n}.jpg": picture(n) for n in range(9)}
+    with serving(objects) as server:
+        for name, value in server.s3().items():
+            monkeypatch.setenv(name, value)
+        server.meets("set/a/2.jpg", "500", "reset")
+        out = pack("s3://bucket/set", tmp_path / "stored")
+    wanted = sorted((data, key.split("/")[1]) for key, data in objects.items())
+    assert by_content(*labelled_images(out)) == wanted
+
+
 @LEAKS
 def test_names_with_odd_letters_and_two_images_of_one_name(folder, pack, tmp_path):
     images = tmp_path / "odd"
@@ -234,8 +252,8 @@ class Killer:
     def plant(self):
         for name in ("replace", "fsync", "unlink"):
             setattr(os, name, self.count(getattr(os, name)))
-        shards.ShardFile.add = self.count(shards.ShardFile.add)
-        shards.flush_folder = self.count(shards.flush_folder)
+        shard_files.ShardFile.add = self.count(shard_files.ShardFile.add)
+        shard_files.flush_folder = self.count(shard_files.flush_folder)
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +312,7 @@ def test_kills_at_random_one_after_another(folder, pack, tmp_path):
 
 def test_a_signal_ends_it_and_the_same_command_goes_on(folder, pack, tmp_path, monkeypatch):
     whole = content(pack(shards=tmp_path / "whole" / "train"))
-    add, calls = shards.ShardFile.add, []
+    add, calls = shard_files.ShardFile.add, []
 
     def stop(self, blocks):
         calls.append(1)
@@ -303,7 +321,7 @@ def test_a_signal_ends_it_and_the_same_command_goes_on(folder, pack, tmp_path, m
         return add(self, blocks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.ShardFile, "add", stop)
+        patch.setattr(shard_files.ShardFile, "add", stop)
         with pytest.raises(Interrupted, match="SIGTERM while packing; the same command goes on"):
             pack()
     out = tmp_path / "train"
@@ -570,7 +588,7 @@ def test_several_ranks_are_refused(pack, monkeypatch):
 
 def test_memory_holds_a_few_images_for_each_thread(folder, pack, monkeypatch):
     """A writer that is slow is not run away from."""
-    add, made, written, ahead = shards.ShardFile.add, [], [], []
+    add, made, written, ahead = shard_files.ShardFile.add, [], [], []
     members = writing.Packer.members
 
     def make(self, *arguments):
@@ -585,6 +603,6 @@ def test_memory_holds_a_few_images_for_each_thread(folder, pack, monkeypatch):
 
     monkeypatch.setattr(writing, "_AT_ONCE", 4)
     monkeypatch.setattr(writing.Packer, "members", make)
-    monkeypatch.setattr(shards.ShardFile, "add", write)
+    monkeypatch.setattr(shard_files.ShardFile, "add", write)
     pack(num_threads=1)
     assert max(ahead) <= 4 + 2 * 4
