@@ -129,8 +129,8 @@ def undecoded(work: Callable[[], None]) -> None:
     pixels = np.zeros((SIZE[1], SIZE[0], 3), np.uint8)
     pixels[0, 0] = 1  # not of one colour
     with (
-        mock.patch.object(members, "decode_fast", lambda *_: pixels),
-        mock.patch.object(findings, "decode_fast", lambda *_: pixels),
+        mock.patch.object(members, "decode_fast", return_value=pixels),
+        mock.patch.object(findings, "decode_fast", return_value=pixels),
     ):
         work()
 

@@ -40,6 +40,36 @@ def test_the_table_of_reads_is_the_measured_one():
     assert f"{int(rows[0]['images']):,} images of 50 kB" in PAGE
 
 
+def test_the_rates_of_pack_and_check_are_the_measured_ones():
+    rows = {row["work"]: row for row in results("pack.csv")}
+    rate = {work: float(row["images_per_second"]) for work, row in rows.items()}
+
+    def minutes(work, cores):
+        return f"{1_281_167 / rate[work] / cores / 60:.0f}"
+
+    pack, smaller, check = "pack", "pack --short_side 256", "check"
+    text = " ".join(PAGE.split())
+    assert f"{round(rate[pack], -1):.0f} images a second and core are copied" in text
+    assert f"{round(rate[smaller], -1):.0f} with `--short_side 256`: by CPU time" in text
+    assert f"would take {minutes(pack, 16)} and {minutes(smaller, 16)} minutes" in text
+    alone = f"{pack} without decoding"
+    assert f"did {round(rate[alone], -3):,.0f} images a second" in text
+    assert f"which is {minutes(alone, 1)} minutes" in text
+    assert f"{round(rate[check], -1):.0f} images a second and core, measured as" in text
+    alone = f"{check} without decoding"
+    assert f"did {round(rate[alone], -3):,.0f}. For ImageNet's" in text
+    assert f"{minutes(check, 16)} minutes on 16 cores and {minutes(alone, 1)} minutes" in text
+    assert f"{int(rows[pack]['images']):,} JPEGs" in text
+    assert f"and {rows[pack]['kB']} kB" in text
+
+
+@pytest.mark.parametrize("row", results("damage.csv"), ids=lambda row: row["damage"])
+def test_the_table_of_damage_is_the_measured_one(row):
+    cells = (row["damage"], row["refused"], row["with a warning"], row["not found"])
+    assert f"\n| {' | '.join(cells)} |\n" in PAGE
+    assert f"| of {row['damaged']} JPEGs, each with |" in PAGE
+
+
 def test_the_settings_have_the_defaults_of_the_code():
     assert f"at most `--data.window` ({DataConfig().window})" in PAGE
     assert DataConfig().shuffle == "full"

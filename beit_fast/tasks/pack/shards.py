@@ -78,6 +78,10 @@ class Folder:
         """
         records, path = self.path / RECORDS, self.path / RECORDS / MADE_FROM
         made_from = json.loads(json.dumps(made_from))
+        if records.is_symlink():
+            raise PackError(
+                f"{records} is a link, and what it points at would be written to: remove it"
+            )
         if not path.exists():
             refuse_used(self.path)
             records.mkdir(exist_ok=True)

@@ -59,10 +59,14 @@ class Writer:
         if not found:
             return {}
         whole = {}
-        with ThreadPoolExecutor(self._threads) as pool:
+        with (
+            ThreadPoolExecutor(self._threads) as pool,
+            progress_bar(self._console, "pack", "finished shards", len(found)) as tick,
+        ):
             looks = zip(found, pool.map(self.folder.is_whole, found, found.values()), strict=True)
             try:
                 for name, is_whole in heeded(looks, PLACE):
+                    tick(1)
                     if not is_whole:
                         path = self.folder.path / name
                         logger.warning("%s is not as it was written: it is made anew", path)

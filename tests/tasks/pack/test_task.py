@@ -467,6 +467,29 @@ def test_a_damaged_record_is_named_with_what_to_do(pack):
     assert content(out) == whole
 
 
+@pytest.mark.promise("S10")
+def test_links_that_lie_there_are_not_written_through(pack, tmp_path):
+    out, victim = tmp_path / "train", tmp_path / "victim"
+    out.mkdir()
+    victim.mkdir()
+    (out / ".pack").symlink_to(victim)
+    with pytest.raises(PackError, match="is a link, and what it points at would be written to"):
+        pack()
+    assert not list(victim.iterdir())
+    (out / ".pack").unlink()
+    whole = content(pack(shards=tmp_path / "whole" / "train"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing.Writer, "finish", lambda self, records: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pack()
+    for name in ("_info.json", "classes.json"):
+        (victim / name).write_bytes(b"precious")
+        (out / name).symlink_to(victim / name)
+    pack()
+    assert {path.read_bytes() for path in victim.iterdir()} == {b"precious"}
+    assert content(out) == whole
+
+
 def test_two_at_a_time_are_refused(pack, tmp_path):
     out = tmp_path / "train"
     ready, go = os.pipe(), os.pipe()
