@@ -147,14 +147,11 @@ class Folder:
     def _records(self) -> dict[str, Record]:
         ours, found = set(self.plan.names), {}
         for name in sorted(os.listdir(self.path)):
-            if not name.endswith(".tar") or name.startswith("."):
+            if not name.lower().endswith(".tar") or name.startswith("."):
                 continue
             record = self._record(name) if name in ours else None
             if record is None:
-                raise PackError(
-                    f"{self.path / name} was not written by this command, and nothing is written "
-                    "over it: move it away, or give another SHARDS"
-                )
+                raise _foreign(self.path / name)
             found[name] = record
         return found
 
@@ -219,11 +216,13 @@ class ShardFile:
             num_resized=num_resized,
             left_out=left_out,
         )
-        path = self._folder.record_path(self._name)
+        path, target = self._folder.record_path(self._name), self._folder.path / self._name
+        if os.path.lexists(target):
+            raise _foreign(target)
         with self._told():
             replace_text(path, json.dumps(asdict(record), indent=1))
             flush_folder(path.parent)
-            os.replace(self._path, self._folder.path / self._name)
+            os.replace(self._path, target)
             flush_folder(self._folder.path)
         return record
 
@@ -257,6 +256,13 @@ def refuse_used(path: Path) -> None:
             f"{path} is not empty ({names[0]}{more}), and nothing is written over it or between: "
             "give another SHARDS"
         )
+
+
+def _foreign(path: Path) -> PackError:
+    return PackError(
+        f"{path} was not written by this command, and nothing is written over it: move it away, or "
+        "give another SHARDS"
+    )
 
 
 def _shown(value: Any) -> str:

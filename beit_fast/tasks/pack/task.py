@@ -101,6 +101,7 @@ def _open(config: PackConfig) -> tuple[ImageSource, np.ndarray | None, list[str]
             config.images, fewest=1, progress=indexing(), **options
         )
     except ValueError as error:
+        open_source(config.images, **options)  # where there are no images, it says so
         raise PackError(f"{error}; or pass --labels false, where there are no classes") from error
     for name in classes:
         if not name.strip() or not name.isprintable():

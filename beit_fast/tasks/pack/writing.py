@@ -54,30 +54,33 @@ class Writer:
         self._order, self._place_of = order, np.argsort(order)
 
     def begin(self, settings: dict[str, Any]) -> dict[str, Record]:
-        """Records of the shards that are there and whole; read, if there are any."""
+        """Records of the shards that are there. Reads them all; raises PackError for those that are
+        not as they were written."""
         found = self.folder.begin(settings)
         if not found:
             return {}
-        whole = {}
         with (
             ThreadPoolExecutor(self._threads) as pool,
             progress_bar(self._console, "pack", "finished shards", len(found)) as tick,
         ):
             looks = zip(found, pool.map(self.folder.is_whole, found, found.values()), strict=True)
+            damaged = []
             try:
                 for name, is_whole in heeded(looks, PLACE):
                     tick(1)
                     if not is_whole:
-                        path = self.folder.path / name
-                        logger.warning("%s is not as it was written: it is made anew", path)
-                        continue
-                    whole[name] = found[name]
+                        damaged.append(name)
                     for place, why in found[name].left_out.items():
                         self._bad.add(self.index_at(place), BadImageError(why))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-        self._console.print(f"shards: {len(whole)} finished ones are whole and kept", style="green")
-        return whole
+        if damaged:
+            raise PackError(
+                f"{', '.join(damaged)} in {self.folder.path} are not as they were written, damaged "
+                "or others: remove them, and the same command makes them anew"
+            )
+        self._console.print(f"shards: {len(found)} finished ones are whole and kept", style="green")
+        return found
 
     def finish(self, records: dict[str, Record]) -> dict[str, Record]:
         """All records in order, those of the shards made now among them."""

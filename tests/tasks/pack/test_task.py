@@ -389,23 +389,53 @@ def test_a_disk_that_gives_other_bytes_back_ends_it_without_that_shard(pack, tmp
 # What lies there already.
 
 
-def test_a_finished_pack_is_checked_and_stays_and_a_damaged_shard_is_made_anew(
-    pack, tmp_path, caplog, capsys
-):
+def test_a_finished_pack_is_checked_and_stays(pack, capsys):
     out = pack()
     whole, times = content(out), {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
     pack()
     assert "4 finished ones are whole and kept" in capsys.readouterr().out
     assert content(out) == whole
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.tar")} == times
-    path = out / "train-0002.tar"
-    data = bytearray(path.read_bytes())
-    data[5000] ^= 1
-    path.write_bytes(data)
-    (out / "train-0001.tar").write_bytes(b"cut")
+
+
+def test_a_finished_shard_that_is_another_now_is_not_written_over(pack):
+    out = pack()
+    whole = content(out)
+    changed = {name: bytearray(whole[name]) for name in ("train-0001.tar", "train-0002.tar")}
+    changed["train-0002.tar"][5000] ^= 1
+    changed["train-0001.tar"] = b"precious"
+    for name, data in changed.items():
+        (out / name).write_bytes(data)
+    with pytest.raises(PackError, match=r"train-0001.tar, train-0002.tar in .*: remove them, and"):
+        pack()
+    assert content(out) == whole | changed
+    for name in changed:
+        (out / name).unlink()
     pack()
-    assert caplog.text.count("is not as it was written: it is made anew") == 2
     assert content(out) == whole
+
+
+def test_a_shard_that_comes_while_it_is_packed_is_not_written_over(pack, tmp_path, monkeypatch):
+    out, add, calls = tmp_path / "train", shard_files.ShardFile.add, []
+
+    def write(self, blocks):
+        calls.append(1)
+        if len(calls) == 8:
+            (out / "train-0001.tar").write_bytes(b"precious")
+        return add(self, blocks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_files.ShardFile, "add", write)
+        with pytest.raises(PackError, match=r"train-0001.tar was not written by this command"):
+            pack()
+    assert (out / "train-0001.tar").read_bytes() == b"precious"
+    (out / "train-0001.tar").unlink()
+    assert len(open_images(pack())) == 18
+
+
+def test_of_images_that_are_not_there_no_labels_are_spoken(pack, tmp_path):
+    with pytest.raises(ValueError, match=r"does not exist: check the path$"):
+        pack(tmp_path / "missing")
 
 
 @pytest.mark.parametrize(
