@@ -57,6 +57,24 @@ def read_ahead(source: Source, indices: Sequence[int]) -> None:
         ahead(indices)
 
 
+def shard_sizes_of(source: Source) -> Sequence[int] | None:
+    """Images of each shard of a source in the order of their numbers: it has `shard_sizes`. None
+    for one without shards."""
+    return getattr(source, "shard_sizes", None)
+
+
+def read_windowed(source: Source, window: int) -> None:
+    """Say that its shards are read a window of so many at a time: it may have `windowed`."""
+    if windowed := getattr(source, "windowed", None):
+        windowed(window)
+
+
+def read_shards_ahead(source: Source, shards: Sequence[int]) -> None:
+    """Say that shards with these numbers come next: it may have `shards_ahead`."""
+    if ahead := getattr(source, "shards_ahead", None):
+        ahead(shards)
+
+
 def damage_of(source: Source) -> Mapping[str, str]:
     """What of a source is lost besides single images, name -> what is wrong: it has `damage`."""
     return getattr(source, "damage", {})
