@@ -21,6 +21,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(?:([^/?#]*)@)?")
+SECRET = (
+    "has a user's name, a password or a query, in which a signature may be: pass it without; "
+    "credentials come from the environment of the store's client"
+)
 LARGE = 2**31 - 1  # of counts and sizes: what fits 32 bits, as libraries store them
 
 
@@ -111,11 +115,7 @@ def check_fields(config: Any) -> None:
     for name, hint in hints(type(config)).items():
         value = getattr(config, name)
         if isinstance(value, str) and has_secret(value):  # not shown, so that no log has it
-            raise FieldError(
-                name,
-                "is a URL with a user's name, a password or a query, which may hold a signature: "
-                "pass it without; credentials come from the environment of the store's client",
-            )
+            raise FieldError(name, f"is a URL that {SECRET}")
         if not fits(value, hint):
             came = repr(value)
             came = came if len(came) <= 80 else f"{came[:77]}..."

@@ -160,7 +160,9 @@ def batches_in_order(
     with Reads(source, reads) as limited, ThreadPoolExecutor(num_threads) as pool:
 
         def submit(first: int) -> list[Future[np.ndarray]]:
-            return [pool.submit(read, index) for index in indices[first : first + batch_size]]
+            part = indices[first : first + batch_size]
+            read_ahead(source, part)
+            return [pool.submit(read, index) for index in part]
 
         ahead = submit(0)
         try:

@@ -91,7 +91,7 @@ class ObjectFolder:
         """That of a folder with the same files."""
         numbers = numbers_in_digest(len(self))
         unknown = [number for number in numbers if self._sizes[number] == _UNKNOWN]
-        states = self._storage.states([self._names[number] for number in unknown])
+        states = self._storage.states([self._names[n] for n in unknown]) if unknown else []
         self._sizes[unknown] = [state.size for state in states]
         return digest_of_sizes(self._names, (int(self._sizes[number]) for number in numbers))
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
+from beit_fast.checks import SECRET, has_secret
 from beit_fast.data.sources.limits import ReadConfig
 from beit_fast.data.sources.places import scheme_of
 from beit_fast.data.sources.store_errors import as_os_error, scrub
@@ -25,7 +26,7 @@ _TAGS = ("ETag", "etag", "blob_id", "oid", "checksum", "mtime", "LastModified", 
 class Listed(NamedTuple):
     name: str  # relative to the place
     size: int  # bytes
-    tag: str
+    tag: str  # "" in a list
 
 
 class Client(Protocol):
@@ -46,9 +47,11 @@ class Client(Protocol):
 def open_client(url: str, reads: ReadConfig) -> Client:
     """Of the place that `url` names, without credentials in it.
 
-    Raises ValueError for a scheme that is not read, what is not installed, and what the client
-    says of its environment.
+    Raises ValueError for one with credentials, a scheme that is not read, what is not installed,
+    and what the client says of its environment.
     """
+    if has_secret(url):
+        raise ValueError(f"the {scheme_of(url)}:// URL {SECRET}")
     scheme = scheme_of(url)
     if scheme in OBSTORE:
         return _Obstore(url, scheme, reads)
@@ -111,7 +114,7 @@ class _Obstore:
             raise OSError(errno.EOPNOTSUPP, "a web server lists no files", self._url)
         with _errors(self._url, ""):
             top = self._obstore.list_with_delimiter(self._store)
-        yield [_listed(meta) for meta in top["objects"]]
+        yield [_brief(meta) for meta in top["objects"]]
         # A page of a list tells where the next begins: what is below each folder comes at once.
         with ThreadPoolExecutor(_LISTINGS, thread_name_prefix="beit_fast list") as pool:
             yield from pool.map(self._below, top["common_prefixes"])
@@ -119,7 +122,7 @@ class _Obstore:
     def _below(self, prefix: str) -> list[Listed]:
         with _errors(self._url, ""):
             pages = self._obstore.list(self._store, prefix=prefix)
-            return [_listed(meta) for page in pages for meta in page]
+            return [_brief(meta) for page in pages for meta in page]
 
 
 class _Fsspec:
@@ -155,7 +158,7 @@ class _Fsspec:
         with _errors(self._url, ""):
             found = self._files.find(self._root, detail=True)
         start = len(self._root.rstrip("/")) + 1
-        yield [Listed(path[start:], *_of_info(info)) for path, info in found.items()]
+        yield [Listed(path[start:], info["size"] or 0, "") for path, info in found.items()]
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -185,6 +188,11 @@ def _refuse_large(size: int, most: int) -> None:
 def _listed(meta: dict[str, Any]) -> Listed:
     tag = meta["e_tag"] or meta["version"] or str(meta["last_modified"])
     return Listed(meta["path"], meta["size"], tag)
+
+
+def _brief(meta: dict[str, Any]) -> Listed:
+    """Without its tag: of millions, no more than is wanted."""
+    return Listed(meta["path"], meta["size"], "")
 
 
 def _of_info(info: dict[str, Any]) -> tuple[int, str]:

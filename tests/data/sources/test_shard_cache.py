@@ -5,13 +5,16 @@ import os
 import time
 
 import pytest
+import torch
 
+from beit_fast.data.loader import Loader
 from beit_fast.data.sources import remote, shard_cache
 from beit_fast.data.sources.limits import ReadConfig
 from beit_fast.data.sources.opening import labelled_images, open_images
 from beit_fast.data.sources.places import matching
 from beit_fast.data.sources.storage import FilePart, open_storage
 from beit_fast.data.sources.tar_shards import TarShards
+from loaded import SAMPLE
 from object_server import serving
 from shards import write_shards
 
@@ -224,7 +227,7 @@ def test_tars_behind_a_url_are_those_on_disk_read_in_either_way(
     local, server, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(shard_cache, "_BLOCK", 4096)
-    names = sorted(path.name for path in local.iterdir())
+    names = sorted(path.name for path in local.glob("*.tar"))
     server.objects = {f"set/{name}": (local / name).read_bytes() for name in names}
     reads, theirs = ReadConfig(cache=str(tmp_path)), labelled_images(str(local))
     assert matching(names, "train-{0000..0002}.tar") == names
@@ -251,3 +254,20 @@ def test_tars_behind_a_url_are_those_on_disk_read_in_either_way(
     assert again.read(0) == theirs[0].read(0)
     indexed = [r for r in server.requests[asked:] if r.method == "GET" and r.key != "?"]
     assert len(indexed) == 1  # the image: indices are kept
+
+
+def test_a_loader_reads_windows_of_a_store_as_those_of_a_disk(local, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "_BLOCK", 4096)
+    server.objects = {f"set/{path.name}": path.read_bytes() for path in local.glob("*.tar")}
+    server.latency = 0.002
+    got = []
+    for source in (
+        open_images("s3://bucket/set", reads=ReadConfig(cache=str(tmp_path))),
+        open_images(str(local)),
+    ):
+        batches = Loader(source, SAMPLE, batch_size=4, num_threads=2, window=1, seed=3).batches()
+        got.append([next(batches) for _ in range(12)])  # three passes and more
+        batches.close()
+    for a, b in zip(*got, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    until(lambda: len([p for p in (tmp_path / "copies").iterdir() if p.name[0] != "."]) == 3)

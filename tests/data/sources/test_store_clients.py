@@ -1,6 +1,7 @@
 """Which client reads a URL, how long it may take, and that it is given no secret."""
 
 import builtins
+import json
 import sys
 import time
 
@@ -161,6 +162,11 @@ def test_a_url_with_a_secret_is_refused_and_not_shown(url, tmp_path, capsys, mon
         said = capsys.readouterr()
         assert "hunter2" not in said.out + said.err
         assert "credentials come from the environment" in said.err
+    for path in (url, url.partition("?")[0]):
+        if has_secret(path):
+            with pytest.raises(ValueError, match="credentials come from the env") as caught:
+                open_images(path)
+            assert "hunter2" not in str(caught.value)
     assert not any("hunter2" in path.read_text() for path in tmp_path.rglob("*.yaml"))
 
 
@@ -183,3 +189,27 @@ def test_a_store_that_is_not_there_ends_a_command_in_one_line(tmp_path, capsys, 
     for url, said in (("http://127.0.0.1:9/x", "does not list"), ("file:///etc", "file://")):
         for kind in ("data.path", "folder"):
             refused(reading(url, good)[kind], url, said)
+
+
+def test_a_command_reads_a_store_as_it_reads_a_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = write_good(good_folder(tmp_path))
+    images = good / "images"
+    objects = {f"i/{p.relative_to(images)}": p.read_bytes() for p in images.rglob("*.png")}
+    said = []
+    with serving(objects) as server:
+        for name, value in server.s3().items():
+            monkeypatch.setenv(name, value)
+        for path in (str(images), "s3://bucket/i"):
+            output = tmp_path / f"{len(said)}.json"
+            command = ["evaluate", good / "w.safetensors", path, "--device", "cpu"]
+            assert main([*map(str, command), "--output", str(output)]) == 0
+            assert f"{path}: 6 images, 3 classes" in capsys.readouterr().out
+            said.append(json.loads(output.read_text()))
+        assert [server.count(key) for key in objects] == [1] * len(objects)
+    assert said[1]["folder"] == "s3://bucket/i"
+    assert {key for key in said[0] if said[0][key] != said[1][key]} <= {
+        "folder",
+        "images_per_second",
+    }
+    assert said[0].keys() == said[1].keys()
