@@ -25,7 +25,8 @@ from beit_fast.tasks.sources import indexing
 from beit_fast.train.stop import heeded
 
 PLACE = "while packing"
-_AT_ONCE = 8  # images for each thread that are read and not yet written
+# Images that are read and not yet written: for each thread, and at least, for a store's sake.
+_AT_ONCE, _FEWEST_AT_ONCE = 8, 64
 _SIZES, _MEMBER_BYTES = 256, 3 * 512 + 1024  # of files that are asked for; of their headers
 logger = logging.getLogger("beit_fast.data")
 
@@ -97,7 +98,7 @@ class Writer:
                 self._look,
                 num_threads=self._threads,
                 reads=self._config,
-                at_once=_AT_ONCE * self._threads,
+                at_once=max(_FEWEST_AT_ONCE, _AT_ONCE * self._threads),
             ),
             PLACE,
         )

@@ -655,6 +655,7 @@ def test_memory_holds_a_few_images_for_each_thread(folder, pack, monkeypatch):
         return add(self, blocks)
 
     monkeypatch.setattr(writing, "_AT_ONCE", 4)
+    monkeypatch.setattr(writing, "_FEWEST_AT_ONCE", 1)
     monkeypatch.setattr(writing.Packer, "members", make)
     monkeypatch.setattr(shard_files.ShardFile, "add", write)
     pack(num_threads=1)
