@@ -55,7 +55,7 @@ class ShardIndex:
     check: np.ndarray  # uint32 (n,), CRC-32 of the header that lies before
     label: np.ndarray  # int32 (n,), NO_LABEL where it has none
     names: bytes  # each and a NUL
-    ends: np.ndarray  # int64 (n,), of the names in `names`
+    ends: np.ndarray  # int32 (n,), of the names in `names`
     damage: str  # why it was read up to there; "" where it is whole
     left: dict[str, int] = field(default_factory=dict)  # members left out, by kind
     endings: dict[str, int] = field(default_factory=dict)  # of the other files among them
@@ -248,4 +248,5 @@ def _label(name: bytes, classes: dict[bytes, int], described: dict[bytes, int]) 
 
 
 def _ends(names: bytes) -> np.ndarray:
-    return np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+    ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+    return ends.astype(np.int32) if len(names) < 2**31 else ends

@@ -217,4 +217,4 @@ def test_what_an_index_takes_in_memory_is_small():
     index = from_bytes(KEPT, SHARD, INDEX.state)
     arrays = [getattr(index, name) for name in ("first", "size", "check", "label", "ends")]
     assert all(isinstance(array, np.ndarray) for array in arrays)
-    assert sum(array.itemsize for array in arrays) == 28  # bytes an image, and its name
+    assert sum(array.itemsize for array in arrays) == 24  # bytes an image, and its name
