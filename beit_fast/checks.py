@@ -14,11 +14,17 @@ import dataclasses
 import functools
 import math
 import numbers
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(?:([^/?#]*)@)?")
+SECRET = (
+    "has a user's name, a password or a query, in which a signature may be: pass it without; "
+    "credentials come from the environment of the store's client"
+)
 LARGE = 2**31 - 1  # of counts and sizes: what fits 32 bits, as libraries store them
 
 
@@ -108,10 +114,21 @@ def check_fields(config: Any) -> None:
     """Raise FieldError, that says what came and what is allowed, for a value outside its type."""
     for name, hint in hints(type(config)).items():
         value = getattr(config, name)
+        if isinstance(value, str) and has_secret(value):  # not shown, so that no log has it
+            raise FieldError(name, f"is a URL that {SECRET}")
         if not fits(value, hint):
             came = repr(value)
             came = came if len(came) <= 80 else f"{came[:77]}..."
             raise FieldError(name, f"is {came}: give {allowed(hint, value)}")
+
+
+def has_secret(text: str) -> bool:
+    """Whether it is a URL with what may be one in it. A container before the host is none."""
+    match = _URL.match(text)
+    if match is None:
+        return False
+    is_container = match[1].lower() in ("abfs", "abfss") and ":" not in match[2]
+    return (bool(match[2]) and not is_container) or "=" in text.partition("?")[2]
 
 
 @functools.cache

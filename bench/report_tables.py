@@ -35,6 +35,7 @@ EXPECTED = {
     "tokenizer-agreement-trained-cpu": "python bench/tokenizer.py agreement "
     "--tokenizer FILE.safetensors",
     "data": "python bench/data.py",
+    "stores": "python bench/stores.py",
     "checkpoint-stall-cpu": "python bench/checkpoint.py stall --size base large",
     "checkpoint-stall-cuda": "python bench/checkpoint.py stall --size base large --device cuda",
     "checkpoint-ranks-cpu": "python bench/checkpoint.py ranks --size base large",
@@ -242,6 +243,31 @@ def data_table(results: dict[str, list[Row]]) -> str:
     return "\n".join([*lines, "", *_table(("what", "case", "measured"), cells)])
 
 
+def stores_table(results: dict[str, list[Row]]) -> str:
+    """Images a second from a store, by how they are asked for and how long it takes to answer."""
+    rows = results.get("stores")
+    if not rows:
+        return _not_measured("stores")
+    shown = rows[0]
+    lines = _sentence(
+        f"{shown['images']} images of 100 kB from a server on loopback, read by {shown['readers']} "
+        f"threads and not decoded; in brackets the microseconds of CPU that one costs. obstore "
+        f"{shown['obstore']}, medians of {shown['rounds']} rounds, {_measured_by('stores', shown)}."
+    )
+    latencies = list(dict.fromkeys(row["latency_ms"] for row in rows))
+    measured = {
+        (row["candidate"], row["latency_ms"]): f"{short(row['images_per_second'])} "
+        f"({short(row['cpu_us_per_image'])})"
+        for row in rows
+    }
+    cells = [
+        [candidate, *(measured[candidate, latency] for latency in latencies)]
+        for candidate in dict.fromkeys(row["candidate"] for row in rows)
+    ]
+    heads = [f"images/s, answers after {float(latency):g} ms" for latency in latencies]
+    return "\n".join([*lines, "", *_table(("how", *heads), cells)])
+
+
 def pretrain_table(results: dict[str, list[Row]]) -> str:
     """Whole steps: images a second of ours, and the times of peers by ours."""
     names = [name for name in EXPECTED if name.startswith("pretrain-")]
@@ -427,6 +453,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "kernels": kernels_table,
     "tokenizer": tokenizer_table,
     "data": data_table,
+    "stores": stores_table,
     "checkpoint": checkpoint_table,
     "many-gpus": many_gpus_table,
     "memory-of-ranks": memory_table,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.data.sources.decode import BadImageError, decode_fast
-from beit_fast.data.sources.folder import ImageSource, Source, damage_of
+from beit_fast.data.sources.folder import ImageSource, Source, damage_of, read_ahead
 from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.reading import Reads
 from beit_fast.data.sources.subset import Subset
@@ -56,6 +56,7 @@ def unusable_images(
         try:
             for first in range(0, len(indices), _AT_ONCE):
                 part = indices[first : first + _AT_ONCE]
+                read_ahead(source, part)
                 for index, why in each(zip(part, pool.map(reason, part), strict=True)):
                     if why is not None:
                         found[source.name(index)] = why
@@ -114,7 +115,9 @@ def batches_in_order(
     with Reads(source, reads) as limited, ThreadPoolExecutor(num_threads) as pool:
 
         def submit(first: int) -> list[Future[np.ndarray]]:
-            return [pool.submit(read, index) for index in indices[first : first + batch_size]]
+            part = indices[first : first + batch_size]
+            read_ahead(source, part)
+            return [pool.submit(read, index) for index in part]
 
         ahead = submit(0)
         try:

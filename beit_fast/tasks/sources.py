@@ -101,6 +101,7 @@ def open_loader(data: DataConfig, sample: Sample, *, seed: int, world: World) ->
         num_threads=data.num_threads,
         max_bad_share=data.max_bad_share,
         reads=data,
+        window=data.shards_at_once,
     )
 
 
@@ -129,4 +130,6 @@ def task_settings(config: Any) -> dict[str, Any]:
     and then takes the habits out (train/changes.py)."""
     settings = asdict(config)
     del settings["optim"], settings["run"]
+    if settings["data"].get("shuffle") == "full":
+        del settings["data"]["window"]  # nothing depends on it
     return settings

@@ -67,9 +67,9 @@ def check_classes(
     if len(names) >= fewest:
         return
     message = f"{path} has one class, {names[0]}, and one class teaches nothing: pass "
-    where, folders, images = Path(path), names, list(images)
+    where, folders, images = str(path), names, list(images)  # a URL is no Path
     while len(folders) == 1 and all(os.sep in name for name in images):  # to where they divide
-        where = where / folders[0]
+        where = os.path.join(where, folders[0])
         images = [name.split(os.sep, 1)[1] for name in images]
         folders = sorted({name.split(os.sep, 1)[0] for name in images if os.sep in name})
     if len(folders) < 2 or not all(os.sep in name for name in images):

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -55,6 +55,24 @@ def read_ahead(source: Source, indices: Sequence[int]) -> None:
     """Say that these will be read soon to a source that can use it: it has `ahead(indices)`."""
     if ahead := getattr(source, "ahead", None):
         ahead(indices)
+
+
+def shard_sizes_of(source: Source) -> Sequence[int] | None:
+    """Images of each shard of a source in the order of their numbers: it has `shard_sizes`. None
+    for one without shards."""
+    return getattr(source, "shard_sizes", None)
+
+
+def read_windowed(source: Source, window: int) -> None:
+    """Say that its shards are read a window of so many at a time: it may have `windowed`."""
+    if windowed := getattr(source, "windowed", None):
+        windowed(window)
+
+
+def read_shards_ahead(source: Source, shards: Sequence[int]) -> None:
+    """Say that shards with these numbers come next: it may have `shards_ahead`."""
+    if ahead := getattr(source, "shards_ahead", None):
+        ahead(shards)
 
 
 def damage_of(source: Source) -> Mapping[str, str]:
@@ -144,14 +162,27 @@ def digest_of_files(root: Path, paths: Sequence[str]) -> str:
     Not of every size: asking a network disk for 14 million takes hours, for the names of
     14 million no time beyond the scan. Raises OSError for a file that is gone.
     """
+    sizes = (
+        os.stat(os.path.join(root, paths[number])).st_size
+        for number in numbers_in_digest(len(paths))
+    )
+    return digest_of_sizes(paths, sizes)
+
+
+def digest_of_sizes(paths: Sequence[str], sizes: Iterable[int]) -> str:
+    """SHA-256 of paths, and of the sizes of those whose numbers `numbers_in_digest` gives."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(os.fsencode(path.replace(os.sep, "/")) + b"\0")
-    num_sizes = min(SIZES_IN_DIGEST, len(paths))
-    for number in range(num_sizes):
-        path = paths[number * len(paths) // num_sizes]
-        digest.update(b"%d\0" % os.stat(os.path.join(root, path)).st_size)
+    for size in sizes:
+        digest.update(b"%d\0" % size)
     return digest.hexdigest()
+
+
+def numbers_in_digest(num_files: int) -> list[int]:
+    """Of the files whose sizes count, spread evenly."""
+    num_sizes = min(SIZES_IN_DIGEST, num_files)
+    return [number * num_files // num_sizes for number in range(num_sizes)]
 
 
 def read_image_file(path: str | Path) -> bytes:

@@ -156,5 +156,7 @@ class _OpenFile:
 def open_storage(root: str, reads: ReadConfig = READS) -> Storage:
     """The storage of a folder, or of the prefix that a URL names."""
     if is_url(root):
-        raise NotImplementedError
+        from beit_fast.data.sources.shard_cache import CachedStorage  # which needs this file
+
+        return CachedStorage(root, reads=reads)
     return LocalStorage(root)

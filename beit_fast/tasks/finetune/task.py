@@ -114,6 +114,7 @@ class FinetuneTask:
             num_threads=data.num_threads,
             max_bad_share=data.max_bad_share,
             reads=data,
+            window=data.shards_at_once,
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
         self.num_images, self.images = len(source), self.loader.images
