@@ -2,7 +2,9 @@
 
 import os
 import re
+import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.sources.subset import Subset
 from beit_fast.recipes import PRETRAIN
+from beit_fast.tasks import sources
 from beit_fast.tasks.pretrain.pipeline import tokenizer_stage
 from beit_fast.tasks.sources import describe_source, open_source, say, task_settings
 from beit_fast.train.changes import check_settings, without_habits
 from beit_fast.train.state import CheckpointError
+from beit_fast.train.stop import Interrupted, stop_signals
 from beit_fast.train.world import World
 
 CPU = torch.device("cpu")
@@ -136,3 +140,25 @@ def test_a_command_that_is_to_follow_no_links_names_what_it_left_out(
     (line,) = capsys.readouterr().err.splitlines()
     assert "(2 links left out): expected" in line
     assert "pass --data.follow_links true" in line
+
+
+def test_indexing_is_told_now_and_then_and_can_be_stopped(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(sources, "time", SimpleNamespace(monotonic=lambda: now))
+    tell = sources.indexing()
+    for now in (0.1, 1.9, 2.1, 11.9, 12.2, 13):
+        tell(int(now), 20)
+    said = "indexing the shards, which is done once"
+    assert capsys.readouterr().out == f"{said}: 2 of 20\n{said}: 12 of 20\n"
+    with stop_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted, match="while the shards were indexed"):
+            tell(14, 20)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "a")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    tell = sources.indexing()
+    now = 99.0
+    tell(15, 20)
+    assert capsys.readouterr().out == ""  # of one rank

@@ -7,6 +7,7 @@ s3://bucket/prefix  gs:// az:// https://   a store; what it holds decides
 """
 
 import fnmatch
+import itertools
 import os
 import re
 from pathlib import Path
@@ -58,7 +59,8 @@ def expand_braces(pattern: str) -> list[str]:
     """
     names = [pattern]
     while any(_BRACES.search(name) for name in names):
-        names = [new for name in names for new in _expand_one(name, pattern)]
+        expanded = (new for name in names for new in _expand_one(name, pattern))
+        names = list(itertools.islice(expanded, _MOST_NAMES + 1))
         if len(names) > _MOST_NAMES:
             raise ValueError(f"{pattern} stands for more than {_MOST_NAMES} names: give fewer")
     return names
@@ -95,18 +97,32 @@ def kind_of(path: str | Path) -> Kind:
             return "tables"
     if is_url(path):
         return "objects"
-    if not os.path.isdir(path):
+    try:
+        names = _names_until_it_is_a_folder(path)
+    except OSError:  # no folder, or one that cannot be read: who opens it says so
         return "folder"
+    return "folder" if names is None else kind_of_names(names) or "folder"
+
+
+def _names_until_it_is_a_folder(path: str | Path) -> list[str] | None:
+    """Of the files in it that are not hidden; None from the first image or folder on: there may be
+    millions behind it."""
+    names = []
     with os.scandir(path) as entries:
-        names = []
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                return "folder"
+            if _is_folder(entry) or kind_of_names([entry.name]) == "objects":
+                return None
             names.append(entry.name)
-    kind = kind_of_names(names)
-    return "folder" if kind in (None, "objects") else kind
+    return names
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
 
 
 def _expand_one(name: str, pattern: str) -> list[str]:

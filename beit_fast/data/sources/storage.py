@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import stat
 import threading
 from collections import OrderedDict
@@ -12,7 +13,7 @@ from typing import NamedTuple, Protocol
 from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.places import is_url
 
-MOST_OPEN = 128  # files of a local storage at once
+MOST_OPEN = 4096  # files of a local storage at once: on a network disk opening one is a round trip
 
 
 class FileState(NamedTuple):
@@ -64,10 +65,12 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """Files of a folder. At most `most_open` are open at a time, those read last."""
+    """Files of a folder. At most `most_open` are open at a time, those read last; None: a quarter
+    of what the process may have open."""
 
-    def __init__(self, folder: str | Path, *, most_open: int = MOST_OPEN) -> None:
-        self.place, self._most_open = str(folder), most_open
+    def __init__(self, folder: str | Path, *, most_open: int | None = None) -> None:
+        self.place = str(folder)
+        self._most_open = _most_open() if most_open is None else most_open
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -138,6 +141,11 @@ class LocalStorage:
         file.is_dropped = True
         if not file.num_readers:
             os.close(file.descriptor)
+
+
+def _most_open() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_OPEN if limit == resource.RLIM_INFINITY else min(MOST_OPEN, limit // 4)
 
 
 class _OpenFile:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,10 +34,12 @@ _MOST_ENDINGS = 32  # that are counted by name
 _KINDS = {"first": "<i8", "size": "<i4", "check": "<u4", "label": "<i4"}
 _DIGEST = 32
 _APART = re.compile(rb"[/\\]")
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]|\xc2[\x80-\x9f]")  # what terminals obey
+_LONGEST_ENDING = 16
 LINKS, STRAY, HIDDEN, LARGE, TWICE = "links", "stray", "hidden", "large", "twice"
 LEFT_OUT = {  # what they are called
     LINKS: ("link or device", "links or devices"),
-    STRAY: ("name that leads elsewhere", "names that lead elsewhere"),
+    STRAY: ("name that leads elsewhere", "names that lead elsewhere"),  # or cannot be shown
     HIDDEN: ("hidden name", "hidden names"),
     LARGE: ("image of more than 64 MiB", "images of more than 64 MiB"),
     TWICE: ("name that was there before", "names that were there before"),
@@ -55,7 +57,7 @@ class ShardIndex:
     check: np.ndarray  # uint32 (n,), CRC-32 of the header that lies before
     label: np.ndarray  # int32 (n,), NO_LABEL where it has none
     names: bytes  # each and a NUL
-    ends: np.ndarray  # int64 (n,), of the names in `names`
+    ends: np.ndarray  # int32 (n,), of the names in `names`
     damage: str  # why it was read up to there; "" where it is whole
     left: dict[str, int] = field(default_factory=dict)  # members left out, by kind
     endings: dict[str, int] = field(default_factory=dict)  # of the other files among them
@@ -102,8 +104,7 @@ def index_shard(shard: str, state: FileState, read: Read) -> ShardIndex:
                     if stem not in classes:  # a .cls is what counts
                         _keep_label(described, stem, _described(_text(member, read)))
                 else:
-                    known = kind in endings or len(endings) < _MOST_ENDINGS
-                    endings[(kind or "without ending") if known else "others"] += 1
+                    endings[_kept_ending(kind, endings)] += 1
     except DamagedTarError as error:
         damage = str(error)
     names, found = b"".join(name + b"\0" for name in images), images.values()
@@ -176,11 +177,14 @@ def from_bytes(data: bytes, shard: str, state: FileState) -> ShardIndex | None:
 
 
 def _can_be(index: ShardIndex, count: int) -> bool:
-    """Whether all lies within the shard, one behind the other, and has a name."""
+    """Whether all lies within the shard, one behind the other, and has a name that can be shown."""
     first, size, label = index.first, index.size, index.label
+    octets = np.frombuffer(index.names, np.uint8)
     ends, counts = index.ends, [*index.left.values(), *index.endings.values()]
     return bool(
         type(index.damage) is str
+        and all(map(str.isprintable, [index.damage, *index.endings]))
+        and not (octets[octets > 0] < 0x20).any()
         and index.left.keys() <= LEFT_OUT.keys()
         and all(type(number) is int and number > 0 for number in counts)
         and len(ends) == count
@@ -195,12 +199,20 @@ def _can_be(index: ShardIndex, count: int) -> bool:
     )
 
 
+def _kept_ending(kind: str, endings: Mapping[str, int]) -> str:
+    """What it is counted as: there may be any number, of any length."""
+    if not kind:
+        return "without ending"
+    few = len(endings) < _MOST_ENDINGS and len(kind) <= _LONGEST_ENDING and kind.isprintable()
+    return kind if few or kind in endings else "others"
+
+
 def _clean(name: bytes) -> bytes | None:
     """Without "./" before it; None for one that leads out of the folder it would be taken out to,
-    or that nothing can have."""
+    or that cannot be shown."""
     while name.startswith(b"./"):
         name = name[2:].lstrip(b"/")
-    if not 0 < len(name) <= _LONGEST_NAME or name[0] in b"/\\" or b"\0" in name:
+    if not 0 < len(name) <= _LONGEST_NAME or name[0] in b"/\\" or _CONTROL.search(name):
         return None
     return None if b".." in name and b".." in _APART.split(name) else name
 
@@ -248,4 +260,5 @@ def _label(name: bytes, classes: dict[bytes, int], described: dict[bytes, int]) 
 
 
 def _ends(names: bytes) -> np.ndarray:
-    return np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+    ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+    return ends.astype(np.int32) if len(names) < 2**31 else ends

@@ -156,4 +156,5 @@ def _check_end(read: Read, place: int, size: int) -> None:
 
 
 def _shown(name: bytes) -> str:
-    return name[:80].decode(errors="backslashreplace")
+    text = name[:80].decode(errors="backslashreplace")
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

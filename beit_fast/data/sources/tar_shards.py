@@ -189,7 +189,7 @@ class TarShards(ImageSource):
             path = os.path.join(self._storage.place, index.shard)
             said = lengths.get(index.shard) or 0
             if index.damage:
-                yield path, f"{index.damage}; {_images(len(index))} come before that"
+                yield path, f"{index.damage}; {_images(len(index))} before that"
             elif len(index) < said:
                 yield path, f"it has {_images(len(index))} of the {said} that it should"
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit_fast.data.in_order import batches_in_order, name_unusable, unusable_images
+from beit_fast.data.in_order import batches_in_order, lost, name_unusable, unusable_images
 from beit_fast.data.loader import BadSamples
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import ImageFolder
@@ -91,6 +91,8 @@ def cached_features(
     one that is damaged, and for images that count and cannot be used, naming all of them;
     BadDataError for more bad images than allowed.
     """
+    if max_bad_share is None and (missing := lost(source)):
+        raise ValueError(name_unusable(missing, len(source)))
     bad = BadSamples(source, max_bad_share or 0, "it is left out", "max_bad_share")
     (mean, std), (height, width) = statistics, model.config.image_pixels
     made_from = dict(made_from) | {

@@ -75,6 +75,9 @@ HOSTILE = [
     ("a/../../up.jpg", b"x"),
     ("..\\up.jpg", b"x"),
     ("", b"x"),
+    ("red\x1b[31m.jpg", b"x"),
+    ("two\nlines.jpg", b"x"),
+    ("\x9b31m.jpg", b"x"),
     (entry("link.jpg", tarfile.SYMTYPE, "/etc/passwd"), b""),
     (entry("hard.jpg", tarfile.LNKTYPE, "whole.jpg"), b""),
     (entry("device.jpg", tarfile.CHRTYPE), b""),
@@ -87,6 +90,8 @@ HOSTILE = [
     ("code.pt", b"PK"),
     ("code.pyd", b"MZ"),
     ("code", b"#!"),
+    ("a." + "long" * 20, b""),
+    ("a.\u200b", b""),
 ]
 
 
@@ -103,8 +108,8 @@ def test_members_made_to_do_harm_are_left_out_and_counted(monkeypatch):
     index = index_shard(SHARD, FileState(len(data), ""), reading)
     assert names(index) == ["whole.jpg"]
     assert data[index.first[0] :][:5] == b"first"
-    assert index.left == {"stray": 5, "links": 4, "hidden": 1, "twice": 1, "large": 1}
-    assert index.endings == {".pkl": 1, ".pt": 1, ".pyd": 1, "without ending": 1}
+    assert index.left == {"stray": 8, "links": 4, "hidden": 1, "twice": 1, "large": 1}
+    assert index.endings == {".pkl": 1, ".pt": 1, ".pyd": 1, "without ending": 1, "others": 2}
     bodies = {first for first, count in read if count != 512}
     assert len(bodies) == 1  # the row of zeros at the end: of no member the content
 
@@ -202,6 +207,8 @@ FORGED = {
     "with members of no number": {"header": {"left": {"links": "b"}}},
     "with members of no kind": {"header": {"left": {"a": 1}}},
     "with nothing left out": {"header": {"left": None}},
+    "with damage that cannot be shown": {"header": {"damage": "\x1b[31m"}},
+    "with a name that cannot be shown": {"names": INDEX.names.replace(b"0", b"\x1b")},
     "of another format": {"header": {"format": 2}},
 }
 
@@ -217,4 +224,4 @@ def test_what_an_index_takes_in_memory_is_small():
     index = from_bytes(KEPT, SHARD, INDEX.state)
     arrays = [getattr(index, name) for name in ("first", "size", "check", "label", "ends")]
     assert all(isinstance(array, np.ndarray) for array in arrays)
-    assert sum(array.itemsize for array in arrays) == 28  # bytes an image, and its name
+    assert sum(array.itemsize for array in arrays) == 24  # bytes an image, and its name

@@ -261,6 +261,7 @@ def test_a_shard_that_cannot_be_read_or_hangs_is_named_with_what_to_do(folder, t
     ):
         shard_indices(far, SHARDS, reads)
     own, goes_on = far.read, threading.Event()
+    reads = replace(reads, cache=str(tmp_path / "other"))  # the first may have kept some
 
     def read(part):
         if part.name == SHARDS[2]:

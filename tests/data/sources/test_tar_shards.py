@@ -118,11 +118,11 @@ def test_of_a_damaged_shard_what_lies_before_is_used_and_it_is_named_and_counted
         said = [*source.damage.values()]
         assert said[0] == (
             f"it is cut: 2.jpg has {len(picture(2))} bytes from byte {third + 512} on, and the "
-            f"file ends at {third + 800}; 2 images come before that"
+            f"file ends at {third + 800}; 2 images before that"
         )
         assert said[2:] == [
-            "it is empty; 0 images come before that",
-            "it is no tar; 0 images come before that",
+            "it is empty; 0 images before that",
+            "it is no tar; 0 images before that",
         ]
         assert f"4 damaged shards ({damaged[0]}: it is cut" in source.left_out()
     bad = BadSamples(source, 0.5)  # what a loader counts by
