@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from beit_fast.data.loader import Loader
+from beit_fast.data.sources.opening import open_images
+from beit_fast.data.sources.storage import LocalStorage
 from beit_fast.data.sources.subset import Subset
 from beit_fast.data.window import WindowOrder
-from loaded import Numbers, Seeds, Sharded, assert_equal
+from beit_fast.tasks.sources import unseen_batches
+from loaded import SAMPLE, Numbers, Seeds, Sharded, assert_equal
+from shards import write_shards
 from task_runs import take_batches
 
 SIZES = [30, 21, 0, 40, 25, 33, 1, 28]  # 178 images; a shard without any
@@ -121,6 +125,33 @@ def test_the_source_is_told_the_window_and_the_shards_that_are_next():
     assert windows[1][2:] == windows[2]
     first = sum(SIZES[shard] for shard in windows[0][:2])
     assert {source.shard_of(index) for index in source.reads[:first]} == {*windows[0][:2]}
+
+
+def test_a_few_batches_from_elsewhere_announce_nothing():
+    source = Sharded(SIZES)
+    for _ in unseen_batches(loader_of(source), 3, torch.device("cpu")):
+        pass
+    assert len(source.reads) == 3 * 12
+    assert source.ahead_of == []
+
+
+def test_no_more_shards_are_open_than_a_window_has(tmp_path, monkeypatch):
+    num_open = []
+
+    def take(self, name, real=LocalStorage._take):
+        file = real(self, name)
+        num_open.append(len(self._open))
+        return file
+
+    monkeypatch.setattr(LocalStorage, "_take", take)
+    write_shards(tmp_path, 7, 4)
+    for window, most in ((2, 2), (None, 7)):
+        source = open_images(tmp_path)  # which may open all
+        loader = Loader(source, SAMPLE, batch_size=7, window=window)
+        del num_open[:]
+        read = take_batches(loader, 8)
+        assert {*torch.cat([batch["sample_index"] for batch in read]).tolist()} == {*range(28)}
+        assert max(num_open) == most
 
 
 def test_images_in_order_announce_their_shards():
