@@ -273,12 +273,6 @@ class _Reader:
         )
 
 
-def num_bad_borne(num_images: int, max_share: float) -> int:
-    """How many files of a data set may be bad, see `Loader`."""
-    small = min(_TOLERATED, int(_TOLERATED_SHARE * num_images)) if max_share else 0
-    return max(int(max_share * num_images), small)
-
-
 class BadSamples:
     """The files that cannot be used, shared by the threads that read them; `outcome` says in the
     log what becomes of one, `setting` is the share's. How many are borne: see `Loader`."""
@@ -334,3 +328,9 @@ class BadSamples:
                 )
             if self._verdict:
                 raise BadDataError(self._verdict) from error
+
+
+def num_bad_borne(num_images: int, max_share: float) -> int:
+    """How many files of a data set may be bad, see `Loader`."""
+    small = min(_TOLERATED, int(_TOLERATED_SHARE * num_images)) if max_share else 0
+    return max(int(max_share * num_images), small)

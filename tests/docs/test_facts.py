@@ -4,7 +4,6 @@ import csv
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from typing import get_args, get_type_hints
 
 import pytest
@@ -13,10 +12,8 @@ from beit_fast import PUBLISHED
 from beit_fast.cli import VERBS
 from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.sources import decode, reading
-from beit_fast.data.sources.limits import READS, ReadConfig
+from beit_fast.data.sources.limits import READS
 from beit_fast.data.token_cache import record_dtype
-from beit_fast.tasks.check.config import CheckConfig
-from beit_fast.tasks.pack.config import QUALITY, PackConfig
 from pages import ROOT, commands_of, name_of, pages, text_of
 
 RESULTS = ROOT / "bench" / "results"
@@ -194,23 +191,3 @@ def test_the_tables_are_those_of_the_results():
 @pytest.mark.parametrize("path", pages(), ids=name_of)
 def test_no_placeholder_is_left(path):
     assert not re.findall(r"\b[A-Z]+_(?:OUTPUT|NEWEST|NUMBERS|TABLE|MINUTES)\b|@@", text_of(path))
-
-
-@pytest.mark.parametrize(
-    ("section", "config"),
-    [("pack", PackConfig(images="a", shards="b")), ("check", CheckConfig(images="a"))],
-)
-def test_the_settings_of_shards_have_the_defaults(section, config):
-    text = (ROOT / "docs" / "shards.md").read_text(encoding="utf-8")
-    part = text.partition(f": {section}\n")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `--(\w+)` \| ([^|]*?) +\|", part, re.MULTILINE)
-    said = {"the name of the folder `SHARDS`": None, "one for each core": None, "null": None}
-    for name, default in rows:
-        value = getattr(config, name)
-        if name == "quality":
-            value = QUALITY
-        assert said.get(default, default) == (None if value is None else f"{value}".lower()), name
-    own = {field.name for field in fields(config)} - {field.name for field in fields(ReadConfig)}
-    told_elsewhere = {"images", "shards", "follow_links", "max_pixels"}
-    assert {name for name, _ in rows} | told_elsewhere >= own
-    assert len(rows) >= 5

@@ -1,11 +1,16 @@
 """What docs/shards.md says of orders and tables is what was measured, and what the code does."""
 
 import csv
+import re
+from dataclasses import fields
 
 import pytest
 
 from beit_fast.data.config import DataConfig
 from beit_fast.data.sources import parquet_table
+from beit_fast.data.sources.limits import ReadConfig
+from beit_fast.tasks.check.config import CheckConfig
+from beit_fast.tasks.pack.config import QUALITY, PackConfig
 from pages import ROOT, text_of
 
 PAGE = text_of(ROOT / "docs" / "shards.md")
@@ -75,3 +80,22 @@ def test_the_settings_have_the_defaults_of_the_code():
     assert DataConfig().shuffle == "full"
     assert f"{parquet_table._KEPT} row groups or a gigabyte, with a window twice" in PAGE
     assert parquet_table._KEPT_BYTES == 2**30
+
+
+@pytest.mark.parametrize(
+    ("section", "config"),
+    [("pack", PackConfig(images="a", shards="b")), ("check", CheckConfig(images="a"))],
+)
+def test_the_settings_of_shards_have_the_defaults(section, config):
+    part = PAGE.partition(f": {section}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `--(\w+)` \| ([^|]*?) +\|", part, re.MULTILINE)
+    said = {"the name of the folder `SHARDS`": None, "one for each core": None, "null": None}
+    for name, default in rows:
+        value = getattr(config, name)
+        if name == "quality":
+            value = QUALITY
+        assert said.get(default, default) == (None if value is None else f"{value}".lower()), name
+    own = {field.name for field in fields(config)} - {field.name for field in fields(ReadConfig)}
+    told_elsewhere = {"images", "shards", "follow_links", "max_pixels"}
+    assert {name for name, _ in rows} | told_elsewhere >= own
+    assert len(rows) >= 5
