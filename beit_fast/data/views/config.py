@@ -27,7 +27,7 @@ CropMode = Literal["center", "squash"]  # timm's words
 class ViewConfig:
     """The two views of a sample; the defaults are the official pre-training's."""
 
-    kind: Literal["reference", "fast"] = "fast"
+    kind: Literal["reference", "fast", "gpu"] = "fast"
     size: Side = 224  # pixels (height, width) for the encoder
     token_size: Side = 112  # pixels for the tokenizer: its stride per patch
     scale: ShareRange = (0.08, 1.0)  # area of the crop as a share of the image's

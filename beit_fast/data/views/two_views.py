@@ -37,6 +37,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from beit_fast.data.sources.decode import decode_fast, decode_pillow
+from beit_fast.data.sources.late import LATE, late_image
 from beit_fast.data.views.color_jitter import jitter_coefficients
 from beit_fast.data.views.config import ViewConfig
 from beit_fast.data.views.statistics import IMAGENET_MEAN, IMAGENET_STD
@@ -151,12 +152,17 @@ def make_views(
     `config.token_size`, neither of which depends on whether the other is made. The fast transform,
     if it is to jitter at all, leaves that to `color_jitter.jitter_views` and adds its numbers as
     `jitter`, float32 (steps, 3).
+    Of kind gpu they are yet to be made, from what is there under LATE: (LateImage, ViewDraw).
     Raises BadImageError if the file cannot be decoded. Smaller images are enlarged, as officially.
     """
     if config.kind == "reference":
         image = decode_pillow(data, config.max_pixels)
         draw = draw_view(image.height, image.width, config, rng)
         return reference_views(image, draw, config, names), draw
+    if config.kind == "gpu":
+        late = late_image(data, config.max_pixels)
+        draw = draw_view(late.height, late.width, config, rng)
+        return {LATE: (late, draw)}, draw
     pixels = decode_fast(data, config.max_pixels)
     draw = draw_view(*pixels.shape[:2], config, rng)
     return fast_views(pixels, draw, config, names), draw
