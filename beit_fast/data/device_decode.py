@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,55 +67,60 @@ class DeviceDecoder:
     def __init__(self, device: torch.device, decode_batch: DecodeBatch | None) -> None:
         self._device, self._decode_batch = device, decode_batch
         self._works = False  # on some image
-        self._kind, self._batch_size = flag("views.kind"), flag("data.batch_size")  # for a thread
+        self._kind = flag("views.kind")  # here, for threads do not know it
 
     def __call__(self, images: Sequence[LateImage]) -> list[tuple[Tensor | BadImageError, str]]:
-        """Of each image its pixels, uint8 (height, width, 3), or what is wrong with it; and why the
-        CPU decoded it, "" where that was not asked of it alone. Pixels that the CPU decoded are
-        there and not on the device.
+        """Of each image its pixels, uint8 (3, height, width), or what is wrong with it; and why it
+        was left to the CPU's decoder, "" where it was not. That one's pixels are not on the device.
 
         Raises DeviceDecodeError where the device has decoded nothing so far that the CPU can.
         """
+        plain = [image for image in images if image.pixels is None]
+        decoded = iter(self._decode_plain(plain))
+        return [
+            next(decoded) if image.pixels is None else (_planes(image.pixels), image.why)
+            for image in images
+        ]
+
+    def _decode_plain(
+        self, images: Sequence[LateImage]
+    ) -> list[tuple[Tensor | BadImageError, str]]:
         if self._decode_batch is None:
             return [(_decode_on_cpu(image), "") for image in images]
-        self._refusal: Exception | None = None
-        decoded = self._decode(images)
-        if not self._works and any(not isinstance(pixels, Exception) for pixels, _ in decoded):
+        self._refusal = Exception("of nothing")
+        decoded = self._decode_in_parts(images)
+        if not self._works and any(isinstance(pixels, Tensor) for pixels, _ in decoded):
             raise DeviceDecodeError(
-                f"the decoder of {self._device} refuses every image, the CPU does not "
+                f"the decoder of {self._device} refuses every image, the CPU's does not "
                 f"({_first_line(self._refusal)}): see that torchcodec and driver fit, or pass "
                 f"{self._kind} fast"
             )
         return decoded
 
-    def _decode(self, images: Sequence[LateImage]) -> list[tuple[Tensor | BadImageError, str]]:
+    def _decode_in_parts(
+        self, images: Sequence[LateImage]
+    ) -> list[tuple[Tensor | BadImageError, str]]:
         # Writable, for torch would warn of the bytes' own memory.
         encoded = [torch.frombuffer(bytearray(image.data), dtype=torch.uint8) for image in images]
         try:
             decoded = self._decode_batch(encoded) if encoded else []
-        except torch.AcceleratorError:
-            raise  # nothing works on the device after it
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise DeviceDecodeError(
-                    f"decoding {len(images)} images found too little memory on {self._device} "
-                    f"({_first_line(error)}): pass a smaller {self._batch_size}, or {self._kind} "
-                    "fast"
-                ) from error
+            # After an error of CUDA nothing works on the device, and less would not fit better.
+            if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+                raise
             self._refusal = error
             if len(images) == 1:
                 return [(_decode_on_cpu(images[0]), REFUSED)]
             half = len(images) // 2
-            return self._decode(images[:half]) + self._decode(images[half:])
-        found = []
-        for image, pixels in zip(images, decoded, strict=True):
-            if pixels.shape == (3, image.height, image.width):
-                found.append((pixels.permute(1, 2, 0), ""))
-                self._works = True
-            else:
-                self._refusal = ValueError(f"pixels of shape {tuple(pixels.shape)}")
-                found.append((_decode_on_cpu(image), REFUSED))
-        return found
+            return self._decode_in_parts(images[:half]) + self._decode_in_parts(images[half:])
+        return [self._checked(image, pixels) for image, pixels in zip(images, decoded, strict=True)]
+
+    def _checked(self, image: LateImage, pixels: Tensor) -> tuple[Tensor | BadImageError, str]:
+        if pixels.shape == (3, image.height, image.width):
+            self._works = True
+            return pixels, ""
+        self._refusal = ValueError(f"pixels of shape {tuple(pixels.shape)}")
+        return _decode_on_cpu(image), REFUSED
 
 
 def device_decoder(device: torch.device) -> DeviceDecoder:
@@ -148,8 +154,13 @@ def _decode_on_cpu(image: LateImage) -> Tensor | BadImageError:
             f"its header says {image.width}x{image.height} pixels, it has "
             f"{pixels.shape[1]}x{pixels.shape[0]}"
         )
-    return torch.from_numpy(pixels)
+    return _planes(pixels)
 
 
-def _first_line(error: Exception | None) -> str:
+def _planes(pixels: np.ndarray) -> Tensor:
+    """(height, width, 3) -> (3, height, width), the same memory."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")[:200]

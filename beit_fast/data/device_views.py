@@ -16,15 +16,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from beit_fast.data.device_decode import DecodeCounts, DeviceDecoder, device_decoder
+from beit_fast.data.device_decode import (
+    DecodeCounts,
+    DeviceDecodeError,
+    DeviceDecoder,
+    device_decoder,
+)
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.late import LateImage
 from beit_fast.data.views.config import ViewConfig
-from beit_fast.data.views.stand_in import ragged_views
 from beit_fast.data.views.two_views import VIEWS, ViewDraw
+from beit_fast.errors import is_out_of_memory
+from beit_fast.flags import flag
+from beit_fast.kernels.input.ragged_views import STEPS, ragged_views
 
 PIXELS_AT_ONCE = 2**27
-STEPS = ("brightness", "contrast", "saturation")  # of jitter, by the kernel's numbers
 Late = tuple[LateImage, ViewDraw]
 Replace = Callable[[int, BadImageError], Late]  # row of the batch, what is wrong -> another image
 
@@ -40,8 +46,15 @@ class DeviceViews:
         counts: DecodeCounts,
         decoder: DeviceDecoder | None = None,
     ) -> None:
-        self._config, self._names, self._device, self._counts = config, names, device, counts
+        made = dict(
+            zip(VIEWS, (("bicubic", config.size), ("lanczos", config.token_size)), strict=True)
+        )
+        self._views = {name: made[name] for name in names}
+        self._device, self._counts = device, counts
         self._decoder = device_decoder(device) if decoder is None else decoder
+        self._remedy = (  # here, for threads do not know the flags
+            f"pass a smaller {flag('data.batch_size')}, or {flag('views.kind')} fast"
+        )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, late: Sequence[Late], replace: Replace) -> dict[str, Tensor]:
@@ -50,18 +63,28 @@ class DeviceViews:
         For an image that cannot be decoded `replace` gives another one, until one can. Raises what
         it raises; DeviceDecodeError.
         """
-        late = list(late)
-        sizes = dict(zip(VIEWS, (self._config.size, self._config.token_size), strict=True))
-        with torch.cuda.stream(self._stream):  # None: nothing
+        try:
+            return self._all(list(late), replace)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            said = next(iter(str(error).splitlines()), "")[:200]
+            raise DeviceDecodeError(
+                f"the views of {len(late)} images found too little memory on {self._device} "
+                f"({said or type(error).__name__}): {self._remedy}"
+            ) from error
+
+    def _all(self, late: list[Late], replace: Replace) -> dict[str, Tensor]:
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             views = {
-                name: torch.empty(len(late), *sizes[name], 3, dtype=torch.uint8, device=self._device)
-                for name in self._names
+                name: torch.empty(len(late), *size, 3, dtype=torch.uint8, device=self._device)
+                for name, (_, size) in self._views.items()
             }
             for rows in _parts([image.height * image.width for image, _ in late]):
                 pixels = self._decoded(late, rows, replace)
-                made = self._views(pixels, [draw for _, draw in late[rows]])
-                for name, view in views.items():
-                    view[rows] = made[name]
+                made = self._made(pixels, [draw for _, draw in late[rows]])
+                for view, part in zip(views.values(), made, strict=True):
+                    view[rows] = part
             if self._stream is not None:
                 end = torch.cuda.Event(blocking=True)  # sleeps: the loader's threads want the core
                 end.record()
@@ -69,48 +92,35 @@ class DeviceViews:
         return views
 
     def _decoded(self, late: list[Late], rows: slice, replace: Replace) -> list[Tensor]:
-        """The pixels of those rows, (height, width, 3) each; `late` has what was replaced."""
-        reasons = [image.why for image, _ in late[rows]]
-        plain = [row for row in range(*rows.indices(len(late))) if late[row][0].pixels is None]
-        decoded = dict(zip(plain, self._decoder([late[row][0] for row in plain]), strict=True))
-        found = []
-        for number, row in enumerate(range(*rows.indices(len(late)))):
-            pixels, why = decoded.get(row) or (late[row][0].pixels, late[row][0].why)
+        """The pixels of those rows, (3, height, width) each; `late` has what was replaced."""
+        found, reasons = [], []
+        decoded = self._decoder([image for image, _ in late[rows]])
+        for row, (pixels, why) in enumerate(decoded, rows.start):
             while isinstance(pixels, BadImageError):
                 late[row] = replace(row, pixels)
-                image = late[row][0]
-                if image.pixels is None:
-                    ((pixels, why),) = self._decoder([image])
-                else:
-                    pixels, why = image.pixels, image.why
-            reasons[number] = why
-            found.append(torch.as_tensor(pixels))
+                ((pixels, why),) = self._decoder([late[row][0]])
+            found.append(pixels)
+            reasons.append(why)
         self._counts.add(reasons)
         return found
 
-    def _views(self, pixels: list[Tensor], draws: list[ViewDraw]) -> dict[str, Tensor]:
-        sizes = torch.tensor([p.shape[:2] for p in pixels], dtype=torch.int32)
-        num_values = sizes.prod(1, dtype=torch.int64) * 3
-        jitters = [draw.jitter for draw in draws]
-        numbers = [[STEPS.index(name) for name, _ in jitter] for jitter in jitters]
-        factors = [[factor for _, factor in jitter] for jitter in jitters]
-        made = ragged_views(
-            torch.cat([p.to(self._device).reshape(-1) for p in pixels]),
-            *(
-                t.to(self._device)
-                for t in (
-                    num_values.cumsum(0) - num_values,
-                    sizes,
-                    torch.tensor([draw.box for draw in draws], dtype=torch.int32),
-                    torch.tensor([draw.flip for draw in draws]),
-                    torch.tensor(numbers, dtype=torch.int8).view(len(draws), -1),
-                    torch.tensor(factors, dtype=torch.float32).view(len(draws), -1),
-                )
-            ),
-            self._config.size,
-            self._config.token_size,
+    def _made(self, pixels: list[Tensor], draws: list[ViewDraw]) -> list[Tensor]:
+        sizes = torch.tensor([p.shape[1:] for p in pixels])
+        num_values = 3 * sizes.prod(1)
+        planar = [p.is_contiguous() for p in pixels]  # or else pixel by pixel: both are decoded to
+        steps = [[STEPS.index(name) for name, _ in draw.jitter] for draw in draws]
+        factors = [[factor for _, factor in draw.jitter] for draw in draws]
+        return ragged_views(
+            torch.cat([_flat(p.to(self._device)) for p in pixels]),
+            num_values.cumsum(0) - num_values,
+            sizes,
+            torch.tensor([draw.box for draw in draws]),
+            torch.tensor([draw.flip for draw in draws]),
+            planar=torch.tensor(planar),
+            steps=torch.tensor(steps, dtype=torch.int64),
+            factors=torch.tensor(factors),
+            views=[*self._views.values()],
         )
-        return dict(zip(VIEWS, made, strict=True))
 
 
 def taken(views: dict[str, Tensor]) -> None:
@@ -119,6 +129,11 @@ def taken(views: dict[str, Tensor]) -> None:
     for view in views.values():
         if view.is_cuda:
             view.record_stream(torch.cuda.current_stream(view.device))
+
+
+def _flat(pixels: Tensor) -> Tensor:
+    """The values of (3, height, width) as they lie in memory."""
+    return (pixels if pixels.is_contiguous() else pixels.permute(1, 2, 0)).reshape(-1)
 
 
 def _parts(pixels: Sequence[int]) -> list[slice]:

@@ -15,9 +15,9 @@ from PIL import Image
 
 from beit_fast.data.sources.decode import (
     BadImageError,
-    import_decode_jpeg,
     decode_fast,
     decode_pillow,
+    import_decode_jpeg,
 )
 from beit_fast.data.sources.limits import MAX_PIXELS
 from beit_fast.data.views.config import ViewConfig
