@@ -1,22 +1,12 @@
 """Pre-training on views of kind gpu: where the device is a CPU it is the run of kind reference."""
 
-from dataclasses import replace
-
 import pytest
-import torch
 
-from beit_fast.data import token_cache
-from beit_fast.data.token_cache import TokenCacheError, read_manifest
 from beit_fast.tasks.pretrain.pipeline import run_pretraining
-from beit_fast.tasks.pretrain.pretokenize import run_pretokenize
 from beit_fast.tasks.pretrain.task import PretrainTask
 from task_runs import (
-    ALONE,
     assert_the_same_run,
-    records_of,
     stopped_in_step,
-    take_batches,
-    with_fields,
 )
 
 
