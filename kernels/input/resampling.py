@@ -11,7 +11,8 @@ one sum in any order: what is left to chance is a weight within 1e-15 of a half,
 Both filters are 0 where they end. So a pixel at the very end, that one rounding counts in and
 another one does not, changes nothing, and no more than `most_taps` pixels count.
 
-Source: Pillow 13.0 `src/libImaging/Resample.c` (older ones go along rows first, always); bicubic with a = -1/2, Lanczos of three lobes.
+Source: Pillow 13.0 `src/libImaging/Resample.c`, older ones of which go along rows first, always.
+Bicubic has a = -1/2, Lanczos three lobes.
 """
 
 import math
@@ -40,7 +41,7 @@ def most_taps(name: str, num_in: int, num_out: int) -> int:
 
 
 def columns_first(height: int, width: int, size: tuple[int, int]) -> bool:
-    """Whether the columns come first: where the height loses pixels, over twice what the width does.
+    """Whether the height loses pixels, and more than twice as many as the width.
 
     Heights and widths may be tensors: then it is one as well.
     """
@@ -64,6 +65,11 @@ def resize_weights(name: str, num_in: int, num_out: int) -> tuple[Tensor, Tensor
     values = torch.where(pixel < last, values, 0)
     values = values / values.sum(0) * 2**PRECISION
     return first, (values + values.sign() * 0.5).long()
+
+
+def rounded_levels(sums: Tensor) -> Tensor:
+    """Levels of sums of weighted levels, in their dtype."""
+    return ((sums + 2 ** (PRECISION - 1)) >> PRECISION).clamp(0, 255)
 
 
 def _sinc(x: Tensor) -> Tensor:
