@@ -28,13 +28,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from beit_fast.kernels.arguments import check_backend
+from beit_fast.kernels._triton import launch_obstacle
+from beit_fast.kernels.arguments import check_backend, run_or_torch, triton_or_torch
 from beit_fast.kernels.input.ragged_views_reference import (
     CONTRAST,
     STEPS,
     VIEWS,
 )
 from beit_fast.kernels.input.ragged_views_torch import ragged_views_torch
+from beit_fast.kernels.input.ragged_views_triton import ragged_views_triton
 from beit_fast.kernels.input.resampling import SUPPORT
 from beit_fast.kernels.registration import implement
 
@@ -53,7 +55,14 @@ def _ragged_views(
     views = _views(filters, view_sizes)
     _check_values(pixels, offsets, sizes, boxes, steps)
     arguments = (pixels, offsets, sizes, boxes, flips, planar, steps, factors, views)
-    return ragged_views_torch(*arguments)
+    if _resolve(backend, pixels) == "torch":
+        return ragged_views_torch(*arguments)
+    return run_or_torch(
+        "ragged_views",
+        lambda: ragged_views_triton(*arguments),
+        lambda: ragged_views_torch(*arguments),
+        backend=backend,
+    )
 
 
 implement("ragged_views", _ragged_views)
@@ -63,6 +72,14 @@ implement("ragged_views", _ragged_views)
 def _(pixels, offsets, sizes, boxes, flips, planar, steps, factors, filters, view_sizes, backend):
     views = _views(filters, view_sizes)
     return [pixels.new_empty(offsets.shape[0], *size, 3) for _, size in views]
+
+
+def _resolve(backend: str, pixels: Tensor) -> str:
+    """The wish, or the kernels on a GPU if they can, with a warning if they cannot."""
+    if backend == "torch" or (backend == "" and pixels.device.type == "cpu"):
+        return "torch"
+    obstacle = launch_obstacle(pixels, operator="ragged_views")
+    return triton_or_torch("ragged_views", backend, obstacle)
 
 
 def _views(filters: list[str], sizes: list[int]) -> list[tuple[str, tuple[int, int]]]:

@@ -34,10 +34,10 @@ def filter_values(name: str, x: Tensor) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, 0))
 
 
-def most_taps(name: str, num_in: int, num_out: int) -> int:
-    """Pixels that count for a resized one, at most."""
-    widened = max(num_in / num_out, 1.0)
-    return min(math.ceil(2 * SUPPORT[name] * widened), num_in)
+def most_taps(name: str, num_in: Tensor, num_out: Tensor | int) -> Tensor:
+    """Pixels that count for a resized one, at most: integers like num_in."""
+    widest = 2 * SUPPORT[name]
+    return (-(-widest * num_in // num_out)).clamp(min=widest).minimum(num_in)
 
 
 def columns_first(height: int, width: int, size: tuple[int, int]) -> bool:
@@ -60,7 +60,8 @@ def resize_weights(name: str, num_in: int, num_out: int) -> tuple[Tensor, Tensor
     centre = (torch.arange(num_out, dtype=torch.float64, device="cpu") + 0.5) * scale
     first = (centre - support + 0.5).long().clamp(min=0)
     last = (centre + support + 0.5).long().clamp(max=num_in)
-    pixel = first + torch.arange(most_taps(name, num_in, num_out), device="cpu")[:, None]
+    taps = int(most_taps(name, torch.tensor(num_in, device="cpu"), num_out))
+    pixel = first + torch.arange(taps, device="cpu")[:, None]
     values = filter_values(name, (pixel - centre + 0.5) * (1 / widened))
     values = torch.where(pixel < last, values, 0)
     values = values / values.sum(0) * 2**PRECISION
