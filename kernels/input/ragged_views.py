@@ -5,15 +5,15 @@
 Jitter is steps of brightness (1), contrast (2), saturation (3), 0 being none, in the order given,
 each a blend of all pixels x of the image with d, by a factor f, in fp32 without fused products:
 
-    x <- trunc(clip(d + f (x - d), 0, 255))     d = 0, mean of grey over the image, grey of the pixel
+    x <- trunc(clip(d + f (x - d), 0, 255))     d = 0, mean of grey in the image, grey of the pixel
     grey = (19595 r + 38470 g + 7471 b + 2^15) >> 16
 
-The resize is antialiased, in integers (resampling.py), along rows and then along columns.
+The resize is antialiased, in integers, along rows and along columns (resampling.py).
 
-Shapes    pixels (P,): the images one after the other; offsets (B,): where each begins; sizes (B, 2):
-          height, width; planar (B,): whether it lies as (3, height, width), else (height, width, 3);
-          boxes (B, 4): top, left, height, width in the flipped image; flips (B,); steps, factors
-          (B, S); a view: (B, height, width, 3)
+Shapes    pixels (P,): the images one after the other; offsets (B,): where each begins; sizes
+          (B, 2): height, width; planar (B,): whether it lies as (3, height, width), else as
+          (height, width, 3); boxes (B, 4): top, left, height, width in the flipped image;
+          flips (B,); steps, factors (B, S); a view: (B, height, width, 3)
 Types     pixels and views uint8; factors floats, used in fp32; the others integers or bools
 Devices   pixels where the work is done; all else on the CPU, where it is drawn: the sizes decide
           what is launched. It moves in one copy, and the host waits for nothing
@@ -28,86 +28,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from beit_fast.kernels.arguments import check_backend
-from beit_fast.kernels.input.resampling import PRECISION, SUPPORT, columns_first, resize_weights
+from beit_fast.kernels._triton import launch_obstacle
+from beit_fast.kernels.arguments import check_backend, run_or_torch, triton_or_torch
+from beit_fast.kernels.input.ragged_views_reference import (
+    CONTRAST,
+    STEPS,
+    VIEWS,
+)
+from beit_fast.kernels.input.ragged_views_torch import ragged_views_torch
+from beit_fast.kernels.input.ragged_views_triton import ragged_views_triton
+from beit_fast.kernels.input.resampling import SUPPORT
 from beit_fast.kernels.registration import implement
 
 BACKENDS = ("triton", "torch")
-STEPS = ("none", "brightness", "contrast", "saturation")  # their numbers
-CONTRAST = STEPS.index("contrast")
 MOST_BYTES = 2**31 - 1  # of one image: counted in int32
-VIEWS = (("bicubic", (224, 224)), ("lanczos", (112, 112)))  # of the encoder, of the tokenizer
-
-
-def ragged_views_reference(
-    pixels: Tensor,
-    offsets: Tensor,
-    sizes: Tensor,
-    boxes: Tensor,
-    flips: Tensor,
-    planar: Tensor,
-    steps: Tensor,
-    factors: Tensor,
-    views: Sequence[tuple[str, tuple[int, int]]] = VIEWS,
-) -> list[Tensor]:
-    """The formulas above, transcribed, an image at a time."""
-    crops = []
-    for b, (height, width) in enumerate(sizes.tolist()):
-        image = pixels[offsets[b] :][: 3 * height * width]
-        image = image.view(3, height, width) if planar[b] else image.view(height, width, 3)
-        image = image.permute(1, 2, 0) if planar[b] else image
-        for step, factor in zip(steps[b].tolist(), factors[b].float().tolist(), strict=True):
-            image = _jitter_reference(image, step, factor)
-        image = image.flip(1) if flips[b] else image
-        top, left, box_height, box_width = boxes[b].tolist()
-        crops.append(image[top : top + box_height, left : left + box_width])
-    return [
-        torch.stack([_resize_reference(crop, name, size) for crop in crops])
-        if crops
-        else pixels.new_empty(0, *size, 3)
-        for name, size in views
-    ]
-
-
-def _jitter_reference(image: Tensor, step: int, factor: float) -> Tensor:
-    """A step of one image, uint8 (height, width, 3)."""
-    if step == STEPS.index("none"):
-        return image
-    levels = image.long()
-    grey = (levels @ levels.new_tensor([19595, 38470, 7471]) + 2**15) >> 16
-    base = {
-        "brightness": torch.zeros_like(grey),
-        "contrast": ((2 * grey.sum() + grey.numel()) // (2 * grey.numel())).expand_as(grey),
-        "saturation": grey,
-    }[STEPS[step]][..., None].float()
-    return (base + (levels - base) * factor).clamp(0, 255).to(torch.uint8)
-
-
-def _resize_reference(image: Tensor, name: str, size: tuple[int, int]) -> Tensor:
-    """uint8 (height, width, 3) -> uint8 (*size, 3): products of matrices, exact in fp64."""
-    height, width, _ = image.shape
-    down = _weight_matrix(name, height, size[0]).to(image.device)
-    across = _weight_matrix(name, width, size[1]).to(image.device)
-    passes = [("yh,hwc->ywc", down), ("xw,hwc->hxc", across)]
-    if not columns_first(height, width, size):
-        passes.reverse()
-    for product, weights in passes:
-        image = _rounded(torch.einsum(product, weights, image.double()))
-    return image
-
-
-def _rounded(sums: Tensor) -> Tensor:
-    return ((sums.long() + 2 ** (PRECISION - 1)) >> PRECISION).clamp(0, 255).to(torch.uint8)
-
-
-def _weight_matrix(name: str, num_in: int, num_out: int) -> Tensor:
-    """The weights as float64 (out, in)."""
-    first, weights = resize_weights(name, num_in, num_out)
-    at = (first + torch.arange(len(weights))[:, None]).clamp(max=num_in - 1)
-    matrix = torch.zeros(num_in, num_out, dtype=torch.float64)
-    return matrix.scatter_add_(0, at, weights.double()).T
-
-
 torch.library.define(
     "beit_fast::ragged_views",
     "(Tensor pixels, Tensor offsets, Tensor sizes, Tensor boxes, Tensor flips, Tensor planar, "
@@ -121,7 +55,14 @@ def _ragged_views(
     views = _views(filters, view_sizes)
     _check_values(pixels, offsets, sizes, boxes, steps)
     arguments = (pixels, offsets, sizes, boxes, flips, planar, steps, factors, views)
-    return ragged_views_reference(*arguments)
+    if _resolve(backend, pixels) == "torch":
+        return ragged_views_torch(*arguments)
+    return run_or_torch(
+        "ragged_views",
+        lambda: ragged_views_triton(*arguments),
+        lambda: ragged_views_torch(*arguments),
+        backend=backend,
+    )
 
 
 implement("ragged_views", _ragged_views)
@@ -131,6 +72,14 @@ implement("ragged_views", _ragged_views)
 def _(pixels, offsets, sizes, boxes, flips, planar, steps, factors, filters, view_sizes, backend):
     views = _views(filters, view_sizes)
     return [pixels.new_empty(offsets.shape[0], *size, 3) for _, size in views]
+
+
+def _resolve(backend: str, pixels: Tensor) -> str:
+    """The wish, or the kernels on a GPU if they can, with a warning if they cannot."""
+    if backend == "torch" or (backend == "" and pixels.device.type == "cpu"):
+        return "torch"
+    obstacle = launch_obstacle(pixels, operator="ragged_views")
+    return triton_or_torch("ragged_views", backend, obstacle)
 
 
 def _views(filters: list[str], sizes: list[int]) -> list[tuple[str, tuple[int, int]]]:

@@ -11,7 +11,8 @@ one sum in any order: what is left to chance is a weight within 1e-15 of a half,
 Both filters are 0 where they end. So a pixel at the very end, that one rounding counts in and
 another one does not, changes nothing, and no more than `most_taps` pixels count.
 
-Source: Pillow 13.0 `src/libImaging/Resample.c` (older ones go along rows first, always); bicubic with a = -1/2, Lanczos of three lobes.
+Source: Pillow 13.0 `src/libImaging/Resample.c`, older ones of which go along rows first, always.
+Bicubic has a = -1/2, Lanczos three lobes.
 """
 
 import math
@@ -33,14 +34,14 @@ def filter_values(name: str, x: Tensor) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, 0))
 
 
-def most_taps(name: str, num_in: int, num_out: int) -> int:
-    """Pixels that count for a resized one, at most."""
-    widened = max(num_in / num_out, 1.0)
-    return min(math.ceil(2 * SUPPORT[name] * widened), num_in)
+def most_taps(name: str, num_in: Tensor, num_out: Tensor | int) -> Tensor:
+    """Pixels that count for a resized one, at most: integers like num_in."""
+    widest = 2 * SUPPORT[name]
+    return (-(-widest * num_in // num_out)).clamp(min=widest).minimum(num_in)
 
 
 def columns_first(height: int, width: int, size: tuple[int, int]) -> bool:
-    """Whether the columns come first: where the height loses pixels, over twice what the width does.
+    """Whether the height loses pixels, and more than twice as many as the width.
 
     Heights and widths may be tensors: then it is one as well.
     """
@@ -59,11 +60,17 @@ def resize_weights(name: str, num_in: int, num_out: int) -> tuple[Tensor, Tensor
     centre = (torch.arange(num_out, dtype=torch.float64, device="cpu") + 0.5) * scale
     first = (centre - support + 0.5).long().clamp(min=0)
     last = (centre + support + 0.5).long().clamp(max=num_in)
-    pixel = first + torch.arange(most_taps(name, num_in, num_out), device="cpu")[:, None]
+    taps = int(most_taps(name, torch.tensor(num_in, device="cpu"), num_out))
+    pixel = first + torch.arange(taps, device="cpu")[:, None]
     values = filter_values(name, (pixel - centre + 0.5) * (1 / widened))
     values = torch.where(pixel < last, values, 0)
     values = values / values.sum(0) * 2**PRECISION
     return first, (values + values.sign() * 0.5).long()
+
+
+def rounded_levels(sums: Tensor) -> Tensor:
+    """Levels of sums of weighted levels, in their dtype."""
+    return ((sums + 2 ** (PRECISION - 1)) >> PRECISION).clamp(0, 255)
 
 
 def _sinc(x: Tensor) -> Tensor:
