@@ -57,7 +57,7 @@ class DecodeCounts:
         if not odd:
             return ""
         why = ", ".join(f"{count} {reason}" for reason, count in odd.items())
-        return f"{sum(odd.values())} of {self._total} images were left to the CPU's decoder: {why}"
+        return f"{sum(odd.values())} of {self._total} images that this process loaded were left to the CPU's decoder: {why}"
 
 
 class DeviceDecoder:

@@ -82,7 +82,7 @@ class DeviceViews:
             }
             for rows in _parts([image.height * image.width for image, _ in late]):
                 pixels = self._decoded(late, rows, replace)
-                made = self._made(pixels, [draw for _, draw in late[rows]])
+                made = self.made(pixels, [draw for _, draw in late[rows]])
                 for view, part in zip(views.values(), made, strict=True):
                     view[rows] = part
             if self._stream is not None:
@@ -104,7 +104,8 @@ class DeviceViews:
         self._counts.add(reasons)
         return found
 
-    def _made(self, pixels: list[Tensor], draws: list[ViewDraw]) -> list[Tensor]:
+    def made(self, pixels: Sequence[Tensor], draws: Sequence[ViewDraw]) -> list[Tensor]:
+        """Views of images, uint8 (3, height, width) each in any place, in the order of `names`."""
         sizes = torch.tensor([p.shape[1:] for p in pixels])
         num_values = 3 * sizes.prod(1)
         planar = [p.is_contiguous() for p in pixels]  # or else pixel by pixel: both are decoded to

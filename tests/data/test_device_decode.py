@@ -63,7 +63,7 @@ def test_a_batch_is_decoded_at_once_and_odd_images_are_there_already(files, make
     device = Device()
     found = DeviceDecoder(CPU, device)(late(files))
     assert device.batches == [7]
-    assert reasons(found) == ["", "", "", "no JPEG", "", "", "", ""]
+    assert reasons(found) == ["", "", "", "not JPEG", "", "", "", ""]
     assert_pixels(found, files)
 
 
@@ -156,7 +156,9 @@ def test_what_was_odd_is_counted_by_reason():
     assert counts.odd() == {}
     counts.add(["CMYK", "", "progressive", "progressive"])
     assert counts.odd() == {"progressive": 2, "CMYK": 1}
-    assert str(counts) == ("3 of 7 images were left to the CPU's decoder: 2 progressive, 1 CMYK")
+    assert str(counts) == (
+        "3 of 7 images that this process loaded were left to the CPU's decoder: 2 progressive, 1 CMYK"
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs nvJPEG")
