@@ -64,11 +64,15 @@ def decode_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises BadImageError if the bytes are no complete image of a known format, or too large a one.
     """
+    return _decode_pillow(data, max_pixels, 1)
+
+
+def _decode_pillow(data: bytes, max_pixels: int, shrink: int) -> Image.Image:
     if data.startswith(_JPEG):
         data, _, many_scans = _without_app1(data)
         if many_scans:
             _check_scans(data)
-    return _decode(data, max_pixels, _to_rgb)
+    return _decode(data, max_pixels, _to_rgb, shrink)
 
 
 def decode_png(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, int, int]:
@@ -106,11 +110,13 @@ def exif_orientation(data: bytes) -> int:
 
 
 def _decode(
-    data: bytes, max_pixels: int, made: Callable[[Image.Image], Image.Image]
+    data: bytes, max_pixels: int, made: Callable[[Image.Image], Image.Image], shrink: int = 1
 ) -> Image.Image:
     try:
         with _open(data) as image:
             check_size(*image.size, max_pixels)
+            if shrink > 1:  # Pillow takes the largest of 8, 4 and 2 that leaves so many pixels
+                image.draft("RGB", (image.width // shrink, image.height // shrink))
             image.load()
             return made(image)
     except (BadImageError, MemoryError):
@@ -135,6 +141,27 @@ def decode_fast(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             if image is not None:
                 return image
     return pixels_of(decode_pillow(data, max_pixels))
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) from the frame header of a JPEG; None of anything else, and of a damaged
+    header."""
+    if not data.startswith(_JPEG):
+        return None
+    _, size, _ = _without_app1(data)
+    return size[::-1] if size is not None and min(size) > 0 else None
+
+
+def decode_shrunk(data: bytes, shrink: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A JPEG at one part in `shrink` of its height and width, 2, 4 or 8, rounded up.
+
+    uint8 (ceil(height / shrink), ceil(width / shrink), 3). Raises as `decode_pillow` does; the
+    limits are those of the whole image.
+
+    Each block of 8 x 8 pixels gives its lowest frequencies alone, near the mean of the pixels that
+    a new one stands for. By Pillow, for torchcodec decodes at full size only.
+    """
+    return pixels_of(_decode_pillow(data, max_pixels, shrink))
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:

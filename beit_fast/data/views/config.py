@@ -28,6 +28,8 @@ class ViewConfig:
     """The two views of a sample; the defaults are the official pre-training's."""
 
     kind: Literal["reference", "fast", "gpu"] = "fast"
+    # scaled: JPEGs at 1/2, 1/4 or 1/8 of their size where both views are smaller still (scaled.py)
+    decode: Literal["full", "scaled"] = "full"
     size: Side = 224  # pixels (height, width) for the encoder
     token_size: Side = 112  # pixels for the tokenizer: its stride per patch
     scale: ShareRange = (0.08, 1.0)  # area of the crop as a share of the image's
@@ -38,6 +40,8 @@ class ViewConfig:
 
     def __post_init__(self):
         check_fields(self)
+        if self.decode == "scaled" and self.kind != "fast":
+            raise FieldError("decode", f"is scaled, which kind {self.kind} is not: take kind fast")
         for name in ("size", "token_size"):
             object.__setattr__(self, name, _pair(getattr(self, name)))
 

@@ -29,17 +29,18 @@ import functools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from beit_fast.data.sources.decode import decode_fast, decode_pillow
+from beit_fast.data.sources.decode import decode_fast, decode_pillow, decode_shrunk, jpeg_size
 from beit_fast.data.sources.late import LATE, late_image
 from beit_fast.data.views.color_jitter import jitter_coefficients
 from beit_fast.data.views.config import ViewConfig
+from beit_fast.data.views.scaled import shrink_of, shrunk_box
 from beit_fast.data.views.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 VIEWS = ("images", "token_images")  # of the encoder, of the tokenizer
@@ -147,7 +148,7 @@ def make_views(
 ) -> tuple[dict[str, np.ndarray], ViewDraw]:
     """Decodes an image file and makes the views of those names, as `config.kind` says.
 
-    Returns them and the draw that they share.
+    Returns them and the draw that they share, its box as it was taken (see scaled.py).
     The views are `images` and `token_images`, uint8 (height, width, 3) of `config.size` and of
     `config.token_size`, neither of which depends on whether the other is made. The fast transform,
     if it is to jitter at all, leaves that to `color_jitter.jitter_views` and adds its numbers as
@@ -163,9 +164,19 @@ def make_views(
         late = late_image(data, config.max_pixels)
         draw = draw_view(late.height, late.width, config, rng)
         return {LATE: (late, draw)}, draw
-    pixels = decode_fast(data, config.max_pixels)
-    draw = draw_view(*pixels.shape[:2], config, rng)
-    return fast_views(pixels, draw, config, names), draw
+    size = jpeg_size(data) if config.decode == "scaled" else None
+    if size is None:
+        pixels = decode_fast(data, config.max_pixels)
+        draw = draw_view(*pixels.shape[:2], config, rng)
+        return fast_views(pixels, draw, config, names), draw
+    draw = draw_view(*size, config, rng)
+    shrink = shrink_of(draw.box, (config.size, config.token_size))
+    if shrink == 1:
+        return fast_views(decode_fast(data, config.max_pixels), draw, config, names), draw
+    box, small = shrunk_box(draw.box, size, draw.flip, shrink)
+    pixels = decode_shrunk(data, shrink, config.max_pixels)
+    views = fast_views(pixels, replace(draw, box=small), config, names)
+    return views, replace(draw, box=box)
 
 
 def two_views(data: bytes, config: ViewConfig, rng: random.Random) -> dict[str, np.ndarray]:
