@@ -57,7 +57,10 @@ class DecodeCounts:
         if not odd:
             return ""
         why = ", ".join(f"{count} {reason}" for reason, count in odd.items())
-        return f"{sum(odd.values())} of {self._total} images that this process loaded were left to the CPU's decoder: {why}"
+        return (
+            f"{sum(odd.values())} of {self._total} images loaded here were left to the CPU's "
+            f"decoder: {why}"
+        )
 
 
 class DeviceDecoder:

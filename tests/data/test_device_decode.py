@@ -157,7 +157,7 @@ def test_what_was_odd_is_counted_by_reason():
     counts.add(["CMYK", "", "progressive", "progressive"])
     assert counts.odd() == {"progressive": 2, "CMYK": 1}
     assert str(counts) == (
-        "3 of 7 images that this process loaded were left to the CPU's decoder: 2 progressive, 1 CMYK"
+        "3 of 7 images loaded here were left to the CPU's decoder: 2 progressive, 1 CMYK"
     )
 
 

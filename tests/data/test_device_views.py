@@ -14,7 +14,7 @@ import torch
 from beit_fast.data import device_views
 from beit_fast.data.config import MaskingConfig
 from beit_fast.data.device_decode import REFUSED, DecodeCounts, DeviceDecodeError, DeviceDecoder
-from beit_fast.data.device_views import DeviceViews
+from beit_fast.data.device_views import DeviceViews, taken
 from beit_fast.data.loader import BadDataError, Loader
 from beit_fast.data.samples import PretrainSample, TokenViewSample
 from beit_fast.data.seeds import SampleSeed
@@ -319,6 +319,51 @@ def test_pixels_by_plane_or_by_pixel_are_the_same_image(photographs):
     assert not pixels.is_contiguous()
     for name in VIEWS:
         assert torch.equal(made[0][name], made[1][name])
+
+
+def test_views_are_finished_when_they_are_handed_over(photographs, monkeypatch):
+    """On a stream of their own, which the thread that makes them waits for."""
+    done = []
+
+    class Stream:
+        def __enter__(self):
+            done.append("stream")
+
+        def __exit__(self, *_):
+            done.append("left")
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking  # a host that spins takes a core from the loader
+
+        def record(self):
+            done.append("recorded")
+
+        def synchronize(self):
+            done.append("waited")
+
+    made = DeviceViews(VIEW, VIEWS, CPU, DecodeCounts())
+    made._stream = Stream()
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    of_images = made.made
+    monkeypatch.setattr(made, "made", lambda *args: done.append("made") or of_images(*args))
+    made([late_of(photographs[0])], refuse)
+    assert done == ["stream", "made", "recorded", "waited", "left"]
+
+
+def test_whoever_takes_views_tells_the_allocator_on_which_stream_they_are_read(monkeypatch):
+    told = []
+
+    class OnDevice:
+        is_cuda, device = True, "cuda:1"
+
+        def record_stream(self, stream):
+            told.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    taken({"images": OnDevice(), "mask": torch.zeros(3)})
+    assert told == ["stream of cuda:1"]
 
 
 def test_too_little_memory_on_the_device_says_what_to_do(photographs):

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from beit_fast.data.token_cache import TokenCacheError, read_manifest, write_manifest
@@ -11,7 +12,7 @@ from beit_fast.tasks.pretrain.pipeline import run_pretraining
 from beit_fast.tasks.pretrain.pretokenize import run_pretokenize
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer
-from task_runs import ALONE, assert_the_same_run, stopped_in_step
+from task_runs import ALONE, assert_the_same_run, records_of, stopped_in_step
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def spoiled(image_folder, tmp_path):
     return {"path": str(folder), "max_bad_share": 0.1}
 
 
-def test_a_run_is_bitwise_that_of_the_reference_stopped_or_not(
+def test_a_run_that_is_stopped_and_goes_on_is_bitwise_that_of_the_reference(
     pretrain_config, spoiled, tmp_path, capsys
 ):
     def run(kind, output):
@@ -43,18 +44,16 @@ def test_a_run_is_bitwise_that_of_the_reference_stopped_or_not(
         )
 
     run("reference", "reference")
+    with stopped_in_step(PretrainTask, 3):
+        run("gpu", "run")
     capsys.readouterr()
-    run("gpu", "gpu")
+    run("gpu", "run")
     said = " ".join(capsys.readouterr().out.split())
     assert "1 images could not be used and were replaced" in said
-    assert "images that this process loaded were left to the CPU's decoder: " in said
+    assert "images loaded here were left to the CPU's decoder: " in said
     assert " not JPEG" in said
     assert " progressive" in said
-    with stopped_in_step(PretrainTask, 3):
-        run("gpu", "stopped")
-    run("gpu", "stopped")
-    assert_the_same_run(tmp_path / "gpu", tmp_path / "reference")
-    assert_the_same_run(tmp_path / "stopped", tmp_path / "reference")
+    assert_the_same_run(tmp_path / "run", tmp_path / "reference")
 
 
 def test_a_run_from_its_cache_is_the_live_run(pretrain_config, cache_of, spoiled, tmp_path, capsys):
@@ -64,7 +63,7 @@ def test_a_run_from_its_cache_is_the_live_run(pretrain_config, cache_of, spoiled
     said = " ".join(capsys.readouterr().out.split())
     assert "1 images could not be used and were replaced" in said
     assert (
-        "6 of 24 images that this process loaded were left to the CPU's decoder: 4 not JPEG, 2 progressive"
+        "6 of 24 images loaded here were left to the CPU's decoder: 4 not JPEG, 2 progressive"
         in said
     )
     live = replace(config, run=replace(config.run, output=str(tmp_path / "live")))
@@ -95,6 +94,22 @@ def test_a_cache_of_another_devices_decoder_is_refused(pretrain_config, cache_of
     write_manifest(folder, replace(manifest, made_from=manifest.made_from | {"decoder": "cuda"}))
     with pytest.raises(TokenCacheError, match="decoder was 'cuda', is 'cpu'"):
         PretrainTask(replace(config, tokenizer=None, token_cache=str(folder)), None, ALONE)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA graphs and nvJPEG")
+@pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
+def test_on_a_gpu_graphs_are_captured_beside_the_decoding(
+    pretrain_config, spoiled, tmp_path, ahead
+):
+    for graph in (False, True):
+        run = {"device": "cuda", "steps": 10, "log_every": 1, "output": str(tmp_path / str(graph))}
+        run |= {"cuda_graph": graph, "prepare_ahead": ahead and graph, "compile": "off"}
+        run_pretraining(pretrain_config(views={"kind": "gpu"}, data=spoiled, run=run))
+    losses = [
+        [record["loss"] for record in records_of(tmp_path / str(graph)) if "loss" in record]
+        for graph in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_evaluation_and_picture_are_those_of_the_reference(pretrain_config, tmp_path):
