@@ -15,7 +15,7 @@ Parts, in this order:
               batch lies on the device
     peers     pairs a second of DALI, where it is installed
 
-Each is written to bench/results/data-<device>.csv as it is measured (records.py has the rule). With
+Each is written to bench/results/data-device-<device>.csv as it is measured (records.py has the rule). With
 `--device cpu` everything runs small, the CPU in the device's place, to show that it runs.
 """
 
@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images; default 128, on a CPU 4")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--output", type=Path, help="default results/data-<device>.csv")
+    parser.add_argument("--output", type=Path, help="default results/data-device-<device>.csv")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -287,7 +287,7 @@ def main() -> None:
         images=f"{len(source)} of {source.kilobytes:.0f} kB from {source.origin}",
     )
     print(conditions_line(values))
-    output = args.output or RESULTS / f"data-{args.device}.csv"
+    output = args.output or RESULTS / f"data-device-{args.device}.csv"
     records = Records(output, values, ("bench", "case", "figure"))
     for title, measure in (PARTS[part] for part in PARTS if part in args.only):
         if not (measured := measure(place)):
