@@ -15,8 +15,9 @@ Parts, in this order:
               batch lies on the device
     peers     pairs a second of DALI, where it is installed
 
-Each is written to bench/results/data-device-<device>.csv as it is measured (records.py has the rule). With
-`--device cpu` everything runs small, the CPU in the device's place, to show that it runs.
+Each is written to bench/results/data-device-<device>.csv as it is measured (records.py has the
+rule). With `--device cpu` everything runs small, the CPU in the device's place, to show that it
+runs.
 """
 
 import argparse
