@@ -25,6 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from beit_fast.data.device_decode import DecodeCounts
+from beit_fast.data.device_views import DeviceViews, taken
+from beit_fast.data.finishing import Finishing
 from beit_fast.data.grain import import_grain
 from beit_fast.data.passes import SampleOf
 from beit_fast.data.run_images import RunImages
@@ -32,6 +35,7 @@ from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import Source, damage_of, read_ahead
+from beit_fast.data.sources.late import LATE
 from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.reading import HungReadError, Read, Reads, ReadsClosedError
 from beit_fast.errors import RunError
@@ -40,11 +44,15 @@ from beit_fast.flags import flag
 logger = logging.getLogger("beit_fast.data")
 
 Files = TypeVar("Files")  # of one image: bytes, or those of its mask too
+Made = dict[str, Any]  # a sample: its arrays and, of kind gpu, what its views are made from
 
 # Up to here the lengths that Grain computes in floats are whole numbers; a run at 10,000 images
 # per second gets there in fourteen thousand years.
 _STREAM_LENGTH = 2**52
 _TOLERATED, _TOLERATED_SHARE = 10, 0.1  # bad files of a small data set, see Loader
+
+
+_CPU = torch.device("cpu")
 
 
 class BadDataError(RunError):
@@ -66,6 +74,8 @@ class Loader:
     not stop a short run. `max_bad_share=0` is strict: the first stops it. Each rank counts what it
     meets. A file that is not read within the limits of `reads` is a bad one.
 
+    device: where views of kind gpu are made, and lie; all else is on the CPU.
+
     Raises ValueError for sizes or ranks that make no sense.
     """
 
@@ -81,6 +91,7 @@ class Loader:
         num_threads: int = 4,
         max_bad_share: float = 0.001,
         reads: ReadConfig = READS,
+        device: torch.device = _CPU,
     ):
         if len(source) < 1:
             raise ValueError("the data set is empty: there is nothing to load")
@@ -95,9 +106,10 @@ class Loader:
         self.source, self.sample = source, sample
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.num_threads, self.reads = num_threads, reads
+        self.num_threads, self.reads, self.device = num_threads, reads, device
         self.images = RunImages(source)
         self._bad = BadSamples(source, max_bad_share)
+        self.decode_counts = DecodeCounts()  # of views of kind gpu
 
     @property
     def batches_per_epoch(self) -> int:
@@ -114,7 +126,8 @@ class Loader:
 
     def batches(self, start: int = 0) -> Iterator[dict[str, Tensor]]:
         """Batches from number `start` on, without end: the arrays of the sample's batch as CPU
-        tensors, among them sample_index int64 (B,), the images really read.
+        tensors (views of kind gpu: on the device), among them sample_index int64 (B,), the images
+        really read.
 
         A generator: close it (or drop it) to stop its threads. That waits for what is decoded at
         the moment and not for what is read. An error in a thread is raised when its batch is due,
@@ -157,8 +170,9 @@ class Loader:
     def _generate(self, samples: Any, start: int) -> Iterator[dict[str, Tensor]]:
         """samples: Grain's map data set of lists of samples, as `Passes` says what each is."""
         grain = import_grain()
+        late = late_views(self.sample, self.device, self.decode_counts)
         reader = _Reader(self)
-        batches = samples.map(reader.read_batch)
+        batches = samples.map(reader.read_batch if late is None else reader.read_samples)
         options = grain.ReadOptions(
             num_threads=self.num_threads,
             # Each thread has a batch in the making, and one or two wait for the consumer.
@@ -166,12 +180,27 @@ class Loader:
         )
         iterator = iter(batches.to_iter_dataset(options))
         iterator.set_state({"next_index": start})
+        finishing = None if late is None else Finishing(lambda read: reader.finish(*read, late))
         try:
-            for batch in iterator:
-                yield {name: torch.from_numpy(array) for name, array in batch.items()}
+            if finishing is None:
+                yield from map(_tensors, iterator)
+            else:
+                for batch in finishing(iterator):
+                    taken(batch)
+                    yield batch
         finally:
             iterator.close()  # cancels what has not begun, but waits for nothing
             reader.stop()
+            if finishing is not None:
+                finishing.close()
+
+
+def late_views(sample: Sample, device: torch.device, counts: DecodeCounts) -> DeviceViews | None:
+    """What makes the views of a sample of kind gpu; None where its threads make all of it."""
+    view = getattr(sample, "view", None)
+    if getattr(view, "kind", None) != "gpu":
+        return None
+    return DeviceViews(view, sample.names, device, counts)
 
 
 class _Reader:
@@ -189,17 +218,37 @@ class _Reader:
         self._makers: set[threading.Thread] = set()  # which those wait for
 
     def read_batch(self, numbers: Sequence[SampleOf]) -> dict[str, np.ndarray]:
+        return self._sample.collate(self.read_samples(numbers)[1])
+
+    def read_samples(self, numbers: Sequence[SampleOf]) -> tuple[Sequence[SampleOf], list[Made]]:
         if self._threaded:
             self._threads.add(threading.current_thread())
         wanted = (int(images[place]) for _, place, images in numbers)
         read_ahead(self._source, [n for n in wanted if n >= 0 and not self._bad.knows(n)])
-        samples: list[dict[str, np.ndarray]] = []
-        while len(samples) < len(numbers):
-            try:
-                self._reads.run(lambda read: self._add_rest(samples, numbers, read))
-            except HungReadError as error:
-                self._bad.add(error.index, error)
-        return self._sample.collate(samples)
+        samples: list[Made] = []
+        self._add_samples(samples, numbers)
+        return numbers, samples
+
+    def finish(
+        self, numbers: Sequence[SampleOf], samples: list[Made], late: DeviceViews
+    ) -> dict[str, Tensor]:
+        """The batch of what `read_samples` gave, in another thread than that.
+
+        An image that turns out to be bad is so from here on, and the sample is made anew: from the
+        image that it would have been made from had that been known, under the same crop and mask.
+        """
+
+        def replace(row: int, error: BadImageError) -> Any:
+            self._bad.add(int(samples[row]["sample_index"]), error)
+            made: list[Made] = []
+            self._add_samples(made, numbers[row : row + 1])
+            (samples[row],) = made
+            return samples[row][LATE]
+
+        views = late([sample[LATE] for sample in samples], replace)
+        for sample in samples:
+            del sample[LATE]
+        return views | _tensors(self._sample.collate(samples))
 
     def stop(self) -> None:
         """Returns when no thread makes a sample any more; a read that hangs is left to itself."""
@@ -210,16 +259,21 @@ class _Reader:
                 thread.join()
         self._reads.close()
 
-    def _add_rest(
-        self, samples: list[dict[str, np.ndarray]], numbers: Sequence[SampleOf], read: Read
-    ) -> None:
+    def _add_samples(self, samples: list[Made], numbers: Sequence[SampleOf]) -> None:
         """Make those samples of a batch that are not there yet."""
+        while len(samples) < len(numbers):
+            try:
+                self._reads.run(lambda read: self._add_rest(samples, numbers, read))
+            except HungReadError as error:
+                self._bad.add(error.index, error)
+
+    def _add_rest(self, samples: list[Made], numbers: Sequence[SampleOf], read: Read) -> None:
         self._makers.add(threading.current_thread())
         for number in numbers[len(samples) :]:
             sample, used = self._make(number, read)
             samples.append(sample | {"sample_index": np.int64(used)})
 
-    def _make(self, number: SampleOf, read: Read) -> tuple[dict[str, np.ndarray], int]:
+    def _make(self, number: SampleOf, read: Read) -> tuple[Made, int]:
         """The sample and the number of the image in it: the one at its place of the list, or the
         next that is not gone and can be used."""
         epoch, place, images = number
@@ -249,6 +303,10 @@ class _Reader:
             f"{said[:200]}. Where memory ran out take fewer {self._flag}; else repair or remove "
             "the file"
         )
+
+
+def _tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 class BadSamples:

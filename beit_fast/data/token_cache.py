@@ -29,18 +29,21 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 import beit_fast.data
+from beit_fast.data.device_decode import DecodeCounts
+from beit_fast.data.device_views import DeviceViews
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.folder import ImageSource
+from beit_fast.data.sources.late import LATE
 from beit_fast.data.sources.limits import MAX_PIXELS
 from beit_fast.data.views.color_jitter import jitter_views
 from beit_fast.data.views.config import ViewConfig
-from beit_fast.data.views.two_views import ViewDraw, make_views
+from beit_fast.data.views.two_views import VIEWS, ViewDraw, make_views
 from beit_fast.files import damage as damage_of
 from beit_fast.files import file_digest, flush_folder, replace_file
 
@@ -51,6 +54,7 @@ _PROBES = ("cat.jpg", "macaw.jpg")
 _SMALL = (32, 32)  # views for which these are decoded at a part of their size
 # What a setting was before there was one.
 _BEFORE = {"views.decode": "full"}
+_CPU = torch.device("cpu")
 
 
 class TokenCacheError(ValueError):
@@ -126,8 +130,10 @@ def describe(
     grid: tuple[int, int],
     seed: int,
     tokenizer: Mapping[str, Any],
+    device: torch.device = _CPU,
 ) -> dict[str, Any]:
-    """All that tokens depend on, as plain data; `tokenizer` describes that one.
+    """All that tokens depend on, as plain data; `tokenizer` describes that one, and `device` is
+    where views of kind gpu are made: its decoder is not the CPU's.
 
     Of libraries and of this code it holds what they do: a digest of the pixels that two photographs
     of the package give, so that an upgrade which changes none is none.
@@ -140,6 +146,8 @@ def describe(
         "grid": grid,
         "seed": seed,
     }
+    if view.kind == "gpu":
+        made_from["decoder"] = device.type
     return json.loads(json.dumps(made_from))  # as a manifest holds it
 
 
@@ -305,7 +313,7 @@ def check_images(images: np.ndarray, read: np.ndarray, name: Callable[[int], str
 
 @functools.lru_cache(maxsize=4)
 def _pixel_digest(view: ViewConfig) -> str:
-    """SHA-256 of what two photographs look like in four passes, jittered."""
+    """SHA-256 of what two photographs look like in four passes, jittered; on the CPU."""
     digest = hashlib.sha256()
     view = replace(view, max_pixels=MAX_PIXELS)
     if view.decode == "scaled":  # as it will be of larger photographs than these
@@ -315,10 +323,17 @@ def _pixel_digest(view: ViewConfig) -> str:
         data = (folder / name).read_bytes()
         for epoch in range(4):
             made, _ = make_views(data, view, SampleSeed(0, epoch, 0).rng("view"))
-            views = jitter_views({key: torch.from_numpy(x)[None] for key, x in made.items()})
+            if view.kind == "gpu":
+                views = DeviceViews(view, VIEWS, _CPU, DecodeCounts())([made[LATE]], _keep)
+            else:
+                views = jitter_views({key: torch.from_numpy(x)[None] for key, x in made.items()})
             for key in sorted(views):
                 digest.update(views[key].contiguous().numpy())
     return digest.hexdigest()
+
+
+def _keep(row: int, error: Exception) -> NoReturn:
+    raise error
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -80,6 +80,7 @@ def open_loader(data: DataConfig, sample: Sample, *, seed: int, world: World) ->
         num_threads=data.num_threads,
         max_bad_share=data.max_bad_share,
         reads=data,
+        device=world.device,
     )
 
 

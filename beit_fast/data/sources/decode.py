@@ -114,7 +114,7 @@ def _decode(
 ) -> Image.Image:
     try:
         with _open(data) as image:
-            _check_size(*image.size, max_pixels)
+            check_size(*image.size, max_pixels)
             if shrink > 1:  # Pillow takes the largest of 8, 4 and 2 that leaves so many pixels
                 image.draft("RGB", (image.width // shrink, image.height // shrink))
             image.load()
@@ -134,13 +134,13 @@ def decode_fast(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if data.startswith(_JPEG):
         data, size, many_scans = _without_app1(data)
         if size is not None:
-            _check_size(*size, max_pixels)
+            check_size(*size, max_pixels)
             if many_scans:
                 _check_scans(data)
             image = _torchcodec_jpeg(data)
             if image is not None:
                 return image
-    return _pixels(decode_pillow(data, max_pixels))
+    return pixels_of(decode_pillow(data, max_pixels))
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -161,10 +161,10 @@ def decode_shrunk(data: bytes, shrink: int, max_pixels: int = MAX_PIXELS) -> np.
     Each block of 8 x 8 pixels gives its lowest frequencies alone, near the mean of the pixels that
     a new one stands for. By Pillow, for torchcodec decodes at full size only.
     """
-    return _pixels(_decode_pillow(data, max_pixels, shrink))
+    return pixels_of(_decode_pillow(data, max_pixels, shrink))
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def pixels_of(image: Image.Image) -> np.ndarray:
     """As np.array, which makes bytes of the whole image on the way: of 64 megapixels another
     183 MiB. So in strips."""
     width, height = image.size
@@ -179,7 +179,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 def _torchcodec_jpeg(data: bytes) -> np.ndarray | None:
     """Pixels, or None where torchcodec gives up: then Pillow says what is wrong, or copes, and
     both decoders agree on which files are bad. Raises ImportError where there is no torchcodec."""
-    decode_jpeg = _import_decode_jpeg()
+    decode_jpeg = import_decode_jpeg()
     # A bytearray is writable: torch would warn of a read-only buffer.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
@@ -190,7 +190,7 @@ def _torchcodec_jpeg(data: bytes) -> np.ndarray | None:
 
 
 @functools.cache
-def _import_decode_jpeg() -> Callable[..., torch.Tensor]:
+def import_decode_jpeg() -> Callable[..., torch.Tensor]:
     """Imported by the first JPEG: masks, models and benches run where it is not installed."""
     try:
         from torchcodec.decoders import decode_jpeg
@@ -215,7 +215,8 @@ def _open(data: bytes) -> Image.Image:
     raise BadImageError("not a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image")
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raise BadImageError for an image that is too large, as its header says."""
     if width * height > max_pixels:
         raise BadImageError(
             f"{width}x{height} pixels are more than max_pixels={max_pixels}: shrink the image or "

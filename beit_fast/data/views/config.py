@@ -27,7 +27,7 @@ CropMode = Literal["center", "squash"]  # timm's words
 class ViewConfig:
     """The two views of a sample; the defaults are the official pre-training's."""
 
-    kind: Literal["reference", "fast"] = "fast"
+    kind: Literal["reference", "fast", "gpu"] = "fast"
     # scaled: JPEGs at 1/2, 1/4 or 1/8 of their size where both views are smaller still (scaled.py)
     decode: Literal["full", "scaled"] = "full"
     size: Side = 224  # pixels (height, width) for the encoder

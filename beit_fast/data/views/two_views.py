@@ -37,6 +37,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from beit_fast.data.sources.decode import decode_fast, decode_pillow, decode_shrunk, jpeg_size
+from beit_fast.data.sources.late import LATE, late_image
 from beit_fast.data.views.color_jitter import jitter_coefficients
 from beit_fast.data.views.config import ViewConfig
 from beit_fast.data.views.scaled import shrink_of, shrunk_box
@@ -152,12 +153,17 @@ def make_views(
     `config.token_size`, neither of which depends on whether the other is made. The fast transform,
     if it is to jitter at all, leaves that to `color_jitter.jitter_views` and adds its numbers as
     `jitter`, float32 (steps, 3).
+    Of kind gpu they are yet to be made, from what is there under LATE: (LateImage, ViewDraw).
     Raises BadImageError if the file cannot be decoded. Smaller images are enlarged, as officially.
     """
     if config.kind == "reference":
         image = decode_pillow(data, config.max_pixels)
         draw = draw_view(image.height, image.width, config, rng)
         return reference_views(image, draw, config, names), draw
+    if config.kind == "gpu":
+        late = late_image(data, config.max_pixels)
+        draw = draw_view(late.height, late.width, config, rng)
+        return {LATE: (late, draw)}, draw
     size = jpeg_size(data) if config.decode == "scaled" else None
     if size is None:
         pixels = decode_fast(data, config.max_pixels)

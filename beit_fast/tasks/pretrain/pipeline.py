@@ -187,6 +187,8 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
         console.print(f"  {said}", style=style)
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
+    if said := str(task.loader.decode_counts):
+        console.print(f"  {said}")
     for failed in outcome.failed:
         console.print(f"  failed, beside training: {failed}")
     curve = draw_curves(read_metrics(output / METRICS), output / "curve.png", vocab_size=vocab_size)

@@ -15,9 +15,9 @@ from PIL import Image
 
 from beit_fast.data.sources.decode import (
     BadImageError,
-    _import_decode_jpeg,
     decode_fast,
     decode_pillow,
+    import_decode_jpeg,
 )
 from beit_fast.data.sources.limits import MAX_PIXELS
 from beit_fast.data.views.config import ViewConfig
@@ -292,7 +292,7 @@ def test_a_jpeg_without_torchcodec_says_what_to_do_and_that_works(
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    _import_decode_jpeg.cache_clear()
+    import_decode_jpeg.cache_clear()
     jpeg = make_file(make_image(40, 32), "JPEG")
     try:
         with pytest.raises(ImportError, match="cannot be loaded") as raised:
@@ -308,4 +308,4 @@ def test_a_jpeg_without_torchcodec_says_what_to_do_and_that_works(
         assert two_views(jpeg, config, random.Random(0))["images"].shape == (16, 16, 3)
         assert decode_fast(make_file(make_image(40, 32), "PNG")).shape == (40, 32, 3)
     finally:
-        _import_decode_jpeg.cache_clear()
+        import_decode_jpeg.cache_clear()

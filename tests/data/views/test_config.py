@@ -6,7 +6,7 @@ from beit_fast.data.views.config import AugmentConfig, SingleViewConfig, ViewCon
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "quick"}, "give reference or fast"),
+        ({"kind": "quick"}, "give reference, fast or gpu"),
         ({"size": 0}, "at least 1"),
         ({"token_size": (112, 0)}, "at least 1"),
         ({"scale": (0.0, 1.0)}, "scale"),

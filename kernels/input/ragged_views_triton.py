@@ -1,0 +1,261 @@
+"""The views of `ragged_views` by Triton: how the work of a batch is cut up, and launched.
+
+Crops are made once for all views, as words (jitter_kernels.py). Each view then takes its weights
+and two passes (resize_kernels.py): along rows and then columns, or the other way round for the
+images that `columns_first` names. The third launch of a pass is for those alone.
+
+The sizes are known on the host, so that programs are as many as there are tiles, however uneven
+the images; each finds its image by its number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from beit_fast.kernels._triton import cdiv, launch, triton
+from beit_fast.kernels.input.jitter_kernels import (
+    crop_kernel,
+    grey_means_kernel,
+    grey_sums_kernel,
+)
+from beit_fast.kernels.input.ragged_views_reference import CONTRAST, NONE, SATURATION
+from beit_fast.kernels.input.resampling import SUPPORT, columns_first, most_taps
+from beit_fast.kernels.input.resize_kernels import pass_kernel, weights_kernel
+
+GREY_PIXELS, CROP_PIXELS = 2048, 1024  # of a program
+WEIGHTS = 128
+ROWS, COLS = 16, 32  # of a pass
+
+
+def ragged_views_triton(
+    pixels: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    planar: Tensor,
+    steps: Tensor,
+    factors: Tensor,
+    views: Sequence[tuple[str, tuple[int, int]]],
+) -> list[Tensor]:
+    """The views, uint8 (B, height, width, 3)."""
+    B, S = steps.shape
+    made = [pixels.new_empty(B, *size, 3) for _, size in views]
+    if B == 0:
+        return made
+    device = pixels.device
+    heights, widths = boxes[:, 2], boxes[:, 3]
+    is_contrast = steps == CONTRAST
+    has_contrast = bool(is_contrast.any())
+    grey_starts = _starts(_tiles(sizes.prod(1), GREY_PIXELS) * is_contrast.any(1))
+    crop_starts = _starts(_tiles(heights * widths, CROP_PIXELS))
+    crop_words = _starts(heights * widths)
+    table = _table(crop_words[:B], offsets, sizes, boxes, flips, planar, steps, factors)
+    plans = [_plan(crop_words, heights, widths, name, size) for name, size in views]
+    num_words = max([int(crop_words[-1]), *(plan.num_words for plan in plans)])
+    table_d, grey_starts_d, crop_starts_d, *plans_d = _move(
+        [table, grey_starts, crop_starts, *(t for plan in plans for t in plan.tensors)], device
+    )
+
+    shared = {"table_ptr": table_d, "COLUMNS": table.shape[1]}
+    jitter = {"S": S, "CONTRAST": CONTRAST, "SATURATION": SATURATION, "fuses": False}
+    batch = {"B": B, "BLOCK_B": triton.next_power_of_2(B)}
+    means = None
+    if has_contrast:
+        sums = torch.empty(int(grey_starts[-1]), dtype=torch.int32, device=device)
+        means = torch.empty(B, device=device)
+        launch(
+            grey_sums_kernel,
+            (len(sums),),
+            on=pixels,
+            pixels_ptr=pixels,
+            starts_ptr=grey_starts_d,
+            sums_ptr=sums,
+            BLOCK=GREY_PIXELS,
+            **shared,
+            **jitter,
+            **batch,
+        )
+        launch(
+            grey_means_kernel,
+            (B,),
+            on=pixels,
+            sums_ptr=sums,
+            starts_ptr=grey_starts_d,
+            means_ptr=means,
+            BLOCK=128,
+            **shared,
+        )
+    words = torch.empty(num_words, dtype=torch.int32, device=device)
+    launch(
+        crop_kernel,
+        (int(crop_starts[-1]),),
+        on=pixels,
+        pixels_ptr=pixels,
+        starts_ptr=crop_starts_d,
+        means_ptr=means,
+        words_ptr=words,
+        BLOCK=CROP_PIXELS,
+        **shared,
+        **jitter,
+        **batch,
+    )
+    for view, (name, _), plan in zip(made, views, plans, strict=True):
+        on_device, plans_d = plans_d[: len(plan.tensors)], plans_d[len(plan.tensors) :]
+        _resize(view, words, name, plan, on_device, batch)
+    return made
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a batch becomes one view."""
+
+    axes: Tensor  # (2, B, 3), as weights_kernel has them
+    jobs: list[tuple[bool, Tensor, Tensor]]  # of a pass: along rows?, jobs (B, 5), starts (B + 1,)
+    num_weights: int
+    num_words: int  # those of the crops, and of what lies between the passes behind them
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.axes, *(tensor for _, *tensors in self.jobs for tensor in tensors)]
+
+
+def _plan(
+    crop_words: Tensor, heights: Tensor, widths: Tensor, name: str, size: tuple[int, int]
+) -> _Plan:
+    """crop_words (B + 1,): where crops begin, and all end; heights, widths (B,) of the crops."""
+    before = torch.stack((heights, widths))
+    after = torch.tensor(size, device="cpu")[:, None].expand_as(before)
+    taps = most_taps(name, before, after)
+    weights = _starts((taps * after).flatten())
+    axes = torch.stack((before, weights[:-1].view_as(before), taps), dim=-1)
+
+    columns = columns_first(heights, widths, size)
+    crops, end = crop_words[:-1], crop_words[-1]
+    height, width = (torch.full_like(heights, side) for side in size)
+    # What lies between: the box's height by the view's width, or the other way round.
+    between_words = end + _starts(torch.where(columns, height * widths, heights * width))
+    between, view = between_words[:-1], torch.full_like(crops, -1)
+
+    def job(along_rows: bool, active: Tensor, *values: Tensor) -> tuple[bool, Tensor, Tensor]:
+        _, _, rows, cols, _ = values
+        tiles = _tiles(rows, ROWS) * _tiles(cols, COLS) * active
+        return along_rows, torch.stack(values, dim=-1), _starts(tiles)
+
+    everyone = torch.ones_like(columns)
+    jobs = [
+        job(True, ~columns, crops, widths, heights, width, between),
+        job(
+            False,
+            everyone,
+            torch.where(columns, crops, between),
+            torch.where(columns, widths, width),
+            height,
+            torch.where(columns, widths, width),
+            torch.where(columns, between, view),
+        ),
+        job(True, columns, between, widths, height, width, view),
+    ]
+    return _Plan(axes, jobs, int(weights[-1]), int(between_words[-1]))
+
+
+def _resize(
+    view: Tensor, words: Tensor, name: str, plan: _Plan, tensors: list[Tensor], batch: dict
+) -> None:
+    """Write a view (B, height, width, 3) from the crops among the words."""
+    axes, *on_device = tensors
+    B, height, width, _ = view.shape
+    most = max(height, width)
+    firsts = torch.empty(2, B, most, dtype=torch.int32, device=view.device)
+    weights = torch.empty(plan.num_weights, dtype=torch.int32, device=view.device)
+    shared = {
+        "axes_ptr": axes,
+        "firsts_ptr": firsts,
+        "weights_ptr": weights,
+        "HEIGHT": height,
+        "WIDTH": width,
+        "MOST": most,
+    }
+    launch(
+        weights_kernel,
+        (2 * B, cdiv(most, WEIGHTS)),
+        on=view,
+        B=B,
+        SUPPORT=SUPPORT[name],
+        LANCZOS=name == "lanczos",
+        BLOCK=WEIGHTS,
+        **shared,
+    )
+    for along_rows, _, starts in plan.jobs:
+        jobs_d, starts_d, *on_device = on_device
+        launch(
+            pass_kernel,
+            (int(starts[-1]),),
+            on=view,
+            words_ptr=words,
+            view_ptr=view,
+            jobs_ptr=jobs_d,
+            starts_ptr=starts_d,
+            ALONG_ROWS=along_rows,
+            ROWS=ROWS,
+            COLS=COLS,
+            **shared,
+            **batch,
+        )
+
+
+def _table(
+    crop_words: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    planar: Tensor,
+    steps: Tensor,
+    factors: Tensor,
+) -> Tensor:
+    """What the kernels of the jitter know of an image, int64 (B, 11 + 2 S).
+
+    Its first byte, its pixels, bytes to the next pixel and to the next channel; the first byte of
+    its crop, bytes from a pixel of the crop to the next across and down, the crop's width and
+    pixels; steps before the contrast; the first word of the crop; the steps; bits of the factors.
+    """
+    (height, width), (top, left, box_height, box_width) = sizes.unbind(1), boxes.unbind(1)
+    pixel = torch.where(planar, 1, 3)
+    across = torch.where(flips, -pixel, pixel)
+    column = torch.where(flips, width - 1 - left, left)
+    bits = torch.where(steps == NONE, 1.0, factors.float()).view(torch.int32)
+    columns = [
+        offsets,
+        height * width,
+        pixel,
+        torch.where(planar, height * width, 1),
+        offsets + (top * width + column) * pixel,
+        across,
+        width * pixel,
+        box_width,
+        box_height * box_width,
+        (steps == CONTRAST).long().cumsum(1).eq(0).sum(1),
+        crop_words,
+    ]
+    return torch.cat((torch.stack(columns, dim=1), steps, bits.long()), dim=1)
+
+
+def _tiles(counts: Tensor, of: int) -> Tensor:
+    return (counts + of - 1) // of
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Sums of what comes before, and of all: int64 (len(counts) + 1,)."""
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def _move(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """int64 tensors on the device, in one copy that the host does not wait for."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    moved = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(moved, tensors, strict=True)]
