@@ -193,7 +193,7 @@ def loader(room: Room) -> None:
         if importlib.util.find_spec(package) is None:
             room.leaves_out("loader", f"{package} is not installed")
             return
-    from data import InMemory, ManyTimes
+    from data_images import InMemory, ManyTimes
 
     from beit_fast.data.config import MaskingConfig
     from beit_fast.data.loader import Loader
