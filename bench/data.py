@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from data_images import InMemory, ManyTimes
 from data_peers import WHAT, bench_loaders
-from data_stages import bench_scaled, bench_stages
+from data_stages import bench_lock, bench_scaled, bench_stages
 from PIL import Image
 from records import Records
 from timing import RESULTS, conditions, conditions_line, format_table, rates
@@ -48,8 +48,8 @@ from beit_fast.data.views.two_views import make_views, normalize, two_views
 
 GRID = (14, 14)
 PARTS = (
-    "masks", "jitter", "transforms", "stages", "scaled", "segmentation", "distance", "loader",
-    "peers",
+    "masks", "jitter", "transforms", "stages", "lock", "scaled", "segmentation", "distance",
+    "loader", "peers",
 )  # fmt: skip
 
 
@@ -96,6 +96,9 @@ def main() -> None:
             "stages of fast with masks and batches, us an image": lambda: bench_stages(
                 source, 4 * rounds
             )
+        },
+        "lock": {
+            "loader if each thread had a core, decode and resize asleep": lambda: bench_lock(source)
         },
         "scaled": {
             "large photographs to two views, not jittered, per core second": lambda: bench_scaled(

@@ -3,6 +3,10 @@
 The functions of the package are timed where they are called, so the sum is the whole: `rest` is
 what none of them is, the copy of the crop and the seeds above all. A clock in a stage costs a
 microsecond or less. `loader` is what a batch takes beyond its samples: order, threads, tensors.
+
+Decoding, resizing and copies run beside one another in as many threads as there are cores; Python
+does not. `bench_lock` finds what it allows with any number of cores: whatever runs without the
+interpreter's lock sleeps as long as it would take.
 """
 
 import functools
@@ -96,14 +100,68 @@ def _timed_stages() -> Iterator[dict[str, float]]:
 
         return call
 
-    before = {name: getattr(module, function) for name, (module, function) in STAGES.items()}
-    try:
-        for name, (module, function) in STAGES.items():
-            setattr(module, function, timed(name, before[name]))
+    with _replaced({name: timed(name, getattr(*place)) for name, place in STAGES.items()}):
         yield seconds
+
+
+@contextmanager
+def _replaced(stages: dict[str, Callable]) -> Iterator[None]:
+    """Other functions for some stages, while it lasts."""
+    before = {name: getattr(*STAGES[name]) for name in stages}
+    try:
+        for name, function in stages.items():
+            setattr(*STAGES[name], function)
+        yield
     finally:
-        for name, (module, function) in STAGES.items():
-            setattr(module, function, before[name])
+        for name, function in before.items():
+            setattr(*STAGES[name], function)
+
+
+def bench_lock(source: InMemory, threads: tuple[int, ...] = (8, 16, 32)) -> list[dict]:
+    """Images a second of one process where each of its threads had a core of its own.
+
+    Decode and resize are replaced by sleep. What is left takes a core or two: the machine must be
+    quiet for this.
+    """
+    decoded = {id(source.read(i)): decode_fast(source.read(i)) for i in range(len(source))}
+    taken = {row["case"]: 1e-6 * row["us an image"] for row in bench_stages(source, 5)}
+    views = {size: np.zeros((*size, 3), np.uint8) for size in ((224, 224), (112, 112))}
+
+    def decode(data: bytes, _: int) -> np.ndarray:
+        time.sleep(taken["decode"])
+        return decoded[id(data)]
+
+    def resize(_: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        time.sleep(taken["resize"] / len(views))
+        return views[size]
+
+    rows = []
+    with _replaced({"decode": decode, "resize": resize}):
+        for num_threads in threads:
+            loader = Loader(
+                ManyTimes(source),
+                PretrainSample(ViewConfig(), MaskingConfig(), GRID),
+                batch_size=64,
+                num_threads=num_threads,
+                max_bad_share=1.0,
+            )
+            batches = loader.batches()
+            for _ in range(num_threads + 2):  # those read ahead while nobody waited
+                next(batches)
+            start, cpu = time.perf_counter(), time.process_time()
+            for _ in range(4 * num_threads):
+                next(batches)
+            images = 4 * num_threads * 64
+            rows.append(
+                {
+                    "case": f"{num_threads} threads",
+                    "images per second": images / (time.perf_counter() - start),
+                    "as many cores would give": num_threads / taken["all"],
+                    "cores busy": (time.process_time() - cpu) / (time.perf_counter() - start),
+                }
+            )
+            batches.close()
+    return rows
 
 
 def bench_scaled(
