@@ -218,7 +218,7 @@ def peers(place: Place) -> list[dict]:
     if not place.is_cuda or importlib.util.find_spec("nvidia.dali") is None:
         print("DALI: not measured, it needs a GPU and the package nvidia-dali-cuda130")
         return []
-    from peer_dali import dali_views
+    from peer_dali_device import dali_views
 
     pipeline = dali_views(place.source.read, VIEW, place.batch, place.device)
     return [

@@ -197,7 +197,7 @@ def loader(room: Room) -> None:
         if importlib.util.find_spec(package) is None:
             room.leaves_out("loader", f"{package} is not installed")
             return
-    from data import InMemory, ManyTimes
+    from data_images import InMemory, ManyTimes
 
     from beit_fast.data.config import MaskingConfig
     from beit_fast.data.loader import Loader
@@ -235,7 +235,7 @@ def views(room: Room) -> None:
             return
     import data_device
     import torch
-    from data import InMemory
+    from data_images import InMemory
 
     place = data_device.Place(
         torch.device(room.device), InMemory(None), room.images(128, 4), 5 if room.is_cuda else 1

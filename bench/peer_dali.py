@@ -1,60 +1,68 @@
-"""NVIDIA's DALI as a peer: two views of one random crop, jittered and flipped, decoded on a device.
+"""DALI's CPU pipeline as a peer, in a Python of its own: it brings 200 MB of libraries.
 
-The nearest that its operators come to what kind gpu makes: jitter in one fixed order, bicubic and
-Lanczos with antialiasing, bytes in, uint8 out. Two runs are prepared ahead, as by its own loaders.
+    python bench/peer_dali.py FOLDER WHAT BATCH_SIZE
 
-    pip install nvidia-dali-cuda130
+WHAT is `one` view of 224 pixels, with only the crop decoded; `two` views of one crop in the
+official order, jittered; or `two-plain`, with only the crop decoded and no jitter. Prints its
+version, then for every line that it reads the CPU seconds that a batch took. One thread.
 """
 
-from collections.abc import Callable
+import itertools
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
-import torch
-from nvidia.dali import Pipeline, fn, types
 
-from beit_fast.data.views.config import ViewConfig
-
-AHEAD = 2
-THREADS = 8
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
-def dali_views(
-    read: Callable[[int], bytes], view: ViewConfig, batch: int, device: torch.device
-) -> Pipeline:
-    """Built; each `run()` gives a batch of both views, on the device."""
-    on_gpu = device.type == "cuda"
-    pipeline = Pipeline(
-        batch_size=batch,
-        num_threads=THREADS if on_gpu else 1,
-        device_id=(device.index or 0) if on_gpu else None,
-        seed=0,
-        prefetch_queue_depth=AHEAD,
+def main() -> None:
+    from nvidia import dali
+    from nvidia.dali import fn, pipeline_def, types
+
+    folder, what, batch_size = sys.argv[1:]
+    files = [np.fromfile(path, np.uint8) for path in sorted(Path(folder).iterdir())]
+    order = itertools.count()
+
+    @pipeline_def(
+        batch_size=int(batch_size), num_threads=1, device_id=None, seed=0, prefetch_queue_depth=1
     )
-
-    def factor() -> object:
-        return fn.random.uniform(range=[1 - view.color_jitter, 1 + view.color_jitter])
-
-    with pipeline:
-        encoded = fn.external_source(
-            source=lambda info: np.frombuffer(read(info.idx_in_epoch), np.uint8),
-            batch=False,
-            dtype=types.UINT8,
+    def pipeline():
+        data = fn.external_source(
+            source=lambda _: files[next(order) % len(files)], batch=False, dtype=types.UINT8
         )
-        corner, extent = fn.random_crop_generator(
-            fn.peek_image_shape(encoded),
-            random_area=list(view.scale),
-            random_aspect_ratio=list(view.ratio),
-        )
-        images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu")
-        images = fn.color_twist(images, brightness=factor(), contrast=factor(), saturation=factor())
-        images = fn.slice(images, corner, extent, axes=[0, 1])
-        images = fn.flip(images, horizontal=fn.random.coin_flip(probability=view.hflip))
-        filters = (types.INTERP_CUBIC, view.size), (types.INTERP_LANCZOS3, view.token_size)
-        pipeline.set_outputs(
-            *(
-                fn.resize(images, size=list(size), interp_type=interpolation, antialias=True)
-                for interpolation, size in filters
+        if what == "two":
+            image = fn.decoders.image(data, device="cpu")
+            factors = {
+                name: fn.random.uniform(range=[0.6, 1.4])
+                for name in ("brightness", "contrast", "saturation")
+            }
+            image = fn.color_twist(image, **factors)
+            start, shape = fn.random_crop_generator(
+                image.shape(), random_area=AREA, random_aspect_ratio=RATIO
             )
-        )
-    pipeline.build()
-    return pipeline
+            image = fn.slice(image, start, shape, axes=[0, 1])
+        else:
+            image = fn.decoders.image_random_crop(
+                data, device="cpu", random_area=AREA, random_aspect_ratio=RATIO
+            )
+        image = fn.flip(image, horizontal=fn.random.coin_flip())
+        views = [fn.resize(image, size=[224, 224], interp_type=types.INTERP_CUBIC, antialias=True)]
+        if what != "one":
+            lanczos = types.INTERP_LANCZOS3
+            views.append(fn.resize(image, size=[112, 112], interp_type=lanczos, antialias=True))
+        return tuple(views)
+
+    batches = pipeline()
+    batches.build()
+    batches.run()
+    print(dali.__version__, flush=True)
+    for _ in sys.stdin:
+        start = time.process_time()
+        batches.run()
+        print(time.process_time() - start, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -51,10 +51,10 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 _SHARD_NAME = re.compile(r"view_(?P<view>\d{3,})_image_(?P<first>\d{8,})\.npy", re.ASCII)
 _PROBES = ("cat.jpg", "macaw.jpg")
-_CPU = torch.device("cpu")
 _SMALL = (32, 32)  # views for which these are decoded at a part of their size
 # What a setting was before there was one.
 _BEFORE = {"views.decode": "full"}
+_CPU = torch.device("cpu")
 
 
 class TokenCacheError(ValueError):
