@@ -31,10 +31,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import GRID, InMemory, ManyTimes, distance, rates
+from data import GRID, distance
+from data_images import InMemory, ManyTimes
 from pretrain_candidates import GivenTokens, Ours, Setting, synthetic_batch, to_device
 from records import Records
-from timing import RESULTS, conditions, conditions_line, format_table, synchronize, time_interleaved
+from timing import (
+    RESULTS,
+    conditions,
+    conditions_line,
+    format_table,
+    rates,
+    synchronize,
+    time_interleaved,
+)
 
 from beit_fast.data.config import MaskingConfig
 from beit_fast.data.device_decode import DecodeCounts, device_decoder
@@ -42,9 +51,9 @@ from beit_fast.data.device_views import DeviceViews
 from beit_fast.data.loader import Loader
 from beit_fast.data.samples import PretrainSample
 from beit_fast.data.seeds import SampleSeed
-from beit_fast.data.sources.late import LATE, late_image
+from beit_fast.data.sources.jpeg import Jpeg, plain_jpeg
 from beit_fast.data.views.config import ViewConfig
-from beit_fast.data.views.two_views import VIEWS, make_views
+from beit_fast.data.views.two_views import LATE, VIEWS, LateViews, make_views
 from beit_fast.model.config import BeitConfig, beit_config
 from beit_fast.train.prefetch import InFlight, device_batches
 
@@ -68,7 +77,7 @@ class Place:
     def seconds(self) -> float:
         return 3.0 if self.is_cuda else 0.3
 
-    def late(self, count: int) -> list:
+    def late(self, count: int) -> list[LateViews]:
         """Images and draws, as the loader's threads give them."""
         return [
             make_views(self.source.read(i), VIEW, SampleSeed(0, 0, i).rng("view"))[0][LATE]
@@ -105,7 +114,7 @@ def decode(place: Place) -> list[dict]:
     rows = []
     for batch in (64, 256, 1024) if place.is_cuda else (4,):
         decoder = device_decoder(place.device)
-        images = [late_image(place.source.read(i), 2**26) for i in range(batch)]
+        images = _plain(place.source, batch)
         rate = place.rate(lambda d=decoder, i=images: d(i), batch)
         rows.append({"case": f"batches of {batch}", "images per second": rate})
     return rows
@@ -114,12 +123,13 @@ def decode(place: Place) -> list[dict]:
 def views(place: Place) -> list[dict]:
     late = place.late(place.batch)
     made = place.views()
-    decoded = [pixels for pixels, _ in device_decoder(place.device)([image for image, _ in late])]
-    draws = [draw for _, draw in late]
+    late = [views for views in late if views.jpeg is not None]
+    decoded = [p for p, _ in device_decoder(place.device)([views.jpeg for views in late])]
+    draws = [views.draw for views in late]
     (timing,) = time_interleaved(
         {"kernel": lambda: made.made(decoded, draws)}, device=place.device, rounds=place.rounds
     ).values()
-    rate = place.rate(lambda: made(late, _refuse), place.batch)
+    rate = place.rate(lambda: made(late, _refuse), len(late))
     return [
         {
             "case": f"batches of {place.batch}",
@@ -255,6 +265,15 @@ def _batches(
         max_bad_share=0,
         device=place.device,
     ).batches()
+
+
+def _plain(source: InMemory, count: int) -> list[Jpeg]:
+    """JPEGs that a device decodes; raises ValueError where there is none."""
+    found = [plain_jpeg(source.read(i)) for i in range(len(source))]
+    found = [jpeg for jpeg in found if isinstance(jpeg, Jpeg)]
+    if not found:
+        raise ValueError(f"{source.origin} has no baseline JPEG: give --data a folder with some")
+    return [found[i % len(found)] for i in range(count)]
 
 
 def _small() -> BeitConfig:

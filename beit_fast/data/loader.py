@@ -35,9 +35,9 @@ from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import Source, damage_of, read_ahead
-from beit_fast.data.sources.late import LATE
 from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.reading import HungReadError, Read, Reads, ReadsClosedError
+from beit_fast.data.views.two_views import LATE, LateViews
 from beit_fast.errors import RunError
 from beit_fast.flags import flag
 
@@ -238,7 +238,7 @@ class _Reader:
         image that it would have been made from had that been known, under the same crop and mask.
         """
 
-        def replace(row: int, error: BadImageError) -> Any:
+        def replace(row: int, error: BadImageError) -> LateViews:
             self._bad.add(int(samples[row]["sample_index"]), error)
             made: list[Made] = []
             self._add_samples(made, numbers[row : row + 1])
