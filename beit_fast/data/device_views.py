@@ -143,6 +143,14 @@ class DeviceViews:
         )
 
 
+def late_views(sample: object, device: torch.device, counts: DecodeCounts) -> DeviceViews | None:
+    """What makes the views of a sample of kind gpu; None where its threads make all of it."""
+    view = getattr(sample, "view", None)
+    if getattr(view, "kind", None) != "gpu":
+        return None
+    return DeviceViews(view, sample.names, device, counts)
+
+
 def taken(views: dict[str, Tensor]) -> None:
     """Say that the current stream reads them: their memory came from another stream, which must not
     have it again before this one has done what is now queued on it."""

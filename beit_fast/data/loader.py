@@ -17,7 +17,6 @@ pass, place in the data set) alone.
 """
 
 import copy
-import logging
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -26,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from beit_fast.data.bad_samples import BadDataError, BadSamples
 from beit_fast.data.device_decode import DecodeCounts
-from beit_fast.data.device_views import DeviceViews, taken
+from beit_fast.data.device_views import DeviceViews, late_views, taken
 from beit_fast.data.finishing import Finishing
 from beit_fast.data.grain import import_grain
 from beit_fast.data.passes import SampleOf
@@ -37,7 +37,6 @@ from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import (
     Source,
-    damage_of,
     read_ahead,
     read_windowed,
     shard_sizes_of,
@@ -48,22 +47,13 @@ from beit_fast.data.views.two_views import LATE, LateViews
 from beit_fast.errors import RunError
 from beit_fast.flags import flag
 
-logger = logging.getLogger("beit_fast.data")
-
 Files = TypeVar("Files")  # of one image: bytes, or those of its mask too
 Made = dict[str, Any]  # a sample: its arrays and, of kind gpu, what its views are made from
 
 # Up to here the lengths that Grain computes in floats are whole numbers; a run at 10,000 images
 # per second gets there in fourteen thousand years.
 _STREAM_LENGTH = 2**52
-_TOLERATED, _TOLERATED_SHARE = 10, 0.1  # bad files of a small data set, see Loader
-
-
 _CPU = torch.device("cpu")
-
-
-class BadDataError(RunError):
-    """More files cannot be used than the run allows."""
 
 
 class SampleError(RunError):
@@ -214,14 +204,6 @@ class Loader:
                 finishing.close()
 
 
-def late_views(sample: Sample, device: torch.device, counts: DecodeCounts) -> DeviceViews | None:
-    """What makes the views of a sample of kind gpu; None where its threads make all of it."""
-    view = getattr(sample, "view", None)
-    if getattr(view, "kind", None) != "gpu":
-        return None
-    return DeviceViews(view, sample.names, device, counts)
-
-
 class _Reader:
     """Reads batches in Grain's threads, and can be stopped within one sample."""
 
@@ -325,61 +307,3 @@ class _Reader:
 
 def _tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-
-class BadSamples:
-    """The files that cannot be used, shared by the threads that read them; `outcome` says in the
-    log what becomes of one, `setting` is the share's. How many are borne: see `Loader`."""
-
-    def __init__(
-        self,
-        source: Source,
-        max_share: float,
-        outcome: str = "the next image takes its place",
-        setting: str = "data.max_bad_share",
-    ):
-        self._source, self._max_share, self._outcome = source, max_share, outcome
-        self._flag = flag(setting)  # threads meet the bad files
-        small = min(_TOLERATED, int(_TOLERATED_SHARE * len(source))) if max_share else 0
-        self._allowed = max(int(max_share * len(source)), small)
-        self._reasons: dict[int, tuple[str, str]] = {}  # name and reason; of damage below 0
-        self._verdict = ""  # what to say of the file that was one too many
-        self._lock = threading.Lock()
-        for number, (name, why) in enumerate(damage_of(source).items(), 1):
-            self._add(-number, name, why, "what is left of it is used")
-
-    def by_name(self) -> dict[str, str]:
-        with self._lock:
-            return dict(said for _, said in sorted(self._reasons.items()))
-
-    def knows(self, index: int) -> bool:
-        """Whether the file was met before. Raises BadDataError if it was and there are too many:
-        else a batch could pass because another thread had met its bad files first."""
-        with self._lock:
-            if index not in self._reasons:
-                return False
-            if self._verdict:
-                raise BadDataError(self._verdict)
-            return True
-
-    def add(self, index: int, error: Exception) -> None:
-        """Raises BadDataError once there are more than allowed."""
-        reason = " ".join(str(error).split())
-        self._add(index, self._source.name(index), reason, self._outcome, error)
-
-    def _add(
-        self, index: int, name: str, reason: str, outcome: str, error: Exception | None = None
-    ) -> None:
-        with self._lock:
-            if index not in self._reasons:
-                self._reasons[index] = name, reason
-                logger.warning("cannot use %s (%s): %s", name, reason, outcome)
-            count = len(self._reasons)
-            if count > self._allowed and not self._verdict:
-                self._verdict = (
-                    f"cannot use {name} ({reason}): {count} of {len(self._source)} files are bad "
-                    f"and {self._flag} {self._max_share:g} allows {self._allowed}; repair or "
-                    f"remove them or raise {self._flag} (the log beit_fast.data names them all)"
-                )
-            if self._verdict:
-                raise BadDataError(self._verdict) from error

@@ -2,7 +2,7 @@
 
 On the image at its original resolution, in this order: colour jitter, horizontal flip, one crop
 box, and from that box two resizes, `size` bicubic for the encoder and `token_size` Lanczos for the
-tokenizer. All that is random is drawn first (`draw_view`), and two transforms do the same with it:
+tokenizer. All that is random is drawn first (`draw_view`); three transforms do the same with it:
 
 reference  Pillow, in the official order: pixel for pixel what the official pipeline gives for the
            same draws
@@ -10,6 +10,8 @@ fast       about four times the images per core of the loader: decoded by torchc
            resized by torch's uint8 kernels on channels-last pixels, bicubic for the tokenizer too,
            for torch has no Lanczos: the nearest there is. Its jitter comes last, on the device that
            trains (color_jitter.py); the sample carries three numbers per step for it
+gpu        what reference gives of the pixels of a GPU's decoder, made there a batch at a time
+           (data/device_views.py); the sample carries the file and the draw
 
 `bench/data.py` prints the figures, for your own images too. On the photographs of this package fast
 makes 4.2 to 4.5 times the views per core of reference, and 3.7 to 3.9 times with masks and batches
