@@ -43,7 +43,7 @@ setup(
             "obstore>=0.9",  # S3, GCS, Azure, HTTP: many requests at once from few threads
             "fsspec",  # the schemes that obstore lacks
         ],
-        "tables": ["pyarrow"],  # Parquet and Arrow files of images
+        "tables": ["pyarrow>=21"],  # Parquet and Arrow files of images
         "test": [
             "pytest",
             "pytest-benchmark",  # bench/test_kernels.py
@@ -57,7 +57,7 @@ setup(
             "onnxscript>=0.7",  # the extra onnx, whose evaluator is the peer
             "obstore>=0.9",  # the extra cloud
             "fsspec",
-            "pyarrow",  # the extra tables
+            "pyarrow>=21",  # the extra tables
             "webdataset",  # reads the shards that we write
         ],
     },

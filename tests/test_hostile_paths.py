@@ -14,7 +14,7 @@ from beit_fast.cli import main
 from beit_fast.files import is_archive
 from beit_fast.train.state import CheckpointError, load_checkpoint, save_checkpoint
 from beit_fast.weights.files import read_weights
-from refusals import reading, refused_in, write_good
+from refusals import reading, refusal, refused_in, write_good
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,9 @@ def hostile_tar(path, mode):
         archive.addfile(member)
 
 
+SHARDS = ("data.path", "data.test", "train", "folder")  # where tar shards can be given
+
+
 @pytest.mark.promise("S4", "R16")
 @pytest.mark.parametrize(("name", "mode"), [("d.tar", "w"), ("d.tar.gz", "w:gz"), ("d", "w:xz")])
 def test_an_archive_is_refused_with_what_to_do_and_nothing_is_taken_out_of_it(
@@ -54,13 +57,23 @@ def test_an_archive_is_refused_with_what_to_do_and_nothing_is_taken_out_of_it(
     hostile_tar(path, mode)
     commands = reading(path, good)
     # All for one of them: the others differ by their first bytes alone.
-    kinds = commands if name == "d.tar" else ("images", "init", "tokenizer", "encoder")
+    kinds = commands if name == "d.tar.gz" else ("images", "init", "tokenizer", "encoder")
     for kind in kinds:
         refused(commands[kind], path, "" if kind in ("config", "data.classes_file") else "unpack")
-    (tmp_path / "shards").mkdir()
-    path.rename(tmp_path / "shards" / "0.tar")
-    for kind in ("data.path", "folder", "images"):
-        refused(reading(tmp_path / "shards", good)[kind], "1 .tar", "unpacked first")
+
+
+@pytest.mark.promise("S4", "R16")
+def test_a_hostile_tar_is_read_as_a_shard_and_nothing_is_taken_out_of_it(good, capsys, tmp_path):
+    path = tmp_path / "d.tar"
+    hostile_tar(path, "w")
+    said = {
+        "data.path": "d.tar/a/0.png (not a JPEG",
+        **dict.fromkeys(SHARDS[1:], "d.tar have no class, the first is d.tar/a/0.png"),
+    }
+    for kind in SHARDS:
+        assert said[kind] in refusal(reading(path, good)[kind], capsys)
+    beside = [".beit_fast", "d.tar"]
+    assert sorted(each.name for each in tmp_path.iterdir() if each.name != "runs") == beside
 
 
 @pytest.mark.promise("S4", "R16")

@@ -20,7 +20,21 @@ MAX_VOCAB = 2**16  # of a token cache, whose ids are uint16
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(ReadConfig):
+class OrderConfig:
+    """In what order a pass reads its images; see window.py."""
+
+    # full: all images are shuffled. window: of tables and shards so many at a time.
+    shuffle: Literal["full", "window"] = "full"
+    window: Count = 16  # shards at a time
+
+    @property
+    def shards_at_once(self) -> int | None:
+        """None: all."""
+        return self.window if self.shuffle == "window" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(OrderConfig, ReadConfig):
     """A folder of images and the batches made of it."""
 
     # Folder of images, flat or in class folders; "photographs" ship with the package,

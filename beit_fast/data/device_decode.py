@@ -14,12 +14,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from beit_fast.data.sources.decode import BadImageError, decode_fast, import_decode_jpeg
-from beit_fast.data.sources.late import LateImage
+from beit_fast.data.sources.jpeg import Jpeg
 from beit_fast.errors import RunError, is_out_of_memory
 from beit_fast.flags import flag
 
@@ -57,7 +56,10 @@ class DecodeCounts:
         if not odd:
             return ""
         why = ", ".join(f"{count} {reason}" for reason, count in odd.items())
-        return f"{sum(odd.values())} of {self._total} images were left to the CPU's decoder: {why}"
+        return (
+            f"{sum(odd.values())} of {self._total} images loaded here were left to the CPU's "
+            f"decoder: {why}"
+        )
 
 
 class DeviceDecoder:
@@ -69,22 +71,12 @@ class DeviceDecoder:
         self._works = False  # on some image
         self._kind = flag("views.kind")  # here, for threads do not know it
 
-    def __call__(self, images: Sequence[LateImage]) -> list[tuple[Tensor | BadImageError, str]]:
+    def __call__(self, images: Sequence[Jpeg]) -> list[tuple[Tensor | BadImageError, str]]:
         """Of each image its pixels, uint8 (3, height, width), or what is wrong with it; and why it
         was left to the CPU's decoder, "" where it was not. That one's pixels are not on the device.
 
         Raises DeviceDecodeError where the device has decoded nothing so far that the CPU can.
         """
-        plain = [image for image in images if image.pixels is None]
-        decoded = iter(self._decode_plain(plain))
-        return [
-            next(decoded) if image.pixels is None else (_planes(image.pixels), image.why)
-            for image in images
-        ]
-
-    def _decode_plain(
-        self, images: Sequence[LateImage]
-    ) -> list[tuple[Tensor | BadImageError, str]]:
         if self._decode_batch is None:
             return [(_decode_on_cpu(image), "") for image in images]
         self._refusal = Exception("of nothing")
@@ -97,9 +89,7 @@ class DeviceDecoder:
             )
         return decoded
 
-    def _decode_in_parts(
-        self, images: Sequence[LateImage]
-    ) -> list[tuple[Tensor | BadImageError, str]]:
+    def _decode_in_parts(self, images: Sequence[Jpeg]) -> list[tuple[Tensor | BadImageError, str]]:
         # Writable, for torch would warn of the bytes' own memory.
         encoded = [torch.frombuffer(bytearray(image.data), dtype=torch.uint8) for image in images]
         try:
@@ -115,7 +105,7 @@ class DeviceDecoder:
             return self._decode_in_parts(images[:half]) + self._decode_in_parts(images[half:])
         return [self._checked(image, pixels) for image, pixels in zip(images, decoded, strict=True)]
 
-    def _checked(self, image: LateImage, pixels: Tensor) -> tuple[Tensor | BadImageError, str]:
+    def _checked(self, image: Jpeg, pixels: Tensor) -> tuple[Tensor | BadImageError, str]:
         if pixels.shape == (3, image.height, image.width):
             self._works = True
             return pixels, ""
@@ -144,7 +134,7 @@ def check_torchcodec(version: str) -> None:
         )
 
 
-def _decode_on_cpu(image: LateImage) -> Tensor | BadImageError:
+def _decode_on_cpu(image: Jpeg) -> Tensor | BadImageError:
     try:
         pixels = decode_fast(image.data, image.height * image.width)
     except BadImageError as error:
@@ -154,11 +144,6 @@ def _decode_on_cpu(image: LateImage) -> Tensor | BadImageError:
             f"its header says {image.width}x{image.height} pixels, it has "
             f"{pixels.shape[1]}x{pixels.shape[0]}"
         )
-    return _planes(pixels)
-
-
-def _planes(pixels: np.ndarray) -> Tensor:
-    """(height, width, 3) -> (3, height, width), the same memory."""
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

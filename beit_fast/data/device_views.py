@@ -11,8 +11,10 @@ the batch. Decoded pixels are three bytes each, there twice while they are packe
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,16 +25,15 @@ from beit_fast.data.device_decode import (
     device_decoder,
 )
 from beit_fast.data.sources.decode import BadImageError
-from beit_fast.data.sources.late import LateImage
 from beit_fast.data.views.config import ViewConfig
-from beit_fast.data.views.two_views import VIEWS, ViewDraw
+from beit_fast.data.views.two_views import VIEWS, LateViews, ViewDraw
 from beit_fast.errors import is_out_of_memory
 from beit_fast.flags import flag
 from beit_fast.kernels.input.ragged_views import STEPS, ragged_views
 
 PIXELS_AT_ONCE = 2**27
-Late = tuple[LateImage, ViewDraw]
-Replace = Callable[[int, BadImageError], Late]  # row of the batch, what is wrong -> another image
+# Row of the batch and what is wrong with its image -> another image in its place.
+Replace = Callable[[int, BadImageError], LateViews]
 
 
 class DeviceViews:
@@ -57,7 +58,7 @@ class DeviceViews:
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, late: Sequence[Late], replace: Replace) -> dict[str, Tensor]:
+    def __call__(self, late: Sequence[LateViews], replace: Replace) -> dict[str, Tensor]:
         """The views, uint8 (B, height, width, 3) each, on the device and finished.
 
         For an image that cannot be decoded `replace` gives another one, until one can. Raises what
@@ -74,37 +75,56 @@ class DeviceViews:
                 f"({said or type(error).__name__}): {self._remedy}"
             ) from error
 
-    def _all(self, late: list[Late], replace: Replace) -> dict[str, Tensor]:
+    def _all(self, late: list[LateViews], replace: Replace) -> dict[str, Tensor]:
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             views = {
                 name: torch.empty(len(late), *size, 3, dtype=torch.uint8, device=self._device)
                 for name, (_, size) in self._views.items()
             }
-            for rows in _parts([image.height * image.width for image, _ in late]):
-                pixels = self._decoded(late, rows, replace)
-                made = self._made(pixels, [draw for _, draw in late[rows]])
-                for view, part in zip(views.values(), made, strict=True):
-                    view[rows] = part
+            plain = [row for row, views_of in enumerate(late) if views_of.jpeg is not None]
+            for rows in _parts(plain, late):
+                self._fill(views, late, rows, replace)
+            if odd := [row for row, views_of in enumerate(late) if views_of.jpeg is None]:
+                made = [[late[row].made[name] for row in odd] for name in views]
+                _put(views, odd, [torch.from_numpy(np.stack(view)) for view in made])
+            self._counts.add(views_of.why for views_of in late)
             if self._stream is not None:
                 end = torch.cuda.Event(blocking=True)  # sleeps: the loader's threads want the core
                 end.record()
                 end.synchronize()
         return views
 
-    def _decoded(self, late: list[Late], rows: slice, replace: Replace) -> list[Tensor]:
-        """The pixels of those rows, (3, height, width) each; `late` has what was replaced."""
-        found, reasons = [], []
-        decoded = self._decoder([image for image, _ in late[rows]])
-        for row, (pixels, why) in enumerate(decoded, rows.start):
-            while isinstance(pixels, BadImageError):
-                late[row] = replace(row, pixels)
-                ((pixels, why),) = self._decoder([late[row][0]])
-            found.append(pixels)
-            reasons.append(why)
-        self._counts.add(reasons)
-        return found
+    def _fill(
+        self,
+        views: dict[str, Tensor],
+        late: list[LateViews],
+        rows: Sequence[int],
+        replace: Replace,
+    ) -> None:
+        """Make the views of those rows. Apart, so that their pixels are gone before the next."""
+        if pixels := self._decoded(late, rows, replace):
+            made = self.made([*pixels.values()], [late[row].draw for row in pixels])
+            _put(views, [*pixels], made)
 
-    def _made(self, pixels: list[Tensor], draws: list[ViewDraw]) -> list[Tensor]:
+    def _decoded(
+        self, late: list[LateViews], rows: Sequence[int], replace: Replace
+    ) -> dict[int, Tensor]:
+        """The pixels of those rows, (3, height, width) each, but for those whose views are made
+        already when `replace` has given another image. `late` is changed to what was decoded."""
+        pixels: dict[int, Tensor] = {}
+        while rows:
+            found = self._decoder([late[row].jpeg for row in rows])
+            for row, (decoded, why) in zip(rows, found, strict=True):
+                if isinstance(decoded, BadImageError):
+                    late[row] = replace(row, decoded)
+                else:
+                    pixels[row] = decoded
+                    late[row] = dataclasses.replace(late[row], why=why)
+            rows = [row for row in rows if row not in pixels and late[row].jpeg is not None]
+        return pixels
+
+    def made(self, pixels: Sequence[Tensor], draws: Sequence[ViewDraw]) -> list[Tensor]:
+        """Views of images, uint8 (3, height, width) each in any place, in the order of `names`."""
         sizes = torch.tensor([p.shape[1:] for p in pixels])
         num_values = 3 * sizes.prod(1)
         planar = [p.is_contiguous() for p in pixels]  # or else pixel by pixel: both are decoded to
@@ -136,12 +156,19 @@ def _flat(pixels: Tensor) -> Tensor:
     return (pixels if pixels.is_contiguous() else pixels.permute(1, 2, 0)).reshape(-1)
 
 
-def _parts(pixels: Sequence[int]) -> list[slice]:
+def _put(views: dict[str, Tensor], rows: list[int], made: Sequence[Tensor]) -> None:
+    for view, part in zip(views.values(), made, strict=True):
+        view[torch.tensor(rows, device=view.device)] = part.to(view.device)
+
+
+def _parts(rows: Sequence[int], late: Sequence[LateViews]) -> list[list[int]]:
     """Rows that are decoded together, in turn: as many as have PIXELS_AT_ONCE, at least one."""
-    parts, first, total = [], 0, 0
-    for row, count in enumerate(pixels):
-        if row > first and total + count > PIXELS_AT_ONCE:
-            parts.append(slice(first, row))
-            first, total = row, 0
+    parts, total = [], PIXELS_AT_ONCE
+    for row in rows:
+        count = late[row].jpeg.height * late[row].jpeg.width
+        if total + count > PIXELS_AT_ONCE:
+            parts.append([])
+            total = 0
+        parts[-1].append(row)
         total += count
-    return [*parts, slice(first, len(pixels))]
+    return parts

@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 
 from beit_fast.data.sources.decode import BadImageError, decode_fast
-from beit_fast.data.sources.folder import ImageSource, Source
+from beit_fast.data.sources.folder import ImageSource, Source, damage_of
 from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.reading import Reads
+from beit_fast.data.sources.subset import Subset
 
 Files = TypeVar("Files")  # of one image: bytes, or those of its mask too
 
 _AT_ONCE = 1024  # images handed to the threads
 _NAMED = 5  # images in an error
+
+
+def lost(source: Source) -> dict[str, str]:
+    """Name -> reason of what is missing of images that all count: a damaged shard. Of those that
+    were held out of others nothing is."""
+    return {} if isinstance(source, Subset) else dict(damage_of(source))
 
 
 def unusable_images(
@@ -30,9 +37,10 @@ def unusable_images(
     reads: ReadConfig = READS,
 ) -> dict[str, str]:
     """Name -> reason of the images of `source` (of those with `indices`) that cannot be read and
-    decoded; `look` does that, and raises BadImageError. A read that exceeds the limits of `reads`
-    is a reason too. `seen` gets the index of each other image, and what `look` gave. What becomes
-    of the images goes through `each`, one after another: it may raise to leave."""
+    decoded, and of what is `lost` where all are looked at; `look` does that, and raises
+    BadImageError. A read that exceeds the limits of `reads` is a reason too. `seen` gets the index
+    of each other image, and what `look` gave. What becomes of the images goes through `each`, one
+    after another: it may raise to leave."""
 
     def reason(index: int) -> str | None:
         try:
@@ -42,7 +50,7 @@ def unusable_images(
         seen(index, looked)
         return None
 
-    found = {}
+    found = lost(source) if indices is None else {}
     indices = range(len(source)) if indices is None else indices
     with Reads(source, reads) as limited, ThreadPoolExecutor(num_threads) as pool:
         try:
@@ -85,9 +93,12 @@ def batches_in_order(
     """(which of `indices`, uint8 (B, height, width, 3)), the next batch being read meanwhile.
 
     `view` makes pixels of one size from an image's bytes. An image that cannot be used or, by the
-    limits of `reads`, not be read is a ValueError that names it, for each counts; `replace_bad` is
-    told its index and the reason, in a thread, and gives pixels in its place.
+    limits of `reads`, not be read is a ValueError that names it, for each counts, and so is what is
+    `lost`; `replace_bad` is told its index and the reason, in a thread, and gives pixels in its
+    place.
     """
+    if replace_bad is None and (bad := lost(source)):
+        raise ValueError(name_unusable(bad, len(source)))
 
     def read(index: int) -> np.ndarray:
         try:

@@ -3,6 +3,8 @@
     <digest>.txt.gz    {"count": 3, "sizes": [[0, 71234], [1, null], [2, 80021]]}\\n
                        a/x.jpg\\0a/y.jpg\\0b/x.jpg
 
+Where a source has shards, "shards" says how many images each has: an order may depend on it.
+
 Names are relative to the source, so a folder may lie elsewhere; in the order of the data set. Sizes
 are those of 1,024 images spread evenly, null where one cannot be had: asking a network disk for 14
 million takes hours. The digest is the SHA-256 of the content, so a list is found and checked by it.
@@ -21,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from beit_fast.data.sources.folder import SIZES_IN_DIGEST, Source
+from beit_fast.data.sources.folder import SIZES_IN_DIGEST, Source, shard_sizes_of
 from beit_fast.files import damage, flush_folder, replace_file
 
 SHOWN = 3  # names in a message
@@ -47,9 +49,12 @@ class Difference:
     changed: Sequence[str]  # of another size
     num_compared: int  # sizes
     numbers: np.ndarray  # int64 (was,): in the list of now, -1 for what is gone
+    shards_were: list[int] | None = None  # images of each
+    are_shards_others: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.num_added or self.num_gone or self.changed or self.is_reordered)
+        others = self.is_reordered or self.are_shards_others
+        return bool(self.num_added or self.num_gone or self.changed or others)
 
     @property
     def is_reordered(self) -> bool:
@@ -71,22 +76,30 @@ class Difference:
             _counted(self.num_gone, "is gone", "are gone", self.gone),
             _counted(len(self.changed), "has another size", "have another size", self.changed),
         ]
-        return ", ".join(filter(None, said)) or "they are in another order"
+        others = "other shards" if self.are_shards_others else "another order"
+        return ", ".join(filter(None, said)) or f"they are in {others}"
 
 
 @dataclass(frozen=True)
 class Listing:
-    """names: in the order of the data set. sizes: number of the image -> bytes."""
+    """names: in the order of the data set. sizes: number of the image -> bytes. shards: images of
+    each, where there are any."""
 
     names: Sequence[str]
     sizes: dict[int, int | None]
+    shards: list[int] | None = None
 
     @classmethod
     def of(cls, source: Source) -> "Listing":
         count = len(source)
         some = min(SIZES_IN_DIGEST, count)
         numbers = [number * count // some for number in range(some)]
-        return cls([*map(source.key, range(count))], {n: _size(source, n) for n in numbers})
+        shards = shard_sizes_of(source)
+        return cls(
+            [*map(source.key, range(count))],
+            {n: _size(source, n) for n in numbers},
+            None if shards is None else [int(size) for size in shards],
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -125,10 +138,14 @@ class Listing:
             if hashlib.sha256(content).hexdigest() != digest or len(content) == limit:
                 raise ListingError(f"{path} is damaged: its SHA-256 is not the one it is named by")
             header, _, names = content.partition(b"\n")
+            said = json.loads(header)
             listing = cls(
                 os.fsdecode(names).split("\0"),
-                {int(number): size for number, size in json.loads(header)["sizes"]},
+                {int(number): size for number, size in said["sizes"]},
+                said.get("shards"),
             )
+            if listing.shards is not None and sum(listing.shards) != count:
+                raise ListingError(f"{path} is damaged: its shards are not of {count} images")
             if len(listing) != count or not all(0 <= number < count for number in listing.sizes):
                 raise ListingError(f"{path} has {len(listing)} images, and {count} were wanted")
             return listing
@@ -164,10 +181,14 @@ class Listing:
             changed=[self.names[place] for place, was, size in known if was != size],
             num_compared=len(known),
             numbers=numbers,
+            shards_were=self.shards,
+            are_shards_others=self.shards != now.shards,
         )
 
     def _content(self) -> Iterator[bytes]:
         header = {"count": len(self), "sizes": [list(pair) for pair in self.sizes.items()]}
+        if self.shards is not None:
+            header["shards"] = self.shards
         yield json.dumps(header).encode() + b"\n"
         for first in range(0, len(self), _AT_ONCE):
             piece = "\0".join(self.names[first : first + _AT_ONCE])

@@ -11,8 +11,9 @@ batch); ranks never share a sample; and a step over the same number of samples h
 however they are split over ranks and accumulation. Which image is which sample is said by
 passes.py, also for a run whose folder changed on the way.
 
-Order, shuffle, split and threads are Grain's, one element being one batch; a sample's crop and
-mask come from (seed, pass, place in the data set) alone.
+Split, threads and, where all images are shuffled, the order are Grain's, one element being one
+batch; the order of a window of shards is window.py's. A sample's crop and mask come from (seed,
+pass, place in the data set) alone.
 """
 
 import copy
@@ -34,10 +35,16 @@ from beit_fast.data.run_images import RunImages
 from beit_fast.data.samples import Sample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import BadImageError
-from beit_fast.data.sources.folder import Source, damage_of, read_ahead
-from beit_fast.data.sources.late import LATE
+from beit_fast.data.sources.folder import (
+    Source,
+    damage_of,
+    read_ahead,
+    read_windowed,
+    shard_sizes_of,
+)
 from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.reading import HungReadError, Read, Reads, ReadsClosedError
+from beit_fast.data.views.two_views import LATE, LateViews
 from beit_fast.errors import RunError
 from beit_fast.flags import flag
 
@@ -72,11 +79,14 @@ class Loader:
     files than `max_bad_share` of the data set the run stops with BadDataError, but ten of them are
     borne in a data set of a hundred or more (a tenth of a smaller one) so that one broken file does
     not stop a short run. `max_bad_share=0` is strict: the first stops it. Each rank counts what it
-    meets. A file that is not read within the limits of `reads` is a bad one.
+    meets. A file that is not read within the limits of `reads` is a bad one. In a source with
+    shards the next image is one of the same shard as long as there are any, see `ImageList`.
 
     device: where views of kind gpu are made, and lie; all else is on the CPU.
+    window: shards that a pass reads at a time, which all ranks share; None: all images are.
 
-    Raises ValueError for sizes or ranks that make no sense.
+    Raises ValueError for sizes or ranks that make no sense, and for a window over a source that has
+    no shards.
     """
 
     def __init__(
@@ -91,6 +101,7 @@ class Loader:
         num_threads: int = 4,
         max_bad_share: float = 0.001,
         reads: ReadConfig = READS,
+        window: int | None = None,
         device: torch.device = _CPU,
     ):
         if len(source) < 1:
@@ -103,11 +114,20 @@ class Loader:
             raise ValueError(f"num_threads={num_threads}: take 0 (no threads) or more")
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share={max_bad_share} must be within 0 and 1")
+        if window is not None:
+            if window < 1:
+                raise ValueError(f"window={window}: a window needs at least one shard")
+            if shard_sizes_of(source) is None:
+                raise ValueError(
+                    f"{flag('data.shuffle')} is window and {source.name(0)} lies in no shard: pass "
+                    f"{flag('data.shuffle')} full, or shards or tables as {flag('data.path')}"
+                )
+            read_windowed(source, window)
         self.source, self.sample = source, sample
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.num_threads, self.reads, self.device = num_threads, reads, device
-        self.images = RunImages(source)
+        self.images = RunImages(source, window)
         self._bad = BadSamples(source, max_bad_share)
         self.decode_counts = DecodeCounts()  # of views of kind gpu
 
@@ -146,11 +166,10 @@ class Loader:
     def batches_in_order(self, epoch: int, first: int, last: int) -> Iterator[dict[str, Tensor]]:
         """Batches of the images first .. last - 1 in the order of the data set, with the crops they
         have in pass `epoch`, whatever the rank. The last may be smaller. Otherwise as `batches`."""
-        images = range(len(self.source))
         samples = (
             import_grain()
             .MapDataset.range(first, last)
-            .map(lambda index: (epoch, index, images))
+            .map(lambda place: self.images.in_order(epoch, place))
             .batch(self.batch_size, batch_fn=list)
         )
         return self._generate(samples, 0)
@@ -223,7 +242,7 @@ class _Reader:
     def read_samples(self, numbers: Sequence[SampleOf]) -> tuple[Sequence[SampleOf], list[Made]]:
         if self._threaded:
             self._threads.add(threading.current_thread())
-        wanted = (int(images[place]) for _, place, images in numbers)
+        wanted = (images[place] for _, place, images in numbers)
         read_ahead(self._source, [n for n in wanted if n >= 0 and not self._bad.knows(n)])
         samples: list[Made] = []
         self._add_samples(samples, numbers)
@@ -238,7 +257,7 @@ class _Reader:
         image that it would have been made from had that been known, under the same crop and mask.
         """
 
-        def replace(row: int, error: BadImageError) -> Any:
+        def replace(row: int, error: BadImageError) -> LateViews:
             self._bad.add(int(samples[row]["sample_index"]), error)
             made: list[Made] = []
             self._add_samples(made, numbers[row : row + 1])
@@ -275,12 +294,11 @@ class _Reader:
 
     def _make(self, number: SampleOf, read: Read) -> tuple[Made, int]:
         """The sample and the number of the image in it: the one at its place of the list, or the
-        next that is not gone and can be used."""
+        first of those that may take it that can be used."""
         epoch, place, images = number
         seed = SampleSeed(self._seed, epoch, place)
-        num_images = len(images)
-        for candidate in (int(images[(place + k) % num_images]) for k in range(num_images)):
-            if candidate < 0 or self._bad.knows(candidate):
+        for candidate in images.from_place(place):
+            if self._bad.knows(candidate):
                 continue
             try:
                 return self._sample(read(candidate), seed), candidate
@@ -294,7 +312,7 @@ class _Reader:
                     raise self._sample_error(where, error) from error
                 error.add_note(f"in {where}")  # a fault of ours
                 raise
-        raise BadDataError(f"none of the {num_images} images can be used; see the log for each")
+        raise BadDataError(f"none of the {len(images)} images can be used; see the log for each")
 
     def _sample_error(self, where: str, error: MemoryError | RuntimeError) -> SampleError:
         said = next(iter(str(error).splitlines()), "")

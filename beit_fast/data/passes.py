@@ -6,21 +6,21 @@ The stream of samples is cut into parts, each over one list of images:
                          place = (p - first) %  count, in that pass's order
 
 The order of a pass is Grain's shuffle of `count` places, a function of (seed, pass): over a list
-that never changes it is the one order there always was. A new list begins with a pass of its own,
-and passes go on counting, so a sample is a function of (seed, parts, p) alone.
+that never changes it is the one order there always was. Or, where a window of shards is read at a
+time, it is the one of window.py. A new list begins with a pass of its own, and passes go on
+counting, so a sample is a function of (seed, parts, p) alone.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from beit_fast.data.grain import import_grain
+from beit_fast.data.image_list import ImageList
 from beit_fast.data.seeds import counter_seed
+from beit_fast.data.window import WindowOrder
 
-# Its pass, its place in the list of images, and that list: numbers of the source's images by place,
-# a range, or an array with -1 for what is gone.
-SampleOf = tuple[int, int, range | np.ndarray]
+SampleOf = tuple[int, int, ImageList]  # its pass, its place in the list of images, and that list
 
 
 class Part(NamedTuple):
@@ -57,20 +57,46 @@ def with_list(
     return [*kept, Part(first, epoch, count, images)]
 
 
+class FullOrder:
+    """`order.place(epoch, position)`: which image of a list of `count` a sample is."""
+
+    def __init__(self, seed: int, count: int) -> None:
+        order = counter_seed("order", seed) % 2**32
+        self._count = count
+        self._places = import_grain().MapDataset.range(count).shuffle(seed=order)
+
+    def place(self, epoch: int, position: int) -> int:
+        return self._places[epoch * self._count + position]
+
+
 class Passes:
     """`passes[p]` is what sample p is of; `lists` are those of the parts. A sample has its seed
-    from its pass and its place in the list."""
+    from its pass and its place in the list.
 
-    def __init__(self, seed: int, parts: Sequence[Part], lists: Sequence[range | np.ndarray]):
-        order = counter_seed("order", seed) % 2**32
-        dataset = import_grain().MapDataset
+    window: shards that are read at a time, of lists that have shards; None: all images are. begun:
+    told a list and the shards of it that are next, see `WindowOrder`.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        parts: Sequence[Part],
+        lists: Sequence[ImageList],
+        window: int | None = None,
+        begun: Callable[[ImageList, Sequence[int]], None] = lambda images, shards: None,
+    ):
         self._parts, self._lists = parts, lists
-        self._orders = [dataset.range(part.count).shuffle(seed=order) for part in parts]
+        self._orders: list[FullOrder | WindowOrder] = [
+            FullOrder(seed, part.count)
+            # Of a part that is over the list may be another one: nobody asks for its images.
+            if window is None or len(images) != part.count
+            else WindowOrder(seed, images.shard_sizes, window, functools.partial(begun, images))
+            for part, images in zip(parts, lists, strict=True)
+        ]
 
     def __getitem__(self, sample: int) -> SampleOf:
         number = part_of(self._parts, sample) if len(self._parts) > 1 else 0
         part = self._parts[number]
         passed, position = divmod(sample - part.first, part.count)
         epoch = part.epoch + passed
-        place = self._orders[number][epoch * part.count + position]
-        return epoch, place, self._lists[number]
+        return epoch, self._orders[number].place(epoch, position), self._lists[number]

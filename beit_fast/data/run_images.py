@@ -12,11 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from beit_fast.data.image_list import ImageList
 from beit_fast.data.listing import Difference, Listing, ListingError
-from beit_fast.data.passes import Part, Passes, part_of, with_list
-from beit_fast.data.sources.folder import Source
+from beit_fast.data.passes import Part, Passes, SampleOf, part_of, with_list
+from beit_fast.data.sources.folder import Source, read_shards_ahead, shard_sizes_of
 
 _LEFT = 0.5  # share of an old list with which its pass goes on
 
@@ -24,14 +23,15 @@ _LEFT = 0.5  # share of an old list with which its pass goes on
 class RunImages:
     """What `train/images.py` asks of a task's images; one for all loaders of a source.
 
-    fixed: why this run cannot go on over another list, and what to do; "" where it can. caution:
-    what to say besides where it would.
+    window: shards that a pass reads at a time, None: all images. fixed: why this run cannot go on
+    over another list, and what to do; "" where it can. caution: what to say besides where it would.
     """
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, source: Source, window: int | None = None) -> None:
+        self._source, self._window = source, window
+        self.now = ImageList(range(len(source)), shard_sizes_of(source))
         self._parts = [Part(0, 0, len(source), "")]
-        self._lists: list[range | np.ndarray] = [range(len(source))]
+        self._lists = [self.now]
         self._differences: dict[str, Difference] = {}
         self.fixed, self.caution, self.note = "", "", ""
 
@@ -60,7 +60,16 @@ class RunImages:
 
     def passes(self, seed: int) -> Passes:
         """Which image is which sample."""
-        return Passes(seed, self._parts, self._lists)
+        return Passes(seed, self._parts, self._lists, self._window, self._read_ahead)
+
+    def in_order(self, epoch: int, place: int) -> SampleOf:
+        """The image at a place of the list of now, as those are that are read one after another."""
+        if self._window is not None:
+            shard = self.now.shard_of(place)
+            if place == self.now.places_of(shard).start:
+                following = range(shard, min(shard + self._window, len(self.now.shard_sizes)))
+                read_shards_ahead(self._source, following)
+        return epoch, place, self.now
 
     def epochs(self, sample: int, every: float = 1.0) -> float:
         """How many times `every` passes are over before this sample."""
@@ -68,7 +77,7 @@ class RunImages:
 
     def begin(self) -> list[dict[str, Any]]:
         """The parts of a run from the start, as a manifest holds them."""
-        return self._take([Part(0, 0, len(self), self.digest)], [range(len(self))])
+        return self._take([Part(0, 0, len(self), self.digest)], [self.now])
 
     def go_on(
         self, before: Sequence[dict[str, Any]], sample: int, folder: Path
@@ -87,12 +96,12 @@ class RunImages:
             parts = with_list(parts, self.digest, len(self), sample)
         now = part_of(parts, sample)
         # Of what is over nobody reads more than the k-means of a tokenizer that is then loaded.
-        lists: list[range | np.ndarray] = [range(len(self)) for _ in parts]
+        lists = [self.now for _ in parts]
         if parts[now].images != self.digest:
-            old, why = self._numbers(parts[now], folder)
+            old, why = self._list_of(parts[now], folder)
             if old is not None:
                 lists[now] = old
-                gone = int((old < 0).sum())
+                gone = int((old.numbers < 0).sum())
                 verb = "is" if gone == 1 else "are"
                 said = f", {gone} of which {verb} gone and replaced by the next" if gone else ""
                 self.note = (
@@ -102,14 +111,18 @@ class RunImages:
                 )
             else:
                 parts = with_list(parts[: now + 1], self.digest, len(self), sample, at_once=True)
-                lists = [*lists[: len(parts) - 1], range(len(self))]
+                lists = [*lists[: len(parts) - 1], self.now]
                 self.note = (
                     f"{why}: pass {parts[-1].epoch}, over the {len(self)} images of now, begins at "
                     "once"
                 )
         return self._take(parts, lists)
 
-    def _take(self, parts: list[Part], lists: list[range | np.ndarray]) -> list[dict[str, Any]]:
+    def _read_ahead(self, images: ImageList, shards: Sequence[int]) -> None:
+        """Of a list; of an old one, those of the source that have what is left of its."""
+        read_shards_ahead(self._source, images.shards_in(self.now, shards))
+
+    def _take(self, parts: list[Part], lists: list[ImageList]) -> list[dict[str, Any]]:
         self._parts, self._lists = parts, lists
         return [part._asdict() for part in parts]
 
@@ -122,18 +135,20 @@ class RunImages:
         except ListingError:
             return False
 
-    def _numbers(self, part: Part, folder: Path) -> tuple[np.ndarray | None, str]:
-        """Of the images of an old list; None, and why, where its pass cannot go on."""
+    def _list_of(self, part: Part, folder: Path) -> tuple[ImageList | None, str]:
+        """An old list; None, and why, where its pass cannot go on."""
         if not part.images:
             return None, f"which {part.count} images the run had is not known"
         try:
-            numbers = self.difference(folder, part.images, part.count).numbers
+            difference = self.difference(folder, part.images, part.count)
         except ListingError as error:
             return None, f"which {part.count} images the run had is not known ({error})"
-        left = int((numbers >= 0).sum())
-        if left < _LEFT * len(numbers):
+        left = int((difference.numbers >= 0).sum())
+        if left < _LEFT * part.count:
             return None, f"{left} of the {part.count} images that the run had are left"
-        return numbers, ""
+        if self._window is not None and difference.shards_were is None:
+            return None, f"in which shards the {part.count} images of the run were is not known"
+        return ImageList(difference.numbers, difference.shards_were), ""
 
 
 def _read(parts: Sequence[dict[str, Any]]) -> list[Part]:

@@ -39,11 +39,10 @@ from beit_fast.data.device_decode import DecodeCounts
 from beit_fast.data.device_views import DeviceViews
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.folder import ImageSource
-from beit_fast.data.sources.late import LATE
 from beit_fast.data.sources.limits import MAX_PIXELS
 from beit_fast.data.views.color_jitter import jitter_views
 from beit_fast.data.views.config import ViewConfig
-from beit_fast.data.views.two_views import VIEWS, ViewDraw, make_views
+from beit_fast.data.views.two_views import LATE, VIEWS, ViewDraw, make_views
 from beit_fast.files import damage as damage_of
 from beit_fast.files import file_digest, flush_folder, replace_file
 

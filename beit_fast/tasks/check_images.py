@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from beit_fast.data.in_order import name_unusable, unusable_images
+from beit_fast.data.in_order import lost, name_unusable, unusable_images
 from beit_fast.data.sources.decode import decode_fast, exif_orientation
 from beit_fast.data.sources.folder import ImageSource, Source
 from beit_fast.data.sources.limits import READS, ReadConfig
@@ -126,7 +126,7 @@ def _look_once(
     parts, turned_parts = zip(*world.gather((found, sorted(turned))), strict=True)
     if signum := max((part for part in parts if isinstance(part, int)), default=0):
         raise Interrupted(signum, place)
-    bad = {name: why for part in parts for name, why in part.items()}
+    bad = lost(source) | {name: why for part in parts for name, why in part.items()}
     if len(bad) > allowed:
         remedies = {
             "test": "Repair or remove them: every one counts, so none is left out",

@@ -1,6 +1,7 @@
 """Where the images of a task come from, and in what portions."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from beit_fast.data.sources.scan import Found
 from beit_fast.data.sources.segmentation import MaskedFolder
 from beit_fast.data.sources.subset import Subset
 from beit_fast.flags import flag
+from beit_fast.train.launch import launched_rank
 from beit_fast.train.log import plain_console
+from beit_fast.train.stop import heed_stop
 from beit_fast.train.world import World
 
+_FIRST_SAID, _SAID_EVERY = 2.0, 10.0  # seconds, of shards that are indexed
 UNSEEN_BATCH = 2**32  # number of the first batch of evaluation; training never gets there
 
 
@@ -35,7 +39,24 @@ def open_source(path: str, *, follow_links: bool = True, reads: ReadConfig = REA
         return ImageFolder(Path(beit_fast.data.__file__).parent / PHOTOGRAPHS)
     if is_digit_scenes(path):
         return DigitScenes(path)
-    return open_images(path, follow_links=follow_links, reads=reads)
+    return open_images(path, follow_links=follow_links, reads=reads, progress=indexing())
+
+
+def indexing() -> Callable[[int, int], None]:
+    """What is said, on the main rank, while shards are indexed, and that takes long; a stop signal
+    is heeded meanwhile."""
+    console = plain_console(quiet=launched_rank().rank > 0)
+    said = time.monotonic() + _FIRST_SAID - _SAID_EVERY
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        heed_stop("while the shards were indexed")
+        now = time.monotonic()
+        if now - said >= _SAID_EVERY:
+            said = now
+            console.print(f"indexing the shards, which is done once: {done} of {total}")
+
+    return tell
 
 
 def describe_source(source: Source, classes: Sequence[str] | None = None) -> str:
@@ -80,6 +101,7 @@ def open_loader(data: DataConfig, sample: Sample, *, seed: int, world: World) ->
         num_threads=data.num_threads,
         max_bad_share=data.max_bad_share,
         reads=data,
+        window=data.shards_at_once,
         device=world.device,
     )
 
@@ -109,4 +131,6 @@ def task_settings(config: Any) -> dict[str, Any]:
     and then takes the habits out (train/changes.py)."""
     settings = asdict(config)
     del settings["optim"], settings["run"]
+    if settings["data"].get("shuffle") == "full":
+        del settings["data"]["window"]  # nothing depends on it
     return settings

@@ -66,6 +66,7 @@ BEFORE = {
     "run.gradient_dtype": "fp32",
     "run.bad_steps": 1,
     "run.spike_window": 100,
+    "data.shuffle": "full",
     "views.decode": "full",
 }
 

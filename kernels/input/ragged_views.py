@@ -41,7 +41,9 @@ from beit_fast.kernels.input.resampling import SUPPORT
 from beit_fast.kernels.registration import implement
 
 BACKENDS = ("triton", "torch")
-MOST_BYTES = 2**31 - 1  # of one image: counted in int32
+# Of one image, and of the sides of images and views: pixels of an image are counted in int32, and
+# so are those between the passes, as many as a side of the image by one of the view.
+MOST_BYTES, MOST_SIDE, MOST_VIEW_SIDE = 2**31 - 1, 2**19, 2**11
 torch.library.define(
     "beit_fast::ragged_views",
     "(Tensor pixels, Tensor offsets, Tensor sizes, Tensor boxes, Tensor flips, Tensor planar, "
@@ -172,10 +174,12 @@ def _check(pixels, offsets, sizes, boxes, flips, planar, steps, factors, views) 
                 f"{name} is on {tensor.device}: pass it on the CPU, for it decides what is "
                 "launched; the pixels alone lie where the work is done"
             )
+    most = MOST_VIEW_SIDE
     for name, size in views:
-        if name not in SUPPORT or len(size) != 2 or min(size) < 1:
+        if name not in SUPPORT or len(size) != 2 or not 1 <= min(size) <= max(size) <= most:
             raise ValueError(
-                f"the views hold {(name, size)!r}: pass ({' or '.join(SUPPORT)}, (height, width))"
+                f"the views hold {(name, size)!r}: pass {' or '.join(SUPPORT)}, and (height, "
+                f"width) of 1 to {most} pixels"
             )
 
 
@@ -184,7 +188,7 @@ def _check_values(pixels, offsets, sizes, boxes, steps) -> None:
     that is none."""
     area = sizes.prod(1)
     top_left, extent = boxes[:, :2], boxes[:, 2:]
-    beyond = (sizes < 1).any(1) | (3 * area > MOST_BYTES)
+    beyond = ((sizes < 1) | (sizes > MOST_SIDE)).any(1) | (3 * area > MOST_BYTES)
     beyond |= (offsets < 0) | (offsets + 3 * area > len(pixels))
     outside = ((top_left < 0) | (extent < 1) | (top_left + extent > sizes)).any(1)
     unknown = ((steps < 0) | (steps >= len(STEPS))).any(1) | ((steps == CONTRAST).sum(1) > 1)
@@ -195,8 +199,8 @@ def _check_values(pixels, offsets, sizes, boxes, steps) -> None:
     size = "x".join(map(str, sizes[b].tolist()))
     if beyond[b]:
         raise ValueError(
-            f"image {b} is {size} pixels at {int(offsets[b])} of {len(pixels)} bytes: pass sizes "
-            f"of at least 1x1 and at most {MOST_BYTES} bytes, all of them within the pixels"
+            f"image {b} is {size} pixels at {int(offsets[b])} of {len(pixels)} bytes: pass images "
+            f"of 1 to {MOST_SIDE} pixels a side and at most {MOST_BYTES} bytes, within the pixels"
         )
     if outside[b]:
         raise ValueError(

@@ -26,7 +26,9 @@ from beit_fast.kernels.input.resize_kernels import pass_kernel, weights_kernel
 
 GREY_PIXELS, CROP_PIXELS = 2048, 1024  # of a program
 WEIGHTS = 128
-ROWS, COLS = 16, 32  # of a pass
+# Rows and columns that a program writes, and its warps, by whether its pass goes along rows: a
+# thread has eight pixels of one column then, which take the same weights, and else of two rows.
+TILES = {True: (16, 32, 2), False: (2, 128, 1)}
 
 
 def ragged_views_triton(
@@ -141,7 +143,8 @@ def _plan(
 
     def job(along_rows: bool, active: Tensor, *values: Tensor) -> tuple[bool, Tensor, Tensor]:
         _, _, rows, cols, _ = values
-        tiles = _tiles(rows, ROWS) * _tiles(cols, COLS) * active
+        of_rows, of_cols, _ = TILES[along_rows]
+        tiles = _tiles(rows, of_rows) * _tiles(cols, of_cols) * active
         return along_rows, torch.stack(values, dim=-1), _starts(tiles)
 
     everyone = torch.ones_like(columns)
@@ -199,8 +202,9 @@ def _resize(
             jobs_ptr=jobs_d,
             starts_ptr=starts_d,
             ALONG_ROWS=along_rows,
-            ROWS=ROWS,
-            COLS=COLS,
+            ROWS=TILES[along_rows][0],
+            COLS=TILES[along_rows][1],
+            num_warps=TILES[along_rows][2],
             **shared,
             **batch,
         )
@@ -254,8 +258,10 @@ def _starts(counts: Tensor) -> Tensor:
 
 def _move(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """int64 tensors on the device, in one copy that the host does not wait for."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    # Each at a multiple of 16 bytes, or Triton would compile kernels anew for those that are not.
+    flat = [torch.nn.functional.pad(t.flatten(), (0, t.numel() % 2)) for t in tensors]
+    joined = torch.cat(flat)
     if device.type == "cuda":
-        flat = flat.pin_memory()
-    moved = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(moved, tensors, strict=True)]
+        joined = joined.pin_memory()
+    parts = joined.to(device, non_blocking=True).split([len(part) for part in flat])
+    return [part[: t.numel()].view(t.shape) for part, t in zip(parts, tensors, strict=True)]

@@ -129,42 +129,45 @@ def pass_kernel(
     tile_row = tile // tiles_across
     i = tile_row * ROWS + tl.arange(0, ROWS)
     j = (tile - tile_row * tiles_across) * COLS + tl.arange(0, COLS)
-    # What lies beyond is computed as the last row or column, and not stored.
+    # Columns are the first axis of a tile, which makes lanes of a warp read one row: no axis of
+    # what is gathered is known to be dense, and then Triton has lanes follow the first one. What
+    # lies beyond is computed as the last row, or column of weights, and not stored.
     near_i = tl.minimum(i, rows - 1)
-    near_j = tl.minimum(j, cols - 1)
     half: tl.constexpr = 2097152
-    red = tl.full((ROWS, COLS), half, tl.int32)
-    green = tl.full((ROWS, COLS), half, tl.int32)
-    blue = tl.full((ROWS, COLS), half, tl.int32)
+    red = tl.full((COLS, ROWS), half, tl.int32)
+    green = tl.full((COLS, ROWS), half, tl.int32)
+    blue = tl.full((COLS, ROWS), half, tl.int32)
     if ALONG_ROWS:
+        near_j = tl.minimum(j, cols - 1)
         first = tl.load(firsts_ptr + near_j)
-        lines = read + near_i.to(tl.int64) * pitch
+        lines = read + near_i * pitch
         for tap in range(taps):
-            weight = tl.load(weights_ptr + tap * num_out + near_j)[None, :]
+            weight = tl.load(weights_ptr + tap * num_out + near_j)[:, None]
             at = tl.minimum(first + tap, last)
-            word = tl.load(lines[:, None] + at[None, :])
+            word = tl.load(lines[None, :] + at[:, None])
             red += (word & 255) * weight
             green += ((word >> 8) & 255) * weight
             blue += (word >> 16) * weight
     else:
         first = tl.load(firsts_ptr + near_i)
+        there_j = (j < cols)[:, None]
         for tap in range(taps):
-            weight = tl.load(weights_ptr + tap * num_out + near_i)[:, None]
-            at = tl.minimum(first + tap, last).to(tl.int64) * pitch
-            word = tl.load((read + at)[:, None] + near_j[None, :])
+            weight = tl.load(weights_ptr + tap * num_out + near_i)[None, :]
+            at = tl.minimum(first + tap, last) * pitch
+            word = tl.load((read + j)[:, None] + at[None, :], mask=there_j, other=0)
             red += (word & 255) * weight
             green += ((word >> 8) & 255) * weight
             blue += (word >> 16) * weight
 
     red, green, blue = _level(red), _level(green), _level(blue)
-    there = (i < rows)[:, None] & (j < cols)[None, :]
+    there = (i < rows)[None, :] & (j < cols)[:, None]
     if written >= 0:
-        at = written + i.to(tl.int64) * cols
+        at = written + i * cols
         word = red | (green << 8) | (blue << 16)
-        tl.store((words_ptr + at)[:, None] + j[None, :], word, mask=there)
+        tl.store((words_ptr + at)[None, :] + j[:, None], word, mask=there)
     else:
         at = (image * HEIGHT + i) * (WIDTH * 3)
-        at_ptr = (view_ptr + at)[:, None] + j[None, :] * 3
+        at_ptr = (view_ptr + at)[None, :] + j[:, None] * 3
         tl.store(at_ptr, red.to(tl.uint8), mask=there)
         tl.store(at_ptr + 1, green.to(tl.uint8), mask=there)
         tl.store(at_ptr + 2, blue.to(tl.uint8), mask=there)

@@ -13,7 +13,7 @@ from beit_fast.data.device_decode import (
     device_decoder,
 )
 from beit_fast.data.sources.decode import BadImageError, decode_fast, import_decode_jpeg
-from beit_fast.data.sources.late import late_image
+from beit_fast.data.sources.jpeg import plain_jpeg
 
 CPU = torch.device("cpu")
 
@@ -38,8 +38,8 @@ def files(make_image, make_file):
     return [make_file(make_image(20 + i, 30, i), "JPEG") for i in range(8)]
 
 
-def late(files):
-    return [late_image(data, 10**6) for data in files]
+def images_of(files):
+    return [plain_jpeg(data) for data in files]
 
 
 def assert_pixels(found, files):
@@ -58,24 +58,23 @@ def without_tables(data: bytes) -> bytes:
     return data[:start] + data[start + 2 + int.from_bytes(data[start + 2 : start + 4]) :]
 
 
-def test_a_batch_is_decoded_at_once_and_odd_images_are_there_already(files, make_image, make_file):
-    files[3] = make_file(make_image(10, 12), "PNG")
+def test_a_batch_is_decoded_at_once(files):
     device = Device()
-    found = DeviceDecoder(CPU, device)(late(files))
-    assert device.batches == [7]
-    assert reasons(found) == ["", "", "", "no JPEG", "", "", "", ""]
+    found = DeviceDecoder(CPU, device)(images_of(files))
+    assert device.batches == [8]
+    assert reasons(found) == [""] * 8
     assert_pixels(found, files)
 
 
 def test_without_a_decoder_on_the_device_the_cpu_decodes_and_nothing_is_odd(files):
-    found = device_decoder(CPU)(late(files))
+    found = device_decoder(CPU)(images_of(files))
     assert reasons(found) == [""] * 8
     assert_pixels(found, files)
 
 
 def test_a_refused_image_alone_goes_to_the_cpu(files):
     device = Device(refused=[files[5]])
-    found = DeviceDecoder(CPU, device)(late(files))
+    found = DeviceDecoder(CPU, device)(images_of(files))
     assert device.batches == [8, 4, 4, 2, 1, 1, 2]
     assert reasons(found) == [""] * 5 + [REFUSED] + [""] * 2
     assert_pixels(found, files)
@@ -83,12 +82,12 @@ def test_a_refused_image_alone_goes_to_the_cpu(files):
 
 def test_an_image_that_the_cpu_cannot_decode_either_is_a_bad_one(files):
     files[2] = without_tables(files[2])
-    found = DeviceDecoder(CPU, Device(refused=[files[2]]))(late(files))
+    found = DeviceDecoder(CPU, Device(refused=[files[2]]))(images_of(files))
     assert isinstance(found[2][0], BadImageError)
     assert "broken data stream" in str(found[2][0])
     del found[2], files[2]
     assert_pixels(found, files)
-    (alone,) = device_decoder(CPU)(late([without_tables(files[0])]))
+    (alone,) = device_decoder(CPU)(images_of([without_tables(files[0])]))
     assert isinstance(alone[0], BadImageError)
 
 
@@ -98,7 +97,7 @@ def test_pixels_of_another_size_than_the_header_says_are_not_taken(files):
     def rotates(encoded):
         return [x.transpose(1, 2) if i == 1 else x for i, x in enumerate(Device()(encoded))]
 
-    found = DeviceDecoder(CPU, rotates)(late(files))
+    found = DeviceDecoder(CPU, rotates)(images_of(files))
     assert reasons(found) == ["", REFUSED] + [""] * 6
     assert_pixels(found, files)
 
@@ -110,18 +109,18 @@ def test_a_device_that_decodes_nothing_at_all_is_no_silent_cpu(files):
         match=r"the decoder of cpu refuses every image, the CPU's does not \(nvjpeg: bad stream\)"
         r": see that torchcodec and driver fit, or pass --views.kind fast",
     ):
-        decoder(late(files))
+        decoder(images_of(files))
 
 
 def test_a_device_that_decoded_something_may_refuse_a_batch(files):
     decoder = DeviceDecoder(CPU, Device(refused=files[4:]))
-    decoder(late(files[:4]))
-    assert reasons(decoder(late(files[4:]))) == [REFUSED] * 4
+    decoder(images_of(files[:4]))
+    assert reasons(decoder(images_of(files[4:]))) == [REFUSED] * 4
 
 
 def test_bad_images_alone_are_no_fault_of_the_device(files):
     bad = [without_tables(data) for data in files]
-    found = DeviceDecoder(CPU, Device(refused=bad))(late(bad))
+    found = DeviceDecoder(CPU, Device(refused=bad))(images_of(bad))
     assert all(isinstance(pixels, BadImageError) for pixels, _ in found)
 
 
@@ -133,7 +132,7 @@ def test_bad_images_alone_are_no_fault_of_the_device(files):
 def test_errors_of_the_device_are_not_taken_for_bad_images(files, error):
     device = Device(refused=[files[0]], error=error)
     with pytest.raises(type(error)):
-        DeviceDecoder(CPU, device)(late(files))
+        DeviceDecoder(CPU, device)(images_of(files))
     assert device.batches == [8]
 
 
@@ -156,12 +155,14 @@ def test_what_was_odd_is_counted_by_reason():
     assert counts.odd() == {}
     counts.add(["CMYK", "", "progressive", "progressive"])
     assert counts.odd() == {"progressive": 2, "CMYK": 1}
-    assert str(counts) == ("3 of 7 images were left to the CPU's decoder: 2 progressive, 1 CMYK")
+    assert str(counts) == (
+        "3 of 7 images loaded here were left to the CPU's decoder: 2 progressive, 1 CMYK"
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs nvJPEG")
 def test_the_gpu_decodes_photographs_as_the_cpu_does_but_for_rounding(photographs):
-    found = device_decoder(torch.device("cuda"))(late(photographs))
+    found = device_decoder(torch.device("cuda"))(images_of(photographs))
     assert reasons(found) == [""] * len(photographs)
     for (pixels, _), data in zip(found, photographs, strict=True):
         assert pixels.is_cuda
@@ -172,7 +173,7 @@ def test_the_gpu_decodes_photographs_as_the_cpu_does_but_for_rounding(photograph
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs nvJPEG")
 def test_the_gpu_decodes_over_no_memory_that_waiting_work_reads(photographs):
     """What torchcodec 0.16 and torchvision do: the engine writes before the stream's turn."""
-    decoder, images = device_decoder(torch.device("cuda")), late(photographs * 4)
+    decoder, images = device_decoder(torch.device("cuda")), images_of(photographs * 4)
     first = [pixels.clone() for pixels, _ in decoder(images)]
     for _ in range(10):
         waiting = [torch.full((2**24,), 7, dtype=torch.uint8, device="cuda") for _ in range(4)]
@@ -188,5 +189,5 @@ def test_the_gpu_decodes_over_no_memory_that_waiting_work_reads(photographs):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs nvJPEG")
 def test_one_bad_image_costs_the_gpu_no_other(photographs):
     files = [*photographs[:5], without_tables(photographs[5]), *photographs[6:10]]
-    found = device_decoder(torch.device("cuda"))(late(files))
+    found = device_decoder(torch.device("cuda"))(images_of(files))
     assert [isinstance(pixels, BadImageError) for pixels, _ in found] == [i == 5 for i in range(10)]

@@ -14,16 +14,15 @@ import torch
 from beit_fast.data import device_views
 from beit_fast.data.config import MaskingConfig
 from beit_fast.data.device_decode import REFUSED, DecodeCounts, DeviceDecodeError, DeviceDecoder
-from beit_fast.data.device_views import DeviceViews
+from beit_fast.data.device_views import DeviceViews, taken
 from beit_fast.data.loader import BadDataError, Loader
 from beit_fast.data.samples import PretrainSample, TokenViewSample
 from beit_fast.data.seeds import SampleSeed
-from beit_fast.data.sources.decode import import_decode_jpeg
+from beit_fast.data.sources.decode import BadImageError, import_decode_jpeg
 from beit_fast.data.sources.folder import ImageFolder
-from beit_fast.data.sources.late import LATE
 from beit_fast.data.sources.limits import ReadConfig
 from beit_fast.data.views.config import ViewConfig
-from beit_fast.data.views.two_views import VIEWS, make_views
+from beit_fast.data.views.two_views import LATE, VIEWS, make_views
 from faults import LET_GO, Injector, fired
 from loaded import Faulty, assert_equal
 from task_runs import take_batches
@@ -87,7 +86,7 @@ def test_batches_are_those_of_the_reference(folder, num_threads):
     theirs, _ = load(folder, "reference", 12)
     ours, made = load(folder, "gpu", 12, num_threads=num_threads)
     assert_equal(ours, theirs)
-    assert made.decode_counts.odd().keys() == {"progressive", "CMYK", "no JPEG"}
+    assert made.decode_counts.odd().keys() == {"progressive", "CMYK", "not JPEG"}
 
 
 @pytest.mark.parametrize("changes", [{"color_jitter": 0.0}, {"hflip": 1.0}, {"max_pixels": 3000}])
@@ -283,6 +282,34 @@ def refuse(row, error):
     raise AssertionError("nothing is broken")
 
 
+@pytest.mark.parametrize("format", ["PNG", "CMYK", "cut", "small"])
+def test_threads_make_the_views_of_what_no_device_decodes_and_refuse_what_they_can(
+    make_image, make_file, format
+):
+    image, config = make_image(60, 70), VIEW
+    data = make_file(image, "JPEG")
+    if format == "PNG":
+        data = make_file(image, "PNG")
+    elif format == "CMYK":
+        data = make_file(image.convert("CMYK"), "JPEG")
+    elif format == "cut":
+        data = data[:-300]
+    else:
+        config = replace(VIEW, max_pixels=4199)
+    rng = SampleSeed(0, 0, 0).rng
+    if format in ("cut", "small"):
+        with pytest.raises(BadImageError):
+            make_views(data, config, rng("view"))
+        return
+    made, draw = make_views(data, config, rng("view"), ("images",))
+    reference = replace(VIEW, kind="reference")
+    expected, same = make_views(data, reference, rng("view"), ("images",))
+    assert draw == same == made[LATE].draw
+    assert made[LATE].jpeg is None
+    assert made[LATE].made.keys() == expected.keys()
+    assert (made[LATE].made["images"] == expected["images"]).all()
+
+
 @pytest.mark.parametrize("names", [VIEWS, ("images",), ("token_images",)], ids=str)
 def test_only_the_views_asked_for_are_made(photographs, names):
     late = [late_of(data, i) for i, data in enumerate(photographs[:3])]
@@ -304,8 +331,8 @@ def test_draws_are_those_of_the_other_kinds(photographs):
 
 def test_pixels_by_plane_or_by_pixel_are_the_same_image(photographs):
     """Decoders give either."""
-    image, draw = late_of(photographs[0])
-    (pixels, _), *_ = DeviceDecoder(CPU, None)([image])
+    late = late_of(photographs[0])
+    ((pixels, _),) = DeviceDecoder(CPU, None)([late.jpeg])
 
     class Gives(DeviceDecoder):
         def __call__(self, images):
@@ -315,10 +342,55 @@ def test_pixels_by_plane_or_by_pixel_are_the_same_image(photographs):
     for self_pixels in (pixels, pixels.contiguous()):
         decoder = Gives(CPU, None)
         decoder.pixels = self_pixels
-        made.append(DeviceViews(VIEW, VIEWS, CPU, DecodeCounts(), decoder)([(image, draw)], refuse))
+        made.append(DeviceViews(VIEW, VIEWS, CPU, DecodeCounts(), decoder)([late], refuse))
     assert not pixels.is_contiguous()
     for name in VIEWS:
         assert torch.equal(made[0][name], made[1][name])
+
+
+def test_views_are_finished_when_they_are_handed_over(photographs, monkeypatch):
+    """On a stream of their own, which the thread that makes them waits for."""
+    done = []
+
+    class Stream:
+        def __enter__(self):
+            done.append("stream")
+
+        def __exit__(self, *_):
+            done.append("left")
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking  # a host that spins takes a core from the loader
+
+        def record(self):
+            done.append("recorded")
+
+        def synchronize(self):
+            done.append("waited")
+
+    made = DeviceViews(VIEW, VIEWS, CPU, DecodeCounts())
+    made._stream = Stream()
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    of_images = made.made
+    monkeypatch.setattr(made, "made", lambda *args: done.append("made") or of_images(*args))
+    made([late_of(photographs[0])], refuse)
+    assert done == ["stream", "made", "recorded", "waited", "left"]
+
+
+def test_whoever_takes_views_tells_the_allocator_on_which_stream_they_are_read(monkeypatch):
+    told = []
+
+    class OnDevice:
+        is_cuda, device = True, "cuda:1"
+
+        def record_stream(self, stream):
+            told.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    taken({"images": OnDevice(), "mask": torch.zeros(3)})
+    assert told == ["stream of cuda:1"]
 
 
 def test_too_little_memory_on_the_device_says_what_to_do(photographs):

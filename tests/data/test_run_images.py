@@ -198,5 +198,79 @@ def test_what_is_gone_has_no_number(begun, tmp_path):
     loader, _ = went_on(NEW, begun, 110, tmp_path)
     passes = loader.images.passes(5)
     lists = {id(passes[sample][2]): passes[sample][2] for sample in range(110, 200)}
-    (numbers,) = lists.values()
+    (images,) = lists.values()
+    numbers = images.numbers
     assert np.flatnonzero(numbers < 0).tolist() == [OLD.index(name) for name in GONE]
+
+
+SHARDS = [30, 25, 45]  # of OLD
+SHARDS_NOW = [20, 29, 50, 38]  # of NEW
+
+
+class NamedShards(Named):
+    """The same in shards, that says which were asked for."""
+
+    def __init__(self, names, sizes, bad=()):
+        super().__init__(names, bad)
+        self.shard_sizes, self.ahead_of = sizes, []
+
+    def shards_ahead(self, shards):
+        self.ahead_of.append(list(shards))
+
+
+def windowed(names, sizes, **options):
+    options = {"batch_size": BATCH, "seed": 5, "num_threads": 0, "window": 2} | options
+    return Loader(NamedShards(names, sizes), Seeds(), **options)
+
+
+@pytest.mark.promise("R2")
+def test_a_pass_over_windows_goes_on_in_the_shards_of_before(tmp_path):
+    before = windowed(OLD, SHARDS)
+    before.images.keep(tmp_path)
+    parts = before.images.begin()
+    expected = take_batches(before, 13)[7:]
+    now = windowed(NEW, SHARDS_NOW)
+    parts = now.images.go_on(json.loads(json.dumps(parts)), 7 * BATCH, tmp_path)
+    assert [part["first"] for part in parts] == [0, 200]
+    batches = take_batches(now, 13 + 9, 7)
+    seeds = torch.cat([batch["seed"] for batch in batches])
+    read = [NEW[n] for n in torch.cat([batch["sample_index"] for batch in batches]).tolist()]
+    # The crops and places of before; where an image is gone the next of its shard, of then.
+    assert torch.equal(seeds[:88], torch.cat([batch["seed"] for batch in expected])[:88])
+    shards = [OLD[:30], OLD[30:55], OLD[55:]]
+    for (_, _, place), name in zip(seeds[:88].tolist(), read[:88], strict=True):
+        if OLD[place] in NEW:
+            assert name == OLD[place]
+        else:
+            (shard,) = (shard for shard in shards if OLD[place] in shard)
+            turned = shard[shard.index(OLD[place]) :] + shard
+            assert name == next(other for other in turned if other in NEW)
+    assert sorted(read[88 : 88 + len(NEW)]) == NEW
+    # Of the pass over the old images what is announced are the shards that these lie in now.
+    assert set(now.source.ahead_of[0]) == {0, 1, 2, 3}
+    assert all(len(shards) <= 4 for shards in now.source.ahead_of)
+    again = windowed(NEW, SHARDS_NOW)
+    now.images.keep(tmp_path)
+    assert again.images.go_on(parts, 11 * BATCH, tmp_path) == parts
+    assert_equal(take_batches(again, 18, 11), batches[4:])
+
+
+def test_a_list_without_shards_cannot_go_on_in_windows(begun, tmp_path):
+    loader = windowed(NEW, SHARDS_NOW)
+    parts = loader.images.go_on(begun, 130, tmp_path)
+    assert [(part["first"], part["epoch"]) for part in parts] == [(0, 0), (130, 2)]
+    assert "in which shards the 100 images of the run were is not known" in loader.images.note
+    take_batches(loader, 20, 8)
+    whole = windowed(NEW, SHARDS_NOW, window=None)  # to a full shuffle they are no matter
+    assert whole.images.go_on(begun, 130, tmp_path)[1]["first"] == 200
+
+
+def test_other_shards_of_the_same_images_are_told(tmp_path):
+    before = windowed(OLD, SHARDS)
+    before.images.keep(tmp_path)
+    now = windowed(OLD, [50, 50])
+    assert now.images.digest != before.images.digest != RunImages(Named(OLD)).digest
+    found = now.images.difference(tmp_path, before.images.digest, 100)
+    assert str(found) == "they are in other shards"
+    same = windowed(OLD, SHARDS).images.difference(tmp_path, before.images.digest, 100)
+    assert not same

@@ -1,5 +1,6 @@
 """What the tests of the loader load: numbers, whose samples are their seeds, and small views."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -77,3 +78,22 @@ def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
         assert a.keys() == b.keys()
         for name in a:
             assert torch.equal(a[name], b[name]), name
+
+
+class Sharded(Numbers):
+    """Numbers in shards, that says which of these were asked for and in what windows."""
+
+    def __init__(self, sizes, bad: tuple[int, ...] = ()):
+        super().__init__(sum(sizes), bad)
+        self.shard_sizes, self.window, self.ahead_of = sizes, None, []
+
+    def shard_of(self, index):
+        return next(
+            s for s, end in enumerate(itertools.accumulate(self.shard_sizes)) if index < end
+        )
+
+    def windowed(self, window):
+        self.window = window
+
+    def shards_ahead(self, shards):
+        self.ahead_of.append(list(shards))

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+TAR_FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
 
 def picture(number, size=(60, 40)):
     """Bytes of a JPEG that no other number has."""
@@ -41,3 +43,21 @@ def write_shards(
                     described = {"label": label, "width": 60, "height": 40, "filename": key}
                     add_member(tar, f"{key}.json", json.dumps(described).encode())
     return folder
+
+
+def write_tar(content, *, kind="gnu", end=True):
+    """Bytes of a tar of (name or TarInfo, data), without the zeros at its end if `end` is false."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=TAR_FORMATS[kind]) as tar:
+        for name, data in content:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        size = tar.offset
+    return file.getvalue() if end else file.getvalue()[:size]
+
+
+def entry(name, kind, linkname=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, linkname
+    return info

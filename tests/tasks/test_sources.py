@@ -1,16 +1,22 @@
 """The line that says what a folder holds, and how folders are opened."""
 
 import os
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from beit_fast.cli import main
+from beit_fast.data.config import DataConfig
 from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.sources.subset import Subset
+from beit_fast.recipes import PRETRAIN
+from beit_fast.tasks.pretrain.pipeline import tokenizer_stage
 from beit_fast.tasks.sources import describe_source, open_source, say, task_settings
-from beit_fast.train.changes import without_habits
+from beit_fast.train.changes import check_settings, without_habits
+from beit_fast.train.state import CheckpointError
 from beit_fast.train.world import World
 
 CPU = torch.device("cpu")
@@ -42,7 +48,49 @@ def test_links_that_were_files_are_no_other_run(pretrain_config):
         for follow in (True, False)
     )
     assert followed == not_followed
-    assert followed["data"] == {"batch_size": 4, "max_bad_share": 0.001}  # as of earlier versions
+    assert followed["data"] == {"batch_size": 4, "max_bad_share": 0.001, "shuffle": "full"}
+
+
+def test_an_order_is_the_run_s_and_a_window_counts_where_there_is_one(pretrain_config):
+    def settings(**data):
+        return without_habits(task_settings(pretrain_config(data=data)))
+
+    full, window = settings(), settings(shuffle="window", window=8)
+    assert settings(window=8) == full  # nothing depends on it
+    before = settings()
+    del before["data"]["shuffle"]  # as earlier versions wrote it
+    assert check_settings("run", before, full) == []
+    for theirs, ours, said in (
+        (before, window, "data.shuffle was 'full', is 'window'"),
+        (window, settings(shuffle="window", window=4), "data.window was 8, is 4"),
+    ):
+        with pytest.raises(CheckpointError, match=said) as refused:
+            check_settings("run", theirs, ours)
+        (names,) = re.findall(r"--run\.resume_with '\[(.*)\]'", str(refused.value))
+        assert check_settings("run", theirs, ours, accepted=names.split(","))
+
+
+def test_a_tokenizer_of_the_same_images_reads_them_in_the_same_way():
+    def order_of(path="", **order):
+        training = replace(recipe.tokenizer_training, data=DataConfig(path=path, **order))
+        data = DataConfig(path="shards", shuffle="window", window=8)
+        stage = tokenizer_stage(replace(recipe, data=data, tokenizer_training=training))
+        return stage.data.path, stage.data.shuffle, stage.data.window
+
+    recipe = PRETRAIN["small"]()
+    assert order_of() == ("shards", "window", 8)
+    assert order_of(shuffle="window", window=4) == ("shards", "window", 4)
+    assert order_of(path="others") == ("others", "full", 16)
+
+
+def test_a_window_over_a_folder_is_refused_before_anything_begins(folder, tmp_path, capsys):
+    command = ["tokenizer", "demo", "--data.path", str(folder), "--data.shuffle", "window"]
+    assert main([*command, "--run.output", str(tmp_path / "run")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"beit-fast: --data.shuffle is window and {folder}/a/1.png lies in no shard: pass "
+        "--data.shuffle full, or shards or tables as --data.path"
+    )
 
 
 def test_parts_that_are_read_together_are_told(tmp_path):

@@ -43,11 +43,16 @@ def read_classes(path: str | Path) -> Classes:
         raise ValueError(f"the file of class names {path} {lies}: check the path")
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} has more than {_MAX_BYTES} bytes: give a list of class names")
+    return parse_classes(str(path), path.read_bytes())
+
+
+def parse_classes(path: str, content: bytes) -> Classes:
+    """`read_classes` of a file that was read already, wherever it lies; `path` is to show."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as that") from error
-    if path.suffix.lower() == ".json":
+    if path.lower().endswith(".json"):
         entries = _entries(path, text)
     else:
         if text.lstrip().startswith(("[", "{")):
@@ -58,7 +63,7 @@ def read_classes(path: str | Path) -> Classes:
     return _classes(path, entries)
 
 
-def _entries(path: Path, text: str) -> list[dict[str, Any]]:
+def _entries(path: str, text: str) -> list[dict[str, Any]]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -72,7 +77,7 @@ def _entries(path: Path, text: str) -> list[dict[str, Any]]:
     return [{"name": entry} if isinstance(entry, str) else entry for entry in content]
 
 
-def _classes(path: Path, entries: list[Any]) -> Classes:
+def _classes(path: str, entries: list[Any]) -> Classes:
     for number, entry in enumerate(entries):
         if problem := _problem(entry):
             raise ValueError(f"{path}, class {number}: {problem}")

@@ -57,6 +57,24 @@ def read_ahead(source: Source, indices: Sequence[int]) -> None:
         ahead(indices)
 
 
+def shard_sizes_of(source: Source) -> Sequence[int] | None:
+    """Images of each shard of a source in the order of their numbers: it has `shard_sizes`. None
+    for one without shards."""
+    return getattr(source, "shard_sizes", None)
+
+
+def read_windowed(source: Source, window: int) -> None:
+    """Say that its shards are read a window of so many at a time: it may have `windowed`."""
+    if windowed := getattr(source, "windowed", None):
+        windowed(window)
+
+
+def read_shards_ahead(source: Source, shards: Sequence[int]) -> None:
+    """Say that shards with these numbers come next: it may have `shards_ahead`."""
+    if ahead := getattr(source, "shards_ahead", None):
+        ahead(shards)
+
+
 def damage_of(source: Source) -> Mapping[str, str]:
     """What of a source is lost besides single images, name -> what is wrong: it has `damage`."""
     return getattr(source, "damage", {})
@@ -80,8 +98,8 @@ class ImageFolder:
             raise ValueError(f"the image folder {self.root} does not exist: check the path")
         if not self.root.is_dir():
             raise ValueError(
-                f"{self.root} is not a folder: give the folder the images are in; an archive has "
-                "to be unpacked first"
+                f"{self.root} is not a folder: give the folder the images are in, or tar shards, "
+                "whose names end in .tar; any other archive has to be unpacked first"
             )
         self.paths, self.found = scan(self.root, follow_links)
         if not self.paths:
@@ -93,7 +111,10 @@ class ImageFolder:
                     "that is the flag"
                 )
             if ".tar" in said:
-                remedy += "; archives have to be unpacked first"
+                remedy += (
+                    "; of tar shards give the folder that they lie in, where nothing else lies, or "
+                    f"a pattern like {os.path.join(self.root, '*.tar')}"
+                )
             raise ValueError(
                 f"no images under {self.root}{said}: expected files ending in "
                 f"{' '.join(sorted(EXTENSIONS))}{remedy}"

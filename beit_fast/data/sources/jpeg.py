@@ -27,9 +27,9 @@ class Jpeg:
 
 
 def plain_jpeg(data: bytes) -> Jpeg | str:
-    """The JPEG, or why a device's decoder is not to have the file: "progressive", "no JPEG"."""
+    """The JPEG, or why a device's decoder is not to have the file: "progressive", "not JPEG"."""
     if not data.startswith(_START):
-        return "no JPEG"
+        return "not JPEG"
     app1, frame, adobe = [], None, _YCBCR
     position = 2
     try:

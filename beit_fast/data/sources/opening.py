@@ -1,5 +1,6 @@
 """The images that a path names, labelled or not, wherever they are kept."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -15,26 +16,38 @@ from beit_fast.data.sources.tar_shards import TarShards
 
 Labelled = tuple[ImageSource, Tensor, list[str]]  # images, labels int64 (n,), names of the classes
 
-_STORED: dict[Kind, type] = {"shards": TarShards, "tables": TableImages, "objects": ObjectFolder}
+Progress = Callable[[int, int], None]  # shards that are indexed, of how many; it may raise
+
+_STORED: dict[Kind, type] = {"tables": TableImages, "objects": ObjectFolder}
 
 
 def open_images(
-    path: str | Path, *, follow_links: bool = True, reads: ReadConfig = READS
+    path: str | Path,
+    *,
+    follow_links: bool = True,
+    reads: ReadConfig = READS,
+    progress: Progress | None = None,
 ) -> ImageSource:
     """The images of a folder, of shards or tables on disk or behind a URL, or digits.
 
-    Raises ValueError for what is missing or has none, each as its own class does.
+    progress: is told of shards that are indexed, every tenth of a second. Raises ValueError for
+    what is missing or has none, each as its own class does.
     """
     if is_digits(path):
         return Digits(str(path))
     kind = kind_of(path)
     if kind == "folder":
         return ImageFolder(path, follow_links=follow_links)
-    return _STORED[kind](str(path), reads=reads)
+    return _open_stored(kind, str(path), reads, progress)
 
 
 def labelled_images(
-    path: str | Path, *, follow_links: bool = True, fewest: int = 2, reads: ReadConfig = READS
+    path: str | Path,
+    *,
+    follow_links: bool = True,
+    fewest: int = 2,
+    reads: ReadConfig = READS,
+    progress: Progress | None = None,
 ) -> Labelled:
     """The same with the class of each. Raises ValueError where there are none, or fewer classes
     than `fewest`."""
@@ -43,5 +56,13 @@ def labelled_images(
     kind = kind_of(path)
     if kind == "folder":
         return class_folders(path, follow_links=follow_links, fewest=fewest)
-    source = _STORED[kind](str(path), reads=reads)
+    source = _open_stored(kind, str(path), reads, progress)
     return source, *source.labelled(fewest)
+
+
+def _open_stored(
+    kind: Kind, path: str, reads: ReadConfig, progress: Progress | None
+) -> TarShards | TableImages | ObjectFolder:
+    if kind == "shards":
+        return TarShards(path, reads=reads, progress=progress)
+    return _STORED[kind](path, reads=reads)

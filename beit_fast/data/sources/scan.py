@@ -34,22 +34,22 @@ class Found:
     def left_out(self) -> str:
         """All that was not read, by kind: "2 links left out, 1 broken link (a/b)"; often ""."""
         parts = [
-            _count(sum(self.other_files.values()), "other file", "other files", self._endings()),
-            _count(self.num_hidden, "hidden name", "hidden names"),
-            _count(self.num_special, "pipe or device", "pipes or devices"),
-            _count(self.links_left_out, "link", "links"),
+            counted(sum(self.other_files.values()), "other file", "other files", self._endings()),
+            counted(self.num_hidden, "hidden name", "hidden names"),
+            counted(self.num_special, "pipe or device", "pipes or devices"),
+            counted(self.links_left_out, "link", "links"),
         ]
         left_out = ", ".join(filter(None, parts))
         parts = [
             f"{left_out} left out" if left_out else "",
-            _count(len(self.broken_links), "broken link", "broken links", self.broken_links),
-            _count(
+            counted(len(self.broken_links), "broken link", "broken links", self.broken_links),
+            counted(
                 len(self.read_before),
                 "link to a folder that is read already",
                 "links to folders that are read already",
                 self.read_before,
             ),
-            _count(
+            counted(
                 len(self.unreadable),
                 "folder that cannot be read",
                 "folders that cannot be read",
@@ -148,7 +148,7 @@ def _is(kind: Callable[[], bool]) -> bool:
         return False
 
 
-def _count(number: int, one: str, many: str, examples: Sequence[str] = ()) -> str:
+def counted(number: int, one: str, many: str, examples: Sequence[str] = ()) -> str:
     """The number with its noun and some examples, as in "2 links (a, b)"; nothing for none."""
     if not number:
         return ""

@@ -7,7 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit_fast.data.sources.folder import ImageSource, damage_of, read_ahead
+from beit_fast.data.sources.folder import (
+    ImageSource,
+    damage_of,
+    read_ahead,
+    read_shards_ahead,
+    read_windowed,
+    shard_sizes_of,
+)
 
 
 class Subset:
@@ -33,6 +40,21 @@ class Subset:
 
     def ahead(self, indices: Sequence[int]) -> None:
         read_ahead(self.source, [self._numbers[index] for index in indices])
+
+    @property
+    def shard_sizes(self) -> np.ndarray | None:
+        """Images of each shard of the source that are among these, int64 (S,): the shards keep
+        their numbers. None for a source without, and where these are not in its order."""
+        sizes = shard_sizes_of(self.source)
+        if sizes is None or (np.diff(self._numbers) < 0).any():
+            return None
+        return np.diff(np.searchsorted(self._numbers, np.cumsum([0, *sizes])))
+
+    def windowed(self, window: int) -> None:
+        read_windowed(self.source, window)
+
+    def shards_ahead(self, shards: Sequence[int]) -> None:
+        read_shards_ahead(self.source, shards)
 
     @property
     def damage(self) -> Mapping[str, str]:

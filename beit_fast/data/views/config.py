@@ -19,6 +19,8 @@ from beit_fast.checks import (
 from beit_fast.data.sources.limits import MAX_PIXELS
 from beit_fast.flags import flag
 
+_MOST_PIXELS = (2**31 - 1) // 3  # of one image: a kernel counts its bytes in int32
+
 Interpolation = Literal["bicubic", "bilinear"]
 CropMode = Literal["center", "squash"]  # timm's words
 
@@ -42,6 +44,10 @@ class ViewConfig:
         check_fields(self)
         if self.decode == "scaled" and self.kind != "fast":
             raise FieldError("decode", f"is scaled, which kind {self.kind} is not: take kind fast")
+        if self.kind == "gpu" and self.max_pixels > _MOST_PIXELS:
+            raise FieldError(
+                "max_pixels", f"is {self.max_pixels}, and kind gpu counts at most {_MOST_PIXELS}"
+            )
         for name in ("size", "token_size"):
             object.__setattr__(self, name, _pair(getattr(self, name)))
 

@@ -36,14 +36,21 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from beit_fast.data.sources.decode import decode_fast, decode_pillow, decode_shrunk, jpeg_size
-from beit_fast.data.sources.late import LATE, late_image
+from beit_fast.data.sources.decode import (
+    check_size,
+    decode_fast,
+    decode_pillow,
+    decode_shrunk,
+    jpeg_size,
+)
+from beit_fast.data.sources.jpeg import Jpeg, plain_jpeg
 from beit_fast.data.views.color_jitter import jitter_coefficients
 from beit_fast.data.views.config import ViewConfig
 from beit_fast.data.views.scaled import shrink_of, shrunk_box
 from beit_fast.data.views.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 VIEWS = ("images", "token_images")  # of the encoder, of the tokenizer
+LATE = "late"  # what there is of kind gpu in their place: `LateViews`
 TRIES = 10  # boxes drawn before the central crop is taken
 _ENHANCE = {
     "brightness": ImageEnhance.Brightness,
@@ -59,6 +66,17 @@ class ViewDraw:
     jitter: tuple[tuple[str, float], ...]  # (step, factor), in the order they are applied
     flip: bool
     box: tuple[int, int, int, int]  # top, left, height, width in pixels of the flipped image
+
+
+@dataclass(frozen=True)
+class LateViews:
+    """Views of kind gpu: to be made of a plain `jpeg` on the device, a batch at a time; or `made`
+    already, by Pillow, of what a device's decoder is not to have: `why` says why not."""
+
+    draw: ViewDraw
+    jpeg: Jpeg | None
+    made: dict[str, np.ndarray]
+    why: str
 
 
 def draw_view(height: int, width: int, config: ViewConfig, rng: random.Random) -> ViewDraw:
@@ -153,7 +171,7 @@ def make_views(
     `config.token_size`, neither of which depends on whether the other is made. The fast transform,
     if it is to jitter at all, leaves that to `color_jitter.jitter_views` and adds its numbers as
     `jitter`, float32 (steps, 3).
-    Of kind gpu they are yet to be made, from what is there under LATE: (LateImage, ViewDraw).
+    Of kind gpu there are `LateViews` in their place, under LATE.
     Raises BadImageError if the file cannot be decoded. Smaller images are enlarged, as officially.
     """
     if config.kind == "reference":
@@ -161,9 +179,8 @@ def make_views(
         draw = draw_view(image.height, image.width, config, rng)
         return reference_views(image, draw, config, names), draw
     if config.kind == "gpu":
-        late = late_image(data, config.max_pixels)
-        draw = draw_view(late.height, late.width, config, rng)
-        return {LATE: (late, draw)}, draw
+        late = _late_views(data, config, rng, names)
+        return {LATE: late}, late.draw
     size = jpeg_size(data) if config.decode == "scaled" else None
     if size is None:
         pixels = decode_fast(data, config.max_pixels)
@@ -177,6 +194,20 @@ def make_views(
     pixels = decode_shrunk(data, shrink, config.max_pixels)
     views = fast_views(pixels, replace(draw, box=small), config, names)
     return views, replace(draw, box=box)
+
+
+def _late_views(
+    data: bytes, config: ViewConfig, rng: random.Random, names: Sequence[str]
+) -> LateViews:
+    """Raises BadImageError for a file that cannot be used: a plain JPEG as far as its header
+    shows."""
+    jpeg = plain_jpeg(data)
+    if isinstance(jpeg, str):
+        image = decode_pillow(data, config.max_pixels)
+        draw = draw_view(image.height, image.width, config, rng)
+        return LateViews(draw, None, reference_views(image, draw, config, names), jpeg)
+    check_size(jpeg.width, jpeg.height, config.max_pixels)
+    return LateViews(draw_view(jpeg.height, jpeg.width, config, rng), jpeg, {}, "")
 
 
 def two_views(data: bytes, config: ViewConfig, rng: random.Random) -> dict[str, np.ndarray]:

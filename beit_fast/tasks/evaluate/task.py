@@ -16,7 +16,7 @@ from beit_fast.tasks.evaluate.checkpoints import open_classifier
 from beit_fast.tasks.evaluate.classes import describe_class, match_classes
 from beit_fast.tasks.evaluate.config import EvaluateConfig
 from beit_fast.tasks.evaluate.evaluation import Classification, evaluate_classifier
-from beit_fast.tasks.sources import describe_source
+from beit_fast.tasks.sources import describe_source, indexing
 from beit_fast.train.log import plain_console
 from beit_fast.train.preflight import check_output_file
 from beit_fast.train.state import environment
@@ -37,7 +37,11 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
         classifier = open_classifier(config)
         view = classifier.view
         source, labels, folders = labelled_images(
-            config.folder, follow_links=config.follow_links, fewest=1, reads=config
+            config.folder,
+            follow_links=config.follow_links,
+            fewest=1,
+            reads=config,
+            progress=indexing(),
         )
         num_classes = classifier.model.config.num_classes
         class_of, names, how = match_classes(

@@ -14,6 +14,7 @@ from beit_fast.checks import (
     Threads,
     check_fields,
 )
+from beit_fast.data.config import OrderConfig
 from beit_fast.data.sources.limits import ReadConfig
 from beit_fast.data.views.config import AugmentConfig
 from beit_fast.flags import flag
@@ -23,7 +24,7 @@ from beit_fast.train.config import OptimConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledDataConfig(ReadConfig):
+class LabelledDataConfig(OrderConfig, ReadConfig):
     """Labelled images and the batches made of them."""
 
     path: Given = ""  # folder with a sub-folder of images for each class

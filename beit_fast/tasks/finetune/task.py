@@ -39,6 +39,7 @@ from beit_fast.tasks.layer_decay import layer_decay_groups
 from beit_fast.tasks.sources import (
     describe_source,
     held_out_anew,
+    indexing,
     say,
     task_settings,
     unseen_batches,
@@ -113,6 +114,7 @@ class FinetuneTask:
             num_threads=data.num_threads,
             max_bad_share=data.max_bad_share,
             reads=data,
+            window=data.shards_at_once,
         )
         self.batches_per_epoch = self.loader.batches_per_epoch
         self.num_images, self.images = len(source), self.loader.images
@@ -327,10 +329,16 @@ def open_labelled(
     """
     if not data.path:
         raise ValueError("no images were named: pass --data.path with a folder of classes")
-    source, labels, classes = labelled_images(data.path, follow_links=data.follow_links, reads=data)
+    source, labels, classes = labelled_images(
+        data.path, follow_links=data.follow_links, reads=data, progress=indexing()
+    )
     if data.test:
         test, test_labels, test_classes = labelled_images(
-            data.test, follow_links=data.follow_links, fewest=1, reads=data
+            data.test,
+            follow_links=data.follow_links,
+            fewest=1,
+            reads=data,
+            progress=indexing(),
         )
         if different := sorted(set(classes) ^ set(test_classes)):
             raise ValueError(

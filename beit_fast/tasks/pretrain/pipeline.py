@@ -110,7 +110,14 @@ def tokenizer_stage(config: PretrainConfig) -> DvaeTrainingConfig | None:
     data = training.data
     if not data.path:
         links = data.follow_links and config.data.follow_links
-        data = replace(data, path=config.data.path, follow_links=links)
+        order = config.data if data.shuffle == "full" else data  # of the same images
+        data = replace(
+            data,
+            path=config.data.path,
+            follow_links=links,
+            shuffle=order.shuffle,
+            window=order.window,
+        )
     return replace(training, data=data, run=replace(training.run, output=output))
 
 

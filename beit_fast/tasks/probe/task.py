@@ -39,7 +39,7 @@ from beit_fast.tasks.evaluate.evaluation import default_crop_pct
 from beit_fast.tasks.probe.config import ProbeConfig
 from beit_fast.tasks.probe.features import Features, cached_features
 from beit_fast.tasks.probe.probes import knn_accuracy, linear_probes
-from beit_fast.tasks.sources import describe_source, say
+from beit_fast.tasks.sources import describe_source, indexing, say
 from beit_fast.train.log import plain_console
 from beit_fast.train.preflight import check_writable
 from beit_fast.train.state import environment
@@ -80,7 +80,11 @@ def _run(config: ProbeConfig, world: World) -> dict[str, Any]:
     model.to(world.device)
     data = {
         name: labelled_images(
-            getattr(config, name), follow_links=config.follow_links, fewest=fewest, reads=config
+            getattr(config, name),
+            follow_links=config.follow_links,
+            fewest=fewest,
+            reads=config,
+            progress=indexing(),
         )
         # Test images are read before anything is computed.
         for name, fewest in (("test", 1), ("train", 2))
