@@ -1,5 +1,7 @@
 import io
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 from beit_fast.data import samples
 from beit_fast.data.views import two_views
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 # webdataset leaves its last tar open
 leaves_a_file = pytest.mark.filterwarnings("ignore:unclosed file .*images.tar:ResourceWarning")
 
@@ -90,11 +93,14 @@ def test_mosaics_are_large_and_not_enlarged(bench, images):
 
 def test_large_photographs_are_shrunk_and_told_with_their_distance(bench, images):
     distance = bench("data").distance
-    rows = {r["case"]: r for r in bench("data_stages").bench_scaled(images, 1, distance, (1, 2))}
-    assert list(rows) == [
-        f"{500 * n}x{333 * n}, {how}" for n in (1, 2) for how in ("full", "scaled")
-    ]
-    assert [rows[f"{500 * n}x{333 * n}, scaled"]["shrunk"] > 0 for n in (1, 2)] == [False, True]
+    rows = {r["case"]: r for r in bench("data_stages").bench_scaled(images, 1, distance, (1, 4))}
+    sizes = ("500x333", "2000x1332")
+    assert list(rows) == [f"{size}, {how}" for size in sizes for how in ("full", "scaled")]
+    assert all(rows[f"{size}, full"]["x full"] == 1 for size in sizes)
+    assert rows["500x333, scaled"]["shrunk"] == 0
     assert rows["500x333, scaled"]["PSNR 224"] == ""
-    assert rows["1000x666, scaled"]["PSNR 224"] > 35
-    assert all(row["x full"] == 1 for case, row in rows.items() if case.endswith("full"))
+    large = rows["2000x1332, scaled"]
+    text = (DOCS / "data.md").read_text(encoding="utf-8")
+    views = " and ".join(f"{large[f'PSNR {side}']:.0f} dB" for side in (224, 112))
+    assert re.search(views.replace(" and ", " from .* at 224 px, ") + " at 112 px", text)
+    assert f"2000 x 1332 pixels, {large['shrunk']:.0%} of them shrunk".replace("%", " %") in text
