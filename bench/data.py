@@ -70,7 +70,7 @@ def main() -> None:
     source = InMemory(args.data)
     values = conditions(
         torch.device("cpu"),
-        ("torchcodec", "pillow", "numpy", "grain"),
+        ("torchcodec", "simplejpeg", "pillow", "numpy", "grain"),
         rounds=args.rounds,
         images=f"{len(source)} of {source.kilobytes:.0f} kB from {source.origin}",
     )

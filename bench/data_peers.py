@@ -251,6 +251,7 @@ class _Dali:
         )
         self.version = self._process.stdout.readline().strip()
         if not self.version:
+            self._process.communicate()
             raise RuntimeError(f"{python} has no DALI that runs, see above")
 
     def seconds(self) -> float:
@@ -262,5 +263,4 @@ class _Dali:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()  # it ends with its input

@@ -117,14 +117,16 @@ def _replaced(stages: dict[str, Callable]) -> Iterator[None]:
             setattr(*STAGES[name], function)
 
 
-def bench_lock(source: InMemory, threads: tuple[int, ...] = (8, 16, 32)) -> list[dict]:
+def bench_lock(
+    source: InMemory, threads: tuple[int, ...] = (8, 16, 32), batch_size: int = 64
+) -> list[dict]:
     """Images a second of one process where each of its threads had a core of its own.
 
     Decode and resize are replaced by sleep. What is left takes a core or two: the machine must be
     quiet for this.
     """
     decoded = {id(source.read(i)): decode_fast(source.read(i)) for i in range(len(source))}
-    taken = {row["case"]: 1e-6 * row["us an image"] for row in bench_stages(source, 5)}
+    taken = {row["case"]: 1e-6 * row["us an image"] for row in bench_stages(source, 5, batch_size)}
     views = {size: np.zeros((*size, 3), np.uint8) for size in ((224, 224), (112, 112))}
 
     def decode(data: bytes, _: int) -> np.ndarray:
@@ -141,7 +143,7 @@ def bench_lock(source: InMemory, threads: tuple[int, ...] = (8, 16, 32)) -> list
             loader = Loader(
                 ManyTimes(source),
                 PretrainSample(ViewConfig(), MaskingConfig(), GRID),
-                batch_size=64,
+                batch_size=batch_size,
                 num_threads=num_threads,
                 max_bad_share=1.0,
             )
@@ -151,7 +153,7 @@ def bench_lock(source: InMemory, threads: tuple[int, ...] = (8, 16, 32)) -> list
             start, cpu = time.perf_counter(), time.process_time()
             for _ in range(4 * num_threads):
                 next(batches)
-            images = 4 * num_threads * 64
+            images = 4 * num_threads * batch_size
             rows.append(
                 {
                     "case": f"{num_threads} threads",
@@ -165,13 +167,16 @@ def bench_lock(source: InMemory, threads: tuple[int, ...] = (8, 16, 32)) -> list
 
 
 def bench_scaled(
-    source: InMemory, rounds: int, distance: Callable[[np.ndarray, np.ndarray], tuple]
+    source: InMemory,
+    rounds: int,
+    distance: Callable[[np.ndarray, np.ndarray], tuple],
+    sides: tuple[int, ...] = (1, 2, 4),
 ) -> list[dict]:
     """Views of large photographs by both settings of views.decode, and how far those of `scaled`
     are from those of the same box at full size, where the image was shrunk at all."""
     full, scaled = (ViewConfig(decode=decode, color_jitter=0.0) for decode in ("full", "scaled"))
     rows = []
-    for side in (1, 2, 4):
+    for side in sides:
         files = mosaics(source, side, count=6)
 
         def views(config: ViewConfig, files: list[bytes] = files) -> Callable[[int], object]:

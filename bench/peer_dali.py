@@ -7,6 +7,7 @@ official order, jittered; or `two-plain`, with only the crop decoded and no jitt
 version, then for every line that it reads the CPU seconds that a batch took. One thread.
 """
 
+import argparse
 import itertools
 import sys
 import time
@@ -18,15 +19,20 @@ AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("what", choices=("one", "two", "two-plain"))
+    parser.add_argument("batch_size", type=int)
+    args = parser.parse_args()
+
     from nvidia import dali
     from nvidia.dali import fn, pipeline_def, types
 
-    folder, what, batch_size = sys.argv[1:]
-    files = [np.fromfile(path, np.uint8) for path in sorted(Path(folder).iterdir())]
-    order = itertools.count()
+    files = [np.fromfile(path, np.uint8) for path in sorted(args.folder.iterdir())]
+    order, what = itertools.count(), args.what
 
     @pipeline_def(
-        batch_size=int(batch_size), num_threads=1, device_id=None, seed=0, prefetch_queue_depth=1
+        batch_size=args.batch_size, num_threads=1, device_id=None, seed=0, prefetch_queue_depth=1
     )
     def pipeline():
         data = fn.external_source(
