@@ -116,7 +116,7 @@ def grey_means_kernel(
 
 
 @triton.jit
-def crop_kernel(
+def jittered_crop_kernel(
     pixels_ptr,  # (P,) uint8
     table_ptr,  # (B, COLUMNS) int64
     starts_ptr,  # (B,) int64

@@ -43,7 +43,7 @@ def _filter(x, LANCZOS: tl.constexpr):
 
 
 @triton.jit
-def weights_kernel(
+def resize_weights_kernel(
     axes_ptr,  # (2, B, 3) int64: pixels before, the first weight, taps; down, then across
     firsts_ptr,  # (2, B, MOST) int32, written: the first pixel of each resized one
     weights_ptr,  # int32, written: (taps, pixels after) for each row of `axes`
@@ -91,7 +91,7 @@ def _level(total):
 
 
 @triton.jit
-def pass_kernel(
+def resize_pass_kernel(
     words_ptr,  # int32: what is read, and what is written on the way
     view_ptr,  # (B, HEIGHT, WIDTH, 3) uint8, written by last passes
     axes_ptr,  # (2, B, 3) int64
