@@ -26,6 +26,7 @@ from beit_fast.kernels.input.resize_kernels import resize_pass_kernel, resize_we
 
 GREY_PIXELS, CROP_PIXELS = 2048, 1024  # of a program
 WEIGHTS = 128
+FEWEST_B = 256  # images that kernels are compiled for
 # Rows and columns that a program writes, and its warps, by whether its pass goes along rows: a
 # thread has eight pixels of one column then, which take the same weights, and else of two rows.
 TILES = {True: (16, 32, 2), False: (2, 128, 1)}
@@ -47,26 +48,27 @@ def ragged_views_triton(
     made = [pixels.new_empty(B, *size, 3) for _, size in views]
     if B == 0:
         return made
-    device = pixels.device
+    device, most_b = pixels.device, max(FEWEST_B, triton.next_power_of_2(B))
     heights, widths = boxes[:, 2], boxes[:, 3]
     is_contrast = steps == CONTRAST
     has_contrast = bool(is_contrast.any())
-    grey_starts = starts_of(_tiles(sizes.prod(1), GREY_PIXELS) * is_contrast.any(1))
-    crop_starts = starts_of(_tiles(heights * widths, CROP_PIXELS))
+    grey_counts = _tiles(sizes.prod(1), GREY_PIXELS) * is_contrast.any(1)
+    crop_counts = _tiles(heights * widths, CROP_PIXELS)
     crop_words = starts_of(heights * widths)
     table = _table(crop_words[:B], offsets, sizes, boxes, flips, planar, steps, factors)
-    plans = [make_plan(crop_words, heights, widths, name, size) for name, size in views]
+    plans = [make_plan(crop_words, heights, widths, name, size, most_b) for name, size in views]
     num_words = max([int(crop_words[-1]), *(plan.num_words for plan in plans)])
+    grey_starts, crop_starts = (_programs(counts, most_b) for counts in (grey_counts, crop_counts))
     table_d, grey_starts_d, crop_starts_d, *plans_d = _move(
         [table, grey_starts, crop_starts, *(t for plan in plans for t in plan.tensors)], device
     )
 
     shared = {"table_ptr": table_d, "COLUMNS": table.shape[1]}
     jitter = {"S": S, "CONTRAST": CONTRAST, "SATURATION": SATURATION, "fuses": False}
-    batch = {"B": B, "BLOCK_B": triton.next_power_of_2(B)}
+    batch = {"MOST_B": most_b}
     means = None
     if has_contrast:
-        sums = torch.empty(int(grey_starts[-1]), dtype=torch.int32, device=device)
+        sums = torch.empty(int(grey_starts[B]), dtype=torch.int32, device=device)
         means = torch.empty(B, device=device)
         launch(
             grey_sums_kernel,
@@ -93,7 +95,7 @@ def ragged_views_triton(
     words = torch.empty(num_words, dtype=torch.int32, device=device)
     launch(
         jittered_crop_kernel,
-        (int(crop_starts[-1]),),
+        (int(crop_starts[B]),),
         on=pixels,
         pixels_ptr=pixels,
         starts_ptr=crop_starts_d,
@@ -106,7 +108,7 @@ def ragged_views_triton(
     )
     for view, (name, _), plan in zip(made, views, plans, strict=True):
         on_device, plans_d = plans_d[: len(plan.tensors)], plans_d[len(plan.tensors) :]
-        _resize(view, words, name, plan, on_device, batch)
+        _resize(view, words, name, plan, on_device)
     return made
 
 
@@ -114,18 +116,25 @@ def ragged_views_triton(
 class Plan:
     """How a batch becomes one view."""
 
-    axes: Tensor  # (2, B, 3), as resize_weights_kernel has them
-    jobs: list[tuple[bool, Tensor, Tensor]]  # of a pass: along rows?, jobs (B, 5), starts (B + 1,)
+    axes: Tensor  # (2, MOST_B, 3), as resize_weights_kernel has them
+    # Of each pass: whether along rows, jobs (B, 5), starts (MOST_B + 1,).
+    passes: list[tuple[bool, Tensor, Tensor]]
+    num_images: int
     num_weights: int
     num_words: int  # those of the crops, and of what lies between the passes behind them
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.axes, *(tensor for _, *tensors in self.jobs for tensor in tensors)]
+        return [self.axes, *(tensor for _, *tensors in self.passes for tensor in tensors)]
 
 
 def make_plan(
-    crop_words: Tensor, heights: Tensor, widths: Tensor, name: str, size: tuple[int, int]
+    crop_words: Tensor,
+    heights: Tensor,
+    widths: Tensor,
+    name: str,
+    size: tuple[int, int],
+    most_b: int,
 ) -> Plan:
     """crop_words (B + 1,): where crops begin, and all end; heights, widths (B,) of the crops."""
     before = torch.stack((heights, widths))
@@ -145,10 +154,10 @@ def make_plan(
         _, _, rows, cols, _ = values
         of_rows, of_cols, _ = TILES[along_rows]
         tiles = _tiles(rows, of_rows) * _tiles(cols, of_cols) * active
-        return along_rows, torch.stack(values, dim=-1), starts_of(tiles)
+        return along_rows, torch.stack(values, dim=-1), _programs(tiles, most_b)
 
     everyone = torch.ones_like(columns)
-    jobs = [
+    passes = [
         job(True, ~columns, crops, widths, heights, width, between),
         job(
             False,
@@ -161,7 +170,8 @@ def make_plan(
         ),
         job(True, columns, between, widths, height, width, view),
     ]
-    return Plan(axes, jobs, int(weights[-1]), int(between_words[-1]))
+    axes = torch.nn.functional.pad(axes, (0, 0, 0, most_b - len(heights)))
+    return Plan(axes, passes, len(heights), int(weights[-1]), int(between_words[-1]))
 
 
 def make_weights(
@@ -171,40 +181,38 @@ def make_weights(
 
     axes: the plan's, on the device.
     """
-    most, B = max(size), axes.shape[1]
-    firsts = torch.empty(2, B, most, dtype=torch.int32, device=axes.device)
+    most, most_b = max(size), axes.shape[1]
+    firsts = torch.empty(2, most_b, most, dtype=torch.int32, device=axes.device)
     weights = torch.empty(plan.num_weights, dtype=torch.int32, device=axes.device)
     launch(
         resize_weights_kernel,
-        (2 * B, cdiv(most, WEIGHTS)),
+        (plan.num_images, cdiv(most, WEIGHTS), 2),
         on=axes,
         axes_ptr=axes,
         firsts_ptr=firsts,
         weights_ptr=weights,
-        B=B,
         HEIGHT=size[0],
         WIDTH=size[1],
         MOST=most,
         SUPPORT=SUPPORT[name],
         LANCZOS=name == "lanczos",
+        MOST_B=most_b,
         BLOCK=WEIGHTS,
     )
     return firsts, weights
 
 
-def _resize(
-    view: Tensor, words: Tensor, name: str, plan: Plan, tensors: list[Tensor], batch: dict
-) -> None:
+def _resize(view: Tensor, words: Tensor, name: str, plan: Plan, tensors: list[Tensor]) -> None:
     """Write a view (B, height, width, 3) from the crops among the words."""
     axes, *on_device = tensors
     size = view.shape[1:3]
     firsts, weights = make_weights(name, size, plan, axes)
-    for along_rows, _, starts in plan.jobs:
+    for along_rows, _, starts in plan.passes:
         jobs_d, starts_d, *on_device = on_device
         rows, cols, num_warps = TILES[along_rows]
         launch(
             resize_pass_kernel,
-            (int(starts[-1]),),
+            (int(starts[plan.num_images]),),
             on=view,
             words_ptr=words,
             view_ptr=view,
@@ -219,8 +227,8 @@ def _resize(
             ALONG_ROWS=along_rows,
             ROWS=rows,
             COLS=cols,
+            MOST_B=axes.shape[1],
             num_warps=num_warps,
-            **batch,
         )
 
 
@@ -268,6 +276,12 @@ def _tiles(counts: Tensor, of: int) -> Tensor:
 def starts_of(counts: Tensor) -> Tensor:
     """Sums of what comes before, and of all: int64 (len(counts) + 1,)."""
     return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def _programs(counts: Tensor, most_b: int) -> Tensor:
+    """First programs of images that have so many, int64 (most_b + 1,): `starts_of`, then more."""
+    starts = starts_of(counts)
+    return torch.nn.functional.pad(starts, (0, most_b + 1 - len(starts)), value=2**62)
 
 
 def _move(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

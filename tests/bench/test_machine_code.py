@@ -259,7 +259,7 @@ def test_convolutions_move_their_tiles_by_the_copy_engine_where_there_is_one(com
 
 
 def test_lanes_of_the_resize_read_one_row(compiled):
-    # A choice of Triton's where nothing is known to be dense: along columns each load is 32 of them.
+    # Triton's choice where nothing is known to be dense. Else a load would be of 32 rows.
     passes = [code for code in compiled if name_of(code) == "resize_pass"]
     assert {code["arch"] for code in passes} == {80, 90, 100}
     assert not complaints(passes, lambda code: code["lanes"] != ["32x1"])

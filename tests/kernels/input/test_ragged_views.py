@@ -189,7 +189,7 @@ def test_any_batch(backend):
 @pytest.mark.parametrize(("name", "num_out"), [("bicubic", 14), ("lanczos", 7)])
 def test_weights_are_those_of_the_reference_to_the_bit(name, num_out, device):
     sides = on_cpu([1, 5, num_out, 2 * num_out])
-    plan = make_plan(starts_of(sides), sides, sides.flip(0), name, (num_out, num_out + 1))
+    plan = make_plan(starts_of(sides), sides, sides.flip(0), name, (num_out, num_out + 1), 8)
     firsts, weights = make_weights(name, (num_out, num_out + 1), plan, plan.axes.to(device))
     firsts, weights = firsts.cpu(), weights.cpu()
     for axis, count in enumerate((num_out, num_out + 1)):
