@@ -149,8 +149,8 @@ CASES = {
     ),
     "head": (("B256-D768", "B256-D1024"), ("B4-D192",)),
     "input": (
-        ("patches-B256-16px", "mask_embed-B256-D768-float32"),
-        ("patches-B8-16px", "mask_embed-B8-D768-float32-both"),
+        ("ragged_views-B256", "patches-B256-16px", "mask_embed-B256-D768-float32"),
+        ("ragged_views-B8-jitter", "patches-B8-16px", "mask_embed-B8-D768-float32-both"),
     ),
     "tokenizer": (("g1", "g2", "g3", "g4"), ("g4-conv2",)),
     "pieces": (("",), ("rel_pos_bias", "layer_norm")),

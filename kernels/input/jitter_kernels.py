@@ -2,7 +2,8 @@
 
 A program finds its image by its number: `starts` says at which program each image begins. A crop
 is written as words of four bytes, red lowest, so that one load of the resize brings three channels.
-A row of `table` describes an image; the launcher, ragged_views_triton.py, makes it.
+A row of `table` describes an image; the launcher, ragged_views_triton.py, makes it. No kernel is
+told how many images there are, or Triton would compile it anew for some of their numbers.
 """
 
 from beit_fast.kernels._triton import tl, triton
@@ -10,14 +11,12 @@ from beit_fast.kernels._triton import tl, triton
 
 @triton.jit
 def locate(
-    starts_ptr,  # (B,) int64, ascending: the first program of each image
-    B,
-    BLOCK_B: tl.constexpr,  # a power of two, at least B
+    starts_ptr,  # (MOST_B + 1,) int64, ascending: the first program of each image, then more
+    MOST_B: tl.constexpr,  # a power of two: of images
 ):
     """The image of this program, int64, and which of its programs it is."""
     program = tl.program_id(0)
-    b = tl.arange(0, BLOCK_B)
-    begun = (tl.load(starts_ptr + b, mask=b < B, other=0) <= program) & (b < B)
+    begun = tl.load(starts_ptr + tl.arange(0, MOST_B)) <= program
     image = tl.sum(begun.to(tl.int64), axis=0) - 1
     return image, program - tl.load(starts_ptr + image).to(tl.int32)
 
@@ -66,17 +65,16 @@ def _jitter(
 def grey_sums_kernel(
     pixels_ptr,  # (P,) uint8
     table_ptr,  # (B, COLUMNS) int64
-    starts_ptr,  # (B,) int64
+    starts_ptr,  # (MOST_B + 1,) int64
     sums_ptr,  # (programs,) int32, written: sums of grey after the steps before the contrast
-    B,
     S: tl.constexpr,
     COLUMNS: tl.constexpr,
     CONTRAST: tl.constexpr,
     SATURATION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    MOST_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, part = locate(starts_ptr, B, BLOCK_B)
+    image, part = locate(starts_ptr, MOST_B)
     row_ptr = table_ptr + image * COLUMNS
     area = tl.load(row_ptr + 1).to(tl.int32)
     pixel = tl.load(row_ptr + 2).to(tl.int32)
@@ -98,7 +96,7 @@ def grey_sums_kernel(
 def grey_means_kernel(
     sums_ptr,  # (programs,) int32
     table_ptr,  # (B, COLUMNS) int64
-    starts_ptr,  # (B + 1,) int64
+    starts_ptr,  # (MOST_B + 1,) int64
     means_ptr,  # (B,) fp32, written: rounded means, half up; 0 without sums
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -116,21 +114,20 @@ def grey_means_kernel(
 
 
 @triton.jit
-def crop_kernel(
+def jittered_crop_kernel(
     pixels_ptr,  # (P,) uint8
     table_ptr,  # (B, COLUMNS) int64
-    starts_ptr,  # (B,) int64
+    starts_ptr,  # (MOST_B + 1,) int64
     means_ptr,  # (B,) fp32, or None: no contrast among the steps
     words_ptr,  # int32, written: the crops, flipped and jittered
-    B,
     S: tl.constexpr,
     COLUMNS: tl.constexpr,
     CONTRAST: tl.constexpr,
     SATURATION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    MOST_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, part = locate(starts_ptr, B, BLOCK_B)
+    image, part = locate(starts_ptr, MOST_B)
     row_ptr = table_ptr + image * COLUMNS
     channel = tl.load(row_ptr + 3).to(tl.int32)
     corner = tl.load(row_ptr + 4)

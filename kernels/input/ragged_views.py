@@ -55,7 +55,8 @@ def _ragged_views(
     pixels, offsets, sizes, boxes, flips, planar, steps, factors, filters, view_sizes, backend
 ):
     views = _views(filters, view_sizes)
-    _check_values(pixels, offsets, sizes, boxes, steps)
+    _check_values(pixels, offsets, sizes, boxes, steps, factors)
+    pixels = pixels.contiguous()
     arguments = (pixels, offsets, sizes, boxes, flips, planar, steps, factors, views)
     if _resolve(backend, pixels) == "torch":
         return ragged_views_torch(*arguments)
@@ -183,15 +184,18 @@ def _check(pixels, offsets, sizes, boxes, flips, planar, steps, factors, views) 
             )
 
 
-def _check_values(pixels, offsets, sizes, boxes, steps) -> None:
+def _check_values(pixels, offsets, sizes, boxes, steps, factors) -> None:
     """Raise ValueError for the first image that is not in the pixels, box not in its image, step
     that is none."""
     area = sizes.prod(1)
     top_left, extent = boxes[:, :2], boxes[:, 2:]
     beyond = ((sizes < 1) | (sizes > MOST_SIDE)).any(1) | (3 * area > MOST_BYTES)
-    beyond |= (offsets < 0) | (offsets + 3 * area > len(pixels))
-    outside = ((top_left < 0) | (extent < 1) | (top_left + extent > sizes)).any(1)
-    unknown = ((steps < 0) | (steps >= len(STEPS))).any(1) | ((steps == CONTRAST).sum(1) > 1)
+    beyond |= (offsets < 0) | (offsets > len(pixels) - 3 * area)
+    outside = ((extent < 1) | (extent > sizes) | (top_left < 0) | (top_left > sizes - extent)).any(
+        1
+    )
+    unknown = ((steps < 0) | (steps >= len(STEPS)) | ~factors.isfinite()).any(1)
+    unknown |= (steps == CONTRAST).sum(1) > 1
     wrong = beyond | outside | unknown
     if not wrong.any():
         return
@@ -208,6 +212,6 @@ def _check_values(pixels, offsets, sizes, boxes, steps) -> None:
             "width of at least one pixel, all of them within the image"
         )
     raise ValueError(
-        f"the steps of image {b} are {steps[b].tolist()}: pass numbers 0 to {len(STEPS) - 1} "
-        f"({', '.join(STEPS)}), contrast once at most"
+        f"the steps of image {b} are {steps[b].tolist()} by {factors[b].tolist()}: pass numbers 0 "
+        f"to {len(STEPS) - 1} ({', '.join(STEPS)}), contrast once at most, and finite factors"
     )

@@ -74,6 +74,6 @@ def _resized(image: Tensor, name: str, size: tuple[int, int]) -> Tensor:
 def _weight_matrix(name: str, num_in: int, num_out: int) -> Tensor:
     """The weights as float64 (out, in)."""
     first, weights = resize_weights(name, num_in, num_out)
-    at = (first + torch.arange(len(weights))[:, None]).clamp(max=num_in - 1)
-    matrix = torch.zeros(num_in, num_out, dtype=torch.float64)
+    at = (first + torch.arange(len(weights), device="cpu")[:, None]).clamp(max=num_in - 1)
+    matrix = torch.zeros(num_in, num_out, dtype=torch.float64, device="cpu")
     return matrix.scatter_add_(0, at, weights.double()).T

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from beit_fast.kernels._triton import cdiv, launch, triton
 from beit_fast.kernels.input.jitter_kernels import (
-    crop_kernel,
     grey_means_kernel,
     grey_sums_kernel,
+    jittered_crop_kernel,
 )
 from beit_fast.kernels.input.ragged_views_reference import CONTRAST, NONE, SATURATION
 from beit_fast.kernels.input.resampling import SUPPORT, columns_first, most_taps
-from beit_fast.kernels.input.resize_kernels import pass_kernel, weights_kernel
+from beit_fast.kernels.input.resize_kernels import resize_pass_kernel, resize_weights_kernel
 
 GREY_PIXELS, CROP_PIXELS = 2048, 1024  # of a program
 WEIGHTS = 128
+FEWEST_B = 256  # images that kernels are compiled for
 # Rows and columns that a program writes, and its warps, by whether its pass goes along rows: a
 # thread has eight pixels of one column then, which take the same weights, and else of two rows.
 TILES = {True: (16, 32, 2), False: (2, 128, 1)}
@@ -47,26 +48,27 @@ def ragged_views_triton(
     made = [pixels.new_empty(B, *size, 3) for _, size in views]
     if B == 0:
         return made
-    device = pixels.device
+    device, most_b = pixels.device, max(FEWEST_B, triton.next_power_of_2(B))
     heights, widths = boxes[:, 2], boxes[:, 3]
     is_contrast = steps == CONTRAST
     has_contrast = bool(is_contrast.any())
-    grey_starts = _starts(_tiles(sizes.prod(1), GREY_PIXELS) * is_contrast.any(1))
-    crop_starts = _starts(_tiles(heights * widths, CROP_PIXELS))
-    crop_words = _starts(heights * widths)
+    grey_counts = _tiles(sizes.prod(1), GREY_PIXELS) * is_contrast.any(1)
+    crop_counts = _tiles(heights * widths, CROP_PIXELS)
+    crop_words = starts_of(heights * widths)
     table = _table(crop_words[:B], offsets, sizes, boxes, flips, planar, steps, factors)
-    plans = [_plan(crop_words, heights, widths, name, size) for name, size in views]
+    plans = [make_plan(crop_words, heights, widths, name, size, most_b) for name, size in views]
     num_words = max([int(crop_words[-1]), *(plan.num_words for plan in plans)])
+    grey_starts, crop_starts = (_programs(counts, most_b) for counts in (grey_counts, crop_counts))
     table_d, grey_starts_d, crop_starts_d, *plans_d = _move(
         [table, grey_starts, crop_starts, *(t for plan in plans for t in plan.tensors)], device
     )
 
     shared = {"table_ptr": table_d, "COLUMNS": table.shape[1]}
     jitter = {"S": S, "CONTRAST": CONTRAST, "SATURATION": SATURATION, "fuses": False}
-    batch = {"B": B, "BLOCK_B": triton.next_power_of_2(B)}
+    batch = {"MOST_B": most_b}
     means = None
     if has_contrast:
-        sums = torch.empty(int(grey_starts[-1]), dtype=torch.int32, device=device)
+        sums = torch.empty(int(grey_starts[B]), dtype=torch.int32, device=device)
         means = torch.empty(B, device=device)
         launch(
             grey_sums_kernel,
@@ -92,8 +94,8 @@ def ragged_views_triton(
         )
     words = torch.empty(num_words, dtype=torch.int32, device=device)
     launch(
-        crop_kernel,
-        (int(crop_starts[-1]),),
+        jittered_crop_kernel,
+        (int(crop_starts[B]),),
         on=pixels,
         pixels_ptr=pixels,
         starts_ptr=crop_starts_d,
@@ -106,49 +108,56 @@ def ragged_views_triton(
     )
     for view, (name, _), plan in zip(made, views, plans, strict=True):
         on_device, plans_d = plans_d[: len(plan.tensors)], plans_d[len(plan.tensors) :]
-        _resize(view, words, name, plan, on_device, batch)
+        _resize(view, words, name, plan, on_device)
     return made
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How a batch becomes one view."""
 
-    axes: Tensor  # (2, B, 3), as weights_kernel has them
-    jobs: list[tuple[bool, Tensor, Tensor]]  # of a pass: along rows?, jobs (B, 5), starts (B + 1,)
+    axes: Tensor  # (2, MOST_B, 3), as resize_weights_kernel has them
+    # Of each pass: whether along rows, jobs (B, 5), starts (MOST_B + 1,).
+    passes: list[tuple[bool, Tensor, Tensor]]
+    num_images: int
     num_weights: int
     num_words: int  # those of the crops, and of what lies between the passes behind them
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.axes, *(tensor for _, *tensors in self.jobs for tensor in tensors)]
+        return [self.axes, *(tensor for _, *tensors in self.passes for tensor in tensors)]
 
 
-def _plan(
-    crop_words: Tensor, heights: Tensor, widths: Tensor, name: str, size: tuple[int, int]
-) -> _Plan:
+def make_plan(
+    crop_words: Tensor,
+    heights: Tensor,
+    widths: Tensor,
+    name: str,
+    size: tuple[int, int],
+    most_b: int,
+) -> Plan:
     """crop_words (B + 1,): where crops begin, and all end; heights, widths (B,) of the crops."""
     before = torch.stack((heights, widths))
     after = torch.tensor(size, device="cpu")[:, None].expand_as(before)
     taps = most_taps(name, before, after)
-    weights = _starts((taps * after).flatten())
+    weights = starts_of((taps * after).flatten())
     axes = torch.stack((before, weights[:-1].view_as(before), taps), dim=-1)
 
     columns = columns_first(heights, widths, size)
     crops, end = crop_words[:-1], crop_words[-1]
     height, width = (torch.full_like(heights, side) for side in size)
     # What lies between: the box's height by the view's width, or the other way round.
-    between_words = end + _starts(torch.where(columns, height * widths, heights * width))
+    between_words = end + starts_of(torch.where(columns, height * widths, heights * width))
     between, view = between_words[:-1], torch.full_like(crops, -1)
 
     def job(along_rows: bool, active: Tensor, *values: Tensor) -> tuple[bool, Tensor, Tensor]:
         _, _, rows, cols, _ = values
         of_rows, of_cols, _ = TILES[along_rows]
         tiles = _tiles(rows, of_rows) * _tiles(cols, of_cols) * active
-        return along_rows, torch.stack(values, dim=-1), _starts(tiles)
+        return along_rows, torch.stack(values, dim=-1), _programs(tiles, most_b)
 
     everyone = torch.ones_like(columns)
-    jobs = [
+    passes = [
         job(True, ~columns, crops, widths, heights, width, between),
         job(
             False,
@@ -161,52 +170,65 @@ def _plan(
         ),
         job(True, columns, between, widths, height, width, view),
     ]
-    return _Plan(axes, jobs, int(weights[-1]), int(between_words[-1]))
+    axes = torch.nn.functional.pad(axes, (0, 0, 0, most_b - len(heights)))
+    return Plan(axes, passes, len(heights), int(weights[-1]), int(between_words[-1]))
 
 
-def _resize(
-    view: Tensor, words: Tensor, name: str, plan: _Plan, tensors: list[Tensor], batch: dict
-) -> None:
-    """Write a view (B, height, width, 3) from the crops among the words."""
-    axes, *on_device = tensors
-    B, height, width, _ = view.shape
-    most = max(height, width)
-    firsts = torch.empty(2, B, most, dtype=torch.int32, device=view.device)
-    weights = torch.empty(plan.num_weights, dtype=torch.int32, device=view.device)
-    shared = {
-        "axes_ptr": axes,
-        "firsts_ptr": firsts,
-        "weights_ptr": weights,
-        "HEIGHT": height,
-        "WIDTH": width,
-        "MOST": most,
-    }
+def make_weights(
+    name: str, size: tuple[int, int], plan: Plan, axes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """First pixels and weights of a view, as resize_weights_kernel writes them.
+
+    axes: the plan's, on the device.
+    """
+    most, most_b = max(size), axes.shape[1]
+    firsts = torch.empty(2, most_b, most, dtype=torch.int32, device=axes.device)
+    weights = torch.empty(plan.num_weights, dtype=torch.int32, device=axes.device)
     launch(
-        weights_kernel,
-        (2 * B, cdiv(most, WEIGHTS)),
-        on=view,
-        B=B,
+        resize_weights_kernel,
+        (plan.num_images, cdiv(most, WEIGHTS), 2),
+        on=axes,
+        axes_ptr=axes,
+        firsts_ptr=firsts,
+        weights_ptr=weights,
+        HEIGHT=size[0],
+        WIDTH=size[1],
+        MOST=most,
         SUPPORT=SUPPORT[name],
         LANCZOS=name == "lanczos",
+        MOST_B=most_b,
         BLOCK=WEIGHTS,
-        **shared,
     )
-    for along_rows, _, starts in plan.jobs:
+    return firsts, weights
+
+
+def _resize(view: Tensor, words: Tensor, name: str, plan: Plan, tensors: list[Tensor]) -> None:
+    """Write a view (B, height, width, 3) from the crops among the words."""
+    axes, *on_device = tensors
+    size = view.shape[1:3]
+    firsts, weights = make_weights(name, size, plan, axes)
+    for along_rows, _, starts in plan.passes:
         jobs_d, starts_d, *on_device = on_device
+        rows, cols, num_warps = TILES[along_rows]
         launch(
-            pass_kernel,
-            (int(starts[-1]),),
+            resize_pass_kernel,
+            (int(starts[plan.num_images]),),
             on=view,
             words_ptr=words,
             view_ptr=view,
+            axes_ptr=axes,
+            firsts_ptr=firsts,
+            weights_ptr=weights,
             jobs_ptr=jobs_d,
             starts_ptr=starts_d,
+            HEIGHT=size[0],
+            WIDTH=size[1],
+            MOST=max(size),
             ALONG_ROWS=along_rows,
-            ROWS=TILES[along_rows][0],
-            COLS=TILES[along_rows][1],
-            num_warps=TILES[along_rows][2],
-            **shared,
-            **batch,
+            ROWS=rows,
+            COLS=cols,
+            MOST_B=axes.shape[1],
+            num_warps=num_warps,
         )
 
 
@@ -251,9 +273,15 @@ def _tiles(counts: Tensor, of: int) -> Tensor:
     return (counts + of - 1) // of
 
 
-def _starts(counts: Tensor) -> Tensor:
+def starts_of(counts: Tensor) -> Tensor:
     """Sums of what comes before, and of all: int64 (len(counts) + 1,)."""
     return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def _programs(counts: Tensor, most_b: int) -> Tensor:
+    """First programs of images that have so many, int64 (most_b + 1,): `starts_of`, then more."""
+    starts = starts_of(counts)
+    return torch.nn.functional.pad(starts, (0, most_b + 1 - len(starts)), value=2**62)
 
 
 def _move(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -43,23 +43,23 @@ def _filter(x, LANCZOS: tl.constexpr):
 
 
 @triton.jit
-def weights_kernel(
-    axes_ptr,  # (2, B, 3) int64: pixels before, the first weight, taps; down, then across
-    firsts_ptr,  # (2, B, MOST) int32, written: the first pixel of each resized one
+def resize_weights_kernel(
+    axes_ptr,  # (2, MOST_B, 3) int64: pixels before, the first weight, taps; down, then across
+    firsts_ptr,  # (2, MOST_B, MOST) int32, written: the first pixel of each resized one
     weights_ptr,  # int32, written: (taps, pixels after) for each row of `axes`
-    B,
     HEIGHT: tl.constexpr,  # pixels after
     WIDTH: tl.constexpr,
     MOST: tl.constexpr,  # of the two the larger
     SUPPORT: tl.constexpr,
     LANCZOS: tl.constexpr,
+    MOST_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    axis = tl.program_id(0).to(tl.int64)
+    axis = tl.program_id(2).to(tl.int64) * MOST_B + tl.program_id(0)
     num_in = tl.load(axes_ptr + axis * 3)
     weights_ptr += tl.load(axes_ptr + axis * 3 + 1)
     taps = tl.load(axes_ptr + axis * 3 + 2).to(tl.int32)
-    num_out = tl.where(axis < B, HEIGHT, WIDTH)
+    num_out = tl.where(axis < MOST_B, HEIGHT, WIDTH)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = place < num_out
     i = tl.minimum(place, num_out - 1)
@@ -91,25 +91,24 @@ def _level(total):
 
 
 @triton.jit
-def pass_kernel(
+def resize_pass_kernel(
     words_ptr,  # int32: what is read, and what is written on the way
     view_ptr,  # (B, HEIGHT, WIDTH, 3) uint8, written by last passes
-    axes_ptr,  # (2, B, 3) int64
-    firsts_ptr,  # (2, B, MOST) int32
+    axes_ptr,  # (2, MOST_B, 3) int64
+    firsts_ptr,  # (2, MOST_B, MOST) int32
     weights_ptr,  # int32
     jobs_ptr,  # (B, 5) int64: first word read, pixels of a row read, rows and columns written,
     #            first word written, or -1 for the view
-    starts_ptr,  # (B,) int64
-    B,
+    starts_ptr,  # (MOST_B + 1,) int64
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     MOST: tl.constexpr,
     ALONG_ROWS: tl.constexpr,  # else along columns
-    BLOCK_B: tl.constexpr,
+    MOST_B: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    image, tile = locate(starts_ptr, B, BLOCK_B)
+    image, tile = locate(starts_ptr, MOST_B)
     jobs_ptr += image * 5
     read = words_ptr + tl.load(jobs_ptr)
     pitch = tl.load(jobs_ptr + 1).to(tl.int32)
@@ -119,7 +118,7 @@ def pass_kernel(
     axis = image
     num_out: tl.constexpr = WIDTH if ALONG_ROWS else HEIGHT
     if ALONG_ROWS:
-        axis += B
+        axis += MOST_B
     last = tl.load(axes_ptr + axis * 3).to(tl.int32) - 1
     weights_ptr += tl.load(axes_ptr + axis * 3 + 1)
     taps = tl.load(axes_ptr + axis * 3 + 2).to(tl.int32)
