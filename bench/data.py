@@ -1,7 +1,7 @@
 """How fast images become batches, and how far the fast transform is from the reference.
 
     python bench/data.py [--data FOLDER] [--rounds 5] [--threads 0 1 2 4] [--only masks jitter]
-                         [--gpu-rate 3000 5000] [--dali PYTHON]
+                         [--gpu-rate 3000 5000] [--dali PYTHON] [--device cuda]
 
 Prints masks per second, images per second of both transforms and of crops with labels of pixels,
 what the fast one leaves to the device, their distance in pixels, where the time of a sample goes
@@ -14,7 +14,9 @@ turns every few images, and the median over rounds is printed with its range. Wi
 takes the photographs of the package.
 
 The rate of `fast` is that of a loader thread: its jitter happens later, on the device that trains.
-Where that is a CPU too, its milliseconds, printed apart, come on top.
+Where that is a CPU too, its milliseconds, printed apart, come on top. With --device cuda it
+measures instead what a GPU makes of the files, as kind gpu, and what that costs a step
+(data_device.py).
 """
 
 import argparse
@@ -63,11 +65,21 @@ def main() -> None:
     )
     parser.add_argument("--dali", help="Python that has nvidia-dali: a peer, in its own process")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--output", type=Path, default=RESULTS / "data.csv", help="CSV")
+    parser.add_argument("--output", type=Path, help="CSV; default results/data.csv")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: kind gpu, by data_device.py"
+    )
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     source = InMemory(args.data)
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("torch finds no GPU: leave --device out")
+        from data_device import Place, measure_all
+
+        measure_all(Place(torch.device("cuda"), source, 128, args.rounds), output=args.output)
+        return
     values = conditions(
         torch.device("cpu"),
         ("torchcodec", "simplejpeg", "pillow", "numpy", "grain"),
@@ -115,7 +127,7 @@ def main() -> None:
             for what in WHAT
         },
     }
-    records = Records(args.output, values, ("bench", "case", "figure"))
+    records = Records(args.output or RESULTS / "data.csv", values, ("bench", "case", "figure"))
     for part in (part for part in PARTS if part in args.only):
         for title, measure in measures[part].items():
             report(title, measure, records)

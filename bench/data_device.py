@@ -1,6 +1,7 @@
 """How fast a device makes the views of kind gpu, and what that costs the step it runs beside.
 
     python bench/data_device.py [--device cuda] [--data FOLDER] [--batch 128] [--only PART ...]
+    python bench/data.py --device cuda [--data FOLDER]                      # the same, all parts
 
 Parts, in this order:
 
@@ -25,7 +26,7 @@ import contextlib
 import importlib.util
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -294,22 +295,30 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output", type=Path, help="default results/data-device-<device>.csv")
     args = parser.parse_args()
-
-    torch.set_num_threads(1)
+    if args.device == "cuda" and not is_there:
+        parser.error("torch finds no GPU: pass --device cpu")
     source, device = InMemory(args.data), torch.device(args.device)
     batch = args.batch or (128 if args.device == "cuda" else 4)
-    place = Place(device, source, batch, args.rounds)
+    measure_all(Place(device, source, batch, args.rounds), args.only, args.output)
+
+
+def measure_all(
+    place: Place, parts: Collection[str] = tuple(PARTS), output: Path | None = None
+) -> None:
+    """Print the parts and write them to `output`, or results/data-device-<device>.csv."""
+    torch.set_num_threads(1)
+    source = place.source
     values = conditions(
-        device,
+        place.device,
         ("torchcodec", "triton", "pillow", "numpy", "grain"),
-        rounds=args.rounds,
-        batch=batch,
+        rounds=place.rounds,
+        batch=place.batch,
         images=f"{len(source)} of {source.kilobytes:.0f} kB from {source.origin}",
     )
     print(conditions_line(values))
-    output = args.output or RESULTS / f"data-device-{args.device}.csv"
+    output = output or RESULTS / f"data-device-{place.device.type}.csv"
     records = Records(output, values, ("bench", "case", "figure"))
-    for title, measure in (PARTS[part] for part in PARTS if part in args.only):
+    for title, measure in (PARTS[part] for part in PARTS if part in parts):
         if not (measured := measure(place)):
             continue
         print(f"\n{title}\n{format_table(measured)}", flush=True)
