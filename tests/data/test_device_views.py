@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from beit_fast.data import device_views
+from beit_fast.data import device_views, loader
 from beit_fast.data.config import MaskingConfig
 from beit_fast.data.device_decode import REFUSED, DecodeCounts, DeviceDecodeError, DeviceDecoder
 from beit_fast.data.device_views import DeviceViews, taken
@@ -216,13 +216,13 @@ def test_closing_waits_for_no_read_of_a_replacement(tmp_path, make_image, make_f
         raise Told
 
     before = signal.signal(signal.SIGALRM, tell)
-    loader = Loader(Hangs(), sample(), batch_size=3, num_threads=0, max_bad_share=1.0)
+    hanging = Loader(Hangs(), sample(), batch_size=3, num_threads=0, max_bad_share=1.0)
     wakes = threading.Thread(target=lambda: asked.wait(10) and os.kill(os.getpid(), signal.SIGALRM))
     wakes.start()
     began = time.monotonic()
     try:
         with pytest.raises(Told):
-            next(loader.batches_in_order(0, 0, 3))
+            next(hanging.batches_in_order(0, 0, 3))
     finally:
         signal.signal(signal.SIGALRM, before)
         took = time.monotonic() - began
@@ -391,6 +391,19 @@ def test_whoever_takes_views_tells_the_allocator_on_which_stream_they_are_read(m
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     taken({"images": OnDevice(), "mask": torch.zeros(3)})
     assert told == ["stream of cuda:1"]
+
+
+def test_batches_are_taken_in_the_thread_that_asks_for_them(folder, monkeypatch):
+    """Whose current stream is the one that reads them."""
+    told = []
+
+    def note(batch):
+        told.append((threading.current_thread(), batch["sample_index"].tolist()))
+
+    monkeypatch.setattr(loader, "taken", note)
+    batches, _ = load(folder, "gpu", 3)
+    here = threading.current_thread()
+    assert told == [(here, batch["sample_index"].tolist()) for batch in batches]
 
 
 def test_too_little_memory_on_the_device_says_what_to_do(photographs):

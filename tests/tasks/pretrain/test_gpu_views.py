@@ -12,6 +12,7 @@ from beit_fast.tasks.pretrain.pipeline import run_pretraining
 from beit_fast.tasks.pretrain.pretokenize import run_pretokenize
 from beit_fast.tasks.pretrain.task import PretrainTask
 from beit_fast.tokenizer.checkpoint import load_tokenizer
+from beit_fast.train.world import World
 from task_runs import ALONE, assert_the_same_run, records_of, stopped_in_step
 
 
@@ -110,6 +111,15 @@ def test_on_a_gpu_graphs_are_captured_beside_the_decoding(
         for graph in (False, True)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_views_are_made_on_the_device_that_trains(pretrain_config):
+    config = pretrain_config(views={"kind": "gpu"})
+    tokenizer = load_tokenizer(config.tokenizer)
+    task = PretrainTask(config, tokenizer, World(0, 1, torch.device("meta")))
+    assert task.loader.device.type == "meta"
+    task.take_rank(World(1, 2, task.loader.device))
+    assert task.loader.device.type == "meta"
 
 
 def test_evaluation_and_picture_are_those_of_the_reference(pretrain_config, tmp_path):
