@@ -168,7 +168,7 @@ def test_so_are_those_of_jitter(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_batch(backend):
     rng = random.Random(1)
-    for n in range(4 if backend == "triton" else 12):
+    for n in range(3 if backend == "triton" else 12):
         sizes = [random_sides(rng, 24) for _ in range(n % 4 + 1)]
         boxes = []
         for height, width in sizes:
@@ -193,7 +193,7 @@ def test_weights_are_those_of_the_reference_to_the_bit(name, num_out, device):
     firsts, weights = make_weights(name, (num_out, num_out + 1), plan, plan.axes.to(device))
     firsts, weights = firsts.cpu(), weights.cpu()
     for axis, count in enumerate((num_out, num_out + 1)):
-        for b, (num_in, start, taps) in enumerate(plan.axes[axis].tolist()):
+        for b, (num_in, start, taps) in enumerate(plan.axes[axis, : len(sides)].tolist()):
             first, wanted = resize_weights(name, num_in, count)
             assert torch.equal(firsts[axis, b, :count].long(), first)
             ours = weights[start : start + taps * count].view(taps, count)
