@@ -1,6 +1,6 @@
 """What it costs to read an image from each kind of source on a local disk, decoding apart.
 
-    python bench/reads.py [--images 2000] [--rounds 5]
+    python bench/reads.py [--images 8000] [--rounds 5]
 
 Writes the photographs of the package again and again into a folder, into tar shards, an Arrow file
 and a Parquet file of row groups of 100, and reads them by the loader's orders: all shuffled, and a
@@ -34,7 +34,7 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS / "reads.csv", help="CSV")
     args = parser.parse_args()

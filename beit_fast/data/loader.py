@@ -134,10 +134,13 @@ class Loader:
         """Name -> reason of the files met so far (batches read ahead included) and replaced."""
         return self._bad.by_name()
 
-    def batches(self, start: int = 0) -> Iterator[dict[str, Tensor]]:
+    def batches(self, start: int = 0, *, ahead: bool = True) -> Iterator[dict[str, Tensor]]:
         """Batches from number `start` on, without end: the arrays of the sample's batch as CPU
         tensors (views of kind gpu: on the device), among them sample_index int64 (B,), the images
         really read.
+
+        ahead: where a window of shards is read at a time, the source is told which are next. Of a
+        few batches from elsewhere it is not, for it may copy all of them.
 
         A generator: close it (or drop it) to stop its threads. That waits for what is decoded at
         the moment and not for what is read. An error in a thread is raised when its batch is due,
@@ -148,7 +151,7 @@ class Loader:
         samples = (
             import_grain()
             .MapDataset.range(_STREAM_LENGTH)
-            .map(self.images.passes(self.seed).__getitem__)
+            .map(self.images.passes(self.seed, ahead=ahead).__getitem__)
             .batch(self.batch_size, batch_fn=list)[self.rank :: self.world_size]
         )
         return self._generate(samples, start)

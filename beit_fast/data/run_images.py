@@ -58,9 +58,10 @@ class RunImages:
             self._differences[digest] = listing.difference(self._source, self._listing)
         return self._differences[digest]
 
-    def passes(self, seed: int) -> Passes:
-        """Which image is which sample."""
-        return Passes(seed, self._parts, self._lists, self._window, self._read_ahead)
+    def passes(self, seed: int, *, ahead: bool = False) -> Passes:
+        """Which image is which sample; `ahead`: the source is told which shards are next."""
+        told = (self._read_ahead,) if ahead else ()
+        return Passes(seed, self._parts, self._lists, self._window, *told)
 
     def in_order(self, epoch: int, place: int) -> SampleOf:
         """The image at a place of the list of now, as those are that are read one after another."""

@@ -118,7 +118,7 @@ def unseen_batches(
     loader: Loader, num_batches: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """The same few batches every time, on the device, of crops and masks no training step sees."""
-    batches = loader.batches(UNSEEN_BATCH)
+    batches = loader.batches(UNSEEN_BATCH, ahead=False)
     try:
         for _ in range(num_batches):
             yield {name: value.to(device) for name, value in next(batches).items()}

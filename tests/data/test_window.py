@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from beit_fast.data.loader import Loader
+from beit_fast.data.sources.opening import open_images
+from beit_fast.data.sources.storage import LocalStorage
 from beit_fast.data.sources.subset import Subset
 from beit_fast.data.window import WindowOrder
-from loaded import Numbers, Seeds, Sharded, assert_equal
+from beit_fast.tasks.sources import unseen_batches
+from loaded import SAMPLE, Numbers, Seeds, Sharded, assert_equal
+from shards import write_shards
 from task_runs import take_batches
 
 SIZES = [30, 21, 0, 40, 25, 33, 1, 28]  # 178 images; a shard without any
@@ -123,6 +127,33 @@ def test_the_source_is_told_the_window_and_the_shards_that_are_next():
     assert {source.shard_of(index) for index in source.reads[:first]} == {*windows[0][:2]}
 
 
+def test_a_few_batches_from_elsewhere_announce_nothing():
+    source = Sharded(SIZES)
+    for _ in unseen_batches(loader_of(source), 3, torch.device("cpu")):
+        pass
+    assert len(source.reads) == 3 * 12
+    assert source.ahead_of == []
+
+
+def test_no_more_shards_are_open_than_a_window_has(tmp_path, monkeypatch):
+    num_open = []
+
+    def take(self, name, real=LocalStorage._take):
+        file = real(self, name)
+        num_open.append(len(self._open))
+        return file
+
+    monkeypatch.setattr(LocalStorage, "_take", take)
+    write_shards(tmp_path, 7, 4)
+    for window, most in ((2, 2), (None, 7)):
+        source = open_images(tmp_path)  # which may open all
+        loader = Loader(source, SAMPLE, batch_size=7, window=window)
+        del num_open[:]
+        read = take_batches(loader, 8)
+        assert {*torch.cat([batch["sample_index"] for batch in read]).tolist()} == {*range(28)}
+        assert max(num_open) == most
+
+
 def test_images_in_order_announce_their_shards():
     source = Sharded(SIZES)
     loader = loader_of(source)
@@ -145,6 +176,10 @@ def test_a_bad_image_is_replaced_by_one_of_its_shard(window):
     replaced = {p: r for p, r in zip(places.tolist(), read.tolist(), strict=True) if p != r}
     assert replaced == {29: 0, 51: 52, 90: 52, 149: 150}
     assert len(loader.bad_samples) == 4
+    # So tokens that are made in order are those of the images that a run reads.
+    in_order = [*loader.batches_in_order(0, 0, 178)]
+    read = torch.cat([batch["read"] for batch in in_order]).tolist()
+    assert {place: number for place, number in enumerate(read) if place != number} == replaced
 
 
 def test_a_part_of_the_images_keeps_the_shards():

@@ -43,4 +43,5 @@ def test_the_table_of_reads_is_the_measured_one():
 def test_the_settings_have_the_defaults_of_the_code():
     assert f"at most `--data.window` ({DataConfig().window})" in PAGE
     assert DataConfig().shuffle == "full"
-    assert f"{parquet_table._KEPT} row groups, with a window twice" in PAGE
+    assert f"{parquet_table._KEPT} row groups or a gigabyte, with a window twice" in PAGE
+    assert parquet_table._KEPT_BYTES == 2**30

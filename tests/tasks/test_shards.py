@@ -42,11 +42,11 @@ def shards(folder):
 @pytest.fixture
 def damaged(shards, tmp_path):
     """The last shard is cut within its last image."""
-    for shard in sorted(shards.glob("*.tar")):
-        (tmp_path / shard.name).write_bytes(shard.read_bytes())
-    (tmp_path / shard.name).write_bytes(shard.read_bytes()[:-12_000])
-    (tmp_path / "classes.txt").write_text("\n".join(COLOURS))
-    return tmp_path
+    folder = tmp_path / "damaged"
+    shutil.copytree(shards, folder)
+    last = folder / "train-0002.tar"
+    last.write_bytes(last.read_bytes()[:-12_000])
+    return folder
 
 
 @pytest.mark.parametrize("verb", ["tokenizer", "finetune"])

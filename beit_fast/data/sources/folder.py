@@ -115,6 +115,11 @@ class ImageFolder:
                     "; of tar shards give the folder that they lie in, where nothing else lies, or "
                     f"a pattern like {os.path.join(self.root, '*.tar')}"
                 )
+            if ".parquet" in said or ".arrow" in said:
+                remedy += (
+                    "; of tables give the folder that they lie in, where no other folder lies, or "
+                    f"a pattern like {os.path.join(self.root, '*.parquet')}"
+                )
             raise ValueError(
                 f"no images under {self.root}{said}: expected files ending in "
                 f"{' '.join(sorted(EXTENSIONS))}{remedy}"

@@ -1,11 +1,12 @@
 """A Parquet file of images. A row can only be had with its row group, so groups are kept a while.
 
 Where a window of shards is read at a time, twice as many groups are kept as there are in one: the
-threads that read ahead are in two at the border. Else a few are, enough for reading in order; read
-at random, an image then costs a whole group.
+threads that read ahead are in two at the border. Else as many are as threads need that read batches
+in order, but no more than a gigabyte of them; read at random, an image then costs a whole group.
 """
 
 import itertools
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -31,28 +32,28 @@ if TYPE_CHECKING:
     import pyarrow
 
 MAX_GROUP_BYTES = 2**31  # of the images of a row group: all are in memory
-_KEPT = 4
+_KEPT, _KEPT_BYTES = 16, 2**30  # groups, and their images unpacked
 
 
 class RowGroups:
     """The groups read last, for several threads: who wants one that another reads waits for it."""
 
     def __init__(self) -> None:
-        self._most = _KEPT
-        self._kept: OrderedDict[tuple[str, int], Future] = OrderedDict()
+        self._most, self._most_bytes = _KEPT, float(_KEPT_BYTES)
+        self._kept: OrderedDict[tuple[str, int], tuple[Future, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def windowed(self, window: int) -> None:
-        self._most = max(_KEPT, 2 * window)
+        self._most, self._most_bytes = 2 * window, math.inf
 
-    def get(self, key: tuple[str, int], read: Callable[[], Any]) -> Any:
-        """What `read` gives, or raises; of what may pass it is asked again the next time."""
+    def get(self, key: tuple[str, int], num_bytes: int, read: Callable[[], Any]) -> Any:
+        """What `read` gives, of so many bytes, or raises; of what may pass it is asked again the
+        next time."""
         with self._lock:
-            found = self._kept.get(key)
-            if is_mine := found is None:
-                found = self._kept[key] = Future()
+            is_mine = key not in self._kept
+            found, _ = self._kept.setdefault(key, (Future(), num_bytes))
             self._kept.move_to_end(key)
-            while len(self._kept) > self._most:
+            while is_mine and self._is_too_much():
                 self._kept.popitem(last=False)
         if is_mine:
             try:
@@ -63,6 +64,12 @@ class RowGroups:
                         self._kept.pop(key, None)
                 found.set_exception(error)
         return found.result()
+
+    def _is_too_much(self) -> bool:
+        """Of one group alone never."""
+        num_bytes = sum(num_bytes for _, num_bytes in self._kept.values())
+        most = len(self._kept) > self._most or num_bytes > self._most_bytes
+        return most and len(self._kept) > 1
 
 
 class ParquetTable:
@@ -86,9 +93,11 @@ class ParquetTable:
         if any(not 0 <= size <= num_bytes for size in self.shard_sizes):
             raise DamagedTableError("it says that it has more rows than bytes")
         self.starts = [0, *itertools.accumulate(self.shard_sizes)]
+        self._num_bytes = [self._content_of(number).total_uncompressed_size for number in numbers]
 
     def read(self, shard: int, row: int) -> bytes:
-        images = self._groups.get((self.name, shard), lambda: self._read_group(shard))
+        key, num_bytes = (self.name, shard), self._num_bytes[shard]
+        images = self._groups.get(key, num_bytes, lambda: self._read_group(shard, num_bytes))
         if not row < len(images):
             raise BadImageError(f"its row group has {len(images)} rows and not the number it says")
         image = images[row]
@@ -119,8 +128,7 @@ class ParquetTable:
                 f"{self._path}: its classes cannot be read ({damage(error)})"
             ) from error
 
-    def _read_group(self, shard: int) -> "pyarrow.Array":
-        num_bytes = self._content_of(shard).total_uncompressed_size
+    def _read_group(self, shard: int, num_bytes: int) -> "pyarrow.Array":
         if num_bytes > MAX_GROUP_BYTES:
             raise BadImageError(
                 f"its row group has {num_bytes} bytes, more than {MAX_GROUP_BYTES}: write the "

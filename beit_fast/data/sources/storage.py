@@ -96,7 +96,9 @@ class LocalStorage:
         """A disk is near."""
 
     def windowed(self, num_files: int) -> None:
-        self._most_open = num_files
+        with self._lock:
+            self._most_open = num_files
+            self._close_oldest()
 
     def files_ahead(self, names: Sequence[str]) -> None:
         """A disk is near."""
@@ -123,8 +125,7 @@ class LocalStorage:
                 file = other
             self._open[name] = file
             file.num_readers += 1
-            while len(self._open) > self._most_open:
-                self._drop(self._open.popitem(last=False)[1])
+            self._close_oldest()
         return file
 
     def _give_back(self, file: "_OpenFile") -> None:
@@ -132,6 +133,10 @@ class LocalStorage:
             file.num_readers -= 1
             if file.is_dropped and not file.num_readers:
                 os.close(file.descriptor)
+
+    def _close_oldest(self) -> None:
+        while len(self._open) > self._most_open:
+            self._drop(self._open.popitem(last=False)[1])
 
     def _drop(self, file: "_OpenFile") -> None:
         """Closed when nobody reads it any more."""

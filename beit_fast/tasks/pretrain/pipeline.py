@@ -110,13 +110,17 @@ def tokenizer_stage(config: PretrainConfig) -> DvaeTrainingConfig | None:
     data = training.data
     if not data.path:
         links = data.follow_links and config.data.follow_links
-        order = config.data if data.shuffle == "full" else data  # of the same images
+        # Of the same images, whose indices and copies lie in one place and have one limit.
+        order = config.data if data.shuffle == "full" else data
+        kept = data if data.cache else config.data
         data = replace(
             data,
             path=config.data.path,
             follow_links=links,
             shuffle=order.shuffle,
             window=order.window,
+            cache=kept.cache,
+            cache_size=kept.cache_size,
         )
     return replace(training, data=data, run=replace(training.run, output=output))
 

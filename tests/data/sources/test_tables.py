@@ -65,18 +65,17 @@ def test_another_image_in_a_table_is_another_list(tmp_path, kind):
 def test_a_window_reads_each_row_group_once_and_keeps_those_of_two(parquet, monkeypatch):
     read, kept = [], []
 
-    def read_group(self, shard, real=ParquetTable._read_group):
+    def read_group(self, shard, num_bytes, real=ParquetTable._read_group):
         read.append(shard)
-        return real(self, shard)
+        return real(self, shard, num_bytes)
 
-    def get(self, key, reading, real=RowGroups.get):
-        found = real(self, key, reading)
+    def get(self, key, num_bytes, reading, real=RowGroups.get):
+        found = real(self, key, num_bytes, reading)
         kept.append(len(self._kept))
         return found
 
     monkeypatch.setattr(ParquetTable, "_read_group", read_group)
     monkeypatch.setattr(RowGroups, "get", get)
-    monkeypatch.setattr("beit_fast.data.sources.parquet_table._KEPT", 1)
     options = {"batch_size": 4, "num_threads": 2}
     take_batches(Loader(TableImages(str(parquet)), SAMPLE, window=2, **options), 5)
     assert sorted(read[:5]) == [0, 1, 2, 3, 4]
@@ -97,13 +96,28 @@ def test_a_row_group_that_several_threads_want_is_read_once():
 
     found = []
     threads = [
-        threading.Thread(target=lambda: found.append(groups.get(("a", 0), read))) for _ in range(4)
+        threading.Thread(target=lambda: found.append(groups.get(("a", 0), 1, read)))
+        for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert (found, len(begun)) == (["images"] * 4, 1)
+
+
+def test_what_is_kept_of_row_groups_is_bounded():
+    def kept(groups, num_bytes):
+        for number in range(40):
+            groups.get(("a", number), num_bytes, lambda number=number: number)
+        return [number for _, number in groups._kept]
+
+    assert kept(RowGroups(), 1) == [*range(24, 40)]
+    assert kept(RowGroups(), 2**28) == [*range(36, 40)]
+    assert kept(RowGroups(), 2**31) == [39]
+    windowed = RowGroups()
+    windowed.windowed(3)
+    assert kept(windowed, 2**31) == [*range(34, 40)]
 
 
 def test_a_read_that_fails_in_passing_is_tried_again_and_a_damaged_group_is_not():
@@ -117,7 +131,7 @@ def test_a_read_that_fails_in_passing_is_tried_again_and_a_damaged_group_is_not(
         del tries[:]
         for _ in range(2):
             with pytest.raises(type(error)):
-                groups.get(("a", count), lambda error=error: fail(error))
+                groups.get(("a", count), 1, lambda error=error: fail(error))
         assert len(tries) == count
 
 
@@ -303,6 +317,10 @@ def test_what_is_not_there_is_said(tmp_path, parquet):
     ):
         with pytest.raises(ValueError, match=said):
             open_images(path)
+    with pytest.raises(ValueError, match="the folder that they lie in, where no other") as refused:
+        open_images(tmp_path)  # of which they are one folder below
+    assert f"like {tmp_path}/*.parquet" in str(refused.value)
+    assert len(open_images(parquet.parent)) == len(open_images(f"{parquet.parent}/*.parquet")) == 23
     empty = write_table(tmp_path / "empty.parquet", [])
     with pytest.raises(
         ValueError, match=r"no images in .*empty.parquet: give tables that have rows"
