@@ -43,6 +43,7 @@ setup(
             "obstore>=0.9",  # S3, GCS, Azure, HTTP: many requests at once from few threads
             "fsspec",  # the schemes that obstore lacks
         ],
+        "jpeg": ["simplejpeg>=1.9"],  # decodes JPEGs faster, to the same bits; 0.4 MB
         "tables": ["pyarrow>=21"],  # Parquet and Arrow files of images
         "test": [
             "pytest",
@@ -58,6 +59,7 @@ setup(
             "obstore>=0.9",  # the extra cloud
             "fsspec",
             "pyarrow>=21",  # the extra tables
+            "simplejpeg>=1.9",  # the extra jpeg
             "webdataset",  # reads the shards that we write
         ],
     },

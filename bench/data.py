@@ -1,23 +1,26 @@
 """How fast images become batches, and how far the fast transform is from the reference.
 
     python bench/data.py [--data FOLDER] [--rounds 5] [--threads 0 1 2 4] [--only masks jitter]
+                         [--gpu-rate 3000 5000] [--dali PYTHON] [--device cuda]
 
 Prints masks per second, images per second of both transforms and of crops with labels of pixels,
-what the fast one leaves to the device, their distance in pixels, and the loader's throughput, and
-writes each of these to bench/results/data.csv as it is measured (records.py has the rule). Masks
-and jitter decode nothing; the rest needs torchcodec, and the loader Grain. Rates are per second of
-CPU time of one thread, so other work on the machine matters less; candidates take turns every few
-images, and the median over rounds is printed with its range. Without --data it takes the
-photographs of the package.
+what the fast one leaves to the device, their distance in pixels, where the time of a sample goes
+(data_stages.py), the loader's throughput, and that of other libraries beside it, with the cores
+that a GPU of --gpu-rate images a second wants of each (data_peers.py; DALI too where --dali names
+a Python that has it). Each is written to bench/results/data.csv as it is measured (records.py has
+the rule). Masks and jitter decode nothing; the rest needs torchcodec, and the loader Grain. Rates
+are per second of CPU time of one thread, so other work on the machine matters less; candidates take
+turns every few images, and the median over rounds is printed with its range. Without --data it
+takes the photographs of the package.
 
 The rate of `fast` is that of a loader thread: its jitter happens later, on the device that trains.
-Where that is a CPU too, its milliseconds, printed apart, come on top.
+Where that is a CPU too, its milliseconds, printed apart, come on top. With --device cuda it
+measures instead what a GPU makes of the files, as kind gpu, and what that costs a step
+(data_device.py).
 """
 
 import argparse
 import io
-import random
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,18 +28,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from data_images import InMemory, ManyTimes
+from data_peers import WHAT, bench_loaders
+from data_stages import bench_lock, bench_scaled, bench_stages
 from PIL import Image
 from records import Records
-from timing import RESULTS, conditions, conditions_line, format_table
+from timing import RESULTS, conditions, conditions_line, format_table, rates
 
-import beit_fast.data
 from beit_fast.data.config import MaskingConfig
 from beit_fast.data.loader import Loader
 from beit_fast.data.masking import draw_mask
 from beit_fast.data.samples import PretrainSample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import decode_fast, decode_pillow
-from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.sources.masks import Translation, decode_pair
 from beit_fast.data.sources.segmentation import MaskedImage
 from beit_fast.data.views.color_jitter import apply_jitter, jitter_views
@@ -45,8 +49,10 @@ from beit_fast.data.views.segmentation import SegmentationSample
 from beit_fast.data.views.two_views import make_views, normalize, two_views
 
 GRID = (14, 14)
-PARTS = ("masks", "jitter", "transforms", "segmentation", "distance", "loader")
-MAX_FILES = 256  # of a folder: enough to be even, few enough to sit in memory
+PARTS = (
+    "masks", "jitter", "transforms", "stages", "lock", "scaled", "segmentation", "distance",
+    "loader", "peers",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -54,59 +60,92 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 2, 4])
+    parser.add_argument(
+        "--gpu-rate", type=int, nargs="+", default=[3000, 5000], help="images/s that one GPU takes"
+    )
+    parser.add_argument("--dali", help="Python that has nvidia-dali: a peer, in its own process")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--output", type=Path, default=RESULTS / "data.csv", help="CSV")
+    parser.add_argument("--output", type=Path, help="CSV; default results/data.csv")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: kind gpu, by data_device.py"
+    )
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     source = InMemory(args.data)
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("torch finds no GPU: leave --device out")
+        from data_device import Place, measure_all
+
+        measure_all(Place(torch.device("cuda"), source, 128, args.rounds), output=args.output)
+        return
     values = conditions(
         torch.device("cpu"),
-        ("torchcodec", "pillow", "numpy", "grain"),
+        ("torchcodec", "simplejpeg", "pillow", "numpy", "grain"),
         rounds=args.rounds,
         images=f"{len(source)} of {source.kilobytes:.0f} kB from {source.origin}",
     )
     print(conditions_line(values))
-    measures: dict[str, tuple[str, Callable[[], list[dict]]]] = {
-        "masks": (
-            "masks of 14x14, seeding included, per core second",
-            lambda: bench_masks(args.rounds),
-        ),
-        "transforms": (
-            "images to two views, per core second",
-            lambda: bench_transforms(source, args.rounds),
-        ),
-        "segmentation": (
-            "images of 512 pixels and their masks to crops of 512, per core second",
-            lambda: bench_segmentation(source, args.rounds),
-        ),
-        "jitter": (
-            "jitter of fast on the device, here a CPU, batches of 64",
-            lambda: bench_jitter(args.rounds),
-        ),
-        "distance": (
-            "fast against reference, levels of 255 and dB",
-            lambda: bench_distance(source),
-        ),
-        "loader": (
-            "loader, two views and masks, batches of 64",
-            lambda: bench_loader(source, args.threads),
-        ),
+    rounds = args.rounds
+    measures: dict[str, dict[str, Callable[[], list[dict]]]] = {
+        "masks": {"masks of 14x14, seeding included, per core second": lambda: bench_masks(rounds)},
+        "transforms": {
+            "images to two views, per core second": lambda: bench_transforms(source, rounds)
+        },
+        "segmentation": {
+            "images of 512 pixels and their masks to crops of 512, per core second": lambda: (
+                bench_segmentation(source, rounds)
+            )
+        },
+        "jitter": {
+            "jitter of fast on the device, here a CPU, batches of 64": lambda: bench_jitter(rounds)
+        },
+        "distance": {
+            "fast against reference, levels of 255 and dB": lambda: bench_distance(source)
+        },
+        "stages": {
+            "stages of fast with masks and batches, us an image": lambda: bench_stages(
+                source, 4 * rounds
+            )
+        },
+        "lock": {
+            "loader if each thread had a core, decode and resize asleep": lambda: bench_lock(source)
+        },
+        "scaled": {
+            "large photographs to two views, not jittered, per core second": lambda: bench_scaled(
+                source, rounds, distance
+            )
+        },
+        "loader": {
+            "loader, two views and masks, batches of 64": lambda: bench_loader(source, args.threads)
+        },
+        "peers": {
+            f"loaders, {what}, per core second": lambda what=what: bench_loaders(
+                source, what, 2 * rounds, args.gpu_rate, args.dali
+            )
+            for what in WHAT
+        },
     }
-    records = Records(args.output, values, ("bench", "case", "figure"))
+    records = Records(args.output or RESULTS / "data.csv", values, ("bench", "case", "figure"))
     for part in (part for part in PARTS if part in args.only):
-        title, measure = measures[part]
-        measured = measure()
-        print(f"\n{title}\n{format_table(measured)}", flush=True)
-        records.add(
-            [
-                {"bench": title, "case": row["case"], "figure": figure, "value": value}
-                for row in measured
-                for figure, value in row.items()
-                if figure != "case"
-            ]
-        )
+        for title, measure in measures[part].items():
+            report(title, measure, records)
     print(f"written to {records.path}")
+
+
+def report(title: str, measure: Callable[[], list[dict]], records: Records) -> None:
+    """Measure, print and write; a figure that a case does not have is left out."""
+    measured = measure()
+    print(f"\n{title}\n{format_table(measured)}", flush=True)
+    records.add(
+        [
+            {"bench": title, "case": row["case"], "figure": figure, "value": value}
+            for row in measured
+            for figure, value in row.items()
+            if figure != "case" and value != ""
+        ]
+    )
 
 
 def bench_masks(rounds: int) -> list[dict]:
@@ -118,7 +157,7 @@ def bench_masks(rounds: int) -> list[dict]:
     return rates({strategy: draw(strategy) for strategy in strategies}, 4000, rounds, turn=500)
 
 
-def bench_transforms(source: "InMemory", rounds: int) -> list[dict]:
+def bench_transforms(source: InMemory, rounds: int) -> list[dict]:
     fast, reference = ViewConfig(kind="fast"), ViewConfig(kind="reference")
 
     def views(config: ViewConfig) -> Callable[[int], object]:
@@ -147,7 +186,7 @@ def bench_transforms(source: "InMemory", rounds: int) -> list[dict]:
     return [{**row, "x reference": row["median"] / rows[0]["median"]} for row in rows]
 
 
-def bench_segmentation(source: "InMemory", rounds: int) -> list[dict]:
+def bench_segmentation(source: InMemory, rounds: int) -> list[dict]:
     """Of JPEGs as large as ADE20K's, with masks of a dozen classes in blobs."""
     labels = Translation(range(1, 151), [0], "repair it").labels
     pairs = [_masked(source.read(i), i) for i in range(min(16, len(source)))]
@@ -198,7 +237,7 @@ def bench_jitter(rounds: int, batch_size: int = 64) -> list[dict]:
     return rows
 
 
-def bench_distance(source: "InMemory", draws: int = 4) -> list[dict]:
+def bench_distance(source: InMemory, draws: int = 4) -> list[dict]:
     """Over images and draws: mean and largest difference, PSNR in the median and at worst."""
     rows = []
     for title, color_jitter in (("", 0.4), (", no jitter", 0.0)):
@@ -240,7 +279,7 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]
     return np.abs(difference).mean(), np.abs(difference).max(), 10 * np.log10(255**2 / square)
 
 
-def bench_loader(source: "InMemory", threads: list[int], batch_size: int = 64) -> list[dict]:
+def bench_loader(source: InMemory, threads: list[int], batch_size: int = 64) -> list[dict]:
     rows = []
     for kind, num_threads in [("fast", n) for n in threads] + [("reference", 0)]:
         loader = Loader(
@@ -267,74 +306,6 @@ def bench_loader(source: "InMemory", threads: list[int], batch_size: int = 64) -
             }
         )
     return rows
-
-
-def rates(
-    candidates: dict[str, Callable[[int], object]], items: int, rounds: int, turn: int
-) -> list[dict]:
-    """Calls per second of each candidate on the numbers below `items`, `turn` of them at a time."""
-    for candidate in candidates.values():
-        candidate(0)
-    measured: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        seconds = dict.fromkeys(candidates, 0.0)
-        for first in range(0, items, turn):
-            for name, candidate in candidates.items():
-                start = time.thread_time()
-                for i in range(first, min(first + turn, items)):
-                    candidate(i)
-                seconds[name] += time.thread_time() - start
-        for name in candidates:
-            measured[name].append(items / seconds[name])
-    return [
-        {"case": name, "median": statistics.median(rate), "low": min(rate), "high": max(rate)}
-        for name, rate in measured.items()
-    ]
-
-
-class InMemory:
-    """The files of a folder, held in memory: what is timed is work, not the disk."""
-
-    def __init__(self, folder: Path | None):
-        photographs = Path(beit_fast.data.__file__).parent / "photographs"
-        if folder is None and not photographs.is_dir():
-            self.origin, self._files = "random gradients", [_gradient(i) for i in range(16)]
-        else:
-            files = ImageFolder(folder or photographs)
-            self.origin = folder or "the photographs of the package"
-            order = random.Random(0).sample(range(len(files)), min(MAX_FILES, len(files)))
-            self._files = [files.read(i) for i in order]
-        self.kilobytes = sum(map(len, self._files)) / len(self._files) / 1000
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def read(self, index: int) -> bytes:
-        return self._files[index % len(self._files)]
-
-    def name(self, index: int) -> str:
-        return f"file {index}"
-
-
-class ManyTimes:
-    """As many files as ImageNet has, the same few again and again: Grain's shuffle takes 4 us per
-    image of a data set of that size, and more than a millisecond per image of one of twenty."""
-
-    def __init__(self, source: InMemory):
-        self.read, self.name = source.read, source.name
-
-    def __len__(self) -> int:
-        return 1_281_167
-
-
-def _gradient(number: int) -> bytes:
-    rng = np.random.default_rng(number)
-    small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
-    smooth = np.asarray(small.resize((500, 375), Image.Resampling.BICUBIC), np.int32)
-    noisy = np.clip(smooth + rng.integers(-12, 13, smooth.shape), 0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noisy).save(file, "JPEG", quality=95)
-    return file.getvalue()
 
 
 if __name__ == "__main__":

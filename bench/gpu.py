@@ -69,8 +69,9 @@ STAGES = (
     Stage("large", 150, "whole steps of BEiT-L", 150),
     Stage("px384", 150, "whole steps at 384 px", 150),
     Stage("loader", 45, "image pairs a second by threads"),
+    Stage("views", 120, "images decoded and both views made on the device, and a step beside it"),
     Stage("profile", 90, "where a step's time goes, kernel by kernel"),
-    Stage("tests", 300, "the tests of the kernels, of graphs and of prefetching", 240),
+    Stage("tests", 300, "the tests of the kernels, of graphs, prefetching and views", 240),
     Stage("tuning", 300, "every configuration of the attention kernels at N = 197", 300),
 )  # fmt: skip
 

@@ -24,7 +24,11 @@ from gpu_room import Room
 from gpu_steps import SETTINGS, profile, step, whole_steps
 
 HERE = Path(__file__).resolve().parent
-TESTS = ("tests/kernels", "tests/train/test_graph.py", "tests/train/test_prefetch.py")
+TESTS = (
+    *("tests/kernels", "tests/train/test_graph.py", "tests/train/test_prefetch.py"),
+    *("tests/data/test_device_decode.py", "tests/data/test_device_views.py"),
+    "tests/tasks/pretrain/test_gpu_views.py",
+)
 
 
 # --- the machine ----------------------------------------------------------------------------------
@@ -145,8 +149,8 @@ CASES = {
     ),
     "head": (("B256-D768", "B256-D1024"), ("B4-D192",)),
     "input": (
-        ("patches-B256-16px", "mask_embed-B256-D768-float32"),
-        ("patches-B8-16px", "mask_embed-B8-D768-float32-both"),
+        ("ragged_views-B256", "patches-B256-16px", "mask_embed-B256-D768-float32"),
+        ("ragged_views-B8-jitter", "patches-B8-16px", "mask_embed-B8-D768-float32-both"),
     ),
     "tokenizer": (("g1", "g2", "g3", "g4"), ("g4-conv2",)),
     "pieces": (("",), ("rel_pos_bias", "layer_norm")),
@@ -193,7 +197,7 @@ def loader(room: Room) -> None:
         if importlib.util.find_spec(package) is None:
             room.leaves_out("loader", f"{package} is not installed")
             return
-    from data import InMemory, ManyTimes
+    from data_images import InMemory, ManyTimes
 
     from beit_fast.data.config import MaskingConfig
     from beit_fast.data.loader import Loader
@@ -223,8 +227,38 @@ def loader(room: Room) -> None:
         room.facts.attempt(item, lambda i=item, t=threads: run(i, t))
 
 
+def views(room: Room) -> None:
+    """Decoder, kernel and loader of `views.kind gpu`, and the step beside them (data_device.py)."""
+    for package in ("torchcodec", "grain"):
+        if importlib.util.find_spec(package) is None:
+            room.leaves_out("views", f"{package} is not installed")
+            return
+    import data_device
+    import torch
+    from data_images import InMemory
+
+    place = data_device.Place(
+        torch.device(room.device), InMemory(None), room.images(128, 4), 5 if room.is_cuda else 1
+    )
+
+    def run(part: str) -> None:
+        _, measure = data_device.PARTS[part]
+        for row in measure(place):
+            item = f"{part}, {row.pop('case')}"
+            for figure, value in row.items():
+                unit = "ms" if figure.endswith(" ms") else "images/s"
+                if "per" in figure or unit == "ms":
+                    room.facts.figure(item, figure, value, unit)
+                else:
+                    room.facts.say("note", item=item, **{figure: value})
+
+    for part in data_device.PARTS:
+        room.facts.attempt(part, lambda part=part: run(part))
+
+
 def tests(room: Room) -> None:
-    """The tests of the kernels, of graphs and of prefetching, as `pytest` has them."""
+    """The tests of the kernels, of graphs, prefetching and views of kind gpu, as `pytest` has
+    them."""
     import pytest
 
     root = HERE.parent
@@ -297,6 +331,7 @@ RUNS: dict[str, Callable[[Room], None]] = {
     "step": step,
     **{name: _bind(whole_steps, name) for name in SETTINGS},
     "loader": loader,
+    "views": views,
     "profile": profile,
     "tests": tests,
     "tuning": tuning,

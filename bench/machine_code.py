@@ -44,6 +44,7 @@ GPUS = {80: A100, 86: RTX3090, 89: RTX4090, 90: H100, 100: B200, 120: RTX5090}
 LIMITS = {80: (2048, 32), 86: (1536, 16), 89: (1536, 24), 90: (2048, 32), 100: (2048, 32),
           120: (1536, 24)}  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_LANES = re.compile(r"threadsPerWarp = \[(\d+), (\d+)\]")
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "IMMA", "QGMMA")
 
 
@@ -63,6 +64,8 @@ class MachineCode:
     instructions: int
     tensor_core: dict[str, int]  # HMMA, HGMMA ...: how many
     exp2: int
+    fused: int  # products and sums of fp32 in one rounding
+    lanes: list[str]  # how the threads of a warp lie in tiles of two axes: "32x1"
     loads: dict[str, int]  # from global memory, by width in bits; "tma": tensor descriptors
     stores: dict[str, int]
     atomics: int
@@ -110,6 +113,8 @@ def compile_launch(case: str, launch: Launch, arch: int) -> MachineCode:
         instructions=len(names) - stems["NOP"],
         tensor_core={stem: stems[stem] for stem in TENSOR_CORE if stems[stem]},
         exp2=sum(name.startswith("MUFU.EX2") for name in names),
+        fused=stems["FFMA"] + stems["FFMA2"],
+        lanes=sorted({f"{a}x{b}" for a, b in _LANES.findall(compiled.asm["ttgir"])}),
         loads=_widths(names, ("LDG", "LDGSTS"), tma="UTMALDG"),
         stores=_widths(names, ("STG",), tma="UTMASTG"),
         atomics=sum(stems[stem] for stem in ("RED", "ATOM", "ATOMG", "REDG")),

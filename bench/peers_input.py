@@ -1,4 +1,4 @@
-"""uint8 images to patches, and patches to the sequence of the first block: ours and the peers.
+"""Images to views (peers_views.py), views to patches, patches to the sequence of the first block.
 
 Patches: "eager" is the usual chain, floats normalised as torchvision does and then cut; "two-step"
 the formula of ours in torch, its constants ready, which `compile` and `compile-max` are given.
@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
+from peers_views import views_cases
 from torch import Tensor
 
 from beit_fast.kernels.input.mask_embed import mask_embed, mask_embed_reference
@@ -21,9 +22,10 @@ PASSES = ("forward", "backward", "both")
 
 
 def cases(device: torch.device, dtype: torch.dtype, only: str) -> Iterator[Case]:
-    """All patches of 16 and 14 pixels, and the visible ones; the sequence in both streams."""
+    """Views; patches of 16 and 14 pixels, and the visible ones; the sequence in both streams."""
     is_cuda = device.type == "cuda"
     B = 256 if is_cuda else 8
+    yield from views_cases(B, device, only)
     for side, listed in ((16, False), (16, True), (14, False)):
         name = f"patches-B{B}-{side}px{'-visible' * listed}"
         if only in name:

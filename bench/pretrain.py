@@ -36,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from data import InMemory, ManyTimes
+from data_images import InMemory, ManyTimes
 from memory import in_own_process
 from peers_pretrain import PEERS, Candidate, check
 from pretrain_candidates import DTYPES, OURS, Input, Setting, build, encoder_of_width, num_masked

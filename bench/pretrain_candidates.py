@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from data import ManyTimes
+from data_images import ManyTimes
 from peers_pretrain import Batch, Candidate, PreparedSample, build_peer, eager_tokens
 from torch import Tensor, nn
 

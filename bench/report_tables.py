@@ -46,6 +46,7 @@ EXPECTED = {
 SIZES = {"small": "S", "base": "B", "large": "L"}
 PASSES = {"train_step": "training step", "forward": "forward", "slide": "a window slid"}
 NOT_MEASURED = "not measured"
+LOADERS = "loaders, "  # what the benches of data.py begin with that have peers
 OURS_IS_BETTER = "Above 1 ours is faster, or takes less memory."
 
 Row = dict[str, str]
@@ -237,6 +238,8 @@ def data_table(results: dict[str, list[Row]]) -> str:
     lines = _sentence(f"Images: {shown['images']}; {_measured_by('data', shown)}.")
     groups: dict[tuple[str, str], list[str]] = {}
     for row in rows:
+        if row["bench"].startswith(LOADERS):
+            continue
         figure = f"{row['figure']} {short(row['value'])}"
         groups.setdefault((row["bench"], row["case"]), []).append(figure)
     cells = [[bench, case, ", ".join(figures)] for (bench, case), figures in groups.items()]
@@ -266,6 +269,25 @@ def stores_table(results: dict[str, list[Row]]) -> str:
     ]
     heads = [f"images/s, answers after {float(latency):g} ms" for latency in latencies]
     return "\n".join([*lines, "", *_table(("how", *heads), cells)])
+
+
+def loaders_table(results: dict[str, list[Row]]) -> str:
+    """Images a second and core of ours and of other libraries, and the cores that GPUs want."""
+    rows = [row for row in results.get("data", []) if row["bench"].startswith(LOADERS)]
+    if not rows:
+        return _not_measured("data")
+    lines = _sentence(f"Images: {rows[0]['images']}; {_measured_by('data', rows[0])}.")
+    cases: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        cases.setdefault((row["bench"], row["case"]), {})[row["figure"]] = short(row["value"])
+    cores = sorted({figure for case in cases.values() for figure in case if "cores" in figure})
+    cells = []
+    for (bench, name), case in cases.items():
+        what = bench.removeprefix(LOADERS).split(", per")[0]
+        known = (case["median"], case["ours by it"], *(case.get(figure, "") for figure in cores))
+        cells.append([what, name, *known])
+    titles = ("what", "loader", "images/s and core", "ours by it", *cores)
+    return "\n".join([*lines, "", *_table(titles, cells)])
 
 
 def pretrain_table(results: dict[str, list[Row]]) -> str:
@@ -454,6 +476,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "tokenizer": tokenizer_table,
     "data": data_table,
     "stores": stores_table,
+    "loaders": loaders_table,
     "checkpoint": checkpoint_table,
     "many-gpus": many_gpus_table,
     "memory-of-ranks": memory_table,

@@ -78,6 +78,29 @@ def time_interleaved(
     return {name: Timing(tuple(values)) for name, values in rounds_ms.items()}
 
 
+def rates(
+    candidates: dict[str, Callable[[int], object]], items: int, rounds: int, turn: int
+) -> list[dict]:
+    """Calls per second of each candidate on the numbers below `items`, `turn` of them at a time."""
+    for candidate in candidates.values():
+        candidate(0)
+    measured: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        seconds = dict.fromkeys(candidates, 0.0)
+        for first in range(0, items, turn):
+            for name, candidate in candidates.items():
+                start = time.thread_time()
+                for i in range(first, min(first + turn, items)):
+                    candidate(i)
+                seconds[name] += time.thread_time() - start
+        for name in candidates:
+            measured[name].append(items / seconds[name])
+    return [
+        {"case": name, "median": statistics.median(rate), "low": min(rate), "high": max(rate)}
+        for name, rate in measured.items()
+    ]
+
+
 def fresh_compiler() -> None:
     """Forget all that is compiled, and let a compiled function never run eagerly instead.
 

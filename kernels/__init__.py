@@ -6,13 +6,14 @@ residual/           x + keep * gamma * branch, and the LayerNorm that follows, i
                     which samples skip a branch; LayerScale and affine as part of the weights
 head/               what reads listed rows only: the MIM head's loss without its logits, arg-max
                     without its outputs, LayerNorm of rows, rows as they are
-input/              uint8 images -> normalised patches -> the sequence of the first block
+input/              uint8 images of any sizes -> jittered, cropped and resized views;
+                    uint8 views -> normalised patches -> the sequence of the first block
 conv/               convolution with ReLU, residual and pooling fused; the first, from uint8 pixels
 
 What is called from outside also has a name of its own here:
 
 scale_residual      rel_pos_bias        linear_cross_entropy        linear_argmax
-gather_rows         mask_embed          patches
+gather_rows         mask_embed          patches             ragged_views
 
 Below them all:
 

@@ -196,16 +196,20 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 2,
     maxnreg: int | None = None,
+    fuses: bool = True,
     **arguments: Any,
 ) -> None:
     """kernel[grid](**arguments) on the device of `on`; an empty grid launches nothing.
 
-    `maxnreg` caps the registers of a thread, for more CTAs on a multiprocessor. Raises KernelError
-    where the kernel cannot be compiled.
+    `maxnreg` caps the registers of a thread, for more CTAs on a multiprocessor. Without `fuses`
+    products and sums of floats are rounded one by one, as the text of the kernel has them. Raises
+    KernelError where the kernel cannot be compiled.
     """
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if maxnreg is not None:
         options["maxnreg"] = maxnreg
+    if not fuses:
+        options["enable_fp_fusion"] = False
     if 0 in grid:
         return
     if _recorded:

@@ -47,7 +47,7 @@ ALLOWED = {
     "data.seeds": set(),
     "data.sources": BASE,
     "data.views": {"data.seeds", "data.sources"} | BASE,
-    "data": DATA | BASE,
+    "data": DATA | BASE | {"kernels.input"},
     "train": BASE,
     "viz": BASE,
     "tasks": {"data", "data.seeds", "data.sources", "train", "model", "weights"} | BASE,

@@ -144,7 +144,8 @@ class Listing:
                 {int(number): size for number, size in said["sizes"]},
                 said.get("shards"),
             )
-            if listing.shards is not None and sum(listing.shards) != count:
+            shards = [count] if listing.shards is None else listing.shards
+            if sum(shards) != count or min(shards, default=0) < 0:
                 raise ListingError(f"{path} is damaged: its shards are not of {count} images")
             if len(listing) != count or not all(0 <= number < count for number in listing.sizes):
                 raise ListingError(f"{path} has {len(listing)} images, and {count} were wanted")

@@ -17,7 +17,6 @@ pass, place in the data set) alone.
 """
 
 import copy
-import logging
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -26,6 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from beit_fast.data.bad_samples import BadDataError, BadSamples
+from beit_fast.data.device_decode import DecodeCounts
+from beit_fast.data.device_views import DeviceViews, late_views, taken
+from beit_fast.data.finishing import Finishing
 from beit_fast.data.grain import import_grain
 from beit_fast.data.passes import SampleOf
 from beit_fast.data.run_images import RunImages
@@ -34,28 +37,23 @@ from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import (
     Source,
-    damage_of,
     read_ahead,
     read_windowed,
     shard_sizes_of,
 )
 from beit_fast.data.sources.limits import READS, ReadConfig
 from beit_fast.data.sources.reading import HungReadError, Read, Reads, ReadsClosedError
+from beit_fast.data.views.two_views import LATE, LateViews
 from beit_fast.errors import RunError
 from beit_fast.flags import flag
 
-logger = logging.getLogger("beit_fast.data")
-
 Files = TypeVar("Files")  # of one image: bytes, or those of its mask too
+Made = dict[str, Any]  # a sample: its arrays and, of kind gpu, what its views are made from
 
 # Up to here the lengths that Grain computes in floats are whole numbers; a run at 10,000 images
 # per second gets there in fourteen thousand years.
 _STREAM_LENGTH = 2**52
-_TOLERATED, _TOLERATED_SHARE = 10, 0.1  # bad files of a small data set, see Loader
-
-
-class BadDataError(RunError):
-    """More files cannot be used than the run allows."""
+_CPU = torch.device("cpu")
 
 
 class SampleError(RunError):
@@ -74,6 +72,7 @@ class Loader:
     meets. A file that is not read within the limits of `reads` is a bad one. In a source with
     shards the next image is one of the same shard as long as there are any, see `ImageList`.
 
+    device: where views of kind gpu are made, and lie; all else is on the CPU.
     window: shards that a pass reads at a time, which all ranks share; None: all images are.
 
     Raises ValueError for sizes or ranks that make no sense, and for a window over a source that has
@@ -93,6 +92,7 @@ class Loader:
         max_bad_share: float = 0.001,
         reads: ReadConfig = READS,
         window: int | None = None,
+        device: torch.device = _CPU,
     ):
         if len(source) < 1:
             raise ValueError("the data set is empty: there is nothing to load")
@@ -116,9 +116,10 @@ class Loader:
         self.source, self.sample = source, sample
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.num_threads, self.reads = num_threads, reads
+        self.num_threads, self.reads, self.device = num_threads, reads, device
         self.images = RunImages(source, window)
         self._bad = BadSamples(source, max_bad_share)
+        self.decode_counts = DecodeCounts()  # of views of kind gpu
 
     @property
     def batches_per_epoch(self) -> int:
@@ -135,7 +136,8 @@ class Loader:
 
     def batches(self, start: int = 0, *, ahead: bool = True) -> Iterator[dict[str, Tensor]]:
         """Batches from number `start` on, without end: the arrays of the sample's batch as CPU
-        tensors, among them sample_index int64 (B,), the images really read.
+        tensors (views of kind gpu: on the device), among them sample_index int64 (B,), the images
+        really read.
 
         ahead: where a window of shards is read at a time, the source is told which are next. Of a
         few batches from elsewhere it is not, for it may copy all of them.
@@ -180,8 +182,9 @@ class Loader:
     def _generate(self, samples: Any, start: int) -> Iterator[dict[str, Tensor]]:
         """samples: Grain's map data set of lists of samples, as `Passes` says what each is."""
         grain = import_grain()
+        late = late_views(self.sample, self.device, self.decode_counts)
         reader = _Reader(self)
-        batches = samples.map(reader.read_batch)
+        batches = samples.map(reader.read_batch if late is None else reader.read_samples)
         options = grain.ReadOptions(
             num_threads=self.num_threads,
             # Each thread has a batch in the making, and one or two wait for the consumer.
@@ -189,12 +192,19 @@ class Loader:
         )
         iterator = iter(batches.to_iter_dataset(options))
         iterator.set_state({"next_index": start})
+        finishing = None if late is None else Finishing(lambda read: reader.finish(*read, late))
         try:
-            for batch in iterator:
-                yield {name: torch.from_numpy(array) for name, array in batch.items()}
+            if finishing is None:
+                yield from map(_tensors, iterator)
+            else:
+                for batch in finishing(iterator):
+                    taken(batch)
+                    yield batch
         finally:
             iterator.close()  # cancels what has not begun, but waits for nothing
             reader.stop()
+            if finishing is not None:
+                finishing.close()
 
 
 class _Reader:
@@ -212,17 +222,37 @@ class _Reader:
         self._makers: set[threading.Thread] = set()  # which those wait for
 
     def read_batch(self, numbers: Sequence[SampleOf]) -> dict[str, np.ndarray]:
+        return self._sample.collate(self.read_samples(numbers)[1])
+
+    def read_samples(self, numbers: Sequence[SampleOf]) -> tuple[Sequence[SampleOf], list[Made]]:
         if self._threaded:
             self._threads.add(threading.current_thread())
         wanted = (images[place] for _, place, images in numbers)
         read_ahead(self._source, [n for n in wanted if n >= 0 and not self._bad.knows(n)])
-        samples: list[dict[str, np.ndarray]] = []
-        while len(samples) < len(numbers):
-            try:
-                self._reads.run(lambda read: self._add_rest(samples, numbers, read))
-            except HungReadError as error:
-                self._bad.add(error.index, error)
-        return self._sample.collate(samples)
+        samples: list[Made] = []
+        self._add_samples(samples, numbers)
+        return numbers, samples
+
+    def finish(
+        self, numbers: Sequence[SampleOf], samples: list[Made], late: DeviceViews
+    ) -> dict[str, Tensor]:
+        """The batch of what `read_samples` gave, in another thread than that.
+
+        An image that turns out to be bad is so from here on, and the sample is made anew: from the
+        image that it would have been made from had that been known, under the same crop and mask.
+        """
+
+        def replace(row: int, error: BadImageError) -> LateViews:
+            self._bad.add(int(samples[row]["sample_index"]), error)
+            made: list[Made] = []
+            self._add_samples(made, numbers[row : row + 1])
+            (samples[row],) = made
+            return samples[row][LATE]
+
+        views = late([sample[LATE] for sample in samples], replace)
+        for sample in samples:
+            del sample[LATE]
+        return views | _tensors(self._sample.collate(samples))
 
     def stop(self) -> None:
         """Returns when no thread makes a sample any more; a read that hangs is left to itself."""
@@ -233,16 +263,21 @@ class _Reader:
                 thread.join()
         self._reads.close()
 
-    def _add_rest(
-        self, samples: list[dict[str, np.ndarray]], numbers: Sequence[SampleOf], read: Read
-    ) -> None:
+    def _add_samples(self, samples: list[Made], numbers: Sequence[SampleOf]) -> None:
         """Make those samples of a batch that are not there yet."""
+        while len(samples) < len(numbers):
+            try:
+                self._reads.run(lambda read: self._add_rest(samples, numbers, read))
+            except HungReadError as error:
+                self._bad.add(error.index, error)
+
+    def _add_rest(self, samples: list[Made], numbers: Sequence[SampleOf], read: Read) -> None:
         self._makers.add(threading.current_thread())
         for number in numbers[len(samples) :]:
             sample, used = self._make(number, read)
             samples.append(sample | {"sample_index": np.int64(used)})
 
-    def _make(self, number: SampleOf, read: Read) -> tuple[dict[str, np.ndarray], int]:
+    def _make(self, number: SampleOf, read: Read) -> tuple[Made, int]:
         """The sample and the number of the image in it: the one at its place of the list, or the
         first of those that may take it that can be used."""
         epoch, place, images = number
@@ -273,64 +308,5 @@ class _Reader:
         )
 
 
-class BadSamples:
-    """The files that cannot be used, shared by the threads that read them; `outcome` says in the
-    log what becomes of one, `setting` is the share's. How many are borne: see `Loader`."""
-
-    def __init__(
-        self,
-        source: Source,
-        max_share: float,
-        outcome: str = "the next image takes its place",
-        setting: str = "data.max_bad_share",
-    ):
-        self._source, self._max_share, self._outcome = source, max_share, outcome
-        self._flag = flag(setting)  # threads meet the bad files
-        self._allowed = num_bad_borne(len(source), max_share)
-        self._reasons: dict[int, tuple[str, str]] = {}  # name and reason; of damage below 0
-        self._verdict = ""  # what to say of the file that was one too many
-        self._lock = threading.Lock()
-        for number, (name, why) in enumerate(damage_of(source).items(), 1):
-            self._add(-number, name, why, "what is left of it is used")
-
-    def by_name(self) -> dict[str, str]:
-        with self._lock:
-            return dict(said for _, said in sorted(self._reasons.items()))
-
-    def knows(self, index: int) -> bool:
-        """Whether the file was met before. Raises BadDataError if it was and there are too many:
-        else a batch could pass because another thread had met its bad files first."""
-        with self._lock:
-            if index not in self._reasons:
-                return False
-            if self._verdict:
-                raise BadDataError(self._verdict)
-            return True
-
-    def add(self, index: int, error: Exception) -> None:
-        """Raises BadDataError once there are more than allowed."""
-        reason = " ".join(str(error).split())
-        self._add(index, self._source.name(index), reason, self._outcome, error)
-
-    def _add(
-        self, index: int, name: str, reason: str, outcome: str, error: Exception | None = None
-    ) -> None:
-        with self._lock:
-            if index not in self._reasons:
-                self._reasons[index] = name, reason
-                logger.warning("cannot use %s (%s): %s", name, reason, outcome)
-            count = len(self._reasons)
-            if count > self._allowed and not self._verdict:
-                self._verdict = (
-                    f"cannot use {name} ({reason}): {count} of {len(self._source)} files are bad "
-                    f"and {self._flag} {self._max_share:g} allows {self._allowed}; repair or "
-                    f"remove them or raise {self._flag} (the log beit_fast.data names them all)"
-                )
-            if self._verdict:
-                raise BadDataError(self._verdict) from error
-
-
-def num_bad_borne(num_images: int, max_share: float) -> int:
-    """How many files of a data set may be bad, see `Loader`."""
-    small = min(_TOLERATED, int(_TOLERATED_SHARE * num_images)) if max_share else 0
-    return max(int(max_share * num_images), small)
+def _tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in batch.items()}

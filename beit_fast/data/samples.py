@@ -5,7 +5,7 @@ the house table: B images, L = Gh x Gw patches.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.token_cache import TokenCache, check_images, check_view
 from beit_fast.data.views.config import SingleViewConfig, ViewConfig
 from beit_fast.data.views.single_view import single_view
-from beit_fast.data.views.two_views import make_views, two_views
+from beit_fast.data.views.two_views import VIEWS, make_views
 
 Files = TypeVar("Files", contravariant=True)  # of one image, as a source reads them
 
@@ -53,13 +53,15 @@ class PretrainSample:
     Raises ValueError if a view or the masking does not fit the grid.
     """
 
+    names: Sequence[str] = VIEWS  # of the views that it makes
+
     def __init__(self, view: ViewConfig, masking: MaskingConfig, grid: tuple[int, int]):
         view.check_grid(grid)
         self.view, self.masking, self.grid = view, masking, grid
         self.max_masked = max_masked(grid, masking)
 
     def __call__(self, data: bytes, seed: SampleSeed) -> dict[str, np.ndarray]:
-        views = two_views(data, self.view, seed.rng("view"))
+        views, _ = make_views(data, self.view, seed.rng("view"), self.names)
         mask = draw_mask(self.grid, self.masking, seed.rng("mask"))
         return views | {"mask": mask.reshape(-1)}
 
@@ -78,6 +80,8 @@ class CachedSample(PretrainSample):
     that its tokens were made from.
     """
 
+    names = ("images",)
+
     def __init__(
         self,
         view: ViewConfig,
@@ -92,18 +96,23 @@ class CachedSample(PretrainSample):
     def __call__(self, data: bytes, seed: SampleSeed) -> dict[str, np.ndarray]:
         record = self.cache.record(seed)
         rng = random.Random(int(record["seed"]))
-        views, draw = make_views(data, self.view, rng, ("images",))  # first: it may be a bad image
-        check_view(record, draw, len(data), self.name(int(record["image"])))
+        views, draw = make_views(data, self.view, rng, self.names)
         mask = draw_mask(self.grid, self.masking, seed.rng("mask"))
         return views | {
             "mask": mask.reshape(-1),
             "tokens": record["ids"].astype(np.int32),
-            "tokens_of": record["image"].astype(np.int64),
+            "record": record,
+            "crop": (draw, len(data)),
         }
 
     def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        # Here, where every image has been decoded: the one of a record may take a bad one's place.
+        records = []
+        for sample in samples:
+            records.append(record := sample.pop("record"))
+            check_view(record, *sample.pop("crop"), self.name(int(record["image"])))
         batch = super().collate(samples)
-        check_images(batch.pop("tokens_of"), batch["sample_index"], self.name)
+        check_images(np.array([r["image"] for r in records]), batch["sample_index"], self.name)
         return batch
 
 
@@ -116,11 +125,13 @@ class TokenViewSample:
         box, flip, seed, num_bytes  (B, ...) as the record has them
     """
 
+    names = ("token_images",)
+
     def __init__(self, view: ViewConfig):
         self.view = view
 
     def __call__(self, data: bytes, seed: SampleSeed) -> dict[str, np.ndarray]:
-        views, draw = make_views(data, self.view, seed.rng("view"), ("token_images",))
+        views, draw = make_views(data, self.view, seed.rng("view"), self.names)
         return views | {
             "box": np.array(draw.box, np.int32),
             "flip": np.bool_(draw.flip),

@@ -29,18 +29,20 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 import beit_fast.data
+from beit_fast.data.device_decode import DecodeCounts
+from beit_fast.data.device_views import DeviceViews
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.folder import ImageSource
 from beit_fast.data.sources.limits import MAX_PIXELS
 from beit_fast.data.views.color_jitter import jitter_views
 from beit_fast.data.views.config import ViewConfig
-from beit_fast.data.views.two_views import ViewDraw, make_views
+from beit_fast.data.views.two_views import LATE, VIEWS, ViewDraw, make_views
 from beit_fast.files import damage as damage_of
 from beit_fast.files import file_digest, flush_folder, replace_file
 
@@ -48,6 +50,10 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 _SHARD_NAME = re.compile(r"view_(?P<view>\d{3,})_image_(?P<first>\d{8,})\.npy", re.ASCII)
 _PROBES = ("cat.jpg", "macaw.jpg")
+_SMALL = (32, 32)  # views for which these are decoded at a part of their size
+# What a setting was before there was one.
+_BEFORE = {"views.decode": "full"}
+_CPU = torch.device("cpu")
 
 
 class TokenCacheError(ValueError):
@@ -123,8 +129,10 @@ def describe(
     grid: tuple[int, int],
     seed: int,
     tokenizer: Mapping[str, Any],
+    device: torch.device = _CPU,
 ) -> dict[str, Any]:
-    """All that tokens depend on, as plain data; `tokenizer` describes that one.
+    """All that tokens depend on, as plain data; `tokenizer` describes that one, and `device` is
+    where views of kind gpu are made: its decoder is not the CPU's.
 
     Of libraries and of this code it holds what they do: a digest of the pixels that two photographs
     of the package give, so that an upgrade which changes none is none.
@@ -137,12 +145,15 @@ def describe(
         "grid": grid,
         "seed": seed,
     }
+    if view.kind == "gpu":
+        made_from["decoder"] = device.type
     return json.loads(json.dumps(made_from))  # as a manifest holds it
 
 
 def check_made_from(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise TokenCacheError that lists every difference of the cache (`theirs`) from the run."""
     theirs, ours = _flatten(theirs), _flatten(ours)
+    theirs = {key: value for key, value in _BEFORE.items() if key in ours} | theirs
     different = [
         f"{key} was {theirs.get(key, 'absent')!r}, is {ours.get(key, 'absent')!r}"
         for key in sorted(theirs.keys() | ours.keys())
@@ -301,18 +312,27 @@ def check_images(images: np.ndarray, read: np.ndarray, name: Callable[[int], str
 
 @functools.lru_cache(maxsize=4)
 def _pixel_digest(view: ViewConfig) -> str:
-    """SHA-256 of what two photographs look like in four passes, jittered."""
+    """SHA-256 of what two photographs look like in four passes, jittered; on the CPU."""
     digest = hashlib.sha256()
     view = replace(view, max_pixels=MAX_PIXELS)
+    if view.decode == "scaled":  # as it will be of larger photographs than these
+        view = replace(view, size=_SMALL, token_size=_SMALL)
     folder = Path(beit_fast.data.__file__).parent / "photographs"
     for name in _PROBES:
         data = (folder / name).read_bytes()
         for epoch in range(4):
             made, _ = make_views(data, view, SampleSeed(0, epoch, 0).rng("view"))
-            views = jitter_views({key: torch.from_numpy(x)[None] for key, x in made.items()})
+            if view.kind == "gpu":
+                views = DeviceViews(view, VIEWS, _CPU, DecodeCounts())([made[LATE]], _keep)
+            else:
+                views = jitter_views({key: torch.from_numpy(x)[None] for key, x in made.items()})
             for key in sorted(views):
                 digest.update(views[key].contiguous().numpy())
     return digest.hexdigest()
+
+
+def _keep(row: int, error: Exception) -> NoReturn:
+    raise error
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:

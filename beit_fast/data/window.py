@@ -75,7 +75,8 @@ class WindowOrder:
         # Of the image at i of the window, one shard after another, the place in the list.
         shift = self._firsts[shards] - (sizes.cumsum() - sizes)
         places = np.arange(sizes.sum()) + np.repeat(shift, sizes)
-        return places[_permutation(len(places), "window", self._seed, epoch, window)]
+        kind = np.min_scalar_type(self._sizes.sum())  # of millions, several windows are kept
+        return places.astype(kind)[_permutation(len(places), "window", self._seed, epoch, window)]
 
 
 def _permutation(count: int, purpose: str, *counters: int) -> np.ndarray:

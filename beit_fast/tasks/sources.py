@@ -102,6 +102,7 @@ def open_loader(data: DataConfig, sample: Sample, *, seed: int, world: World) ->
         max_bad_share=data.max_bad_share,
         reads=data,
         window=data.shards_at_once,
+        device=world.device,
     )
 
 

@@ -67,6 +67,7 @@ BEFORE = {
     "run.bad_steps": 1,
     "run.spike_window": 100,
     "data.shuffle": "full",
+    "views.decode": "full",
 }
 
 

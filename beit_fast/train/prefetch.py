@@ -21,7 +21,8 @@ def device_batches(
     *,
     ahead: bool = False,
 ) -> Iterator[Batch]:
-    """CPU batches moved to the device and prepared; closing this closes `batches`.
+    """Batches moved to the device, what is not there yet, and prepared; closing this closes
+    `batches`.
 
     `prepare` runs on the current stream, or with `ahead` on that of the copy, beside the step
     before: a tokenizer fills what the step leaves idle, and takes memory for a second batch.
@@ -31,9 +32,11 @@ def device_batches(
             yield from map(prepare, batches)
             return
         side = torch.cuda.Stream(device)
-        for batch in batches:
-            with torch.cuda.stream(side):
-                moved = {k: v.pin_memory().to(device, non_blocking=True) for k, v in batch.items()}
+        while True:
+            with torch.cuda.stream(side):  # which a loader told that reads what it made there
+                if (batch := next(batches, None)) is None:
+                    return
+                moved = {k: _moved(v, device) for k, v in batch.items()}
                 if ahead:
                     moved = prepare(moved)
             here = torch.cuda.current_stream(device)
@@ -44,6 +47,13 @@ def device_batches(
     finally:
         if hasattr(batches, "close"):
             batches.close()
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, where a loader may have made it."""
+    if tensor.device.type == device.type:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class InFlight:

@@ -124,4 +124,4 @@ def _check_step(task: Task, run: RunConfig, world: World) -> None:
         batch = task.stand_in(next(batches))
     cpu = torch.device("cpu")
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, autocast(run, cpu):
-        task.loss(task.prepare({k: mode.from_tensor(v) for k, v in batch.items()}))
+        task.loss(task.prepare({k: mode.from_tensor(v.cpu()) for k, v in batch.items()}))

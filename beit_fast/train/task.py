@@ -31,7 +31,8 @@ class Task(Protocol):
         """Move the model and whatever else `loss` needs."""
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
-        """Micro-batches of this rank from number `start` on, endless, on the CPU."""
+        """Micro-batches of this rank from number `start` on, endless: on the CPU, but for pixels
+        that are made on the device."""
 
     def take_rank(self, world: World) -> None:
         """Give the batches of this rank from now on, though there is one process: for a replay."""

@@ -15,8 +15,8 @@ from beit_fast.tokenizer.dvae import Dvae
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 MISSING = (
-    "grain", "jsonargparse", "torchcodec", "torchao", "xformers", "flash_attn", "liger_kernel",
-    "apex", "cut_cross_entropy", "quack", "cudnn",
+    "grain", "jsonargparse", "torchcodec", "simplejpeg", "torchao", "xformers", "flash_attn",
+    "liger_kernel", "apex", "cut_cross_entropy", "quack", "cudnn",
 )  # fmt: skip
 
 # Runs each command in a process without those libraries; the last line of each says how it ended.

@@ -258,5 +258,19 @@ def test_convolutions_move_their_tiles_by_the_copy_engine_where_there_is_one(com
     assert not complaints(convs, is_wrong)
 
 
+def test_lanes_of_the_resize_read_one_row(compiled):
+    # Triton's choice where nothing is known to be dense. Else a load would be of 32 rows.
+    passes = [code for code in compiled if name_of(code) == "resize_pass"]
+    assert {code["arch"] for code in passes} == {80, 90, 100}
+    assert not complaints(passes, lambda code: code["lanes"] != ["32x1"])
+    assert not complaints(passes, lambda code: code["registers"] > 72)
+
+
+def test_jitter_rounds_products_as_pillow_does(compiled):
+    jitter = [code for code in compiled if name_of(code) in ("grey_sums", "jittered_crop")]
+    assert len(jitter) >= 6
+    assert not complaints(jitter, lambda code: code["fused"] > 0)
+
+
 def multiplies(code) -> bool:
     return code["case"].startswith(("attention-N", "conv-")) or name_of(code) == "linear_argmax"

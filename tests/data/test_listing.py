@@ -1,5 +1,6 @@
 """Lists of images: what is kept of them, and how two differ."""
 
+import dataclasses
 import gzip
 import os
 import tracemalloc
@@ -12,7 +13,7 @@ from beit_fast.data.sources.digits import Digits
 from beit_fast.data.sources.folder import SIZES_IN_DIGEST, ImageFolder
 from beit_fast.data.sources.segmentation import MaskedFolder, numbered_classes
 from beit_fast.data.sources.subset import Subset
-from loaded import Numbers
+from loaded import Numbers, Sharded
 
 ODD = ["a/line\nbreak.jpg", os.fsdecode(b"a/latin\xe9.jpg"), "b/\u00fc\u20ac.jpg", "b/x.jpg"]
 
@@ -151,6 +152,20 @@ def test_another_order_is_a_difference():
     assert found
     assert not found.is_repair
     assert str(found) == "they are in another order"
+
+
+def test_the_images_of_each_shard_are_kept_with_the_list(tmp_path):
+    without, ours = listed(Numbers(9)), listed(Sharded([4, 0, 5]))
+    assert ours.digest != without.digest
+    ours.keep(tmp_path)
+    assert Listing.kept(tmp_path, ours.digest, 9).shards == [4, 0, 5]
+    without.keep(tmp_path)
+    assert Listing.kept(tmp_path, without.digest, 9).shards is None
+    for wrong in ([4, 4], [4, -1, 6], [4, "5"], 9):
+        false = dataclasses.replace(ours, shards=wrong)
+        false.keep(tmp_path)
+        with pytest.raises(ListingError, match="is damaged"):
+            Listing.kept(tmp_path, false.digest, 9)
 
 
 def test_sizes_of_large_folders_are_spread_evenly():

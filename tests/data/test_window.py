@@ -176,6 +176,10 @@ def test_a_bad_image_is_replaced_by_one_of_its_shard(window):
     replaced = {p: r for p, r in zip(places.tolist(), read.tolist(), strict=True) if p != r}
     assert replaced == {29: 0, 51: 52, 90: 52, 149: 150}
     assert len(loader.bad_samples) == 4
+    # So tokens that are made in order are those of the images that a run reads.
+    in_order = [*loader.batches_in_order(0, 0, 178)]
+    read = torch.cat([batch["read"] for batch in in_order]).tolist()
+    assert {place: number for place, number in enumerate(read) if place != number} == replaced
 
 
 def test_a_part_of_the_images_keeps_the_shards():

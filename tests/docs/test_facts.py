@@ -10,10 +10,12 @@ import pytest
 
 from beit_fast import PUBLISHED
 from beit_fast.cli import VERBS
+from beit_fast.data import device_decode, device_views, finishing
 from beit_fast.data.masking import MaskingConfig
 from beit_fast.data.sources import decode, reading
 from beit_fast.data.sources.limits import READS
 from beit_fast.data.token_cache import record_dtype
+from beit_fast.data.views.config import ViewConfig
 from pages import ROOT, commands_of, name_of, pages, text_of
 
 RESULTS = ROOT / "bench" / "results"
@@ -62,6 +64,28 @@ def test_the_table_of_ade20k_is_that_of_the_recipes():
         first = VERBS["segment"][0][recipe].__doc__.splitlines()[0]
         assert re.findall(r": ([\d.]+) mIoU", first) == ([] if "not" in expected else [expected])
     assert not [name for name in rows if "ade20k" in name]
+
+
+def test_the_kinds_of_views_are_those_there_are():
+    kinds = get_args(get_type_hints(ViewConfig)["kind"])
+    told = [row[0].strip("`") for row in rows_of("data.md")]
+    assert [name for name in told if name in kinds] == ["fast", "reference", "gpu"]
+    assert set(kinds) == {"fast", "reference", "gpu"}
+
+
+def test_what_kind_gpu_leaves_to_the_loader_and_takes_is_as_measured_and_set():
+    with (RESULTS / "data-device-cpu.csv").open(newline="") as file:
+        rate = {row["case"]: float(row["value"]) for row in csv.DictReader(file)}
+    text = page("data.md")
+    assert f"reads and draws for {round(rate['gpu'], -2):,.0f} images a second" in text
+    assert f"of kind `fast` it makes {round(rate['fast'], -2):.0f} pairs" in text
+    pixels = device_views.PIXELS_AT_ONCE
+    assert f"up to {pixels / 1e6:.0f} million pixels at a time, {6 * pixels / 1e9:.1f} GB" in text
+    assert finishing.AHEAD == 2
+    assert "two batches of views ahead" in text
+    counts = device_decode.DecodeCounts()
+    counts.add(["progressive"] * 11 + ["CMYK"] + [""] * 51188)
+    assert str(counts) in text
 
 
 def test_the_rates_of_the_transforms_are_the_measured_ones():

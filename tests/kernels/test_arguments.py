@@ -3,6 +3,8 @@
 What torch would do instead is to promote integers, or to fail deep inside ("mat1 and mat2").
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from beit_fast.kernels.head.linear_argmax import linear_argmax
 from beit_fast.kernels.head.linear_cross_entropy import masked_linear_cross_entropy
 from beit_fast.kernels.input.mask_embed import mask_embed
 from beit_fast.kernels.input.patches import normalized_patches
+from beit_fast.kernels.input.ragged_views import ragged_views
 from beit_fast.kernels.linear import linear
 from beit_fast.kernels.residual import layer_norm, scale_residual, scale_residual_norm
 from beit_fast.kernels.residual.fold import fold_layer_scale, fold_norm_affine
@@ -46,7 +49,7 @@ def cases():
     weight, outputs = f(4, 8), f(4)
     norm = {"norm_weight": vector, "norm_bias": vector}
     pixels = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
-    half = (0.5,) * 3
+    half, on_cpu = (0.5,) * 3, functools.partial(torch.tensor, device="cpu")
     return {
         attention: {"q": q, "k": k, "v": v, "bias": bias},
         attention_qkvpacked: {"qkv": qkv, "bias": bias},
@@ -65,6 +68,12 @@ def cases():
         },
         normalized_patches: {
             "images": pixels, "patch_pixels": (4, 4), "mean": half, "std": half, "index": index
+        },
+        ragged_views: {
+            "pixels": pixels.flatten(), "offsets": on_cpu([0, 192]), "sizes": on_cpu([[8, 8]] * 2),
+            "boxes": on_cpu([[0, 0, 4, 4]] * 2), "flips": on_cpu([True, False]),
+            "planar": on_cpu([True, False]), "steps": on_cpu([[1], [2]]),
+            "factors": on_cpu([[0.5], [1.5]]), "views": (("bicubic", (2, 2)),),
         },
         scale_residual: {"x": x, "branch": branch, "gamma": vector, "keep": f(2)},
         scale_residual_norm: {"x": x, "branch": branch, "gamma": vector, "keep": f(2), **norm},

@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What gives integers, takes pixels, or detaches what it is given, as its docstring says.
 WITHOUT_GRADIENT = {
     *("conv", "conv_add_", "conv_pixels", "linear_argmax", "normalized_patches", "pad_bias"),
+    "ragged_views",
 }
 REFUSAL = "has first derivatives alone, and a second one is asked for: pass backend="
 

@@ -77,14 +77,17 @@ def test_an_order_is_the_run_s_and_a_window_counts_where_there_is_one(pretrain_c
 def test_a_tokenizer_of_the_same_images_reads_them_in_the_same_way():
     def order_of(path="", **order):
         training = replace(recipe.tokenizer_training, data=DataConfig(path=path, **order))
-        data = DataConfig(path="shards", shuffle="window", window=8)
+        data = DataConfig(path="shards", shuffle="window", window=8, cache="disk", cache_size=9)
         stage = tokenizer_stage(replace(recipe, data=data, tokenizer_training=training))
+        kept.append((stage.data.cache, stage.data.cache_size))
         return stage.data.path, stage.data.shuffle, stage.data.window
 
-    recipe = PRETRAIN["small"]()
+    recipe, kept = PRETRAIN["small"](), []
     assert order_of() == ("shards", "window", 8)
     assert order_of(shuffle="window", window=4) == ("shards", "window", 4)
     assert order_of(path="others") == ("others", "full", 16)
+    assert order_of(cache="other", cache_size=5) == ("shards", "window", 8)
+    assert kept == [("disk", 9), ("disk", 9), ("", 64), ("other", 5)]
 
 
 def test_a_window_over_a_folder_is_refused_before_anything_begins(folder, tmp_path, capsys):

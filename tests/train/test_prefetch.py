@@ -36,6 +36,30 @@ def test_batches_come_in_order_prepared_on_the_device(device, ahead):
     assert closed
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs another stream")
+@pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
+def test_what_a_loader_made_on_the_device_stays_and_its_memory_with_it(ahead):
+    """Made on a stream of the loader's own, which has the memory again when it is dropped."""
+    device, maker = torch.device("cuda"), torch.cuda.Stream()
+
+    def made():
+        for number in range(20):
+            with torch.cuda.stream(maker):
+                x = torch.full((2**22,), number, device=device)
+                maker.synchronize()
+            x.record_stream(torch.cuda.current_stream())
+            yield {"x": x, "y": torch.full((3,), number)}
+
+    def slowly_doubled(batch):
+        torch.cuda._sleep(20_000_000)
+        return {name: 2 * value for name, value in batch.items()}
+
+    came = list(device_batches(made(), device, slowly_doubled, ahead=ahead))
+    for number, batch in enumerate(came):
+        assert (batch["x"] == 2 * number).all()
+        assert batch["y"].tolist() == [2 * number] * 3
+
+
 def test_an_error_of_the_loader_closes_it_and_reaches_the_caller():
     closed = []
 

@@ -1,7 +1,9 @@
 """Bytes of an image file -> RGB pixels, by two decoders that agree.
 
-`decode_pillow` is the reference; `decode_fast` gives JPEGs to torchcodec (the same libjpeg-turbo,
-a tenth faster, no PIL image on the way) and everything else to Pillow.
+`decode_pillow` is the reference; `decode_fast` gives JPEGs to simplejpeg where that is installed,
+else to torchcodec (the same libjpeg-turbo, and no PIL image on the way), and everything else to
+Pillow. All three give the same bits, so which are there changes nothing but the time: two views of
+a photograph take a tenth less by simplejpeg than by torchcodec.
 
 What is decided here, the same for both:
 - formats   JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, recognised by their first bytes, never by name
@@ -65,11 +67,15 @@ def decode_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises BadImageError if the bytes are no complete image of a known format, or too large a one.
     """
+    return _decode_pillow(data, max_pixels, 1)
+
+
+def _decode_pillow(data: bytes, max_pixels: int, shrink: int) -> Image.Image:
     if data.startswith(_JPEG):
-        data, _, many_scans = _without_app1(data)
+        data, _, many_scans, _ = _without_app1(data)
         if many_scans:
             _check_scans(data)
-    return _decode(data, max_pixels, _to_rgb)
+    return _decode(data, max_pixels, _to_rgb, shrink)
 
 
 def decode_png(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, int, int]:
@@ -129,11 +135,13 @@ def exif_orientation(data: bytes) -> int:
 
 
 def _decode(
-    data: bytes, max_pixels: int, made: Callable[[Image.Image], Image.Image]
+    data: bytes, max_pixels: int, made: Callable[[Image.Image], Image.Image], shrink: int = 1
 ) -> Image.Image:
     try:
         with _open(data) as image:
-            _check_size(*image.size, max_pixels)
+            check_size(*image.size, max_pixels)
+            if shrink > 1:  # Pillow takes the largest of 8, 4 and 2 that leaves so many pixels
+                image.draft("RGB", (image.width // shrink, image.height // shrink))
             image.load()
             return made(image)
     except (BadImageError, MemoryError):
@@ -149,18 +157,42 @@ def decode_fast(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Equal to `decode_pillow` for everything but CMYK JPEGs, which may differ by one level.
     """
     if data.startswith(_JPEG):
-        data, size, many_scans = _without_app1(data)
+        data, size, many_scans, components = _without_app1(data)
         if size is not None:
-            _check_size(*size, max_pixels)
+            check_size(*size, max_pixels)
             if many_scans:
                 _check_scans(data)
-            image = _torchcodec_jpeg(data)
+            # Of CMYK they differ by a level, and torchcodec's is what it was before.
+            image = _simplejpeg(data) if components < 4 else None
+            if image is None:
+                image = _torchcodec_jpeg(data)
             if image is not None:
                 return image
-    return _pixels(decode_pillow(data, max_pixels))
+    return pixels_of(decode_pillow(data, max_pixels))
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) from the frame header of a JPEG; None of anything else, and of a damaged
+    header."""
+    if not data.startswith(_JPEG):
+        return None
+    _, size, *_ = _without_app1(data)
+    return size[::-1] if size is not None and min(size) > 0 else None
+
+
+def decode_shrunk(data: bytes, shrink: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A JPEG at one part in `shrink` of its height and width, 2, 4 or 8, rounded up.
+
+    uint8 (ceil(height / shrink), ceil(width / shrink), 3). Raises as `decode_pillow` does; the
+    limits are those of the whole image.
+
+    Each block of 8 x 8 pixels gives its lowest frequencies alone, near the mean of the pixels that
+    a new one stands for. By Pillow, for torchcodec decodes at full size only.
+    """
+    return pixels_of(_decode_pillow(data, max_pixels, shrink))
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
     """As np.array, which makes bytes of the whole image on the way: of 64 megapixels another
     183 MiB. So in strips."""
     width, height = image.size
@@ -172,10 +204,32 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return pixels
 
 
+def _simplejpeg(data: bytes) -> np.ndarray | None:
+    """Pixels, or None where it is not installed, or gives up, which it does of all that is damaged:
+    torchcodec and Pillow say then whether it can be used."""
+    decode_jpeg = import_simplejpeg()
+    if decode_jpeg is None:
+        return None
+    try:
+        return decode_jpeg(data, colorspace="RGB")
+    except ValueError:
+        return None
+
+
+@functools.cache
+def import_simplejpeg() -> Callable[..., np.ndarray] | None:
+    """Its decoder, or None where it is not installed: the extra `jpeg`."""
+    try:
+        from simplejpeg import decode_jpeg
+    except ImportError:
+        return None
+    return decode_jpeg
+
+
 def _torchcodec_jpeg(data: bytes) -> np.ndarray | None:
     """Pixels, or None where torchcodec gives up: then Pillow says what is wrong, or copes, and
     both decoders agree on which files are bad. Raises ImportError where there is no torchcodec."""
-    decode_jpeg = _import_decode_jpeg()
+    decode_jpeg = import_decode_jpeg()
     # A bytearray is writable: torch would warn of a read-only buffer.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
@@ -186,7 +240,7 @@ def _torchcodec_jpeg(data: bytes) -> np.ndarray | None:
 
 
 @functools.cache
-def _import_decode_jpeg() -> Callable[..., torch.Tensor]:
+def import_decode_jpeg() -> Callable[..., torch.Tensor]:
     """Imported by the first JPEG: masks, models and benches run where it is not installed."""
     try:
         from torchcodec.decoders import decode_jpeg
@@ -211,7 +265,8 @@ def _open(data: bytes) -> Image.Image:
     raise BadImageError("not a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image")
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raise BadImageError for an image that is too large, as its header says."""
     if width * height > max_pixels:
         raise BadImageError(
             f"{width}x{height} pixels are more than max_pixels={max_pixels}: shrink the image or "
@@ -238,9 +293,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _without_app1(data: bytes) -> tuple[bytes, tuple[int, int] | None, bool]:
-    """A JPEG without its APP1 segments (EXIF, XMP), (width, height) from its frame header, and
-    whether it may have many scans: it is progressive, or its first has not all components.
+def _without_app1(data: bytes) -> tuple[bytes, tuple[int, int] | None, bool, int]:
+    """A JPEG without its APP1 segments (EXIF, XMP), (width, height) from its frame header, whether
+    it may have many scans (it is progressive, or its first has not all components), and how many
+    components it has.
 
     Size is None if the header is damaged; the bytes are then as they came.
     """
@@ -269,11 +325,11 @@ def _without_app1(data: bytes) -> tuple[bytes, tuple[int, int] | None, bool]:
                 sequential, components = marker in (0xC0, 0xC1), data[position + 9]
             position = end
     except (ValueError, IndexError):
-        return data, None, True
+        return data, None, True, 0
     many_scans = not sequential or data[position + 4 : position + 5] < bytes((components,))
     if segments:
         kept = bytearray(data)
         for start, end in reversed(segments):
             del kept[start:end]
         data = bytes(kept)
-    return data, size, many_scans
+    return data, size, many_scans, components

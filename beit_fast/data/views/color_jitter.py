@@ -18,6 +18,7 @@ is estimated from a grid of about 2,000 pixels of the whole image.
 Source: Pillow `ImageEnhance` and `Blend.c`, torchvision `ColorJitter`.
 """
 
+from collections.abc import Iterable
 from types import ModuleType
 
 import numpy as np
@@ -37,11 +38,11 @@ def jitter_coefficients(steps: tuple[tuple[str, float], ...], image: np.ndarray)
     steps: (name, factor) in the order they are applied. image: the whole one, before its crop,
     uint8 (height, width, 3).
     """
-    rows = np.zeros((len(steps), 3), np.float32)
-    for i, (name, factor) in enumerate(steps):
-        mean = _grey_mean(image, rows[:i]) if name == "contrast" else 0
-        rows[i] = factor, name == "saturation", mean
-    return rows
+    rows: list[tuple[float, bool, int]] = []
+    for name, factor in steps:
+        mean = _grey_mean(image, rows) if name == "contrast" else 0
+        rows.append((factor, name == "saturation", mean))
+    return np.array(rows, np.float32).reshape(-1, 3)
 
 
 def apply_jitter(images: Tensor, coefficients: Tensor) -> Tensor:
@@ -73,31 +74,38 @@ def jitter_views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
-def _grey_mean(image: np.ndarray, before: np.ndarray) -> int:
+def _grey_mean(image: np.ndarray, before: Iterable[tuple[float, bool, int]]) -> int:
     """Rounded grey mean of the image after the steps `before`, from a grid of its pixels.
 
     By NumPy: torch would start a pool of threads in every loader thread for so few pixels.
     """
     # Odd, so that the grid does not always hit the same place of the 8 x 8 blocks of a JPEG.
     stride = int((image.shape[0] * image.shape[1] / _MEAN_PIXELS) ** 0.5) | 1
-    planes = image[::stride, ::stride].reshape(-1, 3).T.astype(np.float32, order="C")
+    grid = image[::stride, ::stride]
+    # Colour by colour, for NumPy copies threes of bytes slowly.
+    planes = np.empty((3, *grid.shape[:2]), np.float32)
+    for channel, plane in enumerate(planes):
+        plane[:] = grid[..., channel]
     _blend(planes, before, np)
     return int(_grey(planes, np).mean(dtype=np.float64) + 0.5)
 
 
-def _blend(planes: Tensor | np.ndarray, steps: Tensor | np.ndarray, xp: ModuleType) -> None:
+def _blend(planes: Tensor | np.ndarray, steps: Iterable, xp: ModuleType) -> None:
     """The formula, in place, for torch and NumPy alike: `xp` is the module.
 
-    planes float32 (3, ...) of whole levels; steps (steps, 3, ...): f, a, c of planes[0].
+    planes float32 (3, ...) of whole levels; steps: f, a, c of each, numbers or as planes[0].
     """
     for f, a, c in steps:
-        d = _grey(planes, xp)
-        d *= a
-        d += c
-        # Not torch's `lerp`, which rounds otherwise: a level off where Pillow is exact.
-        planes -= d
-        planes *= f
-        planes += d
+        if xp is np and a == c == 0:  # brightness of one image: d is 0, and no grey is needed
+            planes *= f
+        else:
+            d = _grey(planes, xp)
+            d *= a
+            d += c
+            # Not torch's `lerp`, which rounds otherwise: a level off where Pillow is exact.
+            planes -= d
+            planes *= f
+            planes += d
         xp.clip(planes, 0, 255, out=planes)
         xp.floor(planes, out=planes)
 

@@ -19,6 +19,8 @@ from beit_fast.checks import (
 from beit_fast.data.sources.limits import MAX_PIXELS
 from beit_fast.flags import flag
 
+_MOST_PIXELS = (2**31 - 1) // 3  # of one image: a kernel counts its bytes in int32
+
 Interpolation = Literal["bicubic", "bilinear"]
 CropMode = Literal["center", "squash"]  # timm's words
 
@@ -27,7 +29,9 @@ CropMode = Literal["center", "squash"]  # timm's words
 class ViewConfig:
     """The two views of a sample; the defaults are the official pre-training's."""
 
-    kind: Literal["reference", "fast"] = "fast"
+    kind: Literal["reference", "fast", "gpu"] = "fast"
+    # scaled: JPEGs at 1/2, 1/4 or 1/8 of their size where both views are smaller still (scaled.py)
+    decode: Literal["full", "scaled"] = "full"
     size: Side = 224  # pixels (height, width) for the encoder
     token_size: Side = 112  # pixels for the tokenizer: its stride per patch
     scale: ShareRange = (0.08, 1.0)  # area of the crop as a share of the image's
@@ -38,6 +42,12 @@ class ViewConfig:
 
     def __post_init__(self):
         check_fields(self)
+        if self.decode == "scaled" and self.kind != "fast":
+            raise FieldError("decode", f"is scaled, which kind {self.kind} is not: take kind fast")
+        if self.kind == "gpu" and self.max_pixels > _MOST_PIXELS:
+            raise FieldError(
+                "max_pixels", f"is {self.max_pixels}, and kind gpu counts at most {_MOST_PIXELS}"
+            )
         for name in ("size", "token_size"):
             object.__setattr__(self, name, _pair(getattr(self, name)))
 

@@ -2,7 +2,7 @@
 
 On the image at its original resolution, in this order: colour jitter, horizontal flip, one crop
 box, and from that box two resizes, `size` bicubic for the encoder and `token_size` Lanczos for the
-tokenizer. All that is random is drawn first (`draw_view`), and two transforms do the same with it:
+tokenizer. All that is random is drawn first (`draw_view`); three transforms do the same with it:
 
 reference  Pillow, in the official order: pixel for pixel what the official pipeline gives for the
            same draws
@@ -10,6 +10,8 @@ fast       about four times the images per core of the loader: decoded by torchc
            resized by torch's uint8 kernels on channels-last pixels, bicubic for the tokenizer too,
            for torch has no Lanczos: the nearest there is. Its jitter comes last, on the device that
            trains (color_jitter.py); the sample carries three numbers per step for it
+gpu        what reference gives of the pixels of a GPU's decoder, made there a batch at a time
+           (data/device_views.py); the sample carries the file and the draw
 
 `bench/data.py` prints the figures, for your own images too. On the photographs of this package fast
 makes 4.2 to 4.5 times the views per core of reference, and 3.7 to 3.9 times with masks and batches
@@ -29,19 +31,28 @@ import functools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from beit_fast.data.sources.decode import decode_fast, decode_pillow
+from beit_fast.data.sources.decode import (
+    check_size,
+    decode_fast,
+    decode_pillow,
+    decode_shrunk,
+    jpeg_size,
+)
+from beit_fast.data.sources.jpeg import Jpeg, plain_jpeg
 from beit_fast.data.views.color_jitter import jitter_coefficients
 from beit_fast.data.views.config import ViewConfig
+from beit_fast.data.views.scaled import shrink_of, shrunk_box
 from beit_fast.data.views.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 VIEWS = ("images", "token_images")  # of the encoder, of the tokenizer
+LATE = "late"  # what there is of kind gpu in their place: `LateViews`
 TRIES = 10  # boxes drawn before the central crop is taken
 _ENHANCE = {
     "brightness": ImageEnhance.Brightness,
@@ -57,6 +68,17 @@ class ViewDraw:
     jitter: tuple[tuple[str, float], ...]  # (step, factor), in the order they are applied
     flip: bool
     box: tuple[int, int, int, int]  # top, left, height, width in pixels of the flipped image
+
+
+@dataclass(frozen=True)
+class LateViews:
+    """Views of kind gpu: to be made of a plain `jpeg` on the device, a batch at a time; or `made`
+    already, by Pillow, of what a device's decoder is not to have: `why` says why not."""
+
+    draw: ViewDraw
+    jpeg: Jpeg | None
+    made: dict[str, np.ndarray]
+    why: str
 
 
 def draw_view(height: int, width: int, config: ViewConfig, rng: random.Random) -> ViewDraw:
@@ -146,20 +168,48 @@ def make_views(
 ) -> tuple[dict[str, np.ndarray], ViewDraw]:
     """Decodes an image file and makes the views of those names, as `config.kind` says.
 
-    Returns them and the draw that they share.
+    Returns them and the draw that they share, its box as it was taken (see scaled.py).
     The views are `images` and `token_images`, uint8 (height, width, 3) of `config.size` and of
     `config.token_size`, neither of which depends on whether the other is made. The fast transform,
     if it is to jitter at all, leaves that to `color_jitter.jitter_views` and adds its numbers as
     `jitter`, float32 (steps, 3).
+    Of kind gpu there are `LateViews` in their place, under LATE.
     Raises BadImageError if the file cannot be decoded. Smaller images are enlarged, as officially.
     """
     if config.kind == "reference":
         image = decode_pillow(data, config.max_pixels)
         draw = draw_view(image.height, image.width, config, rng)
         return reference_views(image, draw, config, names), draw
-    pixels = decode_fast(data, config.max_pixels)
-    draw = draw_view(*pixels.shape[:2], config, rng)
-    return fast_views(pixels, draw, config, names), draw
+    if config.kind == "gpu":
+        late = _late_views(data, config, rng, names)
+        return {LATE: late}, late.draw
+    size = jpeg_size(data) if config.decode == "scaled" else None
+    if size is None:
+        pixels = decode_fast(data, config.max_pixels)
+        draw = draw_view(*pixels.shape[:2], config, rng)
+        return fast_views(pixels, draw, config, names), draw
+    draw = draw_view(*size, config, rng)
+    shrink = shrink_of(draw.box, (config.size, config.token_size))
+    if shrink == 1:
+        return fast_views(decode_fast(data, config.max_pixels), draw, config, names), draw
+    box, small = shrunk_box(draw.box, size, draw.flip, shrink)
+    pixels = decode_shrunk(data, shrink, config.max_pixels)
+    views = fast_views(pixels, replace(draw, box=small), config, names)
+    return views, replace(draw, box=box)
+
+
+def _late_views(
+    data: bytes, config: ViewConfig, rng: random.Random, names: Sequence[str]
+) -> LateViews:
+    """Raises BadImageError for a file that cannot be used: a plain JPEG as far as its header
+    shows."""
+    jpeg = plain_jpeg(data)
+    if isinstance(jpeg, str):
+        image = decode_pillow(data, config.max_pixels)
+        draw = draw_view(image.height, image.width, config, rng)
+        return LateViews(draw, None, reference_views(image, draw, config, names), jpeg)
+    check_size(jpeg.width, jpeg.height, config.max_pixels)
+    return LateViews(draw_view(jpeg.height, jpeg.width, config, rng), jpeg, {}, "")
 
 
 def two_views(data: bytes, config: ViewConfig, rng: random.Random) -> dict[str, np.ndarray]:

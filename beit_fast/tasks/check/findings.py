@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from beit_fast.data.loader import num_bad_borne
+from beit_fast.data.bad_samples import num_bad_borne
 from beit_fast.data.sources.decode import decode_fast, exif_orientation, read_header
 from beit_fast.data.sources.folder import ImageSource, damage_of
 from beit_fast.tasks.check.complaints import Complaints

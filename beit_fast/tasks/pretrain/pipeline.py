@@ -110,13 +110,17 @@ def tokenizer_stage(config: PretrainConfig) -> DvaeTrainingConfig | None:
     data = training.data
     if not data.path:
         links = data.follow_links and config.data.follow_links
-        order = config.data if data.shuffle == "full" else data  # of the same images
+        # Of the same images, whose indices and copies lie in one place and have one limit.
+        order = config.data if data.shuffle == "full" else data
+        kept = data if data.cache else config.data
         data = replace(
             data,
             path=config.data.path,
             follow_links=links,
             shuffle=order.shuffle,
             window=order.window,
+            cache=kept.cache,
+            cache_size=kept.cache_size,
         )
     return replace(training, data=data, run=replace(training.run, output=output))
 
@@ -194,6 +198,8 @@ def _summarise(task: PretrainTask, outcome: Outcome, config: PretrainConfig) -> 
         console.print(f"  {said}", style=style)
     if bad := task.loader.bad_samples:
         console.print(f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}")
+    if said := str(task.loader.decode_counts):
+        console.print(f"  {said}")
     for failed in outcome.failed:
         console.print(f"  failed, beside training: {failed}")
     curve = draw_curves(read_metrics(output / METRICS), output / "curve.png", vocab_size=vocab_size)

@@ -82,11 +82,11 @@ def run_pretokenize(config: PretokenizeConfig) -> Path:
             check_tokenizer(TokensToCome(config.tokenizer_training.dvae.vocab_size), config)
             if (folder / MANIFEST).exists():
                 theirs = read_manifest(folder).made_from
-                ours = token_source(config, loader.source, theirs["tokenizer"]["weights"])
+                ours = token_source(config, loader, theirs["tokenizer"]["weights"])
                 check_made_from(folder, theirs, ours)
         tokenizer = open_tokenizer(config, world)
         check_tokenizer(tokenizer, config)
-        made_from = token_source(config, loader.source, tokenizer_digest(tokenizer))
+        made_from = token_source(config, loader, tokenizer_digest(tokenizer))
         world.agree(flat(made_from))
         lock = sole_user(folder, "output") if world.is_main else nullcontext()
         with lock:
@@ -182,6 +182,8 @@ class _Writer:
             console.print(
                 f"  {len(bad)} images could not be used and were replaced: {', '.join(bad)}"
             )
+        if said := str(self.loader.decode_counts):
+            console.print(f"  {said}")
 
     def _file(
         self, shard: Shard, turns: int, tick: Callable[[int], None]

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
+from beit_fast.data.loader import Loader
 from beit_fast.data.samples import CachedSample, PretrainSample
-from beit_fast.data.sources.folder import ImageSource
 from beit_fast.data.token_cache import TokenCache, check_made_from, describe
 from beit_fast.data.views.color_jitter import jitter_views
 from beit_fast.data.views.statistics import (
@@ -319,7 +319,7 @@ class PretrainTask:
             digest = made_from["tokenizer"]["weights"]
         else:
             digest = tokenizer_digest(load_tokenizer(self.config.tokenizer))
-        ours = token_source(self.config, self.loader.source, digest)
+        ours = token_source(self.config, self.loader, digest)
         check_made_from(self.cache.folder, made_from, ours)
 
     def _predicted_pixels(
@@ -355,14 +355,17 @@ def visual_tokens(tokenizer: Tokenizer, views: Tensor, index: Tensor | None = No
         return tokenizer.encode(views.permute(0, 3, 1, 2), index)
 
 
-def token_source(config: PretrainConfig, source: ImageSource, weights: str) -> dict[str, Any]:
+def token_source(config: PretrainConfig, loader: Loader, weights: str) -> dict[str, Any]:
     """What the tokens of a run are made from, `weights` being the digest of the tokenizer's."""
     tokenizer = {
         "weights": weights,
         "precision": config.tokenizer_precision,
         "vocab_size": config.model.vocab_size,
     }
-    return describe(source, config.views, config.model.grid, config.run.seed, tokenizer)
+    return describe(
+        *(loader.source, config.views, config.model.grid, config.run.seed, tokenizer),
+        loader.device,
+    )
 
 
 def check_tokenizer(tokenizer: Tokenizer | TokensToCome, config: PretrainConfig) -> None:

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from beit_fast.data.bad_samples import BadSamples
 from beit_fast.data.in_order import batches_in_order, lost, name_unusable, unusable_images
-from beit_fast.data.loader import BadSamples
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.sources.limits import READS, ReadConfig

@@ -13,17 +13,36 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beit_fast.data.sources import decode as decoding
 from beit_fast.data.sources.decode import (
     BadImageError,
-    _import_decode_jpeg,
     decode_fast,
     decode_pillow,
+    import_decode_jpeg,
 )
 from beit_fast.data.sources.limits import MAX_PIXELS
 from beit_fast.data.views.config import ViewConfig
 from beit_fast.data.views.two_views import two_views
 
 ORIENTATION = 0x0112
+
+
+@pytest.fixture(autouse=True, params=["simplejpeg", "torchcodec"])
+def decoder(request, monkeypatch):
+    """With the extra `jpeg`, and without: all that is said of `decode_fast` holds of both."""
+    if request.param == "torchcodec":
+        monkeypatch.setattr(decoding, "import_simplejpeg", lambda: None)
+        return None
+    used = []
+    decode_jpeg = decoding.import_simplejpeg()
+
+    def counted(data, colorspace):
+        pixels = decode_jpeg(data, colorspace=colorspace)
+        used.append(len(data))
+        return pixels
+
+    monkeypatch.setattr(decoding, "import_simplejpeg", lambda: counted)
+    return used
 
 
 def exif(orientation: int) -> bytes:
@@ -65,6 +84,21 @@ def both(data: bytes, **options) -> np.ndarray:
 def test_photographs_decode_to_the_same_pixels_by_both_and_by_pillow_itself(photographs):
     for data in photographs:
         assert np.array_equal(both(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_simplejpeg_decodes_what_it_gives_the_same_bits_of_and_no_cmyk(
+    decoder, photographs, make_file, make_image
+):
+    """Of CMYK it differs by a level from torchcodec, whose bits those images had before."""
+    decode_fast(photographs[0])
+    decode_fast(make_file(make_image(40, 32).convert("L"), "JPEG"))
+    assert decoder is None or len(decoder) == 2
+    cmyk = make_file(make_image(40, 32).convert("CMYK"), "JPEG")
+    assert np.abs(decode_fast(cmyk).astype(int) - np.asarray(decode_pillow(cmyk))).max() <= 1
+    zeroed = bytearray(photographs[0])
+    zeroed[20_000:20_500] = bytes(500)  # it gives up, the others decode it
+    assert np.array_equal(decode_fast(bytes(zeroed)), np.asarray(decode_pillow(bytes(zeroed))))
+    assert decoder is None or len(decoder) == 2
 
 
 @pytest.mark.promise("R15")
@@ -289,10 +323,11 @@ def test_a_jpeg_without_torchcodec_says_what_to_do_and_that_works(
             if name.startswith("torchcodec"):
                 raise error("cannot be loaded")
 
+    monkeypatch.setattr(decoding, "import_simplejpeg", lambda: None)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    _import_decode_jpeg.cache_clear()
+    import_decode_jpeg.cache_clear()
     jpeg = make_file(make_image(40, 32), "JPEG")
     try:
         with pytest.raises(ImportError, match="cannot be loaded") as raised:
@@ -308,4 +343,4 @@ def test_a_jpeg_without_torchcodec_says_what_to_do_and_that_works(
         assert two_views(jpeg, config, random.Random(0))["images"].shape == (16, 16, 3)
         assert decode_fast(make_file(make_image(40, 32), "PNG")).shape == (40, 32, 3)
     finally:
-        _import_decode_jpeg.cache_clear()
+        import_decode_jpeg.cache_clear()

@@ -63,6 +63,7 @@ def test_a_run_from_the_cache_is_bitwise_the_live_run(pretrain_config, cache_of,
     [
         {"views": {"kind": "reference"}},
         {"views": {"color_jitter": 0.0}},
+        {"views": {"decode": "scaled"}},
         {"tokenizer_precision": "fp16"},
         {"objective": "all"},
     ],
@@ -243,6 +244,7 @@ def another_tokenizer(config, tmp_path):
         ({"run": {"seed": 1}}, "seed was 0, is 1"),
         ({"views": {"scale": (0.2, 1.0)}}, r"views\.scale was \[0\.08, 1\.0\], is \[0\.2, 1\.0\]"),
         ({"views": {"kind": "reference"}}, r"pixels was .*views\.kind was 'fast'"),
+        ({"views": {"decode": "scaled"}}, r"pixels was .*views\.decode was 'full', is 'scaled'"),
         ({"tokenizer_precision": "fp16"}, r"tokenizer\.precision was 'fp32', is 'fp16'"),
         ({"model": {"vocab_size": 64}}, r"tokenizer\.vocab_size was 32, is 64"),
         (
