@@ -18,7 +18,7 @@ import yaml
 import beit_fast.data
 from beit_fast import recipes
 from beit_fast.cli import VERBS, WITHOUT_RECIPE, main, parse
-from beit_fast.data.loader import BadDataError
+from beit_fast.data.bad_samples import BadDataError
 from beit_fast.recipes import FINETUNE
 from beit_fast.tasks.pretrain.dvae import DvaeTask
 from beit_fast.tasks.pretrain.task import PretrainTask

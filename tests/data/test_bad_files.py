@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_fast.data.loader import BadDataError, Loader
+from beit_fast.data.bad_samples import BadDataError
+from beit_fast.data.loader import Loader
 from beit_fast.data.sources import reading
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.sources.limits import ReadConfig

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from beit_fast.data import device_views, loader
+from beit_fast.data.bad_samples import BadDataError
 from beit_fast.data.config import MaskingConfig
 from beit_fast.data.device_decode import REFUSED, DecodeCounts, DeviceDecodeError, DeviceDecoder
 from beit_fast.data.device_views import DeviceViews, taken
-from beit_fast.data.loader import BadDataError, Loader
+from beit_fast.data.loader import Loader
 from beit_fast.data.samples import PretrainSample, TokenViewSample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.sources.decode import BadImageError, import_decode_jpeg

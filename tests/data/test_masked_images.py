@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from beit_fast.data.loader import BadDataError, Loader
+from beit_fast.data.bad_samples import BadDataError
+from beit_fast.data.loader import Loader
 from beit_fast.data.sources.segmentation import open_segmentation
 from beit_fast.data.views.config import SegmentationViewConfig
 from beit_fast.data.views.segmentation import SegmentationSample

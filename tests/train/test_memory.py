@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from beit_fast.data.loader import BadDataError
+from beit_fast.data.bad_samples import BadDataError
 from beit_fast.train.config import RunConfig
 from beit_fast.train.memory import OutOfMemory, sizes_told
 from beit_fast.train.state import checkpoint_paths

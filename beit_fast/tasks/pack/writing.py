@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from beit_fast.data.bad_samples import BadSamples
 from beit_fast.data.in_order import each_in_order
-from beit_fast.data.loader import BadSamples
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import ImageSource
 from beit_fast.data.sources.tar_shards import TarShards

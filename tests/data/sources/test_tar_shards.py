@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from beit_fast.data.loader import BadSamples
+from beit_fast.data.bad_samples import BadSamples
 from beit_fast.data.sources.decode import BadImageError, decode_fast
 from beit_fast.data.sources.folder import ImageFolder, damage_of
 from beit_fast.data.sources.opening import labelled_images, open_images

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from beit_fast import cli
-from beit_fast.data.loader import BadDataError, Loader
+from beit_fast.data.bad_samples import BadDataError
+from beit_fast.data.loader import Loader
 from beit_fast.data.sources.decode import BadImageError, decode_fast
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.tasks.check import task

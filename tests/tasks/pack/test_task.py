@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from beit_fast import cli
-from beit_fast.data.loader import BadDataError
+from beit_fast.data.bad_samples import BadDataError
 from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.data.sources.folder import ImageFolder
 from beit_fast.data.sources.opening import labelled_images, open_images

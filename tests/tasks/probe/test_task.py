@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from beit_fast.cli import main
-from beit_fast.data.loader import BadDataError
+from beit_fast.data.bad_samples import BadDataError
 from beit_fast.data.sources.class_folders import class_folders
 from beit_fast.model.beit import Beit
 from beit_fast.model.config import BeitConfig
