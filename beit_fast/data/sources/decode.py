@@ -181,14 +181,27 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def decode_shrunk(data: bytes, shrink: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A JPEG at one part in `shrink` of its height and width, 2, 4 or 8, rounded up.
+    """A JPEG at one part in `shrink` of its height and width, 2, 4 or 8, rounded up; neither may
+    have fewer pixels than that.
 
     uint8 (ceil(height / shrink), ceil(width / shrink), 3). Raises as `decode_pillow` does; the
     limits are those of the whole image.
 
     Each block of 8 x 8 pixels gives its lowest frequencies alone, near the mean of the pixels that
-    a new one stands for. By Pillow, for torchcodec decodes at full size only.
+    a new one stands for. By simplejpeg where it is installed, else by Pillow, to the same bits:
+    torchcodec decodes at full size only.
     """
+    if data.startswith(_JPEG):
+        coded, size, many_scans, components = _without_app1(data)
+        # simplejpeg chooses among eighths by their pixels, which below eight may be the same.
+        if size is not None and min(size) >= 8 and components < 4:
+            check_size(*size, max_pixels)
+            if many_scans:
+                _check_scans(coded)
+            width, height = (-(-side // shrink) for side in size)
+            image = _simplejpeg(coded, min_height=height, min_width=width, min_factor=shrink)
+            if image is not None:
+                return image
     return pixels_of(_decode_pillow(data, max_pixels, shrink))
 
 
@@ -204,14 +217,14 @@ def pixels_of(image: Image.Image) -> np.ndarray:
     return pixels
 
 
-def _simplejpeg(data: bytes) -> np.ndarray | None:
+def _simplejpeg(data: bytes, **least: int) -> np.ndarray | None:
     """Pixels, or None where it is not installed, or gives up, which it does of all that is damaged:
     torchcodec and Pillow say then whether it can be used."""
     decode_jpeg = import_simplejpeg()
     if decode_jpeg is None:
         return None
     try:
-        return decode_jpeg(data, colorspace="RGB")
+        return decode_jpeg(data, colorspace="RGB", **least)
     except ValueError:
         return None
 

@@ -36,8 +36,8 @@ def decoder(request, monkeypatch):
     used = []
     decode_jpeg = decoding.import_simplejpeg()
 
-    def counted(data, colorspace):
-        pixels = decode_jpeg(data, colorspace=colorspace)
+    def counted(data, **options):
+        pixels = decode_jpeg(data, **options)
         used.append(len(data))
         return pixels
 

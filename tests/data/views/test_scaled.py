@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from beit_fast.data.seeds import SampleSeed
+from beit_fast.data.sources import decode as decoding
 from beit_fast.data.sources.decode import BadImageError, decode_fast, decode_shrunk
 from beit_fast.data.views import two_views as views_module
 from beit_fast.data.views.config import ViewConfig
@@ -129,10 +130,27 @@ def test_every_kind_of_jpeg_is_shrunk(mode, photographs, make_file, monkeypatch)
 
 
 @pytest.mark.parametrize("shrink", [2, 4, 8])
-def test_sizes_are_rounded_up(shrink, make_image, make_file):
-    for height, width in ((33, 50), (64, 17), (8, 9)):
-        data = make_file(make_image(height, width), "JPEG")
-        assert decode_shrunk(data, shrink).shape == (-(-height // shrink), -(-width // shrink), 3)
+def test_sizes_are_rounded_up_and_both_decoders_give_the_same_bits(
+    shrink, make_image, make_file, monkeypatch
+):
+    """simplejpeg, where it is installed, and Pillow."""
+    assert decoding.import_simplejpeg() is not None
+    for height, width in ((33, 50), (64, 17), (8, 9), (130, 31), (shrink, 8), (8, shrink + 1)):
+        for mode, options in (("RGB", {}), ("RGB", {"subsampling": 0}), ("L", {}), ("CMYK", {})):
+            image = make_image(height, width).convert(mode)
+            data = make_file(image, "JPEG", progressive=width % 2 == 1, **options)
+            pixels = decode_shrunk(data, shrink)
+            assert pixels.shape == (-(-height // shrink), -(-width // shrink), 3)
+            with monkeypatch.context() as without:
+                without.setattr(decoding, "import_simplejpeg", lambda: None)
+                assert np.array_equal(decode_shrunk(data, shrink), pixels)
+
+
+def test_the_limits_of_scans_are_those_of_the_whole_image(make_image, make_file):
+    data = make_file(make_image(40, 30), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    with pytest.raises(BadImageError, match="scans, more than 100"):
+        decode_shrunk(data[:-2] + 101 * last + data[-2:], 2)
 
 
 def test_files_that_are_bad_at_full_size_are_bad(photographs):
