@@ -143,10 +143,13 @@ def test_all_tries_of_a_client_take_half_the_time_of_a_read():
 
 CHILD = """
     import sys
-    from beit_fast.data.sources.remote import RemoteStorage
+    from beit_fast.data.sources.in_flight import InFlight
+    from beit_fast.data.sources.limits import READS
     from beit_fast.data.sources.storage import FilePart
-    storage = RemoteStorage(sys.argv[1])
-    storage.ahead([FilePart("a.jpg", first, 5) for first in range(64)])
+    from beit_fast.data.sources.store_clients import open_client
+    client = open_client(sys.argv[1], READS)
+    flights = InFlight(lambda part: client.read(part.name, part.first, 5, 5), 60)
+    flights.ask([FilePart("a.jpg", first, 5) for first in range(64)])
     input()
 """
 
