@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,7 +24,6 @@ logger = logging.getLogger("beit_fast.data")
 
 _DIGEST_BYTES = 32
 _BLOCK = 2**22
-_POLL = 0.05  # seconds between tries to get the lock that is held for moments
 
 
 class BusyError(Exception):
@@ -174,12 +172,7 @@ class KeptCopies:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(self._folder / ".lock", flags, 0o666)
         try:
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(_POLL)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)

@@ -45,6 +45,8 @@ def _meaning(error: Exception) -> tuple[int, str]:
     kind, text = type(error).__name__, str(error)
     status = match[1] if (match := _STATUS.search(text)) else ""
     answer = f"the store answers {status}" + (f" {m[1]}" if (m := _CODE.search(text)) else "")
+    if any(address in text for address in _METADATA):
+        return errno.EACCES, f"no credentials were found: {_CREDENTIALS}"
     if isinstance(error, FileNotFoundError) or kind == "NotFoundError":
         return errno.ENOENT, os.strerror(errno.ENOENT)
     if isinstance(error, PermissionError) or status in ("401", "403"):
@@ -53,8 +55,6 @@ def _meaning(error: Exception) -> tuple[int, str]:
         return errno.EOPNOTSUPP, "the server sends no parts of files (it heeds no Range)"
     if kind == "InvalidPathError":
         return errno.EINVAL, "its name, or another one there, is none that a path can have"
-    if any(address in text for address in _METADATA):
-        return errno.EACCES, f"no credentials were found: {_CREDENTIALS}"
     if status == "404":  # of a bucket
         return errno.ENOENT, answer
     if status:

@@ -2,7 +2,9 @@
 
 import builtins
 import json
+import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -137,6 +139,35 @@ def test_all_tries_of_a_client_take_half_the_time_of_a_read():
                 storage.read(FilePart("c0/0.jpg", 5, 99))
             assert time.monotonic() - start < 0.75
         storage.close()
+
+
+CHILD = """
+    import sys
+    from beit_fast.data.sources.in_flight import InFlight
+    from beit_fast.data.sources.limits import READS
+    from beit_fast.data.sources.storage import FilePart
+    from beit_fast.data.sources.store_clients import open_client
+    client = open_client(sys.argv[1], READS)
+    flights = InFlight(lambda part: client.read(part.name, part.first, 5, 5), 60)
+    flights.ask([FilePart("a.jpg", first, 5) for first in range(64)])
+    input()
+"""
+
+
+@pytest.mark.promise("R17")
+def test_a_process_ends_while_a_store_keeps_it_waiting():
+    with serving({"a.jpg": bytes(100)}) as server:
+        server.always("a.jpg", "hang")
+        command = [sys.executable, "-c", textwrap.dedent(CHILD), server.url]
+        pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, text=True, **pipes) as process:
+            while server.count("a.jpg") < 64:
+                assert process.poll() is None
+                time.sleep(0.01)
+            start = time.monotonic()
+            _, said = process.communicate("\n", timeout=20)
+        assert (process.returncode, said) == (0, "")
+        assert time.monotonic() - start < 5
 
 
 SECRETS = (

@@ -29,7 +29,12 @@ TEXT = (
         (GenericError("x dns error AKIAEXAMPLE"), errno.EHOSTUNREACH, True, "name is not known"),
         (GenericError("Connection refused hunter2"), errno.ECONNREFUSED, True, "refused"),
         (GenericError("kind: Interrupted c2lnbmF0dXJl"), errno.ECONNRESET, True, "broke"),
-        (GenericError("PUT http://169.254.169.254/x"), errno.EACCES, False, "no credentials"),
+        (
+            GenericError("GET http://169.254.169.254/x - status code: 403"),
+            errno.EACCES,
+            False,
+            "no credentials",
+        ),
         (GenericError("something AKIAEXAMPLE"), errno.EIO, True, r"client failed \(GenericErr"),
         (GenericError(TEXT.format(403, "Denied")), errno.EACCES, False, "403 Denied: credentials"),
         (GenericError(TEXT.format(404, "NoSuchBucket")), errno.ENOENT, False, "NoSuchBucket"),
