@@ -19,7 +19,6 @@ from beit_fast.kernels.head.scatter_norm import scatter_norm_backward
 from beit_fast.kernels.head.softmax_cross_entropy import cross_entropy_
 from beit_fast.kernels.input.mask_embed_kernels import mask_embed_backward, mask_embed_forward
 from beit_fast.kernels.input.patches import normalized_patches_triton
-from beit_fast.kernels.input.ragged_views_reference import VIEWS
 from beit_fast.kernels.input.ragged_views_triton import ragged_views_triton
 from beit_fast.kernels.residual.backward import scale_residual_backward
 from beit_fast.kernels.residual.forward import scale_residual_forward
@@ -221,13 +220,13 @@ def mask_embed(D: int, stream: torch.dtype, *, positions: bool) -> None:
     mask_embed_backward(out, mask, BF16, [True, True, True, positions])
 
 
-def ragged_views(*, jitter: bool = True) -> None:
-    """Both views of 256 images of 375 x 500, of boxes of the usual size; rows first and columns."""
+def ragged_views() -> None:
+    """Both filters, to 224 px, of 256 images of 375 x 500; rows first and columns first."""
     B, area = 256, 375 * 500
     pixels = torch.empty(B * 3 * area, dtype=torch.uint8, device=DEVICE)
     sizes = torch.tensor([[375, 500]], device="cpu").expand(B, 2)
     boxes = torch.tensor([[20, 30, 270, 300], [20, 30, 330, 240]], device="cpu").repeat(B // 2, 1)
-    steps = torch.tensor([[1, 2, 3]] if jitter else [[]], dtype=torch.int64, device="cpu")
+    steps = torch.tensor([[1, 2, 3]], device="cpu")
     ragged_views_triton(
         pixels,
         torch.arange(B, device="cpu") * 3 * area,
@@ -237,13 +236,12 @@ def ragged_views(*, jitter: bool = True) -> None:
         torch.ones(B, dtype=torch.bool, device="cpu"),
         steps.expand(B, -1),
         torch.ones_like(steps, dtype=FP32).expand(B, -1),
-        VIEWS,
+        [("bicubic", (224, 224)), ("lanczos", (224, 224))],
     )
 
 
 CASES |= {
     "ragged_views": ragged_views,
-    "ragged_views-no-jitter": lambda: ragged_views(jitter=False),
     "patches-16-bf16": lambda: patches(16, BF16),
     "patches-16-fp32-listed": lambda: patches(16, FP32, listed=True),
     "patches-14-bf16": lambda: patches(14, BF16),
