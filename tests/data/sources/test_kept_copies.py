@@ -186,7 +186,8 @@ def test_processes_and_threads_at_one_folder_never_see_a_wrong_copy(kept, tmp_pa
             copy = kept.take(url, state)
             try:
                 if copy is None:
-                    *_, copy = kept.make(url, state, (bytes([n]) * 250 for _ in range(4)))
+                    for copy in kept.make(url, state, (bytes([n]) * 250 for _ in range(4))):
+                        pass
                     made += 1
             except (BusyError, NoRoomError):
                 continue
