@@ -102,7 +102,8 @@ class KeptCopies:
             if copy.num_there != state.size:
                 raise OSError(errno.EIO, f"{copy.num_there} of {state.size} bytes came", url)
             _write(descriptor, digest.digest(), state.size)
-            os.replace(making, path)
+            with self._space():  # who counts would miss what is renamed meanwhile
+                os.replace(making, path)
             fcntl.flock(descriptor, fcntl.LOCK_SH)  # others may take it
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
