@@ -132,6 +132,14 @@ def test_indices_that_can_be_kept_nowhere_are_made_every_time_and_that_is_said(
     assert made == []
 
 
+def test_a_cache_folder_that_was_named_and_cannot_be_written_is_an_error(folder, tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    reads = replace(READS, cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"--data.cache .*cache cannot be written .*: give a"):
+        indices(folder, reads)
+    assert not (folder / ".beit_fast").exists()
+
+
 def test_a_disk_that_is_full_costs_the_indices_and_is_said_once(folder, made, monkeypatch, caplog):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.index")
