@@ -69,7 +69,7 @@ class Keeping:
                 return
         if self._cache:
             raise ValueError(
-                f"{self._flag} {self._cache} cannot be written ({self._failed.strerror}): give a "
+                f"{self._flag} {self._cache} cannot be written ({self._failed.strerror or self._failed}): give a "
                 "folder that can be"
             )
         self._warn()
