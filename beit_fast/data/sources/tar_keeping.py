@@ -68,9 +68,9 @@ class Keeping:
                 self._folder = folder
                 return
         if self._cache:
+            why = self._failed.strerror or self._failed
             raise ValueError(
-                f"{self._flag} {self._cache} cannot be written ({self._failed.strerror or self._failed}): give a "
-                "folder that can be"
+                f"{self._flag} {self._cache} cannot be written ({why}): give a folder that can be"
             )
         self._warn()
 

@@ -169,13 +169,18 @@ def child(work):
     os.close(writer)
     return process, reader
 
+def num_begun():
+    return sum(name.startswith(".began") for name in os.listdir(folder))
+
 def opened(most=10**9):
     made = []
     def index(shard, *rest):
         if len(made) >= most:
             time.sleep(600)
         made.append(shard)
-        time.sleep(0.02)
+        open(os.path.join(folder, f".began-{os.getpid()}"), "w").close()
+        while most > 24 and len(made) > 4 and num_begun() < 3:
+            time.sleep(0.01)  # for another one: the killed one has begun too
         return own(shard, *rest)
     tar_indices.index_shard = index
     found = tar_indices.shard_indices(LocalStorage(folder), shards, READS)
@@ -206,7 +211,7 @@ def test_processes_share_the_work_and_one_that_is_killed_leaves_its_part_to_the_
     assert waited == [0] * 4  # for those that the killed one was at
     made = [count for count, _ in answers]
     assert sum(made) == 24 - 3
-    assert max(made) < 21
+    assert sum(count > 0 for count in made) > 1
     assert all(sizes == [2] * 24 for _, sizes in answers)
 
 
