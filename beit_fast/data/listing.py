@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from beit_fast.data.sources.folder import SIZES_IN_DIGEST, Source, shard_sizes_of
+from beit_fast.data.sources.folder import SIZES_IN_DIGEST, Source, keys_of, shard_sizes_of
 from beit_fast.files import damage, flush_folder, replace_file
 
 SHOWN = 3  # names in a message
@@ -96,7 +96,7 @@ class Listing:
         numbers = [number * count // some for number in range(some)]
         shards = shard_sizes_of(source)
         return cls(
-            [*map(source.key, range(count))],
+            keys_of(source),
             {n: _size(source, n) for n in numbers},
             None if shards is None else [int(size) for size in shards],
         )

@@ -57,6 +57,13 @@ def read_ahead(source: Source, indices: Sequence[int]) -> None:
         ahead(indices)
 
 
+def keys_of(source: Source) -> Sequence[str]:
+    """The key of each image. Of millions in shards none is held: a source that has `keys` makes
+    them when they are asked for."""
+    keys = getattr(source, "keys", None)
+    return [*map(source.key, range(len(source)))] if keys is None else keys
+
+
 def shard_sizes_of(source: Source) -> Sequence[int] | None:
     """Images of each shard of a source in the order of their numbers: it has `shard_sizes`. None
     for one without shards."""

@@ -68,6 +68,15 @@ class ShardIndex:
     def name(self, number: int) -> bytes:
         return self.names[self.ends[number - 1] + 1 if number else 0 : self.ends[number]]
 
+    def keys(self, first: int, last: int) -> list[str]:
+        """SHARD/NAME of the images first ... last - 1, as far as there are any."""
+        last = min(last, len(self))
+        if first >= last:
+            return []
+        start = self.ends[first - 1] + 1 if first else 0
+        names = os.fsdecode(self.names[start : self.ends[last - 1]])
+        return [f"{self.shard}/{name}" for name in names.split("\0")]
+
 
 def index_shard(shard: str, state: FileState, read: Read) -> ShardIndex:
     """Hop from header to header. Raises what `read` raises, and nothing for a damaged shard."""

@@ -29,7 +29,7 @@ class Keeping:
     store, and of a folder that cannot be written to, in the user's cache folder; with `cache` all
     are below that.
 
-    Where nothing can be written it is said in the log "beit_fast.data", and nothing is kept.
+    Where neither can be written the log "beit_fast.data" says so, and nothing is kept.
     """
 
     def __init__(self, place: str, cache: str, *, is_far: bool) -> None:
@@ -40,13 +40,11 @@ class Keeping:
             self._folders.append(kept_folder(own, cache, "indices"))
         except OSError as error:
             self._failed = error
+        self._cache = cache
         self._folder: Path | None = None
         self._lock: int | None = None
         self._warning = threading.Lock()
-        self._remedy = (  # said in threads too
-            f"make room, or pass a folder that can be written to with {flag('data.cache')}, or "
-            "--cache where that is the flag"
-        )
+        self._flag = f"{flag('data.cache')} (or --cache where that is the flag)"  # a thread says it
 
     def load(self, shard: str, state: FileState) -> ShardIndex | None:
         """None where none is kept, or not of the shard as it is."""
@@ -58,7 +56,8 @@ class Keeping:
         return None
 
     def open(self) -> None:
-        """From now on indices are made."""
+        """From now on indices are made. Raises ValueError where the folder that the setting names
+        cannot be written."""
         for folder in self._folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -68,6 +67,11 @@ class Keeping:
             else:
                 self._folder = folder
                 return
+        if self._cache:
+            why = self._failed.strerror or self._failed
+            raise ValueError(
+                f"{self._flag} {self._cache} cannot be written ({why}): give a folder that can be"
+            )
         self._warn()
 
     def take(self, shard: str) -> bool:
@@ -104,8 +108,9 @@ class Keeping:
 
     def _warn(self) -> None:
         logger.warning(
-            "the indices of the shards cannot be kept (%s), and are made anew by every command: %s",
-            *(describe(self._failed), self._remedy),
+            "the indices of the shards cannot be kept (%s), and are made anew by every command: "
+            "make room, or pass %s with a folder that can be written",
+            *(describe(self._failed), self._flag),
         )
 
 

@@ -96,7 +96,12 @@ class TarShards(ImageSource):
 
     def key(self, index: int) -> str:
         shard, number = self._find(index)
-        return f"{shard.shard}/{os.fsdecode(shard.name(number))}"
+        return shard.keys(number, number + 1)[0]
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Of all images, made when they are asked for."""
+        return _Keys(self._indices, self._starts)
 
     def size(self, index: int) -> int:
         shard, number = self._find(index)
@@ -206,6 +211,33 @@ class TarShards(ImageSource):
         splits = (split.lengths.keys() for split in self._splits)
         missing = sorted(set().union(*(all_ for all_ in splits if all_ & shards)) - shards)
         return counted(len(missing), "shard is not there", "shards are not there", missing)
+
+
+class _Keys(Sequence[str]):
+    def __init__(self, indices: Sequence[ShardIndex], starts: Sequence[int]) -> None:
+        self._indices, self._starts = indices, starts
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __iter__(self) -> Iterator[str]:
+        for index in self._indices:
+            yield from index.keys(0, len(index))
+
+    def __getitem__(self, wanted: int | slice) -> str | list[str]:
+        if not isinstance(wanted, slice):
+            number = range(len(self))[wanted]
+            return self[number : number + 1][0]
+        first, last, step = wanted.indices(len(self))
+        if step != 1:
+            return [self[number] for number in range(first, last, step)]
+        keys: list[str] = []
+        shard = bisect.bisect_right(self._starts, first) - 1
+        while len(keys) < last - first:
+            start = self._starts[shard]
+            keys += self._indices[shard].keys(max(first - start, 0), last - start)
+            shard += 1
+        return keys
 
 
 def _part(shard: ShardIndex, number: int) -> FilePart:

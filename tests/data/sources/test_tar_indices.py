@@ -132,6 +132,14 @@ def test_indices_that_can_be_kept_nowhere_are_made_every_time_and_that_is_said(
     assert made == []
 
 
+def test_a_cache_folder_that_was_named_and_cannot_be_written_is_an_error(folder, tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    reads = replace(READS, cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"--data.cache .*cache cannot be written .*: give a"):
+        indices(folder, reads)
+    assert not (folder / ".beit_fast").exists()
+
+
 def test_a_disk_that_is_full_costs_the_indices_and_is_said_once(folder, made, monkeypatch, caplog):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.index")
@@ -161,13 +169,18 @@ def child(work):
     os.close(writer)
     return process, reader
 
+def num_begun():
+    return sum(name.startswith(".began") for name in os.listdir(folder))
+
 def opened(most=10**9):
     made = []
     def index(shard, *rest):
         if len(made) >= most:
             time.sleep(600)
         made.append(shard)
-        time.sleep(0.02)
+        open(os.path.join(folder, f".began-{os.getpid()}"), "w").close()
+        while most > 24 and len(made) > 4 and num_begun() < 3:
+            time.sleep(0.01)  # for another one: the killed one has begun too
         return own(shard, *rest)
     tar_indices.index_shard = index
     found = tar_indices.shard_indices(LocalStorage(folder), shards, READS)
@@ -198,7 +211,7 @@ def test_processes_share_the_work_and_one_that_is_killed_leaves_its_part_to_the_
     assert waited == [0] * 4  # for those that the killed one was at
     made = [count for count, _ in answers]
     assert sum(made) == 24 - 3
-    assert max(made) < 21
+    assert sum(count > 0 for count in made) > 1
     assert all(sizes == [2] * 24 for _, sizes in answers)
 
 

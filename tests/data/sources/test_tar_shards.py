@@ -2,12 +2,14 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 
 from beit_fast.data.bad_samples import BadSamples
+from beit_fast.data.listing import Listing
 from beit_fast.data.sources.decode import BadImageError, decode_fast
-from beit_fast.data.sources.folder import ImageFolder, damage_of
+from beit_fast.data.sources.folder import ImageFolder, damage_of, keys_of
 from beit_fast.data.sources.opening import labelled_images, open_images
 from beit_fast.data.sources.tar_shards import TarShards
 from beit_fast.tasks.sources import describe_source
@@ -48,6 +50,23 @@ def test_images_are_those_of_all_shards_in_their_order(folder):
     for index in (12, -1):
         with pytest.raises(IndexError):
             source.read(index)
+
+
+def test_keys_are_made_when_they_are_asked_for(tmp_path):
+    content = {f"{n}": [*images(*(f"{n}_{i}" for i in range(n)))] for n in (0, 2, 3)}
+    source = open_images(write(tmp_path, **content, **{"1": b"", "4": write_tar([])}))
+    assert source.shard_sizes == [0, 0, 2, 3, 0]
+    all_ = ["2.tar/2_0.jpg", "2.tar/2_1.jpg", *(f"3.tar/3_{number}.jpg" for number in range(3))]
+    keys = keys_of(source)
+    assert (len(keys), [*keys], names(source)) == (5, all_, all_)
+    for first in range(-1, 7):
+        for last in range(-1, 7):
+            assert keys[first:last] == all_[first:last]
+    assert (keys[-1], keys[::2]) == (all_[-1], all_[::2])
+    listing = Listing.of(source)
+    assert listing.digest == replace(listing, names=all_).digest
+    with pytest.raises(IndexError):
+        keys[5]
 
 
 PATTERNS = {
