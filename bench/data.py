@@ -40,6 +40,7 @@ from beit_fast.data.loader import Loader
 from beit_fast.data.masking import draw_mask
 from beit_fast.data.samples import PretrainSample
 from beit_fast.data.seeds import SampleSeed
+from beit_fast.data.sources import decode as decoding
 from beit_fast.data.sources.decode import decode_fast, decode_pillow
 from beit_fast.data.sources.masks import Translation, decode_pair
 from beit_fast.data.sources.segmentation import MaskedImage
@@ -177,13 +178,29 @@ def bench_transforms(source: InMemory, rounds: int) -> list[dict]:
         "reference": views(reference),
         "reference, floats out": official,
         "fast": views(fast),
+        "fast, torchcodec": _without_simplejpeg(views(fast)),
         "fast, with a token cache": first_view,
         "fast, no jitter": views(replace(fast, color_jitter=0.0)),
         "decode, Pillow": lambda i: decode_pillow(source.read(i)),
         "decode, fast": lambda i: decode_fast(source.read(i)),
+        "decode, torchcodec": _without_simplejpeg(lambda i: decode_fast(source.read(i))),
     }
     rows = rates(candidates, max(64, len(source)), rounds, turn=4)
     return [{**row, "x reference": row["median"] / rows[0]["median"]} for row in rows]
+
+
+def _without_simplejpeg(candidate: Callable[[int], object]) -> Callable[[int], object]:
+    """As where the extra `jpeg` is not installed."""
+
+    def run(i: int) -> None:
+        known = decoding.import_simplejpeg
+        decoding.import_simplejpeg = lambda: None
+        try:
+            candidate(i)
+        finally:
+            decoding.import_simplejpeg = known
+
+    return run
 
 
 def bench_segmentation(source: InMemory, rounds: int) -> list[dict]:
