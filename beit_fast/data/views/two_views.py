@@ -245,12 +245,15 @@ def _offset_factor(
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Antialiased bicubic, uint8 in and out, channels-last throughout; what torchvision's v2
-    `resize` calls for such a tensor, without its 50 us of dispatch."""
-    image_1CHW = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
+    `resize` calls for such a tensor, without its 50 us of dispatch.
+
+    The axes are moved by NumPy: each call of torch takes the interpreter's lock anew.
+    """
+    image_1CHW = torch.from_numpy(image.reshape(1, *image.shape).transpose(0, 3, 1, 2))
     resized = torch.nn.functional.interpolate(
         image_1CHW, size, mode="bicubic", antialias=True, align_corners=False
     )
-    return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
+    return np.ascontiguousarray(resized.numpy()[0].transpose(1, 2, 0))
 
 
 def flip_view(view: np.ndarray) -> np.ndarray:
