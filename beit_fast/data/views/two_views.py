@@ -38,6 +38,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
+from beit_fast.data.seeds import below
 from beit_fast.data.sources.decode import (
     check_size,
     decode_fast,
@@ -112,8 +113,8 @@ def draw_box(
         box_width = max(1, round(math.sqrt(area * aspect)))
         box_height = max(1, round(math.sqrt(area / aspect)))
         if box_width <= width and box_height <= height:
-            top = rng.randint(0, height - box_height)
-            left = rng.randint(0, width - box_width)
+            top = below(rng, height - box_height + 1)
+            left = below(rng, width - box_width + 1)
             return top, left, box_height, box_width
     box_height, box_width = height, width
     if width / height < ratio[0]:
