@@ -155,8 +155,10 @@ def fast_views(
         left = image.shape[1] - left - width
     # Made contiguous by NumPy: torch would start a pool of threads per loader thread to do it.
     crop = np.ascontiguousarray(image[top : top + height, left : left + width])
+    # Axes are moved by NumPy: each call of torch takes the interpreter's lock anew.
+    crop_1CHW = torch.from_numpy(crop.reshape(1, *crop.shape).transpose(0, 3, 1, 2))
     sizes = {"images": config.size, "token_images": config.token_size}
-    views = {name: _resize(crop, size) for name, size in sizes.items() if name in names}
+    views = {name: _resize(crop_1CHW, size) for name, size in sizes.items() if name in names}
     if draw.flip:
         views = {name: flip_view(view) for name, view in views.items()}
     if draw.jitter:
@@ -244,13 +246,9 @@ def _offset_factor(
     return (255 * mean_t).float().to(device), (1 / (255 * std_t)).float().to(device)
 
 
-def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Antialiased bicubic, uint8 in and out, channels-last throughout; what torchvision's v2
-    `resize` calls for such a tensor, without its 50 us of dispatch.
-
-    The axes are moved by NumPy: each call of torch takes the interpreter's lock anew.
-    """
-    image_1CHW = torch.from_numpy(image.reshape(1, *image.shape).transpose(0, 3, 1, 2))
+def _resize(image_1CHW: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Antialiased bicubic, uint8, channels-last throughout -> (height, width, 3); what
+    torchvision's v2 `resize` calls for such a tensor, without its 50 us of dispatch."""
     resized = torch.nn.functional.interpolate(
         image_1CHW, size, mode="bicubic", antialias=True, align_corners=False
     )
