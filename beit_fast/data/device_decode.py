@@ -13,12 +13,14 @@ name (issue 9606), overwrite memory that is in use, so there is no other choice.
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import beit_fast.data
 from beit_fast.data.sources.decode import BadImageError, decode_fast, import_decode_jpeg
-from beit_fast.data.sources.jpeg import Jpeg
+from beit_fast.data.sources.jpeg import Jpeg, plain_jpeg
 from beit_fast.errors import RunError, is_out_of_memory
 from beit_fast.flags import flag
 
@@ -26,6 +28,7 @@ from beit_fast.flags import flag
 DecodeBatch = Callable[[list[Tensor]], list[Tensor]]
 REFUSED = "refused by the device's decoder"
 _SAFE_TORCHCODEC = (0, 17)
+_PROBE = "cat.jpg"  # a photograph of this package that every decoder can decode
 
 
 class DeviceDecodeError(RunError):
@@ -75,18 +78,22 @@ class DeviceDecoder:
         """Of each image its pixels, uint8 (3, height, width), or what is wrong with it; and why it
         was left to the CPU's decoder, "" where it was not. That one's pixels are not on the device.
 
-        Raises DeviceDecodeError where the device has decoded nothing so far that the CPU can.
+        Raises DeviceDecodeError where the device decodes nothing: none of these, none before, and
+        no photograph of ours. A batch may hold one plain image, and that one may be odd.
         """
         if self._decode_batch is None:
             return [(_decode_on_cpu(image), "") for image in images]
         self._refusal = Exception("of nothing")
         decoded = self._decode_in_parts(images)
         if not self._works and any(isinstance(pixels, Tensor) for pixels, _ in decoded):
-            raise DeviceDecodeError(
-                f"the decoder of {self._device} refuses every image, the CPU's does not "
-                f"({_first_line(self._refusal)}): see that torchcodec and driver fit, or pass "
-                f"{self._kind} fast"
-            )
+            refusal = self._refusal
+            self._decode_in_parts([_photograph()])
+            if not self._works:
+                raise DeviceDecodeError(
+                    f"the decoder of {self._device} refuses every image, the CPU's does not "
+                    f"({_first_line(refusal)}): see that torchcodec and driver fit, or pass "
+                    f"{self._kind} fast"
+                )
         return decoded
 
     def _decode_in_parts(self, images: Sequence[Jpeg]) -> list[tuple[Tensor | BadImageError, str]]:
@@ -132,6 +139,10 @@ def check_torchcodec(version: str) -> None:
             f"torchcodec is {version}, whose GPU decoder may write over memory that is in use: pip "
             f"install 'torchcodec>=0.17', or pass {flag('views.kind')} fast"
         )
+
+
+def _photograph() -> Jpeg:
+    return plain_jpeg((Path(beit_fast.data.__file__).parent / "photographs" / _PROBE).read_bytes())
 
 
 def _decode_on_cpu(image: Jpeg) -> Tensor | BadImageError:

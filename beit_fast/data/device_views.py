@@ -7,11 +7,13 @@ is handed over: whoever takes it waits for nothing, and need only tell the alloc
 it is read (`taken`).
 
 Images are decoded some at a time, as many as have PIXELS_AT_ONCE: their memory does not grow with
-the batch. Decoded pixels are three bytes each, there twice while they are packed.
+the batch. Decoded pixels are three bytes each, there twice while they are packed, and once beside
+the crops, whose pixels are four bytes each.
 """
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -56,7 +58,7 @@ class DeviceViews:
         self._remedy = (  # here, for threads do not know the flags
             f"pass a smaller {flag('data.batch_size')}, or {flag('views.kind')} fast"
         )
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _stream_of(device) if device.type == "cuda" else None
 
     def __call__(self, late: Sequence[LateViews], replace: Replace) -> dict[str, Tensor]:
         """The views, uint8 (B, height, width, 3) each, on the device and finished.
@@ -131,7 +133,7 @@ class DeviceViews:
         steps = [[STEPS.index(name) for name, _ in draw.jitter] for draw in draws]
         factors = [[factor for _, factor in draw.jitter] for draw in draws]
         return ragged_views(
-            torch.cat([_flat(p.to(self._device)) for p in pixels]),
+            torch.cat([_on(self._device, _flat(p)) for p in pixels]),
             num_values.cumsum(0) - num_values,
             sizes,
             torch.tensor([draw.box for draw in draws]),
@@ -151,6 +153,13 @@ def late_views(sample: object, device: torch.device, counts: DecodeCounts) -> De
     return DeviceViews(view, sample.names, device, counts)
 
 
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One for all that is decoded on a device: the allocator keeps memory for each stream, and a
+    run evaluates, and a cache is written, by new `DeviceViews` every time."""
+    return torch.cuda.Stream(device)
+
+
 def taken(views: dict[str, Tensor]) -> None:
     """Say that the current stream reads them: their memory came from another stream, which must not
     have it again before this one has done what is now queued on it."""
@@ -166,7 +175,14 @@ def _flat(pixels: Tensor) -> Tensor:
 
 def _put(views: dict[str, Tensor], rows: list[int], made: Sequence[Tensor]) -> None:
     for view, part in zip(views.values(), made, strict=True):
-        view[torch.tensor(rows, device=view.device)] = part.to(view.device)
+        view[_on(view.device, torch.tensor(rows))] = _on(view.device, part)
+
+
+def _on(device: torch.device, values: Tensor) -> Tensor:
+    """There, by a copy that the host does not wait for: it would spin until all is decoded."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _parts(rows: Sequence[int], late: Sequence[LateViews]) -> list[list[int]]:

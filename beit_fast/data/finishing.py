@@ -7,7 +7,7 @@ batches, as they are read: so a read that hangs holds up nothing but the one who
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 Read = TypeVar("Read")
@@ -26,6 +26,7 @@ class Finishing(Generic[Read, Batch]):
         self._finish = finish
         self._pool = ThreadPoolExecutor(1, "beit_fast finish")
         self._worker: threading.Thread | None = None
+        self._closed = False
 
     def __call__(self, batches: Iterator[Read]) -> Iterator[Batch]:
         """The finished batches, in order. An error of reading or finishing one is raised when it is
@@ -42,7 +43,8 @@ class Finishing(Generic[Read, Batch]):
         """Waits for the batch in the making, and no other is begun."""
         # A generator that is dropped may be finalised anywhere, in the worker too.
         here = self._this_thread() is self._worker
-        self._pool.shutdown(wait=not here, cancel_futures=True)
+        self._closed = True
+        self._pool.shutdown(wait=not here)  # its cancel_futures wants a module that may be gone
 
     def _submitted(self, batches: Iterator[Read]) -> Iterator[Future[Batch]]:
         try:
@@ -55,4 +57,6 @@ class Finishing(Generic[Read, Batch]):
 
     def _in_worker(self, batch: Read) -> Batch:
         self._worker = threading.current_thread()
+        if self._closed:
+            raise CancelledError
         return self._finish(batch)

@@ -19,16 +19,16 @@ CPU = torch.device("cpu")
 
 
 class Device:
-    """Decodes batches on the CPU, and gives up those that hold one of `refused`."""
+    """Decodes batches on the CPU, and gives up those that hold one of `refused`; None: all."""
 
     def __init__(self, refused=(), error=None):
-        self.refused = [bytes(data) for data in refused]
+        self.refused = None if refused is None else [bytes(data) for data in refused]
         self.error = error or RuntimeError("nvjpeg: bad stream\nsecond line")
         self.batches = []
 
     def __call__(self, encoded):
         self.batches.append(len(encoded))
-        if any(bytes(x.numpy()) in self.refused for x in encoded):
+        if self.refused is None or any(bytes(x.numpy()) in self.refused for x in encoded):
             raise self.error
         return [import_decode_jpeg()(x, mode="RGB") for x in encoded]
 
@@ -103,13 +103,22 @@ def test_pixels_of_another_size_than_the_header_says_are_not_taken(files):
 
 
 def test_a_device_that_decodes_nothing_at_all_is_no_silent_cpu(files):
-    decoder = DeviceDecoder(CPU, Device(refused=files))
+    decoder = DeviceDecoder(CPU, Device(refused=None))
     with pytest.raises(
         DeviceDecodeError,
         match=r"the decoder of cpu refuses every image, the CPU's does not \(nvjpeg: bad stream\)"
         r": see that torchcodec and driver fit, or pass --views.kind fast",
     ):
         decoder(images_of(files))
+
+
+def test_a_device_may_refuse_the_only_plain_image_of_its_first_batch(files):
+    """It has shown nothing yet, and decodes a photograph that is known."""
+    device = Device(refused=files[:1])
+    decoder = DeviceDecoder(CPU, device)
+    assert reasons(decoder(images_of(files[:1]))) == [REFUSED]
+    assert reasons(decoder(images_of(files[:1]))) == [REFUSED]
+    assert device.batches == [1, 1, 1]  # asked once
 
 
 def test_a_device_that_decoded_something_may_refuse_a_batch(files):

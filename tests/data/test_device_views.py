@@ -380,6 +380,20 @@ def test_views_are_finished_when_they_are_handed_over(photographs, monkeypatch):
     assert done == ["stream", "made", "recorded", "waited", "left"]
 
 
+def test_all_that_is_decoded_on_a_device_shares_a_stream(monkeypatch):
+    """Or each evaluation would leave the memory of its own with the allocator."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
+    first, second, other = (torch.device("cuda", index) for index in (97, 97, 98))
+    decoder = DeviceDecoder(CPU, None)
+    streams = [
+        DeviceViews(VIEW, VIEWS, device, DecodeCounts(), decoder)._stream
+        for device in (first, second, other)
+    ]
+    assert streams[0] is streams[1] is not streams[2]
+    assert made == [first, other]
+
+
 def test_whoever_takes_views_tells_the_allocator_on_which_stream_they_are_read(monkeypatch):
     told = []
 

@@ -1,5 +1,6 @@
 """Batches are finished in a thread, in order, and no error or end comes before its turn."""
 
+import concurrent.futures.thread
 import threading
 import time
 
@@ -103,3 +104,11 @@ def test_it_may_be_closed_in_its_own_thread():
     """As a generator is that was dropped, and is finalised wherever garbage is collected."""
     finishing = Finishing(lambda number: finishing.close())
     assert list(finishing(iter([1]))) == [None]
+
+
+def test_it_is_closed_when_modules_are_gone(monkeypatch):
+    """With the interpreter, as what nobody closed."""
+    finishing = Finishing(abs)
+    assert list(finishing(iter([1]))) == [1]
+    monkeypatch.setattr(concurrent.futures.thread, "queue", None)
+    finishing.close()

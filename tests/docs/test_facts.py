@@ -80,7 +80,7 @@ def test_what_kind_gpu_leaves_to_the_loader_and_takes_is_as_measured_and_set():
     assert f"reads and draws for {round(rate['gpu'], -2):,.0f} images a second" in text
     assert f"of kind `fast` it makes {round(rate['fast'], -2):.0f} pairs" in text
     pixels = device_views.PIXELS_AT_ONCE
-    assert f"up to {pixels / 1e6:.0f} million pixels at a time, {6 * pixels / 1e9:.1f} GB" in text
+    assert f"up to {pixels / 1e6:.0f} million pixels at a time, {10 * pixels / 1e9:.1f} GB" in text
     assert finishing.AHEAD == 2
     assert "two batches of views ahead" in text
     counts = device_decode.DecodeCounts()
