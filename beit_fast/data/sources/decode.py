@@ -102,7 +102,7 @@ class Header(NamedTuple):
 def read_header(data: bytes) -> Header:
     """Without decoding: 20 us for a JPEG. Raises BadImageError, but for size and scans."""
     if data.startswith(_JPEG):
-        data, _, _ = _without_app1(data)
+        data, *_ = _without_app1(data)
     try:
         with _open(data) as image:
             return Header(image.format, image.mode, *image.size)
