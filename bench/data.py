@@ -53,8 +53,8 @@ from beit_fast.data.views.two_views import make_views, normalize, two_views
 
 GRID = (14, 14)
 PARTS = (
-    "masks", "jitter", "transforms", "stages", "lock", "scaled", "segmentation", "distance",
-    "loader", "peers",
+    "masks", "jitter", "transforms", "stages", "lock", "asleep", "scaled", "segmentation",
+    "distance", "loader", "peers",
 )  # fmt: skip
 
 
@@ -115,8 +115,10 @@ def main() -> None:
         "lock": {
             "stages of fast with masks and batches, one thread at a time": lambda: held_by_image(
                 source, 4 * rounds
-            ),
-            "loader if each thread had a core, decode and resize asleep": lambda: asleep(source),
+            )
+        },
+        "asleep": {
+            "loader if each thread had a core, decode and resize asleep": lambda: asleep(source)
         },
         "scaled": {
             "large photographs to two views, not jittered, per core second": lambda: bench_scaled(

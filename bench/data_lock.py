@@ -4,11 +4,12 @@
 image of kind fast: all CPU time but that of the calls in `_releasing`, which decode, resize and
 copy without it. What these hold themselves is what they take of the least there is; small arrays
 count as held. It is time of one thread, so it may be measured on a busy machine, and its inverse is
-what no number of cores exceeds. A hook on the lock itself, in C, found 241 us where this found 253.
+what no number of cores exceeds. A hook on the lock itself, in C, found 231 us where this found 247.
 
 `asleep` runs the loader with as many threads as many cores would have: what runs without the lock
 sleeps as long as it takes. That shows what threads lose by waiting for one another, but only on a
-machine that has cores to spare ("cores busy" tells), for what holds the lock wants a whole one.
+machine with cores to spare, for the rest wants two: where "cores busy" stays below one, it is the
+machine that holds it down.
 """
 
 import functools
