@@ -145,7 +145,7 @@ def test_what_is_assumed_is_what_was_measured_or_planned(many_gpus):
     assert round(measured) == many_gpus.IMAGES_PER_CORE
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     (us,) = re.findall(r"\*\*(\d+) us\*\* of each image", text)
-    assert many_gpus.IMAGES_PER_PROCESS == round(1e6 / int(us), -1)
+    assert round(1e6 / int(us), -1) == many_gpus.IMAGES_PER_PROCESS
     figures = json.loads((ROOT / "bench" / "predictions.json").read_text())["figures"]
     (of_floor,) = [f["of_floor"] for f in figures if f["match"] == "steps-tokenizer/*/ours"]
     assert of_floor[0] <= many_gpus.REACHES <= of_floor[1]
