@@ -5,11 +5,12 @@
 
 Prints masks per second, images per second of both transforms and of crops with labels of pixels,
 what the fast one leaves to the device, their distance in pixels, where the time of a sample goes
-(data_stages.py), the loader's throughput, and that of other libraries beside it, with the cores
-that a GPU of --gpu-rate images a second wants of each (data_peers.py; DALI too where --dali names
-a Python that has it). Each is written to bench/results/data.csv as it is measured (records.py has
-the rule). Masks and jitter decode nothing; the rest needs torchcodec, and the loader Grain. Rates
-are per second of CPU time of one thread, so other work on the machine matters less; candidates take
+(data_stages.py), how much of it one process does one image after another whatever its cores
+(data_lock.py), the loader's throughput, and that of other libraries beside it, with the cores that
+a GPU of --gpu-rate images a second wants of each (data_peers.py; DALI too where --dali names a
+Python that has it). Each is written to bench/results/data.csv as it is measured (records.py has the
+rule). Masks and jitter decode nothing; the rest needs torchcodec, and the loader Grain. Rates are
+per second of CPU time of one thread, so other work on the machine matters less; candidates take
 turns every few images, and the median over rounds is printed with its range. Without --data it
 takes the photographs of the package.
 
@@ -29,8 +30,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from data_images import InMemory, ManyTimes
+from data_lock import asleep, held_by_image
 from data_peers import WHAT, bench_loaders
-from data_stages import bench_lock, bench_scaled, bench_stages
+from data_stages import bench_scaled, bench_stages
 from PIL import Image
 from records import Records
 from timing import RESULTS, conditions, conditions_line, format_table, rates
@@ -51,8 +53,8 @@ from beit_fast.data.views.two_views import make_views, normalize, two_views
 
 GRID = (14, 14)
 PARTS = (
-    "masks", "jitter", "transforms", "stages", "lock", "scaled", "segmentation", "distance",
-    "loader", "peers",
+    "masks", "jitter", "transforms", "stages", "lock", "asleep", "scaled", "segmentation",
+    "distance", "loader", "peers",
 )  # fmt: skip
 
 
@@ -111,7 +113,12 @@ def main() -> None:
             )
         },
         "lock": {
-            "loader if each thread had a core, decode and resize asleep": lambda: bench_lock(source)
+            "stages of fast with masks and batches, one thread at a time": lambda: held_by_image(
+                source, 4 * rounds
+            )
+        },
+        "asleep": {
+            "loader if each thread had a core, decode and resize asleep": lambda: asleep(source)
         },
         "scaled": {
             "large photographs to two views, not jittered, per core second": lambda: bench_scaled(

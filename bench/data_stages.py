@@ -3,17 +3,14 @@
 The functions of the package are timed where they are called, so the sum is the whole: `rest` is
 what none of them is, the copy of the crop and the seeds above all. A clock in a stage costs a
 microsecond or less. `loader` is what a batch takes beyond its samples: order, threads, tensors.
-
-Decoding, resizing and copies run beside one another in as many threads as there are cores; Python
-does not. `bench_lock` finds what it allows with any number of cores: whatever runs without the
-interpreter's lock sleeps as long as it would take.
+Which of it runs in one thread at a time is found by data_lock.py.
 """
 
 import functools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -54,18 +51,17 @@ def bench_stages(source: InMemory, rounds: int, batch_size: int = 64) -> list[di
         with _timed_stages() as seconds:
             start = time.thread_time()
             made = [sample(source.read(i), SampleSeed(0, 0, i)) for i in range(batch_size)]
-            whole = time.thread_time() - start
-        start = time.thread_time()
-        sample.collate(made)
-        stacked = time.thread_time() - start
+            middle, in_samples = time.thread_time(), sum(seconds.values())
+            sample.collate(made)
+            end, in_all = time.thread_time(), sum(seconds.values())
         start = time.process_time()  # its samples are made in a thread of its own
         next(batches)
         loaded = time.process_time() - start
         stages = {
             **seconds,
-            "rest": whole - sum(seconds.values()),
-            "batch": stacked,
-            "loader": loaded - whole - stacked,
+            "rest": middle - start - in_samples,
+            "batch": end - middle - (in_all - in_samples),
+            "loader": loaded - (end - start),
             "all": loaded,
         }
         for name, value in stages.items():
@@ -100,70 +96,21 @@ def _timed_stages() -> Iterator[dict[str, float]]:
 
         return call
 
-    with _replaced({name: timed(name, getattr(*place)) for name, place in STAGES.items()}):
+    with replaced(STAGES, {name: timed(name, getattr(*at)) for name, at in STAGES.items()}):
         yield seconds
 
 
 @contextmanager
-def _replaced(stages: dict[str, Callable]) -> Iterator[None]:
-    """Other functions for some stages, while it lasts."""
-    before = {name: getattr(*STAGES[name]) for name in stages}
+def replaced(places: Mapping[str, tuple], functions: dict[str, Callable]) -> Iterator[None]:
+    """Other functions at some of the places, which are (owner, name) each, while it lasts."""
+    before = {name: getattr(*places[name]) for name in functions}
     try:
-        for name, function in stages.items():
-            setattr(*STAGES[name], function)
+        for name, function in functions.items():
+            setattr(*places[name], function)
         yield
     finally:
         for name, function in before.items():
-            setattr(*STAGES[name], function)
-
-
-def bench_lock(
-    source: InMemory, threads: tuple[int, ...] = (8, 16, 32), batch_size: int = 64
-) -> list[dict]:
-    """Images a second of one process where each of its threads had a core of its own.
-
-    Decode and resize are replaced by sleep. What is left takes a core or two: the machine must be
-    quiet for this.
-    """
-    decoded = {id(source.read(i)): decode_fast(source.read(i)) for i in range(len(source))}
-    taken = {row["case"]: 1e-6 * row["us an image"] for row in bench_stages(source, 5, batch_size)}
-    views = {size: np.zeros((*size, 3), np.uint8) for size in ((224, 224), (112, 112))}
-
-    def decode(data: bytes, _: int) -> np.ndarray:
-        time.sleep(taken["decode"])
-        return decoded[id(data)]
-
-    def resize(_: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        time.sleep(taken["resize"] / len(views))
-        return views[size]
-
-    rows = []
-    with _replaced({"decode": decode, "resize": resize}):
-        for num_threads in threads:
-            loader = Loader(
-                ManyTimes(source),
-                PretrainSample(ViewConfig(), MaskingConfig(), GRID),
-                batch_size=batch_size,
-                num_threads=num_threads,
-                max_bad_share=1.0,
-            )
-            batches = loader.batches()
-            for _ in range(num_threads + 2):  # those read ahead while nobody waited
-                next(batches)
-            start, cpu = time.perf_counter(), time.process_time()
-            for _ in range(4 * num_threads):
-                next(batches)
-            images = 4 * num_threads * batch_size
-            rows.append(
-                {
-                    "case": f"{num_threads} threads",
-                    "images per second": images / (time.perf_counter() - start),
-                    "as many cores would give": num_threads / taken["all"],
-                    "cores busy": (time.process_time() - cpu) / (time.perf_counter() - start),
-                }
-            )
-            batches.close()
-    return rows
+            setattr(*places[name], function)
 
 
 def bench_scaled(

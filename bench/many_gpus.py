@@ -34,6 +34,9 @@ HOP = 10e-6  # seconds from node to node
 IMAGE_BYTES = 110e3  # a JPEG of ImageNet
 CORES = 12  # for each GPU
 IMAGES_PER_CORE = 733  # a second: measured on an AMD EPYC, bench/results/data.csv
+# A second, whatever the cores: 257 us of each image are one thread's at a time, on that machine, by
+# bench/data.py --only lock. Threads that wait for one another make it less.
+IMAGES_PER_PROCESS = 3_890
 # Stated: bytes a second in one direction, of a GPU to the others of its node, and of 400 Gb/s.
 NVLINK = {"A100": 300e9, "H100": 450e9, "H200": 450e9}
 LINK = 50e9
@@ -188,7 +191,7 @@ def row(
     exchanged = shown = 0.0
     if gpus > 1:
         exchanged, shown = exchange.seconds(cluster, stages["encoder forward"], stages["backward"])
-    reading = images * micro_batches / (CORES * IMAGES_PER_CORE)
+    reading = images * micro_batches / min(CORES * IMAGES_PER_CORE, IMAGES_PER_PROCESS)
     seconds = max(computing + shown, reading)
     rate = step_images / seconds
     full, times = split(1, step_images)

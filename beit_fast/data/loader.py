@@ -148,22 +148,22 @@ class Loader:
         """
         if start < 0:
             raise ValueError(f"start={start}: batches count from 0")
+        passes, size = self.images.passes(self.seed, ahead=ahead), self.batch_size
         samples = (
             import_grain()
-            .MapDataset.range(_STREAM_LENGTH)
-            .map(self.images.passes(self.seed, ahead=ahead).__getitem__)
-            .batch(self.batch_size, batch_fn=list)[self.rank :: self.world_size]
+            .MapDataset.range(_STREAM_LENGTH // size)[self.rank :: self.world_size]
+            .map(lambda batch: [passes[i] for i in range(batch * size, (batch + 1) * size)])
         )
         return self._generate(samples, start)
 
     def batches_in_order(self, epoch: int, first: int, last: int) -> Iterator[dict[str, Tensor]]:
         """Batches of the images first .. last - 1 in the order of the data set, with the crops they
         have in pass `epoch`, whatever the rank. The last may be smaller. Otherwise as `batches`."""
+        size, in_order = self.batch_size, self.images.in_order
         samples = (
             import_grain()
-            .MapDataset.range(first, last)
-            .map(lambda place: self.images.in_order(epoch, place))
-            .batch(self.batch_size, batch_fn=list)
+            .MapDataset.range(first, last, size)
+            .map(lambda i: [in_order(epoch, place) for place in range(i, min(i + size, last))])
         )
         return self._generate(samples, 0)
 

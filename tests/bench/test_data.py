@@ -1,13 +1,15 @@
 import io
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from beit_fast.data import samples
+from beit_fast.data import samples, seeds
 from beit_fast.data.views import two_views
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -79,8 +81,35 @@ def test_stages_are_all_of_a_sample_and_leave_the_package_as_it_was(bench, image
     assert rows["all"]["share"] == 1
 
 
+def test_what_holds_the_lock_is_all_but_decode_resize_and_copies(bench, images):
+    lock = bench("data_lock")
+    before = two_views.flip_view, torch.nn.functional.interpolate, np.stack, seeds.SampleSeed.rng
+    rows = {row["case"]: row for row in lock.held_by_image(images, 2, batch_size=8)}
+    after = two_views.flip_view, torch.nn.functional.interpolate, np.stack, seeds.SampleSeed.rng
+    assert after == before
+    assert set(lock.PIECES) | {"rest", "batch", "loader", "all"} == set(rows)
+    held = {name: row["us with the lock"] for name, row in rows.items()}
+    stages = {
+        row["case"]: row for row in bench("data_stages").bench_stages(images, 2, batch_size=8)
+    }
+    assert 0 < held["decode"] < 0.2 * stages["decode"]["us an image"]
+    assert 0 < held["resize"] < 0.5 * stages["resize"]["us an image"]
+    assert rows["all"]["images per second at most"] == pytest.approx(1e6 / held["all"])
+    assert rows["mask"]["images per second at most"] == ""
+
+
+def test_a_call_that_releases_the_lock_counts_with_what_it_holds(bench):
+    held = bench("data_lock")._Held()
+    held.begin()
+    busy = held.releasing(lambda: sum(range(3_000_000)), holds=0.001)
+    start = time.thread_time()
+    busy()
+    taken = time.thread_time() - start
+    assert 0.001 < held.seconds < 0.001 + 0.2 * taken
+
+
 def test_a_loader_whose_threads_sleep_gives_no_more_than_as_many_cores_would(bench, images):
-    (row,) = bench("data_stages").bench_lock(images, threads=(2,), batch_size=16)
+    (row,) = bench("data_lock").asleep(images, threads=(2,), batch_size=16)
     assert 0 < row["images per second"] <= 1.05 * row["as many cores would give"]
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,12 @@ def test_images_that_come_too_late_hold_the_step_down(many_gpus, monkeypatch):
     held = many_gpus.row("base", 8)
     assert held["lost to"] == "images"
     assert held["images/s"] == pytest.approx(8 * 2 * many_gpus.IMAGES_PER_CORE)
+    monkeypatch.setattr(many_gpus, "CORES", 64)
+    assert many_gpus.row("base", 8)["lost to"] == "computing"
+    monkeypatch.setattr(many_gpus, "IMAGES_PER_PROCESS", 1500)  # cores do not help
+    held = many_gpus.row("base", 8)
+    assert held["lost to"] == "images"
+    assert held["images/s"] == pytest.approx(8 * 1500)
 
 
 def test_hours_are_images_by_their_rate(many_gpus):
@@ -136,6 +143,9 @@ def test_what_is_assumed_is_what_was_measured_or_planned(many_gpus):
             and (row["case"], row["figure"]) == ("fast", "median")
         ]
     assert round(measured) == many_gpus.IMAGES_PER_CORE
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (us,) = re.findall(r"\*\*(\d+) us\*\* of each image", text)
+    assert round(1e6 / int(us), -1) == many_gpus.IMAGES_PER_PROCESS
     figures = json.loads((ROOT / "bench" / "predictions.json").read_text())["figures"]
     (of_floor,) = [f["of_floor"] for f in figures if f["match"] == "steps-tokenizer/*/ours"]
     assert of_floor[0] <= many_gpus.REACHES <= of_floor[1]

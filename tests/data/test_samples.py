@@ -41,13 +41,14 @@ def test_a_batch_with_nothing_left_to_jitter_carries_no_jitter(data, changes):
 
 def test_view_and_mask_are_those_of_the_sample_seed(data):
     seed = SampleSeed(3, 1, 4)
-    made = PretrainSample(VIEW, MASKING, (4, 6))(data, seed)
+    sample = PretrainSample(VIEW, MASKING, (4, 6))
+    made = sample.collate([sample(data, seed), sample(data, seed._replace(index=5))])
     views = two_views(data, VIEW, seed.rng("view"))
     assert views.keys() == {"images", "token_images", "jitter"}
     for name, array in views.items():
-        assert np.array_equal(made[name], array)
+        assert np.array_equal(made[name][0], array)
     mask = draw_mask((4, 6), MASKING, seed.rng("mask"))
-    assert np.array_equal(made["mask"], mask.reshape(-1))
+    assert np.array_equal(made["mask"][0], mask.reshape(-1))
 
 
 def test_masked_index_lists_the_hidden_patches_of_the_flat_batch_then_padding():

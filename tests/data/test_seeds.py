@@ -1,6 +1,6 @@
 import random
 
-from beit_fast.data.seeds import SampleSeed, counter_seed
+from beit_fast.data.seeds import SampleSeed, below, counter_seed
 
 PINNED_SEED = 1069006746458935451  # blake2b of b"view\0" and three little-endian int64
 
@@ -28,3 +28,10 @@ def test_purpose_and_counters_do_not_run_into_one_another():
 
 def test_negative_seeds_are_seeds_too():
     assert counter_seed("view", -1, 0) != counter_seed("view", 1, 0)
+
+
+def test_below_gives_what_pythons_own_generator_gives():
+    ours, pythons = random.Random(7), random.Random(7)
+    for count in [*range(1, 260), 500, 2**31, 2**40 + 1]:
+        assert below(ours, count) == pythons.randrange(count)
+        assert below(ours, count) == pythons.randint(0, count - 1)
