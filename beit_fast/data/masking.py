@@ -23,6 +23,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from beit_fast.data.config import MaskingConfig
+from beit_fast.data.seeds import below
 from beit_fast.flags import flag
 
 PAPER_RATIO = 0.4  # Algorithm 1 goes on until more than this share of the patches is hidden
@@ -69,21 +70,23 @@ def max_masked(grid: tuple[int, int], config: MaskingConfig) -> int:
 def _blocks(grid: tuple[int, int], config: MaskingConfig, rng: random.Random) -> int:
     """The loop of the authors' script."""
     height, width = grid
-    low, high = (math.log(aspect) for aspect in config.aspects)
-    max_block = config.max_block or config.num_masked
+    low, high = map(math.log, config.aspects)
+    log_range = high - low
+    num_masked, min_block = config.num_masked, config.min_block  # looked up once: 20 tries a mask
+    max_block = config.max_block or num_masked
     mask = count = 0
-    while count < config.num_masked:
-        room = min(config.num_masked - count, max_block)
+    while count < num_masked:
+        room = min(num_masked - count, max_block)
         for _ in range(TRIES):
             # With less room than min_block the interval is simply reversed, as in the script.
-            area = config.min_block + (room - config.min_block) * rng.random()
-            aspect = math.exp(low + (high - low) * rng.random())
+            area = min_block + (room - min_block) * rng.random()
+            aspect = math.exp(low + log_range * rng.random())
             block_height = round(math.sqrt(area * aspect))
             block_width = round(math.sqrt(area / aspect))
             if block_height >= height or block_width >= width:
                 continue
-            top = rng.randint(0, height - block_height)
-            left = rng.randint(0, width - block_width)
+            top = below(rng, height - block_height + 1)
+            left = below(rng, width - block_width + 1)
             block = _block(block_height, block_width, width) << (top * width + left)
             new = (block & ~mask).bit_count()
             if 0 < new <= room:

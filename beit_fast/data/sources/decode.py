@@ -102,7 +102,7 @@ class Header(NamedTuple):
 def read_header(data: bytes) -> Header:
     """Without decoding: 20 us for a JPEG. Raises BadImageError, but for size and scans."""
     if data.startswith(_JPEG):
-        data, _, _ = _without_app1(data)
+        data, *_ = _without_app1(data)
     try:
         with _open(data) as image:
             return Header(image.format, image.mode, *image.size)
@@ -319,16 +319,16 @@ def _without_app1(data: bytes) -> tuple[bytes, tuple[int, int] | None, bool, int
     try:
         while True:
             # Between segments decoders skip to the next marker, and over fill bytes.
-            position = data.index(b"\xff", position)
-            while data[position + 1] == 0xFF:
+            if data[position] != 0xFF:
+                position = data.index(b"\xff", position)
+            while (marker := data[position + 1]) == 0xFF:
                 position += 1
-            marker = data[position + 1]
             if marker in (0xD9, 0xDA):  # end of image, start of scan: no segments after it
                 break
             if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # these stand alone
                 position += 2
                 continue
-            end = position + 2 + int.from_bytes(data[position + 2 : position + 4])
+            end = position + 2 + (data[position + 2] << 8 | data[position + 3])
             if marker == 0xE1:
                 segments.append((position, end))
             elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # frame header

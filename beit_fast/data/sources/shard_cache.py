@@ -51,8 +51,9 @@ class CachedStorage(RemoteStorage):
         self._num_held = 2 * num_files  # this window and the next
         if self._kept is not None:
             return
-        folder = Path(self._reads.cache) if self._reads.cache else user_cache()
+        folder = self._reads.cache or "the user's cache folder"
         try:
+            folder = Path(self._reads.cache) if self._reads.cache else user_cache()
             self._kept = KeptCopies(folder, int(self._reads.cache_size * 2**30))
         except OSError as error:
             said = f"{folder} cannot be written ({error.strerror})"

@@ -46,6 +46,13 @@ def shard_indices(
     return making.found
 
 
+def forget_index(storage: Storage, index: ShardIndex, reads: ReadConfig) -> str:
+    """Have it made anew by the next command: its shard has other content, whatever its size and
+    time stamp say. Returns the path of an index that cannot be removed, else ""."""
+    keeping = Keeping(storage.place, reads.cache, is_far=is_url(storage.place))
+    return keeping.forget(index.shard, index.state)
+
+
 class _Making:
     def __init__(self, storage: Storage, shards: Sequence[str], reads: ReadConfig) -> None:
         self._storage, self._shards = storage, shards

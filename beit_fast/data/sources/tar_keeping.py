@@ -55,6 +55,20 @@ class Keeping:
                 return index
         return None
 
+    def forget(self, shard: str, state: FileState) -> str:
+        """Remove the index of a shard that is not as its state says. Returns the path of one that
+        cannot be removed, else ""."""
+        for folder in self._folders:
+            path = folder / _name(shard)
+            data = _read(path, state.size + _MOST_BESIDE)
+            if data is None or from_bytes(data, shard, state) is None:
+                continue  # of another state: whoever opens the shard sees that
+            try:
+                path.unlink(missing_ok=True)
+            except OSError:
+                return str(path)
+        return ""
+
     def open(self) -> None:
         """From now on indices are made. Raises ValueError where the folder that the setting names
         cannot be written."""

@@ -26,7 +26,7 @@ from beit_fast.data.sources.places import split_place
 from beit_fast.data.sources.scan import counted
 from beit_fast.data.sources.storage import FilePart, open_storage
 from beit_fast.data.sources.tar_index import LEFT_OUT, NO_LABEL, ShardIndex
-from beit_fast.data.sources.tar_indices import Progress, shard_indices
+from beit_fast.data.sources.tar_indices import Progress, forget_index, shard_indices
 from beit_fast.data.sources.tar_members import BLOCK
 from beit_fast.data.sources.tar_sets import (
     list_files,
@@ -59,7 +59,8 @@ class TarShards(ImageSource):
         self, path: str, *, reads: ReadConfig = READS, progress: Progress | None = None
     ) -> None:
         place = split_place(path)
-        self._storage = open_storage(place.root, reads)
+        self._storage, self._reads = open_storage(place.root, reads), reads
+        self._changed: dict[str, str] = {}  # shard -> the index of it that cannot be removed, or ""
         self._files = list_files(self._storage, place)
         shards = list_shards(self._storage, place, self._files)
         where = self._storage.place
@@ -85,8 +86,12 @@ class TarShards(ImageSource):
         shard, number = self._find(index)
         data = self._storage.read(_part(shard, number))
         if zlib.crc32(memoryview(data)[:BLOCK]) != shard.check[number]:
+            kept = self._changed.get(shard.shard)
+            if kept is None:
+                kept = self._changed[shard.shard] = forget_index(self._storage, shard, self._reads)
             raise BadImageError(
-                "its shard was changed since this command started: start it again, and it is "
+                "its shard was changed since it was indexed: "
+                f"{f'remove {kept} and ' if kept else ''}start the command again, and it is "
                 "indexed anew"
             )
         return data[BLOCK:]

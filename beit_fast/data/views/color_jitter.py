@@ -19,7 +19,6 @@ Source: Pillow `ImageEnhance` and `Blend.c`, torchvision `ColorJitter`.
 """
 
 from collections.abc import Iterable
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 # ITU-R 601 in the 65536ths of Pillow's "L": sums of such products with levels are exact in fp32.
 _GREY = (19595 / 65536, 38470 / 65536, 7471 / 65536)
+_GREY_PLANES = np.array(_GREY, np.float32)[:, None, None]
 _MEAN_PIXELS = 2048
 # Images blended at a time on a CPU, whose cache holds them: twice as fast as a batch of 64 at once.
 _CPU_IMAGES = 4
@@ -57,7 +57,7 @@ def apply_jitter(images: Tensor, coefficients: Tensor) -> Tensor:
     ):
         # Colours apart: operations run along contiguous memory, in place, and grey sums planes.
         planes = part.permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        _blend(planes, numbers.permute(1, 2, 0)[..., None, None], torch)
+        _blend(planes, numbers.permute(1, 2, 0)[..., None, None])
         made.copy_(planes.permute(1, 2, 3, 0))
     return out
 
@@ -81,39 +81,50 @@ def _grey_mean(image: np.ndarray, before: Iterable[tuple[float, bool, int]]) -> 
     """
     # Odd, so that the grid does not always hit the same place of the 8 x 8 blocks of a JPEG.
     stride = int((image.shape[0] * image.shape[1] / _MEAN_PIXELS) ** 0.5) | 1
-    grid = image[::stride, ::stride]
-    # Colour by colour, for NumPy copies threes of bytes slowly.
-    planes = np.empty((3, *grid.shape[:2]), np.float32)
-    for channel, plane in enumerate(planes):
-        plane[:] = grid[..., channel]
-    _blend(planes, before, np)
-    return int(_grey(planes, np).mean(dtype=np.float64) + 0.5)
-
-
-def _blend(planes: Tensor | np.ndarray, steps: Iterable, xp: ModuleType) -> None:
-    """The formula, in place, for torch and NumPy alike: `xp` is the module.
-
-    planes float32 (3, ...) of whole levels; steps: f, a, c of each, numbers or as planes[0].
-    """
-    for f, a, c in steps:
-        if xp is np and a == c == 0:  # brightness of one image: d is 0, and no grey is needed
-            planes *= f
+    grid = image[::stride, ::stride].transpose(2, 0, 1)
+    planes = np.empty(grid.shape, np.float32)
+    planes[:] = grid  # by planes, for NumPy copies threes of bytes slowly
+    # Few calls, for each takes the interpreter's lock anew: saturation alone wants the grey.
+    for factor, saturation, _ in before:
+        if saturation:
+            grey = _grey_of(planes)
+            planes -= grey
+            planes *= factor
+            planes += grey
         else:
-            d = _grey(planes, xp)
-            d *= a
-            d += c
-            # Not torch's `lerp`, which rounds otherwise: a level off where Pillow is exact.
-            planes -= d
-            planes *= f
-            planes += d
-        xp.clip(planes, 0, 255, out=planes)
-        xp.floor(planes, out=planes)
+            planes *= factor
+        np.minimum(planes, 255, out=planes)
+        np.maximum(planes, 0, out=planes)
+        np.floor(planes, out=planes)
+    grey = _grey_of(planes)
+    return int(np.add.reduce(grey, axis=None, dtype=np.float64) / grey.size + 0.5)
 
 
-def _grey(planes: Tensor | np.ndarray, xp: ModuleType) -> Tensor | np.ndarray:
+def _grey_of(planes: np.ndarray) -> np.ndarray:
+    """`_grey` by NumPy: no sum is rounded, so their order does not matter."""
+    grey = np.add.reduce(planes * _GREY_PLANES, axis=0, initial=np.float32(0.5))
+    return np.floor(grey, out=grey)
+
+
+def _blend(planes: Tensor, steps: Iterable[Tensor]) -> None:
+    """The formula, in place. planes float32 (3, B, height, width) of whole levels; steps: f, a, c
+    of each, as planes[0]."""
+    for f, a, c in steps:
+        d = _grey(planes)
+        d *= a
+        d += c
+        # Not torch's `lerp`, which rounds otherwise: a level off where Pillow is exact.
+        planes -= d
+        planes *= f
+        planes += d
+        torch.clip(planes, 0, 255, out=planes)
+        torch.floor(planes, out=planes)
+
+
+def _grey(planes: Tensor) -> Tensor:
     red, green, blue = planes
     grey = red * _GREY[0]
     grey += green * _GREY[1]
     grey += blue * _GREY[2]
     grey += 0.5
-    return xp.floor(grey, out=grey)
+    return torch.floor(grey, out=grey)

@@ -38,6 +38,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
+from beit_fast.data.seeds import below
 from beit_fast.data.sources.decode import (
     check_size,
     decode_fast,
@@ -112,8 +113,8 @@ def draw_box(
         box_width = max(1, round(math.sqrt(area * aspect)))
         box_height = max(1, round(math.sqrt(area / aspect)))
         if box_width <= width and box_height <= height:
-            top = rng.randint(0, height - box_height)
-            left = rng.randint(0, width - box_width)
+            top = below(rng, height - box_height + 1)
+            left = below(rng, width - box_width + 1)
             return top, left, box_height, box_width
     box_height, box_width = height, width
     if width / height < ratio[0]:
@@ -154,8 +155,10 @@ def fast_views(
         left = image.shape[1] - left - width
     # Made contiguous by NumPy: torch would start a pool of threads per loader thread to do it.
     crop = np.ascontiguousarray(image[top : top + height, left : left + width])
+    # Axes are moved by NumPy: each call of torch takes the interpreter's lock anew.
+    crop_1CHW = torch.from_numpy(crop.reshape(1, *crop.shape).transpose(0, 3, 1, 2))
     sizes = {"images": config.size, "token_images": config.token_size}
-    views = {name: _resize(crop, size) for name, size in sizes.items() if name in names}
+    views = {name: _resize(crop_1CHW, size) for name, size in sizes.items() if name in names}
     if draw.flip:
         views = {name: flip_view(view) for name, view in views.items()}
     if draw.jitter:
@@ -243,14 +246,13 @@ def _offset_factor(
     return (255 * mean_t).float().to(device), (1 / (255 * std_t)).float().to(device)
 
 
-def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Antialiased bicubic, uint8 in and out, channels-last throughout; what torchvision's v2
-    `resize` calls for such a tensor, without its 50 us of dispatch."""
-    image_1CHW = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
+def _resize(image_1CHW: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Antialiased bicubic, uint8, channels-last throughout -> (height, width, 3); what
+    torchvision's v2 `resize` calls for such a tensor, without its 50 us of dispatch."""
     resized = torch.nn.functional.interpolate(
         image_1CHW, size, mode="bicubic", antialias=True, align_corners=False
     )
-    return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
+    return np.ascontiguousarray(resized.numpy()[0].transpose(1, 2, 0))
 
 
 def flip_view(view: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,6 +193,17 @@ def test_two_that_share_a_folder_copy_each_shard_once(opened, server):
         assert sorted(starts) == [0, 300, 600, 900]
     for storage in both:
         check(storage, *names)
+
+
+def test_of_a_user_without_a_home_folder_nothing_is_kept(opened, monkeypatch, caplog):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    opened(cache="").windowed(1)
+    assert "the user's cache folder cannot be written (this user has no home folder)" in caplog.text
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_a_folder_that_cannot_be_written_is_told_with_its_flag(

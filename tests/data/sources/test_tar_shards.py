@@ -3,6 +3,7 @@ import os
 import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -176,13 +177,44 @@ def test_a_shard_that_is_changed_under_a_run_gives_no_bytes_of_other_places(fold
     data = path.read_bytes()
     path.write_bytes(write_tar([("other.jpg", b"o" * (len(data) - 10240))]))
     assert source.read(0) == picture(0)
-    with pytest.raises(BadImageError, match=r"changed since .* start it again"):
+    with pytest.raises(BadImageError, match=r"changed since .* start the command again"):
         source.read(5)
     again = open_images(folder)  # as it says
     assert names(again)[4] == "train-0001.tar/other.jpg"
     path.write_bytes(b"")
     with pytest.raises(OSError, match=r"0 of .* bytes"):
         again.read(4)
+
+
+def test_a_shard_with_the_size_and_time_of_another_is_indexed_anew_by_the_next_command(tmp_path):
+    write(tmp_path, x=images("one", "two"))
+    open_images(tmp_path)
+    (kept,) = (tmp_path / ".beit_fast").glob("*.index")
+    of_before = kept.read_bytes()
+    status = (tmp_path / "x.tar").stat()
+    write(tmp_path, x=images("two", "one"))
+    os.utime(tmp_path / "x.tar", ns=(status.st_atime_ns, status.st_mtime_ns))
+    stale = open_images(tmp_path)
+    assert names(stale)[0] == "x.tar/one.jpg"
+    for index in (0, 1, 0):
+        with pytest.raises(BadImageError, match="indexed: start the command again, and it is ind"):
+            stale.read(index)
+    again = open_images(tmp_path)  # as it says
+    assert [again.read(index) for index in range(2)] == [b"two", b"one"]
+
+    kept.write_bytes(of_before)
+    stale = open_images(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", unable)
+        with pytest.raises(BadImageError) as raised:
+            stale.read(0)
+    assert f"indexed: remove {kept} and start the command again" in str(raised.value)
+    kept.unlink()  # as it says
+    assert open_images(tmp_path).read(0) == b"two"
+
+
+def unable(*_, **__):
+    raise PermissionError("no")
 
 
 def test_classes_are_numbers_until_a_file_beside_the_shards_names_them(folder):
