@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 import beit_fast.data
-from beit_fast.data.sources.decode import decode_pillow
+from beit_fast.data.sources.decode import BadImageError, decode_pillow
 from beit_fast.data.sources.folder import ImageFolder
 
 MAX_FILES = 256  # of a folder: enough to be even, few enough to sit in memory
@@ -16,7 +16,10 @@ TILE = (500, 333)  # pixels of an image in a mosaic, width and height
 
 
 class InMemory:
-    """The files of a folder, held in memory: what is timed is work, not the disk."""
+    """The files of a folder, held in memory: what is timed is work, not the disk.
+
+    Those that cannot be decoded are left out, and named. Raises ValueError where none is left.
+    """
 
     def __init__(self, folder: Path | None):
         photographs = Path(beit_fast.data.__file__).parent / "photographs"
@@ -26,7 +29,9 @@ class InMemory:
             files = ImageFolder(folder or photographs)
             self.origin = folder or "the photographs of the package"
             order = random.Random(0).sample(range(len(files)), min(MAX_FILES, len(files)))
-            self._files = [files.read(i) for i in order]
+            self._files = [data for i in order if _is_whole(data := files.read(i), files.name(i))]
+            if not self._files:
+                raise ValueError(f"none of {len(order)} images of {folder} can be decoded")
         self.kilobytes = sum(map(len, self._files)) / len(self._files) / 1000
 
     def __len__(self) -> int:
@@ -48,6 +53,15 @@ class ManyTimes:
 
     def __len__(self) -> int:
         return 1_281_167
+
+
+def _is_whole(data: bytes, name: str) -> bool:
+    try:
+        decode_pillow(data)
+    except BadImageError as error:
+        print(f"left out: {name} ({error})")
+        return False
+    return True
 
 
 def _gradient(number: int) -> bytes:

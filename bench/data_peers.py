@@ -162,7 +162,7 @@ def _two_views(jittered: bool) -> Callable[[Image.Image], tuple[torch.Tensor, ..
 
 
 def _on_tensors(what: str) -> Callable[[bytes], object]:
-    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms import InterpolationMode, v2
     from torchvision.transforms.v2 import functional
 
@@ -172,9 +172,15 @@ def _on_tensors(what: str) -> Callable[[bytes], object]:
     sizes = (SIZE,) if what == "one view" else (SIZE, TOKEN_SIZE)
     boxes = v2.RandomResizedCrop(SIZE, scale=SCALE, ratio=RATIO)
 
-    def views(data: bytes) -> tuple[torch.Tensor, ...]:
+    def decoded(data: bytes) -> torch.Tensor:
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        image = before(decode_jpeg(encoded, ImageReadMode.RGB))
+        try:
+            return decode_image(encoded, ImageReadMode.RGB)
+        except RuntimeError:  # a format that it has not
+            return functional.pil_to_tensor(_opened(data))
+
+    def views(data: bytes) -> tuple[torch.Tensor, ...]:
+        image = before(decoded(data))
         box = boxes.make_params([image])
         crop = functional.crop(image, **box)
         return tuple(

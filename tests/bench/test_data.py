@@ -29,6 +29,20 @@ def peers(bench, monkeypatch):
     return peers
 
 
+def test_broken_files_of_a_folder_are_left_out_and_named(bench, images, tmp_path, capsys):
+    first, cut, last = images.read(0), images.read(1)[:5000], images.read(2)
+    for number, data in enumerate([first, cut, last]):
+        (tmp_path / f"{number}.jpg").write_bytes(data)
+    left = bench("data_images").InMemory(tmp_path)
+    assert {left.read(0), left.read(1)} == {first, last}
+    assert len(left) == 2
+    assert f"left out: {tmp_path / '1.jpg'} (OSError: image file is" in capsys.readouterr().out
+    for name in ("0.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of 3 images of .* can be decoded"):
+        bench("data_images").InMemory(tmp_path)
+
+
 def shapes_of(batch):
     """(colours, side) of every view of a batch that has them, whatever the order of its axes."""
     views = batch.values() if isinstance(batch, dict) else batch
@@ -51,6 +65,23 @@ def test_every_loader_makes_the_same_views_as_bytes(peers, images, tmp_path, wha
         assert shapes_of(next(batches)) == wanted, name
         if hasattr(batches, "close"):
             batches.close()
+
+
+@leaves_a_file
+@pytest.mark.parametrize(("mode", "format"), [("RGB", "PNG"), ("CMYK", "JPEG"), ("RGB", "BMP")])
+def test_every_loader_takes_what_else_lies_among_photographs(bench, peers, tmp_path, mode, format):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new(mode, (60, 50)).save(folder / "odd.jpg", format)
+    images = bench("data_images").InMemory(folder)
+    for what in ("one view", "two views"):
+        for batches in {
+            **peers._ours(images, what),
+            **peers._peers(images, what, tmp_path),
+        }.values():
+            next(batches)
+            if hasattr(batches, "close"):
+                batches.close()
 
 
 @leaves_a_file

@@ -43,10 +43,16 @@ class ViewConfig:
     def __post_init__(self):
         check_fields(self)
         if self.decode == "scaled" and self.kind != "fast":
-            raise FieldError("decode", f"is scaled, which kind {self.kind} is not: take kind fast")
+            raise FieldError(
+                "decode",
+                f"is scaled, and kind {self.kind} decodes whole images: pass full, or "
+                f"{flag('views.kind')} fast",
+            )
         if self.kind == "gpu" and self.max_pixels > _MOST_PIXELS:
             raise FieldError(
-                "max_pixels", f"is {self.max_pixels}, and kind gpu counts at most {_MOST_PIXELS}"
+                "max_pixels",
+                f"is {self.max_pixels}, and kind gpu counts at most {_MOST_PIXELS}: pass no more "
+                f"than that, or {flag('views.kind')} fast",
             )
         for name in ("size", "token_size"):
             object.__setattr__(self, name, _pair(getattr(self, name)))
