@@ -317,10 +317,10 @@ def test_what_is_not_there_is_said(tmp_path, parquet):
     ):
         with pytest.raises(ValueError, match=said):
             open_images(path)
-    with pytest.raises(ValueError, match="the folder that they lie in, where no other") as refused:
+    with pytest.raises(ValueError, match="the folder that they lie in, where nothing") as refused:
         open_images(tmp_path)  # of which they are one folder below
-    assert f"like {tmp_path}/*.parquet" in str(refused.value)
-    assert len(open_images(parquet.parent)) == len(open_images(f"{parquet.parent}/*.parquet")) == 23
+    pattern = str(refused.value).rpartition(" ")[2]
+    assert len(open_images(parquet.parent)) == len(open_images(pattern)) == 23  # as it says
     empty = write_table(tmp_path / "empty.parquet", [])
     with pytest.raises(
         ValueError, match=r"no images in .*empty.parquet: give tables that have rows"
