@@ -217,6 +217,25 @@ def unable(*_, **__):
     raise PermissionError("no")
 
 
+@pytest.mark.parametrize("with_classes", [True, False])
+def test_the_image_before_the_damage_counts_only_if_its_class_is_there_as_well(
+    with_classes, tmp_path
+):
+    keys = [
+        [(f"{number}.left.jpg", b"l"), (f"{number}.right.jpg", b"r"), (f"{number}.cls", b"1")]
+        for number in range(3)
+    ]
+    content = [one for key in keys for one in (key if with_classes else key[:2])]
+    data = write_tar(content, end=False)
+    last = len(write_tar(content[:-1], end=False))  # where the last member begins
+    write(tmp_path, x=data[: last + 100], y=[("z.jpg", b"z"), ("z.cls", b"0")])
+    source = open_images(tmp_path)
+    assert len(source) == (5 if with_classes else 6)
+    assert "it is cut" in source.damage[f"{tmp_path}/x.tar"]
+    if with_classes:
+        assert labelled_images(tmp_path)[1].tolist() == [1, 1, 1, 1, 0]
+
+
 def test_classes_are_numbers_until_a_file_beside_the_shards_names_them(folder):
     source, labels, classes = labelled_images(folder)
     assert (len(source), classes) == (12, ["0", "1", "2"])
