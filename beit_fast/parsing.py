@@ -269,7 +269,8 @@ def _foreign(message: str, path: str) -> str | None:
 def _unknown(argument: str, parser: ArgumentParser, config_type: type | None) -> str:
     name = argument.partition("=")[0]
     if not name.startswith("-"):
-        return f"{name!r} is the value of no --flag"
+        hint = "; put a pattern of file names in quotes" if "/" in name or "." in name else ""
+        return f"{name!r} is the value of no --flag{hint}"
     known = [option for action in parser._actions for option in action.option_strings]
     known += [] if config_type is None else [f"--{path}" for path in paths(config_type)]
     near = difflib.get_close_matches(name, known, 1)

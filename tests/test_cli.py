@@ -296,6 +296,10 @@ def test_a_resume_that_is_refused_names_the_flag_that_accepts_it(tmp_path, capsy
         (["--optim", "3"], "--optim is 3: give its fields (OptimConfig)"),
         (["--run.compile"], "--run.compile: expected one argument"),
         (["--data.path", "/", "3"], "'3' is the value of no --flag"),
+        (
+            ["--data.path", "a-0.tar", "a-1.tar"],
+            "'a-1.tar' is the value of no --flag; put a pattern of file names in quotes",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_that_says_what_is_allowed(arguments, line, capsys):

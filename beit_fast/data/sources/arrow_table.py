@@ -98,7 +98,7 @@ class ArrowTable:
         wide = np.int64 if str(content.type).startswith("large") else np.int32
         offsets = np.frombuffer(offsets, wide) if offsets is not None else np.zeros(1, wide)
         offsets = offsets[content.offset : content.offset + len(content) + 1].astype(np.int64)
-        at = 0 if data is None else data.address - whole.address
+        at = data.address - whole.address if data else 0  # one of no bytes lies anywhere
         num_bytes = 0 if data is None else data.size
         if not 0 <= at <= whole.size - num_bytes:
             raise ValueError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from beit_fast.data.sources.decode import BadImageError
+from beit_fast.data.sources.places import PACKED, TABLES, TAR, first_with, hint_of_path
 from beit_fast.data.sources.scan import EXTENSIONS, scan
 
 MAX_FILE_BYTES = 256 * 2**20  # no photograph is that large; the file would be read whole
@@ -102,7 +103,8 @@ class ImageFolder:
     def __init__(self, path: str | Path, *, follow_links: bool = True):
         self.root = Path(path)
         if not self.root.exists():
-            raise ValueError(f"the image folder {self.root} does not exist: check the path")
+            hint = hint_of_path(self.root)
+            raise ValueError(f"the image folder {self.root} does not exist: check the path{hint}")
         if not self.root.is_dir():
             raise ValueError(
                 f"{self.root} is not a folder: give the folder the images are in, or tar shards, "
@@ -117,16 +119,15 @@ class ImageFolder:
                     "; to follow links pass --data.follow_links true, or --follow_links true where "
                     "that is the flag"
                 )
-            if ".tar" in said:
-                remedy += (
-                    "; of tar shards give the folder that they lie in, where nothing else lies, or "
-                    f"a pattern like {os.path.join(self.root, '*.tar')}"
-                )
-            if ".parquet" in said or ".arrow" in said:
-                remedy += (
-                    "; of tables give the folder that they lie in, where no other folder lies, or "
-                    f"a pattern like {os.path.join(self.root, '*.parquet')}"
-                )
+            for what, endings in (("tar shards", TAR), ("tables", TABLES)):
+                if any(ending in self.found.other_files for ending in endings):
+                    folder, name = first_with(self.root, endings)
+                    remedy += (
+                        f"; of {what} give the folder that they lie in, where nothing else lies, "
+                        f"or a pattern like {os.path.join(folder, '*' + os.path.splitext(name)[1])}"
+                    )
+            if any(ending in self.found.other_files for ending in PACKED):
+                remedy += "; archives have to be unpacked first, shards to files ending in .tar"
             raise ValueError(
                 f"no images under {self.root}{said}: expected files ending in "
                 f"{' '.join(sorted(EXTENSIONS))}{remedy}"

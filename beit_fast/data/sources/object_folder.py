@@ -50,9 +50,9 @@ class ObjectFolder:
     ) -> None:
         self.path, self._found = path, Found()
         place, _, name = path.rpartition("/")
-        is_list = name.endswith(LIST)
-        self._storage = storage or RemoteStorage(place if is_list else path, reads=reads)
-        if is_list:
+        self._is_list = name.endswith(LIST)
+        self._storage = storage or RemoteStorage(place if self._is_list else path, reads=reads)
+        if self._is_list:
             listed = self._read_list(name)
         elif listed is None:
             listed = chain.from_iterable(self._storage.listed())
@@ -60,7 +60,7 @@ class ObjectFolder:
         if not images:
             raise ValueError(
                 f"no images at {path}{f' ({left})' if (left := self.left_out()) else ''}: expected "
-                f"objects whose names end in {' '.join(sorted(EXTENSIONS))}"
+                f"objects whose names end in {' '.join(sorted(EXTENSIONS))}, or in .tar"
             )
         self._names = [name for name, _ in images]
         self._sizes = np.array([size for _, size in images], np.int64)
@@ -115,7 +115,12 @@ class ObjectFolder:
             )
         folders = [name.split("/", 1)[0] for name in self._names]
         classes = sorted(set(folders))
-        check_classes(self.path, classes, self._names, fewest)
+        try:
+            check_classes(self._storage.place, classes, self._names, fewest)
+        except ValueError as error:
+            if not self._is_list:
+                raise
+            raise ValueError(f"{error}, by a list ({LIST}) of names that lies there") from None
         number = {name: label for label, name in enumerate(classes)}
         return torch.tensor([number[name] for name in folders]), classes
 

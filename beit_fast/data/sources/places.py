@@ -17,6 +17,7 @@ from beit_fast.data.sources.scan import EXTENSIONS
 
 Kind = Literal["folder", "shards", "tables", "objects"]
 TAR, TABLES = (".tar",), (".parquet", ".arrow")
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")  # and not read as they are
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -42,9 +43,14 @@ def scheme_of(path: str) -> str:
 
 
 def split_place(path: str | Path) -> Place:
-    """A path whose last part is a pattern, or a file of shards or tables, is cut before it."""
+    """A path whose last part is a pattern, or a file of shards or tables, is cut before it. Raises
+    ValueError for a URL of nothing."""
     path = str(path)
     root, name = os.path.split(path)
+    if is_url(path) and not is_url(root):  # the first part is a bucket or a host
+        if not name:
+            raise ValueError(f"{path} names no bucket and no host: write one behind ://")
+        return Place(path, "")
     is_pattern = any(letter in name for letter in "*?{[")
     is_file = name.lower().endswith(TAR + TABLES)
     if name and (is_pattern or is_file) and (is_url(path) or not os.path.isdir(path)):
@@ -102,6 +108,27 @@ def kind_of(path: str | Path) -> Kind:
     except OSError:  # no folder, or one that cannot be read: who opens it says so
         return "folder"
     return "folder" if names is None else kind_of_names(names) or "folder"
+
+
+def hint_of_path(path: str | Path) -> str:
+    """What else to say of a path where nothing is; often ""."""
+    path = str(path)
+    if path.startswith("~"):
+        return "; a shell knows the folder ~ outside of quotes alone: write it in full"
+    if any(letter in os.path.basename(path) for letter in "*?{["):
+        return f"; a pattern names shards or tables and ends in {', '.join(TAR + TABLES)}"
+    return ""
+
+
+def first_with(root: str | Path, endings: tuple[str, ...]) -> tuple[str, str]:
+    """The first file below a folder with one of the endings: the folder that it lies in, and its
+    name. The folder itself with such a name where only links lead to one."""
+    for folder, below, names in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(names):
+            if name.lower().endswith(endings) and not name.startswith("."):
+                return folder, name
+    return str(root), f"*{endings[0]}"
 
 
 def _names_until_it_is_a_folder(path: str | Path) -> list[str] | None:

@@ -75,8 +75,9 @@ class LocalStorage:
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
+        """Also links that lead to nothing: what they should lead to would be missing unsaid."""
         with os.scandir(self.place) as entries:
-            return sorted(entry.name for entry in entries if entry.is_file())
+            return sorted(entry.name for entry in entries if _is_file_or_lost(entry))
 
     def state(self, name: str) -> FileState:
         status = os.stat(os.path.join(self.place, name))
@@ -146,6 +147,15 @@ class LocalStorage:
         file.is_dropped = True
         if not file.num_readers:
             os.close(file.descriptor)
+
+
+def _is_file_or_lost(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file() or (entry.is_symlink() and not entry.is_dir())
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # links in a circle lead to nothing too
+            raise
+        return True
 
 
 def _most_open() -> int:

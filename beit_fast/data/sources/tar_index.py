@@ -116,6 +116,11 @@ def index_shard(shard: str, state: FileState, read: Read) -> ShardIndex:
                     endings[_kept_ending(kind, endings)] += 1
     except DamagedTarError as error:
         damage = str(error)
+    labels = {name: _label(name, classes, described) for name in images}
+    if damage and any(label != NO_LABEL for label in labels.values()):
+        # Of the last key the image came before the damage, and its class did not.
+        while labels[last := next(reversed(labels))] == NO_LABEL:
+            del labels[last], images[last]
     names, found = b"".join(name + b"\0" for name in images), images.values()
 
     def column(name: str, values: Iterable[int]) -> np.ndarray:
@@ -127,7 +132,7 @@ def index_shard(shard: str, state: FileState, read: Read) -> ShardIndex:
         first=column("first", (member.first for member in found)),
         size=column("size", (member.size for member in found)),
         check=column("check", (member.check for member in found)),
-        label=column("label", (_label(name, classes, described) for name in images)),
+        label=column("label", labels.values()),
         names=names,
         ends=_ends(names),
         damage=damage,

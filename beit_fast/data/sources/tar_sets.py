@@ -5,6 +5,7 @@ _info.json    {"splits": {"train": {"filenames": [...], "shard_lengths": [...]}}
 classes.txt   names of the classes, a line each, or classes.json (class_names.py)
 """
 
+import errno
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from beit_fast.data.sources.class_folders import called_as_parts
 from beit_fast.data.sources.class_names import parse_classes
-from beit_fast.data.sources.places import TAR, Place, is_url, matching
+from beit_fast.data.sources.places import TAR, Place, hint_of_path, is_url, matching
 from beit_fast.data.sources.scan import counted
 from beit_fast.data.sources.storage import FilePart, Storage
 from beit_fast.files import damage, describe
@@ -42,10 +43,15 @@ def list_files(storage: Storage, place: Place) -> list[str]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{place.root}, where the shards are to lie, is no folder: check the path; only the "
-            "last part of it can be a pattern"
+            f"last part of it can be a pattern{hint_of_path(place.root)}"
         ) from error
     except OSError as error:
-        raise ValueError(f"{place.root} cannot be read ({describe(error)})") from error
+        remedy = ""
+        if error.errno == errno.EOPNOTSUPP:
+            remedy = (
+                f": give a pattern without stars, such as {place.root}/train-{{0000..1023}}.tar"
+            )
+        raise ValueError(f"{place.root} cannot be read ({describe(error)}){remedy}") from error
     return [name for name in names if not os.path.basename(name).startswith(".")]
 
 
@@ -60,7 +66,8 @@ def list_shards(storage: Storage, place: Place, files: Sequence[str]) -> list[st
     else:
         shards = matching(tars, place.pattern)
     if not shards:
-        there = f": there are {counted(len(tars), 'shard', 'shards', tars)}" if tars else ""
+        is_or_are = "is" if len(tars) == 1 else "are"
+        there = f": there {is_or_are} {counted(len(tars), 'shard', 'shards', tars)}" if tars else ""
         raise ValueError(
             f"no shards like {os.path.join(storage.place, place.pattern or '*.tar')}{there}: check "
             "the path"
@@ -80,6 +87,8 @@ def read_splits(storage: Storage, names: Sequence[str]) -> list[Split]:
         said = json.loads(_content(storage, name))
         splits = said.get("splits", {}) if isinstance(said, dict) else {}
         return [_split(name, split) for name, split in splits.items()]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({describe(error)})") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} does not say the parts of the set ({damage(error)}): download it anew, or "
@@ -122,9 +131,9 @@ def pattern_of(part: str, shards: Sequence[str], others: Sequence[str]) -> str:
 def _split(name: str, said: dict) -> Split:
     files = said["filenames"]
     lengths = said.get("shard_lengths") or [None] * len(files)
-    if not all(isinstance(file, str) for file in files):
-        raise ValueError("a file name is no text")
-    if not all(length is None or type(length) is int for length in lengths):
+    if not all(isinstance(text, str) and text.isprintable() for text in [name, *files]):
+        raise ValueError("a name is no text that can be shown")
+    if not all(length is None or (type(length) is int and length >= 0) for length in lengths):
         raise ValueError("a number of samples is no number")
     return Split(name, dict(zip(files, lengths, strict=True)))
 
@@ -143,7 +152,7 @@ def _is_wild(pattern: str) -> bool:
 def _is_there(storage: Storage, name: str) -> bool:
     try:
         storage.state(name)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # who may not list is told of either by 403
         return False
     except OSError as error:
         path = os.path.join(storage.place, name)

@@ -22,7 +22,7 @@ from torch import Tensor
 from beit_fast.data.sources.decode import BadImageError
 from beit_fast.data.sources.folder import ImageSource
 from beit_fast.data.sources.limits import READS, ReadConfig
-from beit_fast.data.sources.places import split_place
+from beit_fast.data.sources.places import PACKED, TABLES, split_place
 from beit_fast.data.sources.scan import counted
 from beit_fast.data.sources.storage import FilePart, open_storage
 from beit_fast.data.sources.tar_index import LEFT_OUT, NO_LABEL, ShardIndex
@@ -37,6 +37,7 @@ from beit_fast.data.sources.tar_sets import (
     read_splits,
 )
 
+_BESIDE = "archive or table beside the shards", "archives or tables beside the shards"
 _MOST_CLASSES = 1_000_000  # that have numbers for names
 
 
@@ -65,6 +66,10 @@ class TarShards(ImageSource):
         shards = list_shards(self._storage, place, self._files)
         where = self._storage.place
         self.path = os.path.join(where, place.pattern) if place.pattern else where
+        self._beside = Counter[str]()  # endings of what was not named, and may be meant as well
+        if not place.pattern:
+            endings = (os.path.splitext(name)[1].lower() for name in self._files)
+            self._beside.update(ending for ending in endings if ending in PACKED + TABLES)
         self._splits = read_splits(self._storage, self._files)
         self._is_listed = "{" in place.pattern or place.pattern in shards  # one by one
         self._indices = shard_indices(self._storage, shards, reads, progress)
@@ -154,7 +159,7 @@ class TarShards(ImageSource):
             raise ValueError(
                 f"{len(without)} of the {len(self)} images of {self.path} have no class, the first "
                 f"is {self.key(int(without[0]))}: give each a KEY.cls with the number of its class "
-                'beside it, or a KEY.json with its "label"'
+                'beside it, from 0 on and nothing else, or a KEY.json with its "label"'
             )
         file, names = read_class_names(self._storage, self._files)
         found = np.unique(labels)
@@ -181,11 +186,15 @@ class TarShards(ImageSource):
         commonest = [f"{count} {ending}" for ending, count in endings.most_common()]
         parts = [counted(sum(endings.values()), "other file", "other files", commonest)]
         parts += [counted(left[kind], *called) for kind, called in LEFT_OUT.items()]
+        parts.append(counted(sum(self._beside.values()), *_BESIDE, self._endings_beside()))
         said = [f"{text} left out"] if (text := ", ".join(filter(None, parts))) else []
         damaged = [f"{name}: {why}" for name, why in self.damage.items()]
         said.append(counted(len(damaged), "damaged shard", "damaged shards", damaged))
         said += [self._not_there(), self._parts_said()]
         return ", ".join(filter(None, said))
+
+    def _endings_beside(self) -> list[str]:
+        return [f"{count} {ending}" for ending, count in self._beside.most_common()]
 
     def _find(self, index: int) -> tuple[ShardIndex, int]:
         if not 0 <= index < len(self):

@@ -67,6 +67,19 @@ def test_a_folder_without_images_is_one_line_that_names_it(make, message, tmp_pa
     assert "\n" not in str(error.value)
 
 
+def test_a_path_or_archives_that_are_often_given_are_told_what_to_do(tmp_path):
+    for path, said in {
+        "~/photos": "; a shell knows the folder ~ outside of quotes alone: write it in full$",
+        f"{tmp_path}/x*": r"; a pattern names shards or tables and ends in .tar, .parquet, .arrow$",
+        f"{tmp_path}/none": "none does not exist: check the path$",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            ImageFolder(path)
+    touch(tmp_path, "a.tar.gz")
+    with pytest.raises(ValueError, match="archives have to be unpacked first, shards to files end"):
+        ImageFolder(tmp_path)
+
+
 def test_a_folder_of_links_alone_is_read_and_without_them_names_the_flag(tmp_path):
     touch(tmp_path, "outside/far.jpg")
     (tmp_path / "data").mkdir()

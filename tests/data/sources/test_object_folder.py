@@ -18,7 +18,7 @@ from beit_fast.data.sources.object_folder import ObjectFolder
 from beit_fast.data.sources.opening import labelled_images, open_images
 from loaded import SAMPLE
 from object_server import serving
-from shards import picture
+from shards import picture, write_shards
 
 pytestmark = pytest.mark.promise("R17")
 IMAGES = {f"set/c{number % 3}/{number:02}.jpg": picture(number) for number in range(24)}
@@ -119,6 +119,11 @@ def test_what_cannot_be_listed_says_what_to_give(server):
         open_images("s3://bucket/none")
     with pytest.raises(ValueError, match=r"x.txt cannot be read .No such file"):
         open_images(f"{server.url}/x.txt")
+    with pytest.raises(ValueError, match=r"without stars, such as .*/set/train-\{0000..1023\}.tar"):
+        open_images(f"{server.url}/set/train-*.tar")
+    for nothing in ("s3://", "s3:///"):
+        with pytest.raises(ValueError, match="names no bucket and no host: write one behind ://"):
+            open_images(nothing)
     server.always("?", "403")
     with pytest.raises(ValueError, match=r"cannot be listed .the store answers 403 Told: credent"):
         open_images("s3://bucket/set")
@@ -242,3 +247,29 @@ def test_a_class_label_is_the_folder_and_images_outside_are_refused(server):
     server.objects = {"s/one/x/a.jpg": b"x", "s/one/y/b.jpg": b""}
     with pytest.raises(ValueError, match="teaches nothing: pass s3://bucket/s/one if its 2 fold"):
         labelled_images("s3://bucket/s")
+
+
+def test_a_list_of_several_parts_of_a_set_names_what_to_give(server):
+    names = [f"{part}/{name}/0.jpg" for part in ("train", "val") for name in ("ant", "bee")]
+    server.objects |= {f"parts/{name}": picture(number) for number, name in enumerate(names)}
+    server.objects["parts/all.txt"] = "\n".join(names).encode()
+    with pytest.raises(ValueError, match=r"and not like classes: pass .* by a list") as raised:
+        labelled_images(f"{server.url}/parts/all.txt")
+    one = f"{server.url}/parts/train"
+    assert f"pass {one} or " in str(raised.value)
+    server.objects["parts/train/names.txt"] = b"ant/0.jpg\nbee/0.jpg"
+    assert labelled_images(f"{one}/names.txt")[2] == ["ant", "bee"]  # as it says
+
+
+def test_a_store_that_may_not_be_listed_has_no_files_beside_its_shards(server, tmp_path):
+    """It answers 403 where there is nothing."""
+    write_shards(tmp_path, 2, 3)
+    server.objects |= {f"set/{path.name}": path.read_bytes() for path in tmp_path.glob("*.tar")}
+    for name in ("_info.json", "info.json", "classes.txt", "classes.json"):
+        server.always(f"set/{name}", "403")
+    pattern, reads = "set/train-{0000..0001}.tar", ReadConfig(cache=str(tmp_path))
+    for url in (f"{server.url}/{pattern}", f"s3://bucket/{pattern}"):
+        assert labelled_images(url, reads=reads)[2] == ["0", "1", "2"]
+    server.always("set/train-0001.tar", "403")
+    with pytest.raises(ValueError, match=r"the shard .*train-0001.tar cannot be read .*403"):
+        open_images(f"{server.url}/{pattern}", reads=reads)

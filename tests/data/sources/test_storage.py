@@ -42,6 +42,14 @@ def test_what_is_no_file_or_ends_too_soon_is_an_error_with_its_path(folder):
     storage.close()
 
 
+def test_links_that_lead_to_nothing_have_names_so_that_they_are_missed(tmp_path):
+    (tmp_path / "lost").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "to_folder").symlink_to("folder")
+    assert LocalStorage(tmp_path).names() == ["circle", "lost"]
+
+
 def test_no_more_files_are_open_than_are_allowed(folder):
     before = num_open()
     storage = LocalStorage(folder, most_open=3)

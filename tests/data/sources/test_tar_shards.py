@@ -217,6 +217,25 @@ def unable(*_, **__):
     raise PermissionError("no")
 
 
+@pytest.mark.parametrize("with_classes", [True, False])
+def test_the_image_before_the_damage_counts_only_if_its_class_is_there_as_well(
+    with_classes, tmp_path
+):
+    keys = [
+        [(f"{number}.left.jpg", b"l"), (f"{number}.right.jpg", b"r"), (f"{number}.cls", b"1")]
+        for number in range(3)
+    ]
+    content = [one for key in keys for one in (key if with_classes else key[:2])]
+    data = write_tar(content, end=False)
+    last = len(write_tar(content[:-1], end=False))  # where the last member begins
+    write(tmp_path, x=data[: last + 100], y=[("z.jpg", b"z"), ("z.cls", b"0")])
+    source = open_images(tmp_path)
+    assert len(source) == (5 if with_classes else 6)
+    assert "it is cut" in source.damage[f"{tmp_path}/x.tar"]
+    if with_classes:
+        assert labelled_images(tmp_path)[1].tolist() == [1, 1, 1, 1, 0]
+
+
 def test_classes_are_numbers_until_a_file_beside_the_shards_names_them(folder):
     source, labels, classes = labelled_images(folder)
     assert (len(source), classes) == (12, ["0", "1", "2"])
@@ -311,6 +330,44 @@ def test_shards_with_folders_or_images_beside_them_are_found_by_a_pattern(folder
     assert len(open_images(pattern)) == 12  # as it says
     (folder / "a.jpg").write_bytes(picture(0))
     assert isinstance(open_images(folder), ImageFolder)
+
+
+def test_shards_below_a_folder_are_found_where_the_error_says(folder):
+    with pytest.raises(ValueError, match=r"3 \.tar.* or a pattern like ") as raised:
+        open_images(folder.parent)
+    assert len(open_images(str(raised.value).rpartition(" ")[2])) == 12
+
+
+def test_archives_and_tables_beside_shards_are_told(folder):
+    for name in ("train-0003.tar.gz", "train-0004.TAR.GZ", "t.parquet"):
+        (folder / name).write_bytes(b"x")
+    said = "3 archives or tables beside the shards (2 .gz, 1 .parquet) left out"
+    assert open_images(folder).left_out() == said
+    assert open_images(f"{folder}/*.tar").left_out() == ""  # which names what is meant
+
+
+@pytest.mark.parametrize("target", ["nowhere", "train-0003.tar"])
+def test_a_link_to_no_shard_is_a_shard_that_is_missing(target, folder):
+    (folder / "train-0003.tar").symlink_to(target)
+    with pytest.raises(ValueError, match=r"the shard .*train-0003.tar (does not exist|cannot be)"):
+        open_images(folder)
+    assert len(open_images(f"{folder}/train-000[0-2].tar")) == 12  # the others are not touched
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"filenames": ["\x1b[31mx.tar"]},
+        {"filenames": ["\ud800.tar"]},
+        {"filenames": ["train-0000.tar"], "shard_lengths": [-4]},
+    ],
+)
+def test_what_info_says_is_shown_only_where_it_can_be(said, folder):
+    (folder / "_info.json").write_text(json.dumps({"splits": {"train": said}}))
+    with pytest.raises(ValueError, match=r"_info.json does not say the parts .*or remove it"):
+        open_images(folder)
+    (folder / "_info.json").unlink()  # as it says
+    assert len(open_images(folder)) == 12
 
 
 def test_links_to_shards_are_followed_and_hidden_shards_are_left_out(folder, tmp_path):
