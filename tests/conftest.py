@@ -31,6 +31,17 @@ with torch.device("cpu"):
     torch.empty(0)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What a test printed and logged may have names of files that are no text, which cannot be
+    sent from one process of the tests to another."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
+    ]
+    return report
+
+
 def _mend_interpreter() -> None:
     """Give Triton's interpreter bfloat16 as GPUs have it, and loops over run-time numbers.
 
