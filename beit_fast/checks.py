@@ -127,8 +127,12 @@ def has_secret(text: str) -> bool:
     match = _URL.match(text)
     if match is None:
         return False
-    is_container = match[1].lower() in ("abfs", "abfss") and ":" not in match[2]
-    return (bool(match[2]) and not is_container) or "=" in text.partition("?")[2]
+    scheme = match[1].lower()
+    is_container = scheme in ("abfs", "abfss") and ":" not in match[2]
+    # Of a web server "?" begins a query; of a store it may be a letter of a pattern.
+    _, mark, rest = text.partition("?")
+    has_query = bool(mark) if scheme in ("http", "https") else "=" in rest
+    return (bool(match[2]) and not is_container) or has_query
 
 
 @functools.cache

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from beit_fast.data.config import PHOTOGRAPHS, DataConfig, MaskingConfig
 from beit_fast.data.loader import Loader
-from beit_fast.data.masking import draw_mask
 from beit_fast.data.samples import PretrainSample
 from beit_fast.data.seeds import SampleSeed
 from beit_fast.data.views.config import ViewConfig
@@ -200,8 +199,7 @@ def synthetic_batch(setting: Setting) -> Batch:
     for i in range(setting.batch):
         sizes = {"images": config.views.size, "token_images": config.views.token_size}
         made = {n: rng.integers(0, 256, (*size, 3), np.uint8) for n, size in sizes.items()}
-        mask = draw_mask(sample.grid, config.masking, SampleSeed(0, 0, i).rng("mask"))
-        samples.append(made | {"mask": mask.reshape(-1)})
+        samples.append(made | {"seed": SampleSeed(0, 0, i)})
     return {name: torch.from_numpy(array) for name, array in sample.collate(samples).items()}
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from beit_fast.data.seeds import SampleSeed
 from beit_fast.model.config import BeitConfig
 from beit_fast.tokenizer.config import DvaeConfig
 
@@ -273,10 +274,13 @@ def test_the_official_loader_makes_the_floats_of_its_batch(candidates, setting):
     sample = candidates.sample_of(changed, candidate)
     assert sample.view.kind == "reference"
     batch = candidates.synthetic_batch(changed)
-    views = ("images", "token_images", "mask")
-    samples = [{name: batch[name][i].numpy() for name in views} for i in range(changed.batch)]
+    views = ("images", "token_images")
+    samples = [
+        {name: batch[name][i].numpy() for name in views} | {"seed": SampleSeed(0, 0, i)}
+        for i in range(changed.batch)
+    ]
     made, wanted = sample.collate(samples), candidate.prepare(batch)
-    for name in views:
+    for name in (*views, "mask"):
         assert made[name].dtype == (np.bool_ if name == "mask" else np.float32)
         assert np.array_equal(made[name], wanted[name].numpy()), name
 

@@ -3,23 +3,27 @@
 import json
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
-
 from shards import picture
 
 CLASSES = ["cat", "dog", "owl"]
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def image_type():
+    import pyarrow as pa  # of an extra: tests of more than tables are in the files that use this
+
+    return pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def schema_of(classes=CLASSES, **more):
     """Columns image and label, and others of these types; what datasets say of the former."""
+    import pyarrow as pa
+
     features = {
         "image": {"_type": "Image"},
         "label": {"names": classes, "_type": "ClassLabel"},
     }
     said = {"huggingface": json.dumps({"info": {"features": features}})}
-    columns = {"image": IMAGE, "label": pa.int64(), **more}
+    columns = {"image": image_type(), "label": pa.int64(), **more}
     return pa.schema([*columns.items()], metadata=said)
 
 
@@ -30,6 +34,9 @@ def row(number: int, **changes):
 
 def write_table(path, rows, *, per_shard=5, schema=None, **options) -> Path:
     """Parquet; a file of Arrow where the name ends in .arrow, and a stream in .stream.arrow."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows, schema=schema or schema_of())

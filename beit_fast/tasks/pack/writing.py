@@ -148,13 +148,17 @@ class Writer:
     def tell(self, records: dict[str, Record]) -> None:
         """What there is now, in a line."""
         made = records.values()
+        num_images, num_shards = (
+            sum(record.num_images for record in made),
+            sum(record.num_images > 0 for record in made),
+        )
         num_left_out, num_resized = (
             sum(len(record.left_out) for record in made),
             sum(record.num_resized for record in made),
         )
         said = [
-            f"{sum(record.num_images for record in made)} images in "
-            f"{sum(record.num_images > 0 for record in made)} shards in {self.folder.path}",
+            f"{num_images} image{'s' * (num_images != 1)} in "
+            f"{num_shards} shard{'s' * (num_shards != 1)} in {self.folder.path}",
             f"{sum(record.num_bytes for record in made) / 1e9:.2f} GB",
         ]
         if self._config.short_side is not None:

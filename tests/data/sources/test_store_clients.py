@@ -175,6 +175,7 @@ SECRETS = (
     "s3://AKIA:hunter2@bucket/a",
     "https://hunter2@host/a",
     "https://account.blob.core.windows.net/c/a.tar?sv=2024&sig=hunter2",
+    "https://host/a.tar?hunter2",
     "abfs://me:hunter2@account.dfs.core.windows.net/a",
 )
 

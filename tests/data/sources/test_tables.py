@@ -19,7 +19,7 @@ from beit_fast.tasks.finetune.task import open_labelled
 from beit_fast.tasks.sources import describe_source
 from loaded import SAMPLE
 from shards import picture
-from tables import CLASSES, IMAGE, row, schema_of, write_table
+from tables import CLASSES, image_type, row, schema_of, write_table
 from task_runs import take_batches
 
 KINDS = [".parquet", ".arrow", ".stream.arrow"]
@@ -310,12 +310,14 @@ def test_tables_without_images_or_with_other_classes_are_refused(tmp_path):
     pa.parquet.write_table(pa.table({"text": ["a"], "label": [1]}), path)
     with pytest.raises(ValueError, match=r"no column of images .* columns are text \(string\)"):
         open_images(path)
-    schema = pa.schema([("left", IMAGE), ("right", IMAGE)])
+    schema = pa.schema([("left", image_type()), ("right", image_type())])
     image = row(0)["image"]
     write_table(path, [{"left": image, "right": image}], schema=schema)
     with pytest.raises(ValueError, match=r"2 columns of images \(left, right\) and not one"):
         open_images(path)
-    write_table(path, [row(0, right=image)], schema=schema_of(right=IMAGE))  # as the error advises
+    write_table(
+        path, [row(0, right=image)], schema=schema_of(right=image_type())
+    )  # as the error advises
     assert open_images(path).read(0) == picture(0)
     write_table(tmp_path / "u.parquet", ROWS, schema=schema_of(["a", "b", "c"]))
     with pytest.raises(
