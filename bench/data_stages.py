@@ -54,9 +54,9 @@ def bench_stages(source: InMemory, rounds: int, batch_size: int = 64) -> list[di
             middle, in_samples = time.thread_time(), sum(seconds.values())
             sample.collate(made)
             end, in_all = time.thread_time(), sum(seconds.values())
-        start = time.process_time()  # its samples are made in a thread of its own
+        before = time.process_time()  # its samples are made in a thread of its own
         next(batches)
-        loaded = time.process_time() - start
+        loaded = time.process_time() - before
         stages = {
             **seconds,
             "rest": middle - start - in_samples,
