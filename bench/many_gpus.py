@@ -33,7 +33,7 @@ LINK_REACHES = 0.8  # of NVLink's and the links' stated rates
 HOP = 10e-6  # seconds from node to node
 IMAGE_BYTES = 110e3  # a JPEG of ImageNet
 CORES = 12  # for each GPU
-IMAGES_PER_CORE = 733  # a second: measured on an AMD EPYC, bench/results/data.csv
+IMAGES_PER_CORE = 848  # a second: measured on an AMD EPYC, bench/results/data.csv
 # A second, whatever the cores: 257 us of each image are one thread's at a time, on that machine, by
 # bench/data.py --only lock. Threads that wait for one another make it less.
 IMAGES_PER_PROCESS = 3_890

@@ -14,11 +14,11 @@ gpu        what reference gives of the pixels of a GPU's decoder, made there a b
            (data/device_views.py); the sample carries the file and the draw
 
 `bench/data.py` prints the figures, for your own images too. On the photographs of this package fast
-makes 4.2 to 4.5 times the views per core of reference, and 3.7 to 3.9 times with masks and batches
-made as well. Its jitter takes a CPU half as long again, which is the training thread's to pay where
-training is on a CPU. Its distance from reference, jitter included, in levels of 255: encoder view
-0.51 in the mean, PSNR 49 dB in the median and 38 at worst; tokenizer view 1.07, 44 and 34 dB.
-Without jitter 0.04 and 73 dB, 0.90 and 44 dB: rounding, and the missing Lanczos.
+makes 4.4 times the views per core of reference. Its jitter takes a CPU half as long again, which is
+the training thread's to pay where training is on a CPU. Its distance from reference, jitter
+included, in levels of 255: encoder view 0.51 in the mean, PSNR 49 dB in the median and 38 at worst;
+tokenizer view 1.07, 44 and 34 dB. Without jitter 0.04 and 73 dB, 0.90 and 44 dB: rounding, and the
+missing Lanczos.
 
 Views travel as uint8 (height, width, 3). On the device `normalize` turns a batch of them into
 images for the encoder, `kernels.patches` into its patches at once; `map_pixels` of the tokenizer
