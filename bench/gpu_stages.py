@@ -166,6 +166,10 @@ def _against_peers(room: Room, stage: str) -> None:
     from kernels import measure, one_by_one
 
     device, dtype = torch.device(room.device), torch.bfloat16 if room.is_cuda else torch.float32
+    if not room.is_cuda:
+        # Threads that wait for each other spin: beside one busy core the small operations of
+        # ragged_views took over 45 s by two threads, and 5 s by one.
+        torch.set_num_threads(1)
     roof = measure_roof(device, dtype)
     area = importlib.import_module(f"peers_{AREAS.get(stage, stage)}")
 
